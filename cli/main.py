@@ -1,0 +1,167 @@
+"""`sparsecast <stage> [options]`: one config dataclass and one function per stage.
+
+Stages are named by import path and loaded on demand, so `sparsecast --help` imports no torch.
+Exit codes: 0 done, 1 failed, 2 the user must change something.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    help: str
+    config: str
+    run: str
+    positional: str | None = None
+
+
+STAGES = {
+    "demo": Stage(
+        "everything below on the model shipped with the package",
+        "sparsecast.cli.demo:DemoConfig",
+        "sparsecast.cli.demo:demo",
+    ),
+    "collect": Stage(
+        "record what fires in a ReLU-sparse model over a corpus",
+        "sparsecast.collect.config:CollectConfig",
+        "sparsecast.collect.run:collect",
+    ),
+    "train": Stage(
+        "train one predictor per layer from what was recorded",
+        "sparsecast.predictors.config:TrainConfig",
+        "sparsecast.predictors.train:train",
+    ),
+    "report": Stage(
+        "score predictors on held-out tokens, as JSON, Markdown and HTML",
+        "sparsecast.predictors.config:ReportConfig",
+        "sparsecast.predictors.report:report",
+    ),
+    "evaluate": Stage(
+        "perplexity dense, exact, and with predictors in the loop",
+        "sparsecast.predictors.config:EvaluateConfig",
+        "sparsecast.predictors.evaluate:evaluate",
+    ),
+    "export": Stage(
+        "write the bundle that PowerInfer loads",
+        "sparsecast.export.config:ExportConfig",
+        "sparsecast.export.run:export",
+    ),
+    "verify": Stage(
+        "prove a bundle against its model, and against the engine itself",
+        "sparsecast.export.config:VerifyConfig",
+        "sparsecast.export.verify:verify",
+        positional="bundle",
+    ),
+    "sparsify": Stage(
+        "ProSparse training: make a SiLU model sparse, or train one from a preset",
+        "sparsecast.sparsify.config:SparsifyConfig",
+        "sparsecast.sparsify.run:sparsify",
+    ),
+}
+
+
+def usage() -> str:
+    width = max(map(len, STAGES))
+    lines = [f"  {name:<{width}}  {stage.help}" for name, stage in STAGES.items()]
+    return "\n".join(
+        [
+            "usage: sparsecast STAGE [options]",
+            "",
+            *lines,
+            "",
+            "sparsecast STAGE --help lists options",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one stage and exit with its code."""
+    args = sys.argv[1:] if argv is None else argv
+    if args[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(usage() + "\n")
+        return
+    if args[:1] == ["--version"]:
+        from importlib.metadata import version
+
+        sys.stdout.write(version("sparsecast") + "\n")
+        return
+    if not args or args[0] not in STAGES:
+        found = f"no stage is called {args[0]!r}" if args else "no stage given"
+        sys.exit(_complain(f"{found}; expected one of {', '.join(STAGES)}", 2))
+    sys.exit(_run(args[0], STAGES[args[0]], args[1:]))
+
+
+def _run(name: str, stage: Stage, args: list[str]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from sparsecast.collect.errors import InputError
+
+    config_type = _load(stage.config)
+    try:
+        config = config_type(**_parse(name, config_type, stage.positional, args))
+        _quiet()
+        result = _load(stage.run)(config)
+    except InputError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing half-written is left behind", 1)
+    except Exception as error:
+        if os.environ.get("SPARSECAST_TRACEBACK"):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if isinstance(error, OSError) else "; set SPARSECAST_TRACEBACK=1 to see where"
+        return _complain(f"{name} failed: {reason}{hint}", 1)
+    return 0 if getattr(result, "ok", True) else 1
+
+
+def _parse(name: str, config_type: Any, positional: str | None, args: list[str]) -> dict[str, Any]:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"sparsecast {name}", description=config_type.__doc__)
+    parser.add_class_arguments(config_type, as_group=False)
+    # Options are documented with dashes; jsonargparse derives underscores from the fields.
+    dashed = [_dashed(arg) for arg in args]
+    if positional and dashed and not dashed[0].startswith("-"):
+        dashed = [f"--{positional}", *dashed]
+    values: dict[str, Any] = parser.parse_args(dashed).as_dict()
+    return values
+
+
+def _dashed(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    option, equals, value = arg.partition("=")
+    return "--" + option[2:].replace("-", "_") + equals + value
+
+
+def _quiet() -> None:
+    """Keep other libraries' chatter off the screen; errors still come through."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"sparsecast: {message}\n")
+    return code
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Outputs appear under their final name whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparsecast.collect.errors import InputError
+
+
+@contextmanager
+def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
+    """Fill a hidden sibling of `path` and move it there when the block ends without an error.
+
+    Args:
+        path: The folder to make. An empty one that exists is used.
+        replaces: Glob that marks a folder of ours, which may be replaced; anything else that
+            exists under `path` is refused.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file, expected a folder to write; choose another --out")
+    if path.is_dir() and any(path.iterdir()):
+        ours = replaces is not None and any(path.glob(replaces))
+        if not ours:
+            raise InputError(
+                f"{path}: exists and holds other files, expected a new or empty folder; choose "
+                "another --out or remove it"
+            )
+    part = path.with_name(f".{path.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); choose another --out") from error
+    try:
+        yield part
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step."""
+    part = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step; NaN and infinity are refused, absent numbers are null."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object, or an `InputError` that says what the file should have been."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file, expected {what}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected {what}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object with {what}")
+    return value

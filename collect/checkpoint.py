@@ -1,0 +1,125 @@
+"""A model's folder read tensor by tensor, without building the model.
+
+Memory: one tensor at a time; the files are memory maps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from sparsecast.collect.errors import InputError
+
+
+def resolve(source: str) -> Path:
+    """The local folder of a model: `source` itself, or the snapshot of a Hugging Face id."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{source}: no config.json in this folder, expected a model as "
+                "save_pretrained writes it; give its folder or a Hugging Face id"
+            )
+        return folder
+    if folder.exists() or source.count("/") != 1 or source.startswith((".", "~")):
+        raise InputError(
+            f"{source}: no such model folder; give a folder with config.json and weights, "
+            "or a Hugging Face id such as SparseLLM/prosparse-llama-2-7b"
+        )
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{source}: neither a local folder nor a model that could be downloaded ({reason}); "
+            "check the spelling, the network and `hf auth login`"
+        ) from error
+
+
+class Checkpoint:
+    """Config and lazily read tensors of a `save_pretrained` folder, sharded or not."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.folder = resolve(source)
+        try:
+            self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder)
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.folder / 'config.json'}: transformers cannot read it ({reason}); "
+                "expected the config of a causal language model"
+            ) from error
+
+    @cached_property
+    def _file_of(self) -> dict[str, Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return {name: self.folder / file for name, file in weight_map.items()}
+        single = self.folder / "model.safetensors"
+        if not single.is_file():
+            raise InputError(
+                f"{self.folder}: no model.safetensors or model.safetensors.index.json; save the "
+                "weights with `model.save_pretrained(folder)` of transformers 5"
+            )
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, on the CPU; pages are read when it is used."""
+        if name not in self._file_of:
+            raise InputError(
+                f"{self.folder}: tensor {name} is missing; the checkpoint is incomplete or is not "
+                f"a {self.config.model_type} causal LM"
+            )
+        with _open(self._file_of[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name, one at a time, each file opened once."""
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(_open(path)) for path in set(self._file_of.values())}
+            for name, path in sorted(self._file_of.items()):
+                yield name, files[path].get_tensor(name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell this model's weights from any other's.
+
+        Hashes every tensor's name, shape and, as float32, 64 values spread over it: milliseconds
+        for a file of any size, and the same for a file stored again in other shards.
+        """
+        digest = blake2b(digest_size=8)
+        for name, tensor in self.tensors():
+            flat = tensor.reshape(-1)
+            count = min(64, flat.numel())
+            where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(flat[where].float().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable safetensors file ({error}); download or save it again"
+        ) from error
