@@ -23,9 +23,9 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder of 24 standard library sources as .txt files."""
+    """A folder of 60 standard library sources as .txt files."""
     folder = tmp_path_factory.mktemp("corpus")
-    for path in sorted(STDLIB.glob("*.py"))[10:34]:
+    for path in sorted(STDLIB.glob("*.py"))[10:70]:
         (folder / f"{path.stem}.txt").write_text(path.read_text(errors="replace")[:20_000])
     return folder
 
@@ -64,6 +64,6 @@ def acts(tmp_path_factory, model_folder, corpus):
     """6,000 tokens recorded from `model_folder` over `corpus`."""
     out = tmp_path_factory.mktemp("acts") / "acts"
     cfg = CollectConfig(
-        model=str(model_folder), corpus=str(corpus), out=out, tokens=6_000, seq_len=128
+        model=str(model_folder), corpus=str(corpus), out=out, tokens=6_000, seq_len=256
     )
     return collect(cfg)

@@ -1,0 +1,175 @@
+"""PRED: a folder of predictors, the way PowerInfer's converter and ours read it.
+
+model_<i>.pt    {"fc1.weight": (R, D), "fc2.weight": (F, R)}, f16, one per layer, no gaps
+config.json     {"sparse_threshold": t}: active where logit >= t
+manifest.json   what PowerInfer does not ask: the model's fingerprint, where the input is
+                taken, the activation, calibration scores, the recipe
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+
+from sparsecast.collect.atomic import new_folder, read_json, write_json
+from sparsecast.collect.errors import InputError
+from sparsecast.predictors.mlp import Predictor
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorManifest:
+    """What a predictor folder says about itself."""
+
+    model: str
+    fingerprint: str
+    """Of the model the predictors belong to, see `Checkpoint.fingerprint`."""
+    convention: str
+    """Where the input is taken, see `collect.families`."""
+    activation: str
+    activation_threshold: float
+    hidden_size: int
+    ffn_width: int
+    ffn_matrices: int
+    dtype: str
+    ranks: list[int]
+    calibration: list[dict[str, float]]
+    """Per layer: recall and predicted_sparsity on the calibration split."""
+    recipe: dict[str, Any]
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class PredictorSet:
+    """All layers' predictors and their one threshold."""
+
+    layers: list[Predictor]
+    threshold: float
+    manifest: PredictorManifest | None
+    """None for a folder that another tool wrote."""
+
+    def save(self, folder: Path) -> None:
+        """Write the folder in one step; an earlier predictor folder there is replaced."""
+        with new_folder(folder, replaces="model_0.pt") as part:
+            self.write_into(part)
+
+    def write_into(self, folder: Path) -> None:
+        """Write the files into an existing folder."""
+        for i, predictor in enumerate(self.layers):
+            weights = {"fc1.weight": predictor.fc1_RD, "fc2.weight": predictor.fc2_FR}
+            # Own, contiguous storage: a view would drag its whole base into the file.
+            torch.save(
+                {
+                    name: w.detach().cpu().half().clone(memory_format=torch.contiguous_format)
+                    for name, w in weights.items()
+                },
+                folder / f"model_{i}.pt",
+            )
+        write_json(folder / "config.json", {"sparse_threshold": self.threshold})
+        if self.manifest is not None:
+            write_json(folder / "manifest.json", asdict(self.manifest))
+
+
+def load_predictors(folder: str | Path) -> PredictorSet:
+    """Read a predictor folder, ours or one that PowerInfer published.
+
+    Raises:
+        InputError: No predictors there, a gap in the layers, or a file that does not hold two
+            finite matrices that fit together.
+    """
+    folder = Path(folder)
+    found = {
+        int(m[1]) for p in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)", p.stem))
+    }
+    if not found:
+        raise InputError(
+            f"{folder}: no model_0.pt in it, expected a folder written by `sparsecast train` or "
+            "one of PowerInfer's predictor repositories"
+        )
+    if missing := sorted(set(range(max(found) + 1)) - found):
+        raise InputError(f"{folder}: model_{missing[0]}.pt is missing; train again or copy it here")
+    threshold = 0.0
+    if (folder / "config.json").is_file():
+        value = read_json(folder / "config.json", "sparse_threshold").get("sparse_threshold", 0.0)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise InputError(
+                f"{folder / 'config.json'}: sparse_threshold is {value!r}, not a number"
+            )
+        threshold = float(value)
+    layers = [_read(folder / f"model_{i}.pt") for i in sorted(found)]
+    return PredictorSet(layers, threshold, _read_manifest(folder / "manifest.json"))
+
+
+def _read(path: Path) -> Predictor:
+    want = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, BadZipFile, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: not a readable torch file ({reason}); expected {want}"
+        ) from error
+    except Exception as error:  # pickle.UnpicklingError names the refused global at length
+        raise InputError(f"{path}: holds more than tensors; expected {want}") from error
+    if not isinstance(value, dict) or set(value) != {"fc1.weight", "fc2.weight"}:
+        keys = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise InputError(f"{path}: holds {keys}, expected {want}")
+    fc1, fc2 = value["fc1.weight"], value["fc2.weight"]
+    if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1]:
+        raise InputError(
+            f"{path}: fc1.weight {tuple(fc1.shape)} and fc2.weight {tuple(fc2.shape)} do not fit; "
+            f"expected {want}"
+        )
+    if not (fc1.isfinite().all() and fc2.isfinite().all()):
+        raise InputError(f"{path}: holds NaN or infinity; train again")
+    return Predictor(fc1, fc2)
+
+
+def _read_manifest(path: Path) -> PredictorManifest | None:
+    if not path.is_file():
+        return None
+    value = read_json(path, "the manifest of a `sparsecast train` folder")
+    known = {field.name for field in fields(PredictorManifest)}
+    if value.get("format_version") != FORMAT_VERSION or set(value) != known:
+        raise InputError(
+            f"{path}: format version {value.get('format_version')}, expected {FORMAT_VERSION}; "
+            "train again"
+        )
+    return PredictorManifest(**value)
+
+
+def check_belongs(
+    predictors: PredictorSet,
+    where: str,
+    *,
+    layers: int,
+    hidden_size: int,
+    ffn_width: int,
+    fingerprint: str,
+    model: str,
+) -> None:
+    """Refuse predictors that were made for another model than `model`."""
+    if len(predictors.layers) != layers:
+        raise InputError(
+            f"{where}: has predictors for {len(predictors.layers)} layers, but {model} has {layers}; "
+            "give the predictors of this model"
+        )
+    for i, predictor in enumerate(predictors.layers):
+        fc1, fc2 = tuple(predictor.fc1_RD.shape), tuple(predictor.fc2_FR.shape)
+        if fc1[1] != hidden_size or fc2[0] != ffn_width:
+            raise InputError(
+                f"{where}: model_{i}.pt has fc1 {fc1} and fc2 {fc2}, but {model} needs "
+                f"(R, {hidden_size}) and ({ffn_width}, R); give the predictors of this model"
+            )
+    manifest = predictors.manifest
+    if manifest is not None and manifest.fingerprint != fingerprint:
+        raise InputError(
+            f"{where}: was trained for {manifest.model} (fingerprint {manifest.fingerprint}), but "
+            f"{model} has fingerprint {fingerprint}; train predictors for this model"
+        )
