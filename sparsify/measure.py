@@ -1,0 +1,97 @@
+"""Perplexity and true sparsity of a model on given batches, and the FATReLU threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecast.collect.activations import ActivationRule
+from sparsecast.collect.families import family_of
+from sparsecast.collect.models import set_activation
+from sparsecast.collect.progress import bar
+from sparsecast.collect.recorder import LayerRecord, Recorder
+from sparsecast.collect.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Score:
+    """`sparsity` is the share of zeros in x1, the plain mean over layers."""
+
+    perplexity: float
+    sparsity: float
+
+
+@torch.inference_mode()
+def score(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> Score:
+    """exp of the mean NLL over every token after a BOS, and true sparsity over every token."""
+    zeros: dict[int, float] = {}
+    nll = tokens = predicted = 0.0
+
+    def count(record: LayerRecord) -> None:
+        share = (record.x1_TF == 0).mean(dtype=torch.float32).item()
+        zeros[record.layer] = zeros.get(record.layer, 0.0) + share * len(record.x1_TF)
+
+    device = model.device
+    with Recorder(model, count) as recorder:
+        for cpu_batch in batches:
+            batch = cpu_batch.to(device)
+            recorder.keep(batch.keep_BS)
+            logits = model(batch.ids_BS, use_cache=False).logits
+            keep = batch.keep_BS[:, 1:]
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1][keep].float(), batch.ids_BS[:, 1:][keep], reduction="sum"
+            )
+            nll += loss.item()
+            predicted += int(keep.sum())
+            tokens += batch.tokens
+    sparsity = sum(zeros.values()) / (len(zeros) * tokens)
+    return Score(math.exp(nll / predicted), sparsity)
+
+
+def gate_quantiles(model: PreTrainedModel, batch: TokenBatch, shares: Tensor) -> Tensor:
+    """Quantiles of the positive gate activations of all layers, as threshold candidates."""
+    family = family_of(model.config, "model")
+    found: list[Tensor] = []
+    handles = [
+        layer.get_submodule(family.act).register_forward_hook(
+            lambda _m, _a, out: found.append(out.detach().float().flatten())
+        )
+        for layer in family.decoder_layers(model)
+    ]
+    with torch.inference_mode():
+        model.base_model(batch.ids_BS[:4].to(model.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    values = torch.cat([v[v > 0].cpu() for v in found])
+    keep = torch.randperm(len(values))[:1_000_000]
+    return torch.quantile(values[keep], shares)
+
+
+def sweep(
+    model: PreTrainedModel, batches: Sequence[TokenBatch], tolerance: float
+) -> tuple[float, list[tuple[float, Score]]]:
+    """Choose FATReLU's threshold: the largest whose perplexity stays within `tolerance`.
+
+    Candidates are 0 and quantiles of the positive gate activations. Leaves the chosen activation
+    in the model.
+
+    Returns:
+        The threshold and every (threshold, score) that was tried.
+    """
+    shares = torch.tensor([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6])
+    candidates = [0.0, *gate_quantiles(model, batches[0], shares).tolist()]
+    tried: list[tuple[float, Score]] = []
+    with bar("threshold sweep", len(candidates)) as progress:
+        for threshold in candidates:
+            set_activation(model, ActivationRule("fatrelu", threshold))
+            tried.append((threshold, score(model, batches)))
+            progress.advance()
+    bound = tried[0][1].perplexity * (1 + tolerance)
+    chosen = max(t for t, s in tried if s.perplexity <= bound)
+    set_activation(model, ActivationRule("fatrelu", chosen))
+    return chosen, tried
