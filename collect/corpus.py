@@ -21,8 +21,10 @@ import json
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
+from multiprocessing import get_context
 from pathlib import Path
 
 from sparsecast.collect.errors import InputError
@@ -60,13 +62,17 @@ class Document:
     text: str
 
 
-def documents(spec: str) -> Iterator[Document]:
+def documents(spec: str, workers: int = 1) -> Iterator[Document]:
     """Stream the documents of a corpus in an order that depends on the corpus alone.
+
+    Args:
+        spec: See above.
+        workers: Processes that read the builtin corpus, whose sources must be parsed.
 
     Raises:
         InputError: Nothing of that name, an unknown file type, or no text in it.
     """
-    source = _source(spec)
+    source = _source(spec, workers)
     empty = True
     for key, text in source:
         for piece in pieces(text):
@@ -92,10 +98,10 @@ def pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def _source(spec: str) -> Iterator[tuple[str, str]]:
+def _source(spec: str, workers: int) -> Iterator[tuple[str, str]]:
     """(key or "", text) pairs."""
     if spec == "builtin":
-        return _builtin()
+        return _builtin(workers)
     path = Path(spec).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
@@ -170,8 +176,8 @@ def _rows(path: str, where: str, **options: str | None) -> Iterator[str]:
         ) from error
 
 
-def _builtin() -> Iterator[tuple[str, str]]:
-    """Every source file twice: as it is, and its docstrings alone, which read as prose.
+def _builtin(workers: int) -> Iterator[tuple[str, str]]:
+    """Every source file twice: its docstrings alone, which read as prose, and as it is.
 
     Files come in the order of a hash of their names, so that any prefix is a fair sample. The key
     is the module path, which outlives a new version of the package.
@@ -183,11 +189,26 @@ def _builtin() -> Iterator[tuple[str, str]]:
                 parts = path.relative_to(root).parts
                 if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(parts):
                     files[f"{name}/{'/'.join(parts)}"] = path
-    for key in sorted(files, key=_hash):
-        text = files[key].read_text(encoding="utf-8", errors="replace")
-        if prose := _docstrings(text):
-            yield key, prose
-        yield key, text
+    keys = sorted(files, key=_hash)
+    paths = (files[key] for key in keys)
+    if workers == 1:
+        for key, texts in zip(keys, map(_prose_and_source, paths), strict=True):
+            yield from ((key, text) for text in texts)
+        return
+    # Spawned, not forked: the caller may have threads and a GPU.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            read = pool.map(_prose_and_source, paths, chunksize=32)
+            for key, texts in zip(keys, read, strict=True):
+                yield from ((key, text) for text in texts)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prose_and_source(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    prose = _docstrings(text)
+    return [prose, text] if prose else [text]
 
 
 def _roots(name: str) -> list[Path]:

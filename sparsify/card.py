@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsecast.collect.atomic import read_json, write_text
+from sparsecast.collect.corpus import PACKAGES
 from sparsecast.sparsify.measure import Score
 
 
 class Sample(NamedTuple):
     prompt: str
     text: str
+
+
+def _corpus(name: str) -> str:
+    if name != "builtin":
+        return f"`{name}`."
+    return (
+        "sources and docstrings of the Python standard library (PSF-2.0)\nand of these packages, "
+        f"all under Apache, BSD, MIT or PSF licences:\n{', '.join(PACKAGES)}."
+    )
 
 
 def write_card(folder: Path, scores: Mapping[str, Score], samples: Sequence[Sample]) -> None:
@@ -43,8 +53,7 @@ Every row trained on {facts["tokens"] / 1e6:.0f}M tokens, from the same start, o
 batches. Sparsity is the share of zeros in act(gate) * up, the mean over layers, on held-out
 documents.
 
-Text: the corpus `{facts["corpus"]}`, {facts["corpus_tokens"] / 1e6:.1f}M tokens; see
-`sparsecast.collect.corpus`.
+Text: {facts["corpus_tokens"] / 1e6:.1f}M tokens of {_corpus(facts["corpus"])}
 
 ## Load
 

@@ -31,9 +31,9 @@ PRESETS = {
         heads=8,
         kv_heads=2,
         vocab_size=2048,
-        tokens=260_000_000,
+        tokens=160_000_000,
         lr=3e-3,
-        l1=0.3,
+        l1=0.6,
     ),
     "30m": Preset(
         hidden_size=512,
@@ -42,9 +42,9 @@ PRESETS = {
         heads=8,
         kv_heads=4,
         vocab_size=4096,
-        tokens=300_000_000,
+        tokens=250_000_000,
         lr=1.5e-3,
-        l1=0.3,
+        l1=0.2,
     ),
 }
 
@@ -83,7 +83,7 @@ class SparsifyConfig:
     seq_len: int = 512
     """Tokens per training sequence."""
 
-    batch_tokens: int = 65_536
+    batch_tokens: int = 32_768
     """Tokens per optimiser step."""
 
     shift_tolerance: float = 0.005

@@ -83,6 +83,10 @@ class SparsifyModule(L.LightningModule):
             self.log("mean |x1|", l1.detach(), prog_bar=True)
         return nll + weight * l1
 
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning's own clipping refuses fused optimisers, which bf16 does not need to.
+        nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
     def configure_optimizers(self) -> Any:
         decay = [p for p in self.parameters() if p.dim() > 1]
         plain = [p for p in self.parameters() if p.dim() <= 1]

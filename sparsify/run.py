@@ -117,9 +117,9 @@ def _prepare(cfg: SparsifyConfig, work: Path) -> Run:
         source = work / "tokenizer"
         if not (source / "tokenizer.json").is_file():
             console.print(f"training a tokenizer of {preset.vocab_size} pieces")
-            texts = islice(_texts(cfg.corpus, "train"), TOKENIZER_DOCUMENTS)
+            texts = islice(_train_texts(cfg.corpus), TOKENIZER_DOCUMENTS)
             train_tokenizer(texts, preset.vocab_size, source)
-        model, tokenizer = _new_model(preset, source)
+        model, tokenizer = _new_model(preset, source, cfg.seq_len)
     else:
         assert cfg.model is not None
         checkpoint = Checkpoint(cfg.model)
@@ -128,6 +128,15 @@ def _prepare(cfg: SparsifyConfig, work: Path) -> Run:
         model = _load_for_training(checkpoint)
     tokens = cfg.tokens or (preset.tokens if preset else 100_000_000)
     rows = _rows(cfg, work, tokenizer, tokens)
+    evaluation = list(
+        batches(
+            assign(documents(cfg.corpus)),
+            tokenizer,
+            {"calibration": cfg.eval_tokens, "held-out": cfg.eval_tokens},
+            seq_len=cfg.seq_len,
+            batch_size=32,
+        )
+    )
     return Run(
         cfg=cfg,
         work=work,
@@ -135,8 +144,8 @@ def _prepare(cfg: SparsifyConfig, work: Path) -> Run:
         tokenizer=tokenizer,
         tokenizer_files=sorted(source.glob("tokenizer*")),
         rows_NS=rows.to(device),
-        calibration=_eval_batches(cfg, tokenizer, "calibration"),
-        held_out=_eval_batches(cfg, tokenizer, "held-out"),
+        calibration=[batch for batch in evaluation if batch.split == "calibration"],
+        held_out=[batch for batch in evaluation if batch.split == "held-out"],
         device=device,
         tokens=tokens,
         lr=cfg.lr or (preset.lr if preset else 3e-5),
@@ -205,7 +214,6 @@ def _fit(run: Run, phase: Phase, optimizer: dict[str, Any] | None) -> dict[str, 
         accelerator="gpu" if on_gpu else "cpu",
         devices=1,
         precision="bf16-mixed" if on_gpu else "32-true",
-        gradient_clip_val=1.0,
         logger=False,
         enable_model_summary=False,
         callbacks=[
@@ -237,7 +245,7 @@ def _fit(run: Run, phase: Phase, optimizer: dict[str, Any] | None) -> dict[str, 
     return state
 
 
-def _new_model(preset: Preset, tokenizer_folder: Path) -> tuple[Any, Tokenizer]:
+def _new_model(preset: Preset, tokenizer_folder: Path, seq_len: int) -> tuple[Any, Tokenizer]:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     config = LlamaConfig(
         hidden_size=preset.hidden_size,
@@ -246,7 +254,7 @@ def _new_model(preset: Preset, tokenizer_folder: Path) -> tuple[Any, Tokenizer]:
         num_attention_heads=preset.heads,
         num_key_value_heads=preset.kv_heads,
         vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
+        max_position_embeddings=seq_len,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
     )
@@ -261,19 +269,14 @@ def _rows(cfg: SparsifyConfig, work: Path, tokenizer: Tokenizer, limit: int) -> 
     path = work / "tokens.safetensors"
     if path.is_file():
         return load_file(path)["rows"]
-    rows = sequences(_texts(cfg.corpus, "train"), tokenizer, cfg.seq_len, limit)
+    rows = sequences(_train_texts(cfg.corpus), tokenizer, cfg.seq_len, limit)
     save_file({"rows": rows}, path)
     return rows
 
 
-def _texts(corpus: str, split: str) -> Iterator[str]:
-    return (doc.text for name, doc in assign(documents(corpus)) if name == split)
-
-
-def _eval_batches(cfg: SparsifyConfig, tokenizer: Tokenizer, split: str) -> list[TokenBatch]:
-    docs = assign(documents(cfg.corpus))
-    quota = {split: cfg.eval_tokens}
-    return list(batches(docs, tokenizer, quota, seq_len=cfg.seq_len, batch_size=32))
+def _train_texts(corpus: str) -> Iterator[str]:
+    docs = assign(documents(corpus, workers=os.cpu_count() or 1))
+    return (doc.text for name, doc in docs if name == "train")
 
 
 def _sample(run: Run, prompt: str) -> Sample:
