@@ -104,8 +104,9 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
     config_type = _load(stage.config)
     try:
         config = config_type(**_parse(name, config_type, stage.positional, args))
+        run = _load(stage.run)
         _quiet()
-        result = _load(stage.run)(config)
+        result = run(config)
     except InputError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt:

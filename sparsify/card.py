@@ -25,21 +25,23 @@ def _corpus(name: str) -> str:
     )
 
 
-def write_card(folder: Path, scores: Mapping[str, Score], samples: Sequence[Sample]) -> None:
+def write_card(
+    folder: Path, name: str, scores: Mapping[str, Score], samples: Sequence[Sample]
+) -> None:
     """Write README.md into a model's folder; sparsify.json must be there already."""
     facts = read_json(folder / "sparsify.json", "what sparsify measured")
     reference = scores.get("SiLU original")
     rows = [
-        f"| {name} | {s.sparsity:.2%} | {s.perplexity:.3f} | "
+        f"| {row} | {s.sparsity:.2%} | {s.perplexity:.3f} | "
         + (f"{s.perplexity / reference.perplexity - 1:+.2%} |" if reference else "- |")
-        for name, s in scores.items()
+        for row, s in scores.items()
     ]
     quoted = "\n\n".join(
         f"Prompt `{s.prompt.strip()}`:\n\n```text\n{s.text.strip()}\n```" for s in samples
     )
     write_text(
         folder / "README.md",
-        f"""# {folder.name.strip(".").removesuffix(".part")}
+        f"""# {name}
 
 A ReLU-sparse LLaMA of {facts["parameters"] / 1e6:.1f}M parameters, trained by `sparsecast sparsify`
 with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 regularisation, and a
