@@ -12,7 +12,7 @@ from torch import Tensor
 def pack(mask_TF: Tensor) -> Tensor:
     """(T, F) bool to (T, P) uint8 on the same device; bits past F are zero."""
     n_tokens, width = mask_TF.shape
-    padded = torch.nn.functional.pad(mask_TF, (0, -width % 8)).view(n_tokens, -1, 8)
+    padded = torch.nn.functional.pad(mask_TF, (0, -width % 8)).view(n_tokens, -(-width // 8), 8)
     weights = 1 << torch.arange(8, device=mask_TF.device, dtype=torch.uint8)
     return (padded.to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
 

@@ -78,6 +78,11 @@ class Checkpoint:
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
 
+    def check(self) -> None:
+        """Open every file once, so that a missing or damaged one is named before work starts."""
+        for path in set(self._file_of.values()):
+            _open(path)
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 

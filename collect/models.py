@@ -71,6 +71,7 @@ def load_model(
         )
     family_of(config, source)
     rule = activation_rule(config, source, activation_threshold)
+    checkpoint.check()
     where = pick_device(device)
     model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, dtype=pick_dtype(dtype, config.dtype, where)

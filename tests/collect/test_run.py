@@ -2,18 +2,167 @@
 
 from __future__ import annotations
 
-import torch
+import json
+import subprocess
+import sys
+from dataclasses import replace
 
-from sparsecast.collect.bits import unpack
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from sparsecast.collect.bits import pack, unpack
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.corpus import documents
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.models import load_model
+from sparsecast.collect.recorder import LayerRecord
+from sparsecast.collect.run import collect
+from sparsecast.collect.splits import SPLITS, assign
+from sparsecast.collect.store import ActivationStore, Writer
+from sparsecast.collect.tokens import batches, quotas
+
+
+@given(st.integers(0, 5), st.integers(1, 40), st.integers(0, 2**31))
+def test_bits_are_numpys_little_endian(n_tokens, width, seed):
+    mask = np.random.default_rng(seed).random((n_tokens, width)) < 0.3
+    packed = pack(torch.from_numpy(mask))
+    assert np.array_equal(packed.numpy(), np.packbits(mask, axis=1, bitorder="little"))
+    assert np.array_equal(unpack(packed, width).numpy(), mask)
 
 
 def test_store_counts_what_it_holds(acts):
     for layer in acts.manifest.layers:
         fired = torch.zeros(acts.manifest.ffn_width, dtype=torch.int64)
-        for split in ("train", "calibration", "held-out"):
+        for split in SPLITS:
             for shard, tokens in enumerate(acts.shards(split)):
                 rows = acts.rows(split, shard, layer)
                 assert rows.x_TD.shape == (tokens, acts.manifest.hidden_size)
                 fired += unpack(rows.mask_TP, acts.manifest.ffn_width).sum(0)
         assert torch.equal(fired, acts.fired()[layer])
     assert acts.manifest.tokens() == 6_000
+    assert acts.manifest.tokens("held-out") == 300
+
+
+def test_recorded_input_reproduces_the_recorded_mask(acts, model_folder):
+    """Through the family's own norm and projections; ties with the threshold may round away."""
+    model, _ = load_model(str(model_folder), device="cpu")
+    for i, layer in enumerate(model.model.layers):
+        rows = acts.rows("held-out", 0, i)
+        norm = LlamaRMSNorm(64, eps=model.config.rms_norm_eps)
+        norm.weight = layer.post_attention_layernorm.weight
+        with torch.inference_mode():
+            normed = norm(rows.x_TD.float())
+            gate = normed @ layer.mlp.gate_proj.weight.T
+            up = normed @ layer.mlp.up_proj.weight.T
+        fired = (gate >= 0.2) & (up != 0)
+        same = fired == unpack(rows.mask_TP, 1280)
+        assert same.float().mean() > 0.999
+        assert (gate[~same] - 0.2).abs().max() < 0.01
+        assert 0.05 < fired.float().mean() < 0.95
+
+
+def test_recorded_tokens_are_those_of_a_dense_forward(acts, model_folder, corpus):
+    """Same order, no padding: layer 0's input follows from embedding and attention alone."""
+    model, tokenizer = load_model(str(model_folder), device="cpu")
+    want = []
+    docs = assign(documents(str(corpus)))
+    for batch in batches(docs, tokenizer, quotas(6_000), seq_len=256, batch_size=8):
+        if batch.split != "held-out":
+            continue
+        for ids, keep in zip(batch.ids_BS, batch.keep_BS, strict=True):
+            captured = []
+            hook = model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(
+                lambda _, args, captured=captured: captured.append(args[0][0])
+            )
+            with torch.inference_mode():
+                model(ids[keep][None])
+            hook.remove()
+            want.append(captured[0])
+    got = acts.rows("held-out", 0, 0).x_TD.float()
+    torch.testing.assert_close(got, torch.cat(want), rtol=2e-3, atol=2e-3)
+
+
+def config(model_folder, corpus, out, **changes) -> CollectConfig:
+    base = CollectConfig(
+        model=str(model_folder), corpus=str(corpus), out=out, tokens=6_000, seq_len=256
+    )
+    return replace(base, **changes)
+
+
+def test_a_finished_store_is_kept_and_other_options_are_refused(acts, model_folder, corpus):
+    before = {p.name: p.stat().st_mtime_ns for p in acts.folder.iterdir()}
+
+    collect(config(model_folder, corpus, acts.folder))
+
+    assert {p.name: p.stat().st_mtime_ns for p in acts.folder.iterdir()} == before
+    with pytest.raises(InputError, match=r"seq_len was 256, now 64"):
+        collect(config(model_folder, corpus, acts.folder, seq_len=64))
+
+
+def test_chosen_layers_and_bf16(model_folder, corpus, tmp_path):
+    cfg = config(model_folder, corpus, tmp_path / "a", layers=[2, 0], dtype="bfloat16", tokens=600)
+    store = collect(cfg)
+    assert store.manifest.layers == [0, 2]
+    assert store.rows("train", 0, 2).x_TD.dtype == torch.bfloat16
+    with pytest.raises(InputError, match=r"--layers: .* 0 to 2, got \[3\]"):
+        collect(config(model_folder, corpus, tmp_path / "b", layers=[3]))
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_input_beyond_f16_is_refused(tmp_path):
+    writer = Writer(tmp_path, [0], torch.float16)
+    writer.begin("train", torch.arange(1))
+    record = LayerRecord(0, torch.tensor([[70_000.0]]), torch.tensor([[1.0]]))
+    with pytest.raises(InputError, match=r"7e\+04 does not fit.*--dtype bfloat16"):
+        writer.add(record)
+
+
+def test_a_failure_leaves_nothing(model_folder, corpus, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, "close", full)
+    with pytest.raises(OSError, match="No space left"):
+        collect(config(model_folder, corpus, tmp_path / "a", tokens=600))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_folder_is_not_touched(model_folder, corpus, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        collect(config(model_folder, corpus, tmp_path))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_damaged_stores_are_named(acts, tmp_path):
+    with pytest.raises(InputError, match=r"manifest\.json: no such file"):
+        ActivationStore(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(InputError, match="format version 99"):
+        ActivationStore(tmp_path)
+    (tmp_path / "manifest.json").write_text((acts.folder / "manifest.json").read_text())
+    with pytest.raises(InputError, match=r"train-00000\.safetensors: shard is missing"):
+        ActivationStore(tmp_path).rows("train", 0, 0)
+
+
+def test_the_command_line_exits_with_2_and_one_line(tmp_path):
+    args = [
+        "collect",
+        "--model",
+        str(tmp_path),
+        "--corpus",
+        "builtin",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsecast.cli.main", *args], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no config.json" in done.stderr
+    assert not (tmp_path / "o").exists()

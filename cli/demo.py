@@ -1,0 +1,62 @@
+"""Every stage in a row, on the model that ships with the package and the builtin corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.progress import console
+from sparsecast.collect.run import collect
+from sparsecast.export.config import ExportConfig, VerifyConfig
+from sparsecast.export.run import export
+from sparsecast.export.verify import verify
+from sparsecast.predictors.config import EvaluateConfig, ReportConfig, TrainConfig
+from sparsecast.predictors.evaluate import evaluate
+from sparsecast.predictors.report import report
+from sparsecast.predictors.train import train
+from sparsecast.sparsify.tiny import TINY_PROSPARSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """From the shipped model to a bundle that PowerInfer runs; nothing is downloaded."""
+
+    out: Path = Path("sparsecast-demo")
+    """Folder for activations, predictors, report and bundle; what is finished there is kept."""
+
+    tokens: int = 100_000
+    """Tokens to record."""
+
+    engine: Path | None = None
+    """Build folder of PowerInfer: also run the bundle through the engine itself."""
+
+
+def demo(cfg: DemoConfig) -> bool:
+    """Run collect, train, evaluate, report, export and verify; True when verify passed."""
+    model = str(TINY_PROSPARSE)
+    acts, predictors = cfg.out / "activations", cfg.out / "predictors"
+    bundle, evaluation = cfg.out / "bundle", cfg.out / "evaluate.json"
+    _step("collect: what do the predictors see, and which neurons fire?")
+    collect(CollectConfig(model=model, corpus="builtin", out=acts, tokens=cfg.tokens))
+    _step("train: one predictor per layer, all layers at once")
+    train(TrainConfig(activations=acts, out=predictors))
+    _step("evaluate: perplexity with the predictors in the loop")
+    evaluate(EvaluateConfig(model=model, predictors=predictors, corpus="builtin", json=evaluation))
+    _step("report: recall and predicted sparsity on held-out documents")
+    report(
+        ReportConfig(
+            predictors=predictors, activations=acts, out=cfg.out / "report", evaluation=evaluation
+        )
+    )
+    _step("export: the bundle that PowerInfer loads")
+    export(ExportConfig(model=model, predictors=predictors, out=bundle, activations=acts))
+    _step("verify: read it back and prove it")
+    ok = verify(VerifyConfig(bundle=bundle, model=model, engine=cfg.engine)).ok
+    console.print(f"\nreport  {cfg.out / 'report' / 'report.html'}", soft_wrap=True)
+    console.print(f"bundle  {bundle}; its README.md has the command that runs it", soft_wrap=True)
+    return ok
+
+
+def _step(title: str) -> None:
+    console.rule(f"[bold]{title}", align="left")

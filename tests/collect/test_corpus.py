@@ -1,0 +1,138 @@
+"""Corpora, splits and token batches."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from sparsecast.collect.corpus import PIECE, Document, documents, pieces
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.splits import SPLITS, assign, split_of
+from sparsecast.collect.tokens import batches, encode, quotas
+
+
+@given(st.text(alphabet="ab \n", max_size=4 * PIECE))
+def test_pieces_lose_nothing_but_space(text):
+    cut = list(pieces(text))
+    assert "".join("".join(cut).split()) == "".join(text.split())
+    assert all(0 < len(piece) <= PIECE for piece in cut)
+
+
+def test_builtin_is_the_same_twice_and_with_workers():
+    first = list(islice(documents("builtin"), 80))
+    assert first == list(islice(documents("builtin"), 80))
+    assert first == list(islice(documents("builtin", workers=2), 80))
+
+
+def test_prose_and_source_of_a_file_share_a_split():
+    docs = list(islice(assign(documents("builtin")), 400))
+    splits = {}
+    for split, doc in docs:
+        assert splits.setdefault(doc.key, split) == split
+    assert len(splits) < len(docs)
+
+
+def test_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("text one\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "json one"}\n\n{"text": "json two"}\n')
+    pq.write_table(pa.table({"text": ["parquet one"]}), tmp_path / "c.parquet")
+    (tmp_path / "d.bin").write_text("not text")
+    want = ["text one", "json one", "json two", "parquet one"]
+    assert [doc.text for doc in documents(str(tmp_path))] == want
+    assert [doc.text for doc in documents(str(tmp_path / "*.jsonl"))] == want[1:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.jsonl", '{"text": 1}', r"a\.jsonl:1: expected an object with a string"),
+        ("a.jsonl", '{"text": "x"}\n{', r"a\.jsonl:2: not JSON"),
+        ("a.txt", " \n", "no text in this corpus"),
+        ("a.bin", "x", "cannot read this type"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, match):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=match):
+        list(documents(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [("./no.txt", "no such file"), ("/no/*.txt", "no file matches"), ("no.jsonl", "no such file")],
+)
+def test_missing_corpora_are_named(spec, match):
+    with pytest.raises(InputError, match=match):
+        list(documents(spec))
+
+
+def test_splits_are_90_5_5():
+    counts = {name: 0 for name in SPLITS}
+    for i in range(20_000):
+        counts[split_of(str(i))] += 1
+    assert counts["train"] == pytest.approx(18_000, abs=200)
+    assert counts["calibration"] == pytest.approx(1_000, abs=120)
+
+
+@pytest.mark.parametrize("n", [3, 4, 10, 100])
+def test_small_corpora_fill_every_split(n):
+    docs = [Document(str(i), "x") for i in range(n)]
+    assert {split for split, _ in assign(docs)} == set(SPLITS)
+
+
+def test_two_documents_are_too_few():
+    with pytest.raises(InputError, match="2 document"):
+        list(assign([Document("a", "x"), Document("b", "x"), Document("a", "y")]))
+
+
+@given(st.lists(st.integers(0, 500), min_size=150, max_size=400))
+def test_a_large_corpus_splits_by_the_hash_alone(numbers):
+    docs = [Document(str(i), "x") for i in range(101)] + [Document(str(n), "x") for n in numbers]
+    assert all(split == split_of(doc.key) for split, doc in assign(docs))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+ODD = ["  two spaces", "a\n\n\tb", "日本語 🤖 é\u0301", "<s> </s> <unk>", "\nx", "x" * 40, "a  b "]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_ids_are_sentencepieces_behind_one_bos(tokenizer, model_folder, text):
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_folder / "tokenizer.model"))
+    assert encode(tokenizer, text, 999) == [1, *pieces.encode(text)]
+
+
+def test_quotas_are_met_exactly_and_padding_is_marked(tokenizer, corpus):
+    quota = quotas(3_000)
+    seen = dict.fromkeys(SPLITS, 0)
+    docs = assign(documents(str(corpus)))
+    for batch in batches(docs, tokenizer, quota, seq_len=100, batch_size=4):
+        seen[batch.split] += batch.tokens
+        assert batch.ids_BS.shape == batch.keep_BS.shape
+        assert batch.ids_BS.shape[1] <= 100
+        assert torch.all(batch.ids_BS[:, 0] == 1)
+        assert (batch.ids_BS == 1).sum() == len(batch.ids_BS)
+        lengths = batch.keep_BS.sum(1)
+        assert lengths.max() == batch.ids_BS.shape[1]
+        steps = torch.arange(batch.ids_BS.shape[1])
+        assert torch.equal(batch.keep_BS, steps < lengths[:, None])
+    assert seen == quota
+    assert sum(quota.values()) == 3_000
+
+
+def test_json_lines_need_no_trailing_newline(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"t{i}"}) for i in range(5)))
+    assert len(list(documents(str(path)))) == 5

@@ -1,0 +1,59 @@
+"""The layout that keeps Hugging Face's `kernels` importable, and imports that point down."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "collect": set(),
+    "kernels": set(),
+    "sparsify": {"collect"},
+    "predictors": {"collect"},
+    "export": {"collect", "predictors"},
+    "cli": {"collect", "predictors", "export", "kernels", "sparsify"},
+}
+
+
+def sources() -> list[Path]:
+    return [path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_no_package_has_an_init_file():
+    """With one, pytest started here would shadow `kernels` inside transformers."""
+    found = [p for folder in (*MAY_IMPORT, "tests") for p in (ROOT / folder).rglob("__init__.py")]
+    assert found == []
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    folder = path.relative_to(ROOT).parts[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not (isinstance(node, ast.ImportFrom) and node.level), "relative import"
+        for name in names:
+            if name.startswith("sparsecast."):
+                target = name.split(".")[1]
+                assert target == folder or target in MAY_IMPORT[folder], name
+
+
+def test_every_folder_with_code_is_packaged():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    with_code = {folder for folder in MAY_IMPORT if any((ROOT / folder).glob("*.py"))}
+    assert set(project["package-dir"].values()) == with_code
+    assert set(project["packages"]) == {f"sparsecast.{folder}" for folder in with_code}
+
+
+def test_pickles_are_only_loaded_as_weights():
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                safe = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert safe.get("weights_only") == "True", path
+            if isinstance(node, ast.keyword):
+                assert node.arg != "trust_remote_code", path
