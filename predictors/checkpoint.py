@@ -157,8 +157,8 @@ def check_belongs(
     """Refuse predictors that were made for another model than `model`."""
     if len(predictors.layers) != layers:
         raise InputError(
-            f"{where}: has predictors for {len(predictors.layers)} layers, but {model} has {layers}; "
-            "give the predictors of this model"
+            f"{where}: has predictors for {len(predictors.layers)} layers, but {model} has "
+            f"{layers}; give the predictors of this model"
         )
     for i, predictor in enumerate(predictors.layers):
         fc1, fc2 = tuple(predictor.fc1_RD.shape), tuple(predictor.fc2_FR.shape)

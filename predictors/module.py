@@ -1,0 +1,171 @@
+"""The Lightning module that trains the predictors of all layers together.
+
+    p = fc2 @ relu(fc1 @ x_hat),   x_hat = x / rms(x)
+
+Training on RMS-normalised inputs changes no decision at threshold 0, because p is positively
+homogeneous in x. The loss is the plain, calibrated binary cross entropy; which point of the
+recall-sparsity curve to use is chosen afterwards by a cut.
+
+PowerInfer's predictor has no bias. Here two of the R hidden units are one: their weights +u and -u
+stay as they are, so relu(u x) + relu(-u x) = |u x|, with u the least-squares solution of
+u x_hat = 1 over the training tokens. The residual stream of a trained transformer has directions
+that hardly change from token to token, so b(x) = |u x| is close to constant, and at threshold 0
+
+    p(x) - c b(x) >= 0   <=>   p(x) / b(x) >= c   (b > 0)
+
+is a cut at c of either sign, exact by construction, folded into the two units' columns of fc2.
+
+Shape letters: L layers, B batch, D hidden, F FFN width, R rank, P packed width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from sparsecast.collect.bits import unpack
+from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
+from sparsecast.predictors.data import LayersBatch
+from sparsecast.predictors.metrics import ScoreHistogram
+from sparsecast.predictors.mlp import Predictor, rms_normalised
+
+BIAS_UNITS = 2
+
+
+class PredictorModule(L.LightningModule):
+    """Stacked predictors; every layer keeps the weights of its own best epoch.
+
+    Args:
+        cfg: Objective and learning rate.
+        bias_LD: u of every layer.
+        base_rate_LF: How often each neuron fires, to start from.
+        rank: R, bias units included.
+    """
+
+    bias_LD: Tensor
+
+    def __init__(self, cfg: TrainConfig, bias_LD: Tensor, base_rate_LF: Tensor, rank: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        layers, hidden_size = bias_LD.shape
+        free = rank - BIAS_UNITS
+        self.register_buffer("bias_LD", bias_LD)
+        self.fc1_LRD = nn.Parameter(torch.randn(layers, free, hidden_size) / hidden_size**0.5)
+        self.fc2_LFR = nn.Parameter(torch.zeros(layers, base_rate_LF.shape[1], free))
+        nn.init.normal_(self.fc2_LFR, std=free**-0.5)
+        self.offset_LF = nn.Parameter(torch.logit(base_rate_LF.clamp(1e-4, 1 - 1e-4)))
+        self.best_sparsity = [-1.0] * layers
+        self._best: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * layers
+        self._histograms: list[ScoreHistogram] = []
+
+    def forward(self, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (L, B, F) and b (L, B, 1), both for RMS-normalised inputs."""
+        hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
+        bias_LB1 = torch.bmm(x_LBD, self.bias_LD.unsqueeze(-1)).abs()
+        logits = torch.baddbmm(
+            bias_LB1 * self.offset_LF.unsqueeze(1), hidden_LBR, self.fc2_LFR.transpose(1, 2)
+        )
+        return logits, bias_LB1
+
+    def training_step(self, batch: LayersBatch, _: int) -> Tensor:
+        logits_LBF, _bias = self(rms_normalised(batch.x_LBD))
+        fired = unpack(batch.mask_LBP, logits_LBF.shape[-1]).to(logits_LBF.dtype)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits_LBF, fired)
+        self.log("loss", loss.detach(), prog_bar=True)
+        # Layers are independent: a sum over them gives each the step it would take alone.
+        return loss * len(logits_LBF)
+
+    def on_validation_epoch_start(self) -> None:
+        self._histograms = [ScoreHistogram() for _ in range(len(self.bias_LD))]
+
+    def validation_step(self, batch: LayersBatch, _: int) -> None:
+        logits_LBF, bias_LB1 = self(rms_normalised(batch.x_LBD))
+        fired_LBF = unpack(batch.mask_LBP, logits_LBF.shape[-1])
+        ratio = logits_LBF.float() / bias_LB1.float().clamp_min(1e-6)
+        for layer, histogram in enumerate(self._histograms):
+            histogram.add(ratio[layer], fired_LBF[layer])
+
+    def on_validation_epoch_end(self) -> None:
+        sparsities = []
+        for layer, histogram in enumerate(self._histograms):
+            value = _sparsity_at_recall(histogram, self.cfg.target_recall or DEFAULT_RECALL)
+            sparsities.append(value)
+            if value > self.best_sparsity[layer]:
+                self.best_sparsity[layer] = value
+                self._best[layer] = (
+                    self.fc1_LRD[layer].detach().cpu().clone(),
+                    self.fc2_LFR[layer].detach().cpu().clone(),
+                    self.offset_LF[layer].detach().cpu().clone(),
+                )
+        self.log("sparsity at target recall", sum(sparsities) / len(sparsities), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [self.fc1_LRD, self.fc2_LFR], "weight_decay": 0.01},
+                {"params": [self.offset_LF], "weight_decay": 0.0},
+            ],
+            lr=self.cfg.lr,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.cfg.lr, total_steps=total, pct_start=0.1
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def predictors(self) -> list[Predictor]:
+        """The best weights of every layer as PowerInfer's predictors, uncut."""
+        return [
+            fold(*best, self.bias_LD[layer].cpu())
+            for layer, best in enumerate(self._best)
+            if best is not None
+        ]
+
+
+def fold(fc1_RD: Tensor, fc2_FR: Tensor, offset_F: Tensor, bias_D: Tensor) -> Predictor:
+    """One predictor with the bias units in front: logits = p, the bias direction as two units.
+
+    Rows of fc1 are scaled to unit norm and their scale moved into fc2, which changes no logit and
+    keeps the hidden units within f16 for any residual stream that is.
+    """
+    fc1 = torch.cat([bias_D[None], -bias_D[None], fc1_RD])
+    fc2 = torch.cat([offset_F[:, None], offset_F[:, None], fc2_FR], dim=1)
+    norm = fc1.norm(dim=1).clamp_min(1e-12)
+    return Predictor(fc1 / norm[:, None], fc2 * norm[None])
+
+
+def shift(predictor: Predictor, cut: float) -> Predictor:
+    """Move the cut of a folded predictor to logit 0: p - cut * b, with b as `bias_of` gives it."""
+    fc2 = predictor.fc2_FR.clone()
+    fc2[:, :BIAS_UNITS] -= cut
+    return Predictor(predictor.fc1_RD, fc2)
+
+
+def bias_of(predictor: Predictor, x_TD: Tensor) -> Tensor:
+    """(T, 1): what the bias units of a folded predictor sum to, in float32."""
+    return (x_TD.float() @ predictor.fc1_RD[:1].float().T).abs()
+
+
+def _sparsity_at_recall(histogram: ScoreHistogram, recall: float) -> float:
+    kept = [sparsity for got, sparsity in histogram.curve(1_000) if got >= recall]
+    return max(kept, default=0.0)
+
+
+def least_squares_bias(moments: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(L, D): per layer the u that minimises the mean of (u x_hat - 1)^2.
+
+    Args:
+        moments: Per layer the second moment (D, D) and the mean (D,) of x_hat.
+    """
+    rows = []
+    for second_DD, mean_D in moments:
+        ridge = 1e-4 * second_DD.diagonal().mean() * torch.eye(len(mean_D))
+        rows.append(torch.linalg.solve(second_DD + ridge, mean_D))
+    return torch.stack(rows)
