@@ -1,0 +1,237 @@
+"""What a llama bundle must look like, checked on the file alone.
+
+This table is written from PowerInfer's llama.cpp a second time and shares nothing with the
+exporter's: one table for both would confirm its own mistakes.
+
+Shape letters: V vocabulary, D hidden, K key/value width, F FFN width, R predictor rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecast.collect.errors import InputError
+from sparsecast.export.reader import FLOAT32, STRING, UINT32, GGUFFile
+from sparsecast.predictors.checkpoint import load_predictors
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the result."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+COUNTS = (
+    "llama.context_length",
+    "llama.embedding_length",
+    "llama.block_count",
+    "llama.feed_forward_length",
+    "llama.attention.head_count",
+)
+REQUIRED = {
+    "general.architecture": STRING,
+    **dict.fromkeys(COUNTS, UINT32),
+    "llama.attention.layer_norm_rms_epsilon": FLOAT32,
+    "powerinfer.sparse_threshold": FLOAT32,
+    "tokenizer.ggml.model": STRING,
+}
+OPTIONAL = {
+    "llama.attention.head_count_kv": UINT32,
+    "llama.rope.dimension_count": UINT32,
+    "llama.rope.freq_base": FLOAT32,
+    "llama.rope.scaling.type": STRING,
+    "llama.rope.scaling.factor": FLOAT32,
+    "general.file_type": UINT32,
+    **{f"tokenizer.ggml.{kind}_token_id": UINT32 for kind in ("bos", "eos", "unknown", "padding")},
+}
+GLOBAL = {"token_embd.weight": "VD", "output_norm.weight": "D", "output.weight": "VD"}
+BLOCK = {
+    "attn_norm": "D",
+    "attn_q": "DD",
+    "attn_k": "KD",
+    "attn_v": "KD",
+    "attn_output": "DD",
+    "ffn_norm": "D",
+    "ffn_gate": "FD",
+    "ffn_up": "FD",
+    "ffn_down_t": "FD",
+    "fc1": "RD",
+    "fc2": "FR",
+}
+F16_ONLY = ("ffn_down_t", "fc1", "fc2")
+
+
+def check_metadata(file: GGUFFile) -> Check:
+    """Magic, keys and their types; what the engine would refuse, misread or never notice."""
+    keys: dict[str, Any] = file.keys
+    wrong = [] if file.magic == b"PWRI" else [f"magic is {file.magic!r}, expected b'PWRI'"]
+    if file.alignment != 32:
+        wrong.append(f"alignment is {file.alignment}, expected 32")
+    wrong += [f"{key} is missing" for key in REQUIRED if key not in keys]
+    for key, kind in {**REQUIRED, **OPTIONAL}.items():
+        if key in keys and file.key_types[key] != kind:
+            wrong.append(f"{key} has value type {file.key_types[key]}, expected {kind}")
+    if wrong:
+        return Check("metadata", False, "; ".join(wrong))
+    wrong += [f"{key} is 0" for key in COUNTS if not keys[key]]
+    if keys["llama.block_count"] > len(file.entries):
+        wrong.append(
+            f"llama.block_count is {keys['llama.block_count']}, more than there are tensors"
+        )
+    for key, want in (("general.architecture", "llama"), ("tokenizer.ggml.model", "llama")):
+        if keys[key] != want:
+            wrong.append(f"{key} is {keys[key]!r}, expected {want!r}")
+    if keys["llama.feed_forward_length"] <= 1000:
+        wrong.append("the FFN is not wider than 1000: the engine ignores the threshold")
+    if not wrong:
+        wrong += _wrong_heads(keys)
+    rope = keys.get("llama.rope.scaling.type", "none")
+    if rope not in ("none", "linear"):
+        wrong.append(f"llama.rope.scaling.type is {rope!r}, expected none or linear")
+    return Check("metadata", not wrong, "; ".join(wrong) or f"{len(keys)} keys")
+
+
+def _wrong_heads(keys: dict[str, Any]) -> list[str]:
+    hidden, heads = keys["llama.embedding_length"], keys["llama.attention.head_count"]
+    kv_heads = keys.get("llama.attention.head_count_kv", heads)
+    if hidden % heads or not kv_heads or heads % kv_heads:
+        return [f"{heads} heads and {kv_heads} key/value heads do not fit hidden size {hidden}"]
+    if keys.get("llama.rope.dimension_count", hidden // heads) != hidden // heads:
+        return ["llama.rope.dimension_count is not the head size"]
+    return []
+
+
+def check_vocabulary(file: GGUFFile) -> Check:
+    """Tokens, scores and types: one each per embedding row, unique, with all byte tokens."""
+    columns = [
+        file.keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
+    ]
+    if not all(isinstance(column, list) for column in columns):
+        return Check("vocabulary", False, "tokens, scores or token_type is missing or no array")
+    tokens, scores, types = (list(column or []) for column in columns)
+    wrong = []
+    if not len(tokens) == len(scores) == len(types):
+        wrong.append(f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types")
+    if not all(isinstance(token, str) and token for token in tokens):
+        wrong.append("a token is empty or no text")
+    elif len(set(tokens)) != len(tokens):
+        wrong.append("a token stands twice")
+    if not all(isinstance(kind, int) and 1 <= kind <= 6 for kind in types):
+        wrong.append("a token type is not 1 to 6")
+    if not all(isinstance(score, float) for score in scores):
+        wrong.append("a score is no float")
+    lost = {f"<0x{byte:02X}>" for byte in range(256)} - {t for t in tokens if isinstance(t, str)}
+    wrong += [f"byte token {min(lost)} is missing"] if lost else []
+    for kind in ("bos", "eos", "unknown", "padding"):
+        if file.keys.get(f"tokenizer.ggml.{kind}_token_id", 0) >= len(tokens):
+            wrong.append(f"{kind}_token_id is out of range")
+    return Check("vocabulary", not wrong, "; ".join(wrong) or f"{len(tokens)} tokens")
+
+
+def check_tensors(file: GGUFFile) -> Check:
+    """Names, shapes and types, nothing missing and nothing more."""
+    want, wrong = expected_shapes(file), []
+    for name, letters in want.items():
+        if name not in file.entries:
+            wrong.append(f"{name} is missing")
+            continue
+        entry = file.entries[name]
+        shape = _sizes(file, name, letters)
+        if entry.shape != shape:
+            hint = " (transposed)" if entry.shape == shape[::-1] else ""
+            wrong.append(f"{name} is {entry.shape}, expected {shape}{hint}")
+        short = name.removesuffix(".weight").rpartition(".")[2]
+        types = ("f32",) if len(letters) == 1 else ("f16",) if short in F16_ONLY else ("f16", "f32")
+        if entry.type.name not in types:
+            wrong.append(f"{name} is {entry.type.name}, expected {' or '.join(types)}")
+    wrong += [f"{name} is not a tensor of this architecture" for name in file.entries.keys() - want]
+    return Check("tensors", not wrong, "; ".join(wrong) or f"{len(want)} tensors")
+
+
+def expected_shapes(file: GGUFFile) -> dict[str, str]:
+    """Every tensor name that belongs in the file, with its shape letters."""
+    blocks = range(file.keys["llama.block_count"])
+    inner = {f"blk.{i}.{name}.weight": s for i in blocks for name, s in BLOCK.items()}
+    return {**GLOBAL, **inner}
+
+
+def _sizes(file: GGUFFile, name: str, letters: str) -> tuple[int, ...]:
+    keys = file.keys
+    hidden, heads = keys["llama.embedding_length"], keys["llama.attention.head_count"]
+    sizes = {
+        "V": len(keys["tokenizer.ggml.tokens"]),
+        "D": hidden,
+        "K": hidden // heads * keys.get("llama.attention.head_count_kv", heads),
+        "F": keys["llama.feed_forward_length"],
+    }
+    # The rank is whatever fc1 has; fc2 must have the same.
+    fc1 = file.entries.get(name.replace("fc2", "fc1"))
+    sizes["R"] = fc1.shape[0] if fc1 is not None else 0
+    return tuple(sizes[letter] for letter in letters)
+
+
+def check_finite(file: GGUFFile) -> Check:
+    """No NaN and no infinity in any tensor."""
+    wrong = [name for name in file.entries if not bool(file.tensor(name).isfinite().all())]
+    detail = f"NaN or infinity in {', '.join(wrong)}" if wrong else "no NaN, no infinity"
+    return Check("finite", not wrong, detail)
+
+
+def check_predictor_folder(file: GGUFFile, folder: Path) -> Check:
+    """predictor/ says what the file says: fc1, fc2 and the threshold."""
+    try:
+        predictors = load_predictors(folder)
+    except InputError as error:
+        return Check("predictor folder", False, str(error))
+    wrong = []
+    layers = file.keys["llama.block_count"]
+    if len(predictors.layers) != layers:
+        wrong.append(f"{len(predictors.layers)} predictors for {layers} layers")
+    for i, predictor in enumerate(predictors.layers[:layers]):
+        for short, weight in zip(("fc1", "fc2"), predictor, strict=True):
+            name = f"blk.{i}.{short}.weight"
+            if not same(file.tensor(name), weight.half()):
+                wrong.append(f"{name} differs from model_{i}.pt")
+    stored = file.keys["powerinfer.sparse_threshold"]
+    if torch.tensor(predictors.threshold, dtype=torch.float32).item() != stored:
+        wrong.append(f"threshold is {stored:g}, config.json has {predictors.threshold:g}")
+    return Check("predictor folder", not wrong, "; ".join(wrong) or f"{layers} predictors equal")
+
+
+def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
+    """activation_<i>.pt per layer, 1-D float32 of the FFN's width, counts."""
+    if not folder.is_dir():
+        return Check("hot and cold", True, "no activation folder: exported without activations")
+    wrong = []
+    layers, width = file.keys["llama.block_count"], file.keys["llama.feed_forward_length"]
+    names = {f"activation_{i}.pt" for i in range(layers)}
+    if odd := names ^ {path.name for path in folder.iterdir()}:
+        wrong.append(f"{', '.join(sorted(odd))} missing or not expected")
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            continue
+        try:
+            counts = torch.load(folder / name, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and pickle raise many kinds for a damaged file
+            wrong.append(f"{name} cannot be read ({type(error).__name__})")
+            continue
+        if not isinstance(counts, Tensor) or counts.dtype != torch.float32:
+            wrong.append(f"{name} is no float32 tensor")
+        elif counts.shape != (width,):
+            wrong.append(f"{name} has shape {tuple(counts.shape)}, expected ({width},)")
+        elif not bool((counts >= 0).all()) or not bool(counts.isfinite().all()):
+            wrong.append(f"{name} holds values that are no counts")
+    return Check("hot and cold", not wrong, "; ".join(wrong) or f"{layers} files")
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal in shape and value; -0 equals 0, NaN equals nothing."""
+    return a.shape == b.shape and torch.equal(a, b)

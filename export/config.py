@@ -1,0 +1,61 @@
+"""What `sparsecast export` and `sparsecast verify` take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsecast.collect.errors import InputError
+
+DTYPES = ("f16", "f32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a model and its predictors as the bundle that PowerInfer loads."""
+
+    model: str
+    """Hugging Face id or local folder of the model that the predictors belong to."""
+
+    predictors: Path
+    """Folder written by `sparsecast train`, or a predictor repository of PowerInfer's."""
+
+    out: Path
+    """Folder to write; it appears when complete."""
+
+    activations: Path | None = None
+    """Folder written by `sparsecast collect`; gives the hot/cold files for a GPU build."""
+
+    dtype: str = "f16"
+    """f16, or f32 for comparisons (the down projection stays f16, the engine reads no other)."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype: got {self.dtype!r}, expected {' or '.join(DTYPES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Read a bundle back and prove it against its model, and against the engine itself."""
+
+    bundle: Path
+    """Folder written by `sparsecast export`."""
+
+    model: str | None = None
+    """The source model; the one named in the bundle's predictor manifest when unset."""
+
+    engine: Path | None = None
+    """Build folder of PowerInfer (or its bin folder); runs its binaries with one thread."""
+
+    corpus: str = "builtin"
+    """Where the held-out text comes from; see `sparsecast collect --help`."""
+
+    tokens: int = 2048
+    """Held-out tokens for the perplexities."""
+
+    json: Path | None = None
+    """Also write the result to this file."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 256:
+            raise InputError(f"--tokens: must be at least 256, got {self.tokens}")

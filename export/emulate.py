@@ -1,0 +1,126 @@
+"""Evaluate a bundle's file as PowerInfer's CPU engine does, in plain torch.
+
+What the engine computes (PowerInfer's llama.cpp and ggml.c at d3ebd7c), reproduced from the file
+alone:
+- a product with f16 weights rounds its input to f16 and sums in float32 or better; with f32
+  weights nothing is rounded. ffn_down_t takes relu(gate) * up rounded to f16;
+- rope turns neighbouring pairs, its angle by repeated float32 multiplication;
+- softmax takes exp through an f16 table: argument and result are rounded to f16;
+- the KV cache is float32 (`--memory-f32`);
+- neuron j is skipped where fc2 @ relu(fc1 @ z) < threshold, z the residual before the FFN norm.
+
+Shape letters: B batch, S sequence, T = B S tokens, D hidden, H heads, K key/value heads, E head
+size, F FFN width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecast.export.reader import GGUFFile
+
+
+class Emulator:
+    """The engine's arithmetic on one file.
+
+    Memory: the file is mapped; one matrix at a time is widened to float32, and the activations of
+    the tokens given.
+    """
+
+    def __init__(self, file: GGUFFile) -> None:
+        keys: dict[str, Any] = file.keys
+        self._file = file
+        self.layers: int = keys["llama.block_count"]
+        self.heads: int = keys["llama.attention.head_count"]
+        self.kv_heads: int = keys.get("llama.attention.head_count_kv", self.heads)
+        self.eps: float = keys["llama.attention.layer_norm_rms_epsilon"]
+        self.rope_base: float = keys.get("llama.rope.freq_base", 10_000.0)
+        self.rope_scale: float = 1.0 / (keys.get("llama.rope.scaling.factor", 0.0) or 1.0)
+        self.threshold: float = keys.get("powerinfer.sparse_threshold", 0.0)
+        self.head_dim = keys["llama.embedding_length"] // self.heads
+
+    @torch.no_grad()
+    def logits(self, ids_BS: Tensor, *, all_active: bool = False) -> Tensor:
+        """(B, S, V) float32 logits for sequences of one length.
+
+        Args:
+            ids_BS: int64; BOS is not added.
+            all_active: Compute every neuron, as the engine does at a threshold of -1e30.
+        """
+        B, S = ids_BS.shape
+        x_TD = self._file.tensor("token_embd.weight")[ids_BS.flatten()].float()
+        cos_SE, sin_SE = self._rope_table(S)
+        for i in range(self.layers):
+            normed_TD = self._norm(x_TD, f"blk.{i}.attn_norm.weight")
+            x_TD = x_TD + self._attention(normed_TD, i, B, cos_SE, sin_SE)
+            x_TD = x_TD + self._ffn(x_TD, i, all_active)
+        logits_TV = self._product(self._norm(x_TD, "output_norm.weight"), "output.weight")
+        return logits_TV.view(B, S, -1)
+
+    def _product(self, x_TD: Tensor, name: str) -> Tensor:
+        weight = self._file.tensor(name)
+        if weight.dtype == torch.float16:
+            x_TD = x_TD.half().float()
+        return x_TD @ weight.float().T
+
+    def _norm(self, x_TD: Tensor, name: str) -> Tensor:
+        mean_T1 = x_TD.square().double().mean(-1, keepdim=True).float()
+        return x_TD * (1 / (mean_T1 + self.eps).sqrt()) * self._file.tensor(name)
+
+    def _rope_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """(S, E / 2) cosines and sines."""
+        angle_S = torch.arange(length, dtype=torch.float32)
+        step = torch.tensor(self.rope_base).pow(-2.0 / self.head_dim)
+        angles = []
+        for _ in range(self.head_dim // 2):
+            angles.append(angle_S * self.rope_scale)
+            angle_S = angle_S * step
+        angle_SE = torch.stack(angles, -1)
+        return angle_SE.cos(), angle_SE.sin()
+
+    def _heads(self, x_TD: Tensor, batch: int, heads: int) -> Tensor:
+        """(T, heads E) to (B, heads, S, E)."""
+        return x_TD.view(batch, -1, heads, self.head_dim).transpose(1, 2)
+
+    def _attention(
+        self, x_TD: Tensor, layer: int, batch: int, cos_SE: Tensor, sin_SE: Tensor
+    ) -> Tensor:
+        q = self._heads(self._product(x_TD, f"blk.{layer}.attn_q.weight"), batch, self.heads)
+        k = self._heads(self._product(x_TD, f"blk.{layer}.attn_k.weight"), batch, self.kv_heads)
+        v = self._heads(self._product(x_TD, f"blk.{layer}.attn_v.weight"), batch, self.kv_heads)
+        q, k = _turned(q, cos_SE, sin_SE), _turned(k, cos_SE, sin_SE)
+        group = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores_BHSS = q @ k.transpose(-1, -2) * self.head_dim**-0.5
+        length = scores_BHSS.shape[-1]
+        future_SS = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores_BHSS.masked_fill_(future_SS, float("-inf"))
+        mixed_BHSE = _softmax(scores_BHSS) @ v
+        mixed_TD = mixed_BHSE.transpose(1, 2).reshape(len(x_TD), -1)
+        return self._product(mixed_TD, f"blk.{layer}.attn_output.weight")
+
+    def _ffn(self, x_TD: Tensor, layer: int, all_active: bool) -> Tensor:
+        block = f"blk.{layer}"
+        normed_TD = self._norm(x_TD, f"{block}.ffn_norm.weight")
+        gate_TF = self._product(normed_TD, f"{block}.ffn_gate.weight")
+        x1_TF = gate_TF.relu_() * self._product(normed_TD, f"{block}.ffn_up.weight")
+        if not all_active:
+            hidden_TR = self._product(x_TD, f"{block}.fc1.weight").relu_()
+            logits_TF = self._product(hidden_TR, f"{block}.fc2.weight")
+            x1_TF.masked_fill_(logits_TF < self.threshold, 0.0)
+        return x1_TF.half().float() @ self._file.tensor(f"{block}.ffn_down_t.weight").float()
+
+
+def _turned(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+    even, odd = x_BHSE[..., 0::2], x_BHSE[..., 1::2]
+    pairs = (even * cos_SE - odd * sin_SE, even * sin_SE + odd * cos_SE)
+    return torch.stack(pairs, -1).flatten(-2)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    shifted = (scores - scores.amax(-1, keepdim=True)).half().float()
+    weights = shifted.exp().half().float()
+    return weights / weights.sum(-1, keepdim=True)

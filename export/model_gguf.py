@@ -1,0 +1,183 @@
+"""Write a llama with its predictors as PowerInfer's GGUF file.
+
+A PowerInfer file is a GGUF version 3 file, alignment 32, whose first four bytes are "PWRI". 2-D
+tensors are f16 (or f32), 1-D tensors f32, ffn_down_t f16 always: for f32 there the engine gives
+NaN without an error. A tensor that its architecture does not use makes loading fail, so nothing
+else is written. The threshold must be an f32. (PowerInfer's llama.cpp and ggml.h at d3ebd7c.)
+
+Memory: one tensor of the source (a memory map) and its converted copy; the header holds the
+vocabulary and the names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+from torch import Tensor
+
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.errors import InputError
+from sparsecast.export.hyper import Hyper
+from sparsecast.export.names import Layout, Row, arranged, llama_rows, predictor_names
+from sparsecast.export.vocab import Vocabulary
+from sparsecast.predictors.checkpoint import PredictorSet
+
+MAGIC = b"PWRI"
+KEY_THRESHOLD = "powerinfer.sparse_threshold"
+
+
+class Planned(NamedTuple):
+    """A tensor of the file before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def plan(
+    checkpoint: Checkpoint, hyper: Hyper, predictors: PredictorSet, dtype: str
+) -> list[Planned]:
+    """The tensors in file order; nothing is read yet.
+
+    Args:
+        dtype: "f16" or "f32", of the model's matrices; predictors are f16 either way.
+    """
+    matrix = torch.float16 if dtype == "f16" else torch.float32
+    return [*_model_part(checkpoint, hyper, matrix), *_predictor_part(predictors)]
+
+
+def _model_part(checkpoint: Checkpoint, hyper: Hyper, matrix: torch.dtype) -> Iterator[Planned]:
+    for row in llama_rows(hyper.layers, hyper.tied):
+        shape = hyper.shape(row.shape)
+        stored = torch.float32 if len(shape) == 1 else matrix
+        if row.layout is Layout.TRANSPOSED:
+            shape, stored = shape[::-1], torch.float16
+        yield Planned(row.target, shape, stored, partial(_load, checkpoint, hyper, row))
+
+
+def _load(checkpoint: Checkpoint, hyper: Hyper, row: Row) -> Tensor:
+    return arranged(checkpoint.tensor(row.source), row.layout, hyper.heads, hyper.kv_heads)
+
+
+def _predictor_part(predictors: PredictorSet) -> Iterator[Planned]:
+    for i, predictor in enumerate(predictors.layers):
+        for name, weight in zip(predictor_names(i), predictor, strict=True):
+            yield Planned(name, tuple(weight.shape), torch.float16, partial(_same, weight))
+
+
+def _same(weight: Tensor) -> Tensor:
+    return weight
+
+
+def write_model(
+    path: Path,
+    tensors: list[Planned],
+    hyper: Hyper,
+    vocabulary: Vocabulary,
+    *,
+    name: str,
+    threshold: float,
+    dtype: str,
+    wrote: Callable[[int], Any] = lambda nbytes: None,
+) -> None:
+    """Write the file; it appears under `path` complete and on disk, or not at all.
+
+    Args:
+        threshold: Smallest predictor logit for which the engine computes a neuron.
+        wrote: Called with the bytes of each tensor.
+
+    Raises:
+        InputError: A value that f16 cannot hold.
+        OSError: The disk is full, or `path` cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    writer = GGUFWriter(part, "llama")
+    try:
+        _add_header(writer, hyper, vocabulary, name, threshold, dtype)
+        for t in tensors:
+            numpy_dtype = np.dtype(np.float16 if t.dtype == torch.float16 else np.float32)
+            writer.add_tensor_info(t.name, t.shape, numpy_dtype, t.nbytes)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for t in tensors:
+            writer.write_tensor_data(_stored(t))
+            wrote(t.nbytes)
+        writer.close()
+        _finish(part)
+        os.replace(part, path)
+    finally:
+        writer.close()
+        part.unlink(missing_ok=True)
+
+
+def _add_header(
+    writer: GGUFWriter,
+    hyper: Hyper,
+    vocabulary: Vocabulary,
+    name: str,
+    threshold: float,
+    dtype: str,
+) -> None:
+    writer.add_name(name)
+    writer.add_context_length(hyper.context)
+    writer.add_embedding_length(hyper.hidden)
+    writer.add_block_count(hyper.layers)
+    writer.add_feed_forward_length(hyper.ffn)
+    writer.add_head_count(hyper.heads)
+    writer.add_head_count_kv(hyper.kv_heads)
+    writer.add_layer_norm_rms_eps(hyper.rms_eps)
+    writer.add_rope_dimension_count(hyper.head_dim)
+    writer.add_rope_freq_base(hyper.rope_base)
+    if hyper.rope_factor != 1.0:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(hyper.rope_factor)
+    f16 = dtype == "f16"
+    writer.add_file_type(LlamaFileType.MOSTLY_F16 if f16 else LlamaFileType.ALL_F32)
+    writer.add_float32(KEY_THRESHOLD, threshold)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    add = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }
+    for kind, token in vocabulary.special.items():
+        add[kind](token)
+
+
+def _stored(planned: Planned) -> np.ndarray[Any, Any]:
+    source = planned.load()
+    stored = source.detach().to(planned.dtype).contiguous()
+    if not bool(stored.isfinite().all()):
+        largest = source.abs().max().item()
+        raise InputError(
+            f"{planned.name}: holds {largest:g}, which {planned.dtype} cannot store (NaN, infinity "
+            "or beyond 65504); the engine would compute NaN from it, so it cannot be exported"
+        )
+    array: np.ndarray[Any, Any] = stored.numpy()
+    return array
+
+
+def _finish(path: Path) -> None:
+    """Everything on disk, then the magic: until now a reader takes it for another GGUF."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        file.write(MAGIC)
+        file.flush()
+        os.fsync(file.fileno())

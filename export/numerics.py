@@ -1,0 +1,121 @@
+"""The bundle evaluated as the engine would, against the model.
+
+With every neuron active the two differ by rounding alone: the engine rounds weights and the
+inputs of products to f16. How much that moves the logits depends on the model (depth, scale,
+saturation), so it is measured on the same tokens rather than guessed: d0 is the difference that
+transformers itself shows between float32 and the same model with f16 weights and f16 inputs to
+every linear layer. Two realisations of rounding noise of one size differ from float32 by about the
+same; the engine adds the f16 table in softmax. The check allows 3 times d0 in the mean and 6 times
+at the worst logit (measured on a random model: 1.1 and 1.2). A lost rope base or an unpermuted q is wrong by hundreds of times d0.
+
+Shape letters: N chunks, S chunk length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecast.collect.activations import ActivationRule
+from sparsecast.collect.models import set_activation
+from sparsecast.export.checks import Check
+from sparsecast.export.emulate import Emulator
+from sparsecast.export.protocol import perplexity
+
+MEAN_FACTOR, MAX_FACTOR = 3.0, 6.0
+FLOOR = 1e-5
+"""Of the logits' spread: float32's own noise, where a model has nothing to round."""
+LOGIT_CHUNKS = 4
+"""Chunks compared logit by logit: 512 tokens."""
+
+
+def check_logits(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> Check:
+    """Everything active against `model`, a float32 model on the CPU that computes ReLU."""
+    ids_NS = ids_NS[:LOGIT_CHUNKS]
+    ours_NSV = emulator.logits(ids_NS, all_active=True)
+    if reason := degenerate(ours_NSV):
+        return Check("logits", False, reason)
+    exact_NSV = model_logits(model, ids_NS)
+    d0_NSV = (model_logits(rounded(model), ids_NS) - exact_NSV).abs()
+    diff_NSV = (ours_NSV - exact_NSV).abs()
+    floor = FLOOR * exact_NSV.std().item()
+    mean, mean_bound = diff_NSV.mean().item(), MEAN_FACTOR * d0_NSV.mean().item() + floor
+    worst, worst_bound = diff_NSV.max().item(), MAX_FACTOR * d0_NSV.max().item() + floor
+    detail = (
+        f"everything active against the model with ReLU, {ids_NS.numel()} tokens: mean difference "
+        f"{mean:.2e} (bound {mean_bound:.2e}), largest {worst:.2e} (bound {worst_bound:.2e})"
+    )
+    return Check("logits", mean <= mean_bound and worst <= worst_bound, detail)
+
+
+def check_perplexity(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> Check:
+    """The bundle with its predictors beside the model with its own activation.
+
+    Fails only on a perplexity that is no number: how much the predictors cost is for the reader
+    to judge.
+    """
+    bundle = perplexity(emulator.logits, ids_NS)
+    own = perplexity(lambda ids: model_logits(model, ids), ids_NS)
+    finite = bundle < float("inf") and own < float("inf")
+    detail = (
+        f"bundle {bundle:.4f}, the model itself {own:.4f} ({bundle / own - 1:+.2%}), "
+        f"{ids_NS.numel()} held-out tokens"
+    )
+    return Check("perplexity", finite, detail)
+
+
+def degenerate(logits: Tensor) -> str | None:
+    """Why these (..., V) logits are no logits: NaN, all zero, the same for every token."""
+    if not bool(logits.isfinite().all()):
+        return "the logits hold NaN or infinity"
+    if not bool(logits.any()):
+        return "all logits are 0"
+    if bool((logits.amax(-1) == logits.amin(-1)).any()):
+        return "the logits of a position are all equal"
+    if bool((logits == logits[..., :1, :]).all()):
+        return "the logits are the same at every position"
+    return None
+
+
+@torch.inference_mode()
+def model_logits(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
+    """(N, S, V) float32."""
+    output: Any = model(ids_NS, use_cache=False)
+    logits_NSV: Tensor = output.logits
+    return logits_NSV.float()
+
+
+def with_relu(model: PreTrainedModel) -> PreTrainedModel:
+    """A twin that computes ReLU, as the engine does; it shares the weights."""
+    twin = _twin(model)
+    set_activation(twin, ActivationRule("relu"))
+    return twin
+
+
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """A twin that rounds weights and inputs of every linear layer to f16; shares the weights."""
+    twin = _twin(model)
+    for module in twin.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(_rounded_linear)
+        elif isinstance(module, nn.Embedding):
+            module.register_forward_hook(_rounded_output)
+    return twin
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    shared: dict[int, Any] = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _rounded_linear(module: nn.Linear, args: tuple[Tensor], _: Tensor) -> Tensor:
+    weight = module.weight.half().float()
+    return nn.functional.linear(args[0].half().float(), weight, module.bias)
+
+
+def _rounded_output(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
+    return output.half().float()

@@ -1,0 +1,206 @@
+"""Read a PWRI or GGUF version 3 file, without the library that wrote it.
+
+Layout (PowerInfer's ggml.c, `gguf_init_from_file`; little endian):
+
+    magic "PWRI" or "GGUF", u32 version, u64 tensors, u64 keys
+    per key     string name, u32 value type, value
+    per tensor  string name, u32 dimensions, u64 each (fastest first), u32 type, u64 offset
+    padding to the alignment, then the data; offsets count from here
+
+A string is a u64 length and bytes; an array is a u32 element type, a u64 count and the elements.
+Type numbers are the old table, in which 16 to 18 are integers. Nothing in the file is trusted:
+every length is compared with what is left before it is used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.collect.errors import InputError
+
+MAGICS = (b"PWRI", b"GGUF")
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+STRING, ARRAY = 8, 9
+UINT32, FLOAT32 = 4, 6
+
+
+class TensorType(NamedTuple):
+    """How a type id stores `block` elements in `nbytes` bytes."""
+
+    name: str
+    block: int
+    nbytes: int
+    dtype: torch.dtype
+
+
+TYPES = {0: TensorType("f32", 1, 4, torch.float32), 1: TensorType("f16", 1, 2, torch.float16)}
+
+
+class Entry(NamedTuple):
+    """One tensor of the file, as its header describes it."""
+
+    shape: tuple[int, ...]
+    """Slowest dimension first, as torch has it."""
+    type: TensorType
+    start: int
+    """Bytes from the beginning of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) // self.type.block * self.type.nbytes
+
+
+class GGUFFile:
+    """A memory-mapped file: `keys`, `key_types` and `entries` from its header, tensors on demand.
+
+    Raises:
+        InputError: Not such a file, truncated, or inconsistent; names the file and the place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                # A private mapping: torch wants writable memory, the file stays as it is.
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}), expected a GGUF file") from error
+        self._at = 0
+        self.magic = self._take(4)
+        if self.magic not in MAGICS:
+            raise InputError(f"{path}: begins with {self.magic!r}, expected {MAGICS}")
+        self.version: int = self._scalar("I")
+        if self.version != 3:
+            raise InputError(f"{path}: is of GGUF version {self.version}, expected 3")
+        n_tensors, n_keys = self._count(24, "tensors"), self._count(13, "keys")
+        self.keys: dict[str, Any] = {}
+        self.key_types: dict[str, int] = {}
+        for _ in range(n_keys):
+            self._read_key()
+        self.alignment = self._alignment()
+        raw = [self._tensor_header() for _ in range(n_tensors)]
+        self.data_start = -(-self._at // self.alignment) * self.alignment
+        self.entries: dict[str, Entry] = {}
+        for name, shape, type_, offset in raw:
+            self._add(name, Entry(shape, type_, self.data_start + offset), offset)
+        self._check_overlap()
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file in its stored dtype; pages are read when it is used."""
+        entry = self.entries[name]
+        count = prod(entry.shape)
+        flat = torch.frombuffer(self._data, dtype=entry.type.dtype, count=count, offset=entry.start)
+        return flat.view(entry.shape)
+
+    def _broken(self, what: str) -> InputError:
+        return InputError(f"{self.path}: {what}; the file is damaged, export it again")
+
+    def _take(self, n: int) -> bytes:
+        if n > len(self._data) - self._at:
+            raise self._broken(
+                f"ends at byte {len(self._data)}, but {n} bytes were expected from byte {self._at}"
+            )
+        self._at += n
+        return self._data[self._at - n : self._at]
+
+    def _scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
+
+    def _count(self, least: int, what: str) -> int:
+        """A count of things that take at least `least` bytes each."""
+        value: int = self._scalar("Q")
+        if value * least > len(self._data) - self._at:
+            raise self._broken(
+                f"claims {value} {what} at byte {self._at - 8}, more than it can hold"
+            )
+        return value
+
+    def _string(self) -> str:
+        raw = self._take(self._count(1, "characters"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._broken(f"holds a text that is not UTF-8 before byte {self._at}") from error
+
+    def _read_key(self) -> None:
+        name = self._string()
+        if name in self.keys:
+            raise self._broken(f"has the key {name!r} twice")
+        kind = self._scalar("I")
+        self.key_types[name] = kind
+        self.keys[name] = self._array(name) if kind == ARRAY else self._value(kind, name)
+
+    def _value(self, kind: int, name: str) -> Any:
+        if kind == STRING:
+            return self._string()
+        if kind not in SCALARS:
+            raise self._broken(f"key {name!r} has the unknown value type {kind}")
+        return self._scalar(SCALARS[kind])
+
+    def _array(self, name: str) -> list[Any]:
+        kind = self._scalar("I")
+        if kind == STRING:
+            return [self._string() for _ in range(self._count(8, f"strings in {name!r}"))]
+        if kind not in SCALARS:
+            raise self._broken(f"key {name!r} is an array of the unknown value type {kind}")
+        size = struct.calcsize("<" + SCALARS[kind])
+        count = self._count(size, f"values in {name!r}")
+        return list(struct.unpack(f"<{count}{SCALARS[kind]}", self._take(count * size)))
+
+    def _alignment(self) -> int:
+        value = self.keys.get("general.alignment", 32)
+        if not isinstance(value, int) or not 1 <= value <= 2**16 or value & (value - 1):
+            raise self._broken(f"general.alignment is {value!r}, expected a power of two")
+        return value
+
+    def _tensor_header(self) -> tuple[str, tuple[int, ...], TensorType, int]:
+        name = self._string()
+        n_dims = self._scalar("I")
+        if not 1 <= n_dims <= 4:
+            raise self._broken(f"tensor {name} has {n_dims} dimensions, expected 1 to 4")
+        shape = tuple(self._scalar("Q") for _ in range(n_dims))[::-1]
+        kind, offset = self._scalar("I"), self._scalar("Q")
+        if kind not in TYPES:
+            known = ", ".join(f"{i} ({t.name})" for i, t in TYPES.items())
+            raise InputError(f"{self.path}: tensor {name} has type id {kind}, expected {known}")
+        return name, shape, TYPES[kind], offset
+
+    def _add(self, name: str, entry: Entry, offset: int) -> None:
+        if name in self.entries:
+            raise self._broken(f"has the tensor {name} twice")
+        if not prod(entry.shape) or entry.shape[-1] % entry.type.block:
+            raise self._broken(f"tensor {name} has the shape {entry.shape}")
+        if offset % self.alignment:
+            raise self._broken(f"tensor {name} begins at {offset}, not at {self.alignment} n")
+        if entry.start + entry.nbytes > len(self._data):
+            raise self._broken(
+                f"tensor {name} ends at byte {entry.start + entry.nbytes}, but the file has "
+                f"{len(self._data)}: truncated"
+            )
+        self.entries[name] = entry
+
+    def _check_overlap(self) -> None:
+        end, before = self.data_start, ""
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
+            if entry.start < end:
+                raise self._broken(f"tensors {before} and {name} overlap")
+            end, before = entry.start + entry.nbytes, name

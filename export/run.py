@@ -1,0 +1,125 @@
+"""The stage: a model and its predictors to a bundle."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from sparsecast.collect.atomic import new_folder, write_text
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.progress import bar, console
+from sparsecast.collect.store import ActivationStore
+from sparsecast.export.card import model_card, relu_note
+from sparsecast.export.config import ExportConfig
+from sparsecast.export.hyper import Hyper, read_hyper
+from sparsecast.export.model_gguf import plan, write_model
+from sparsecast.export.vocab import read_vocabulary
+from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
+
+SUFFIX = ".powerinfer.gguf"
+
+
+def export(cfg: ExportConfig) -> Path:
+    """Write the bundle and return the path of its GGUF file.
+
+    Memory: at most two of the model's tensors, see `model_gguf`, and the predictors.
+
+    Raises:
+        InputError: See `read_hyper`, `read_vocabulary`, `load_predictors` and `check_belongs`;
+            activations of another model; too little space on the disk.
+        OSError: The disk filled up meanwhile; nothing is left behind.
+    """
+    checkpoint = Checkpoint(cfg.model)
+    hyper = read_hyper(checkpoint)
+    vocabulary = read_vocabulary(checkpoint, hyper.vocab)
+    predictors = _predictors(cfg, checkpoint, hyper)
+    counts = None if cfg.activations is None else _counts(cfg.activations, checkpoint, hyper)
+    tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
+    total = sum(t.nbytes for t in tensors)
+    _check_space(cfg.out, total)
+
+    file = file_name(checkpoint.source)
+    with new_folder(cfg.out, replaces=f"*{SUFFIX}") as folder:
+        with bar("export", total) as progress:
+            write_model(
+                folder / file,
+                tensors,
+                hyper,
+                vocabulary,
+                name=file.removesuffix(SUFFIX),
+                threshold=predictors.threshold,
+                dtype=cfg.dtype,
+                wrote=progress.advance,
+            )
+        (folder / "predictor").mkdir()
+        predictors.write_into(folder / "predictor")
+        if counts is not None:
+            _write_counts(folder / "activation", counts)
+        card = model_card(
+            file, cfg.model, hyper, predictors, dtype=cfg.dtype, hot_cold=counts is not None
+        )
+        write_text(folder / "README.md", card)
+    if hyper.activation.threshold > 0:
+        console.print(relu_note(hyper), style="yellow", highlight=False)
+    console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights")
+    return cfg.out / file
+
+
+def file_name(model: str) -> str:
+    """The GGUF's name from a model's folder or Hugging Face id, without characters that a shell
+    would have to quote: PowerInfer passes the path through one."""
+    folder = Path(model).expanduser()
+    name = (folder.resolve() if folder.is_dir() else folder).name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") + SUFFIX
+
+
+def _predictors(cfg: ExportConfig, checkpoint: Checkpoint, hyper: Hyper) -> PredictorSet:
+    predictors = load_predictors(cfg.predictors)
+    check_belongs(
+        predictors,
+        str(cfg.predictors),
+        layers=hyper.layers,
+        hidden_size=hyper.hidden,
+        ffn_width=hyper.ffn,
+        fingerprint=checkpoint.fingerprint,
+        model=cfg.model,
+    )
+    return predictors
+
+
+def _counts(folder: Path, checkpoint: Checkpoint, hyper: Hyper) -> list[torch.Tensor]:
+    """Per layer (F,) float32: on how many recorded tokens each neuron fired."""
+    store = ActivationStore(folder)
+    manifest = store.manifest
+    if manifest.fingerprint != checkpoint.fingerprint:
+        raise InputError(
+            f"{folder}: was recorded from {manifest.model} (fingerprint {manifest.fingerprint}), "
+            f"but {checkpoint.source} has {checkpoint.fingerprint}; collect from this model"
+        )
+    if manifest.layers != list(range(hyper.layers)):
+        raise InputError(
+            f"{folder}: holds layers {manifest.layers}, expected all {hyper.layers}; collect again "
+            "without --layers"
+        )
+    # PowerInfer's solver sums blocks of counts in the file's dtype; float16 would overflow.
+    return [count.float() for _, count in sorted(store.fired().items())]
+
+
+def _write_counts(folder: Path, counts: list[torch.Tensor]) -> None:
+    folder.mkdir()
+    for i, count in enumerate(counts):
+        torch.save(count, folder / f"activation_{i}.pt")
+
+
+def _check_space(out: Path, need: int) -> None:
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise InputError(
+            f"{out}: the bundle needs {need / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB "
+            "are free there; make room or choose another --out"
+        )

@@ -1,0 +1,186 @@
+"""The stage: is this bundle what its model and predictors say, and does the engine agree?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from sparsecast.collect.atomic import read_json, write_json
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.models import load_model
+from sparsecast.collect.progress import console
+from sparsecast.export.checks import (
+    Check,
+    check_activation_folder,
+    check_finite,
+    check_metadata,
+    check_predictor_folder,
+    check_tensors,
+    check_vocabulary,
+)
+from sparsecast.export.config import VerifyConfig
+from sparsecast.export.emulate import Emulator
+from sparsecast.export.engine import binary
+from sparsecast.export.engine_checks import (
+    EnginePerplexity,
+    check_engine_perplexity,
+    check_next_tokens,
+)
+from sparsecast.export.numerics import check_logits, check_perplexity, degenerate, with_relu
+from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
+from sparsecast.export.reader import GGUFFile
+from sparsecast.export.values import Source, check_header, check_pieces, check_values
+
+SUFFIX = ".powerinfer.gguf"
+
+
+@dataclass
+class VerifyResult:
+    """All checks, in the order they ran."""
+
+    checks: list[Check] = field(default_factory=list)
+    engine: EnginePerplexity | None = None
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "ok": self.ok,
+            "checks": [asdict(check) for check in self.checks],
+            "engine": None if self.engine is None else self.engine._asdict(),
+        }
+
+
+def verify(cfg: VerifyConfig) -> VerifyResult:
+    """Run every check that applies, print a table and return the result.
+
+    A damaged file fails checks; it does not raise.
+
+    Raises:
+        InputError: No bundle there, a model that cannot be loaded, no engine binary, no text.
+    """
+    path = bundle_file(cfg.bundle)
+    if cfg.engine is not None:
+        for name in ("perplexity", "server"):
+            binary(cfg.engine, name)
+    checkpoint, unchecked = _model(cfg)
+    result = VerifyResult()
+    try:
+        file = GGUFFile(path)
+        result.checks.append(Check("container", True, f"{len(file.entries)} tensors, all inside"))
+    except InputError as error:
+        result.checks.append(Check("container", False, str(error)))
+    else:
+        _run(cfg, file, checkpoint, unchecked, result)
+    _print(path, result)
+    if cfg.json is not None:
+        write_json(cfg.json, result.as_json())
+    return result
+
+
+def bundle_file(bundle: Path) -> Path:
+    """The one GGUF file of a bundle folder, or the file itself."""
+    if bundle.is_file():
+        return bundle
+    found = sorted(bundle.glob(f"*{SUFFIX}"))
+    if len(found) != 1:
+        raise InputError(
+            f"{bundle}: holds {len(found)} files *{SUFFIX}, expected exactly one; give a folder "
+            "that `sparsecast export` wrote"
+        )
+    return found[0]
+
+
+def _model(cfg: VerifyConfig) -> tuple[Checkpoint | None, str]:
+    """The source model, or why there is none to compare with."""
+    if cfg.model is not None:
+        return Checkpoint(cfg.model), ""
+    path = bundle_file(cfg.bundle).parent / "predictor" / "manifest.json"
+    if not path.is_file():
+        return None, "the bundle does not name its model; give --model"
+    manifest = read_json(path, "the manifest of the bundle's predictors")
+    model = str(manifest.get("model"))
+    if not Path(model).expanduser().is_dir():
+        return None, f"{model} is no folder here; give --model"
+    checkpoint = Checkpoint(model)
+    if checkpoint.fingerprint != manifest.get("fingerprint"):
+        return None, f"{model} now holds another model; give --model"
+    return checkpoint, ""
+
+
+def _run(
+    cfg: VerifyConfig,
+    file: GGUFFile,
+    checkpoint: Checkpoint | None,
+    unchecked: str,
+    result: VerifyResult,
+) -> None:
+    checks = result.checks
+    for check in (check_metadata, check_vocabulary, check_tensors, check_finite):
+        checks.append(check(file))
+        if not checks[-1].ok:
+            return
+    checks.append(check_predictor_folder(file, file.path.parent / "predictor"))
+    checks.append(check_activation_folder(file, file.path.parent / "activation"))
+    if checkpoint is None:
+        checks.append(Check("values", True, f"not checked: {unchecked}"))
+    else:
+        source = Source(checkpoint, file)
+        checks += [check_header(source), check_pieces(source), *check_values(source)]
+        if not result.ok:
+            return
+
+    tokenizer = tokenizer_of(file)
+    text = held_out_text(cfg.corpus, tokenizer, cfg.tokens)
+    bos = file.keys.get("tokenizer.ggml.bos_token_id", 1)
+    ids_NS = chunks_of(text, tokenizer, bos, cfg.tokens)
+    emulator = Emulator(file)
+    _numerics(checkpoint, emulator, text, tokenizer.encode(text), ids_NS, checks)
+    if cfg.engine is not None:
+        check_, result.engine = check_engine_perplexity(cfg.engine, file, emulator, text, ids_NS)
+        checks += [check_, *check_next_tokens(cfg.engine, file, emulator, ids_NS)]
+
+
+def _numerics(
+    checkpoint: Checkpoint | None,
+    emulator: Emulator,
+    text: str,
+    ids: list[int],
+    ids_NS: Tensor,
+    checks: list[Check],
+) -> None:
+    if checkpoint is None:
+        reason = degenerate(emulator.logits(ids_NS[:1]))
+        checks.append(Check("logits", reason is None, reason or "finite and not constant"))
+        return
+    model, theirs = load_model(checkpoint.source, device="cpu", dtype="float32")
+    want = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    equal = want == ids
+    detail = f"{len(ids):,} tokens of held-out text, " + (
+        "as the model's" if equal else f"the model's tokenizer makes {len(want):,} of another kind"
+    )
+    checks.append(Check("tokens", equal, detail))
+    checks.append(check_logits(emulator, with_relu(model), ids_NS))
+    checks.append(check_perplexity(emulator, model, ids_NS))
+
+
+def _print(path: Path, result: VerifyResult) -> None:
+    table = Table(title=f"{path}", title_justify="left")
+    for column in ("check", "", "detail"):
+        table.add_column(column)
+    for check in result.checks:
+        mark = "[green]ok[/]" if check.ok else "[red]FAILED[/]"
+        table.add_row(escape(check.name), mark, escape(check.detail))
+    console.print(table)
+    failed = sum(not check.ok for check in result.checks)
+    verdict = (
+        f"[red]{failed} of {len(result.checks)} checks failed" if failed else "[green]all good"
+    )
+    console.print(verdict)

@@ -1,0 +1,84 @@
+"""Random predictors with a mixed mask for the small model, and the bundle made of both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.export.config import ExportConfig
+from sparsecast.export.run import export
+from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
+from sparsecast.predictors.mlp import Predictor
+
+LAYERS, HIDDEN, FFN, RANK = 3, 64, 1280, 16
+
+
+def random_predictors(folder: Path, model: str, threshold: float = 0.0) -> Path:
+    """Predictors that switch many neurons off, differently for every token.
+
+    Neuron j follows one of 8 differences of two hidden units, with a factor of its own: 24
+    decisions a token that rounding could turn over instead of 3,840. Where both units are 0 the
+    logit is exactly 0, which counts as active.
+    """
+    generator = torch.Generator().manual_seed(3)
+    layers = []
+    for _ in range(LAYERS):
+        group_F = torch.randint(0, RANK // 2, (FFN,), generator=generator)
+        factor_F = torch.rand(FFN, generator=generator) + 0.5
+        sign_F = torch.randint(0, 2, (FFN,), generator=generator) * 2 - 1
+        fc2_FR = torch.zeros(FFN, RANK)
+        fc2_FR[torch.arange(FFN), group_F] = factor_F * sign_F
+        fc2_FR[torch.arange(FFN), group_F + RANK // 2] = -factor_F * sign_F
+        fc1_RD = torch.randn(RANK, HIDDEN, generator=generator)
+        layers.append(Predictor(fc1_RD.half(), fc2_FR.half()))
+    manifest = PredictorManifest(
+        model=model,
+        fingerprint=Checkpoint(model).fingerprint,
+        convention="residual-before-ffn-norm",
+        activation="fatrelu",
+        activation_threshold=0.2,
+        hidden_size=HIDDEN,
+        ffn_width=FFN,
+        ffn_matrices=3,
+        dtype="f16",
+        ranks=[RANK] * LAYERS,
+        calibration=[{"recall": 0.5, "predicted_sparsity": 0.5}] * LAYERS,
+        recipe={},
+    )
+    PredictorSet(layers, threshold, manifest).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def predictors(tmp_path_factory, model_folder) -> Path:
+    return random_predictors(tmp_path_factory.mktemp("predictors") / "p", str(model_folder))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, model_folder, predictors, acts) -> Path:
+    """The exported bundle; not to be written to."""
+    out = tmp_path_factory.mktemp("bundle") / "b"
+    return export(
+        ExportConfig(
+            model=str(model_folder), predictors=predictors, out=out, activations=acts.folder
+        )
+    ).parent
+
+
+@pytest.fixture
+def bundle(made, tmp_path) -> Path:
+    """A copy of the bundle that a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def engine() -> Path:
+    build = os.environ.get("POWERINFER_BUILD")
+    if not build:
+        pytest.skip("POWERINFER_BUILD names no PowerInfer build")
+    return Path(build)
