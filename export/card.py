@@ -6,6 +6,7 @@ from statistics import fmean
 
 from sparsecast.export.hyper import Hyper
 from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.metrics import traffic
 
 RELU_NOTE = (
     "The model computes {rule}; PowerInfer computes plain ReLU, so neurons whose gate lies between "
@@ -48,27 +49,19 @@ def relu_note(hyper: Hyper) -> str:
     return RELU_NOTE.format(rule=hyper.activation, threshold=hyper.activation.threshold)
 
 
-def predictor_share(hyper: Hyper, rank: int, weight_bytes: float = 2.0) -> float:
-    """Bytes of one layer's predictor in f16 over its FFN's, at `weight_bytes` per FFN weight."""
-    return 2 * rank * (hyper.hidden + hyper.ffn) / (weight_bytes * 3 * hyper.hidden * hyper.ffn)
-
-
 def _scores(hyper: Hyper, predictors: PredictorSet, dtype: str) -> list[str]:
     ranks = [predictor.rank for predictor in predictors.layers]
     manifest = predictors.manifest
     if manifest is None:
         return [f"Ranks {ranks}. They came without scores; `sparsecast report` measures them."]
-    lines = [
-        "| layer | rank | recall | predicted sparsity | traffic |",
-        "|---|---|---|---|---|",
-    ]
     rows = []
     for rank, scores in zip(ranks, manifest.calibration, strict=True):
         recall, sparsity = scores["recall"], scores["predicted_sparsity"]
-        rows.append((rank, recall, sparsity, predictor_share(hyper, rank) + 1 - sparsity))
-    for i, (rank, recall, sparsity, traffic) in enumerate(rows):
-        lines.append(f"| {i} | {rank} | {recall:.4f} | {sparsity:.4f} | {traffic:.4f} |")
+        rows.append((rank, recall, sparsity, _traffic(hyper, rank, recall, sparsity)))
     means = [fmean(column) for column in zip(*rows, strict=True)]
+    lines = ["| layer | rank | recall | predicted sparsity | traffic |", "|---|---|---|---|---|"]
+    for i, (rank, recall, sparsity, traffic_) in enumerate(rows):
+        lines.append(f"| {i} | {rank} | {recall:.4f} | {sparsity:.4f} | {traffic_:.4f} |")
     lines.append(f"| mean | {means[0]:g} | {means[1]:.4f} | {means[2]:.4f} | {means[3]:.4f} |")
     text = [
         "\n".join(lines),
@@ -78,9 +71,22 @@ def _scores(hyper: Hyper, predictors: PredictorSet, dtype: str) -> list[str]:
         "better, 1 is dense.",
     ]
     if dtype == "f32":
-        shares = fmean(predictor_share(hyper, rank, 10 / 3) for rank in ranks)
+        # Gate and up take 4 bytes a weight and down 2, so f16 predictors weigh 3 * 2 / (4 + 4 + 2).
+        share = 0.6 * (means[3] - 1 + means[2])
         text.append(
             f"Of the types in this file (gate and up f32, down f16, predictors f16) the mean "
-            f"traffic is {shares + 1 - means[2]:.4f}."
+            f"traffic is {share + 1 - means[2]:.4f}."
         )
     return text
+
+
+def _traffic(hyper: Hyper, rank: int, recall: float, predicted_sparsity: float) -> float:
+    return traffic(
+        rank=rank,
+        hidden_size=hyper.hidden,
+        ffn_width=hyper.ffn,
+        matrices=3,
+        recall=recall,
+        predicted_sparsity=predicted_sparsity,
+        true_sparsity=0.0,  # only the figures of other schemes depend on it
+    ).traffic

@@ -126,7 +126,7 @@ def _check_tensors(checkpoint: Checkpoint, hyper: Hyper) -> None:
         if name.endswith("rotary_emb.inv_freq") or (hyper.tied and name == "lm_head.weight"):
             continue
         if name not in rows:
-            kind = "biases" if name.endswith(".bias") else "such a tensor"
+            kind = "biases" if name.endswith(".bias") else "tensor of that name"
             raise InputError(
                 f"{checkpoint.folder}: holds {name}, but the engine's llama knows no {kind}; such "
                 "a model cannot be exported"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,14 +113,15 @@ def write_model(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for t in tensors:
-            writer.write_tensor_data(_stored(t))
-            wrote(t.nbytes)
+        _write_data(writer, tensors, wrote)
         writer.close()
         _finish(part)
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        writer.close()
+        with suppress(OSError):
+            writer.close()
         part.unlink(missing_ok=True)
 
 
@@ -159,6 +161,18 @@ def _add_header(
     }
     for kind, token in vocabulary.special.items():
         add[kind](token)
+
+
+def _write_data(writer: GGUFWriter, tensors: list[Planned], wrote: Callable[[int], Any]) -> None:
+    """Not by the writer's own method: numpy's tofile may lose the end of an array unnoticed on a
+    full disk."""
+    assert writer.fout is not None
+    file = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    for t in tensors:
+        file.write(_stored(t).data)
+        writer.write_padding(file, t.nbytes)
+        wrote(t.nbytes)
 
 
 def _stored(planned: Planned) -> np.ndarray[Any, Any]:

@@ -1,0 +1,117 @@
+"""Our reader against the gguf package's, and against files that lie."""
+
+from __future__ import annotations
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsecast.collect.errors import InputError
+from sparsecast.export.reader import GGUFFile
+from sparsecast.export.verify import bundle_file
+
+
+def test_reader_agrees_with_the_gguf_package(bundle):
+    path = bundle_file(bundle)
+    ours = GGUFFile(path)
+    with path.open("r+b") as file:
+        file.write(b"GGUF")  # the package refuses PowerInfer's magic
+
+    theirs = gguf.GGUFReader(path)
+
+    assert ours.entries.keys() == {t.name for t in theirs.tensors}
+    for tensor in theirs.tensors:
+        mine = ours.tensor(tensor.name).numpy()
+        assert mine.dtype == tensor.data.dtype
+        assert np.array_equal(mine, tensor.data)
+    for name, value in ours.keys.items():
+        assert theirs.fields[name].contents() == value
+
+
+@pytest.fixture(scope="session")
+def whole(made) -> bytes:
+    return bundle_file(made).read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_refused_wherever_it_ends(share, whole, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cut") / "cut.gguf"
+    path.write_bytes(whole[: int(share * (len(whole) - 32))])
+
+    with pytest.raises(InputError, match=r"cut\.gguf"):
+        GGUFFile(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_damaged_header_never_raises_anything_else(data, whole, tmp_path_factory):
+    """Any bytes anywhere in the header: read or refused, in one line, without a hang."""
+    header = bytearray(whole[:20_000])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, 1199))
+        header[at : at + 8] = data.draw(st.binary(min_size=8, max_size=8))
+    path = tmp_path_factory.mktemp("bad") / "bad.gguf"
+    path.write_bytes(header)
+
+    with pytest.raises(InputError) as caught:
+        GGUFFile(path)
+    assert "\n" not in str(caught.value)
+
+
+def header(*, tensors=0, keys=0, magic=b"PWRI", version=3, rest=b"") -> bytes:
+    return magic + struct.pack("<IQQ", version, tensors, keys) + rest
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def info(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    dims = struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+    return text(name) + dims + struct.pack("<IQ", kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "cannot be read"),
+        (header(magic=b"ggml"), "begins with b'ggml'"),
+        (header(version=2), "version 2, expected 3"),
+        (header(tensors=2**63), "more than it can hold"),
+        (header(keys=2**62), "more than it can hold"),
+        (header(keys=1, rest=struct.pack("<Q", 2**40) + bytes(99)), "characters"),
+        (header(keys=1, rest=text("a") + struct.pack("<IIQ", 9, 5, 2**61) + bytes(9)), "values in"),
+        (header(keys=1, rest=text("a") + struct.pack("<I", 77) + bytes(99)), "value type 77"),
+        (header(keys=1, rest=struct.pack("<Q", 2) + b"\xff\xfe" + bytes(99)), "not UTF-8"),
+        (
+            header(keys=1, rest=text("general.alignment") + struct.pack("<II", 4, 0)),
+            "general.alignment is 0",
+        ),
+        (header(tensors=1, rest=info("w", (4, 2**62), 0, 0) + bytes(64)), "tensor w ends"),
+        (header(tensors=1, rest=info("w", (4,), 0, 2**50) + bytes(64)), "tensor w ends"),
+        (header(tensors=1, rest=info("w", (4,), 0, 7) + bytes(64)), "begins at 7"),
+        (header(tensors=1, rest=info("w", (4,), 30, 0) + bytes(64)), "type id 30"),
+        (header(tensors=1, rest=info("w", (0,), 0, 0) + bytes(64)), "has the shape"),
+        (header(tensors=1, rest=text("w") + struct.pack("<I", 9) + bytes(99)), "9 dimensions"),
+        (
+            header(tensors=2, rest=(info("w", (4,), 0, 0) + info("v", (4,), 0, 0)) + bytes(99)),
+            "overlap",
+        ),
+        (
+            header(tensors=2, rest=(info("w", (4,), 0, 0) * 2) + bytes(99)),
+            "the tensor w twice",
+        ),
+    ],
+)
+def test_a_hostile_file_is_refused_with_the_reason(content, reason, tmp_path):
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(content)
+
+    with pytest.raises(InputError, match=reason) as caught:
+        GGUFFile(path)
+    assert "hostile.gguf" in str(caught.value)
