@@ -5,16 +5,12 @@ Shape letters: T tokens, D hidden, F FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from torch import Tensor
-
-from sparsecast.collect.bits import unpack
 from sparsecast.collect.store import ActivationStore
+from sparsecast.predictors.bias import bias_of, shift
 from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
+from sparsecast.predictors.data import layer_batches
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count
 from sparsecast.predictors.mlp import Predictor
-from sparsecast.predictors.module import bias_of, shift
 
 
 def calibrate(
@@ -26,7 +22,7 @@ def calibrate(
         The predictor to export, for threshold 0, and its counts on the calibration split.
     """
     histogram = ScoreHistogram()
-    for x_TD, active_TF in batches(store, "calibration", layer):
+    for x_TD, active_TF in layer_batches(store, "calibration", layer):
         ratio = predictor.logits(x_TD) / bias_of(predictor, x_TD).clamp_min(1e-6)
         histogram.add(ratio, active_TF)
     if cfg.target_sparsity is not None:
@@ -43,16 +39,6 @@ def counts(
 ) -> Counts:
     """Counts over a whole split, decided as the engine decides."""
     total = Counts(0, 0, 0, 0)
-    for x_TD, active_TF in batches(store, split, layer):
+    for x_TD, active_TF in layer_batches(store, split, layer):
         total = total.plus(count(predictor.logits(x_TD) >= threshold, active_TF))
     return total
-
-
-def batches(
-    store: ActivationStore, split: str, layer: int, size: int = 1024
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x (T, D), active (T, F)) of one layer, at most `size` tokens at a time."""
-    for shard, tokens in enumerate(store.shards(split)):
-        for start in range(0, tokens, size):
-            rows = store.rows(split, shard, layer, start, start + size)
-            yield rows.x_TD, unpack(rows.mask_TP, store.manifest.ffn_width)

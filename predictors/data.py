@@ -5,7 +5,7 @@ the split: near enough to a full shuffle, at the reading pattern of a few large 
 
 Memory: one batch; the store stays on disk.
 
-Shape letters: L layers, B batch, D hidden, F FFN width, P packed width.
+Shape letters: L layers, B batch, T tokens, D hidden, F FFN width, P packed width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecast.collect.bits import unpack
 from sparsecast.collect.store import ActivationStore
 
 BLOCK = 32
@@ -60,14 +61,22 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
             yield self._read([self._blocks[i] for i in order[first : first + self._per_batch]])
 
     def _read(self, blocks: list[tuple[int, int, int]]) -> LayersBatch:
+        store, split = self._store, self._split
         layers = [
-            [
-                self._store.rows(self._split, shard, layer, start, stop)
-                for shard, start, stop in blocks
-            ]
-            for layer in self._store.manifest.layers
+            [store.rows(split, shard, layer, start, stop) for shard, start, stop in blocks]
+            for layer in store.manifest.layers
         ]
         return LayersBatch(
             torch.stack([torch.cat([rows.x_TD for rows in layer]) for layer in layers]),
             torch.stack([torch.cat([rows.mask_TP for rows in layer]) for layer in layers]),
         )
+
+
+def layer_batches(
+    store: ActivationStore, split: str, layer: int, size: int = 1024
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x (T, D), active (T, F)) of one layer, at most `size` tokens at a time."""
+    for shard, tokens in enumerate(store.shards(split)):
+        for start in range(0, tokens, size):
+            rows = store.rows(split, shard, layer, start, start + size)
+            yield rows.x_TD, unpack(rows.mask_TP, store.manifest.ffn_width)

@@ -20,7 +20,6 @@ Shape letters: L layers, B batch, D hidden, F FFN width, R rank, P packed width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -28,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsecast.collect.bits import unpack
+from sparsecast.predictors.bias import fold
 from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
 from sparsecast.predictors.data import LayersBatch
 from sparsecast.predictors.metrics import ScoreHistogram
 from sparsecast.predictors.mlp import Predictor, rms_normalised
-
-BIAS_UNITS = 2
+from sparsecast.predictors.warm_start import WarmStart
 
 
 class PredictorModule(L.LightningModule):
@@ -41,23 +40,19 @@ class PredictorModule(L.LightningModule):
 
     Args:
         cfg: Objective and learning rate.
-        bias_LD: u of every layer.
-        base_rate_LF: How often each neuron fires, to start from.
-        rank: R, bias units included.
+        start: Initial weights and the bias direction u of every layer.
     """
 
     bias_LD: Tensor
 
-    def __init__(self, cfg: TrainConfig, bias_LD: Tensor, base_rate_LF: Tensor, rank: int) -> None:
+    def __init__(self, cfg: TrainConfig, start: WarmStart) -> None:
         super().__init__()
         self.cfg = cfg
-        layers, hidden_size = bias_LD.shape
-        free = rank - BIAS_UNITS
-        self.register_buffer("bias_LD", bias_LD)
-        self.fc1_LRD = nn.Parameter(torch.randn(layers, free, hidden_size) / hidden_size**0.5)
-        self.fc2_LFR = nn.Parameter(torch.zeros(layers, base_rate_LF.shape[1], free))
-        nn.init.normal_(self.fc2_LFR, std=free**-0.5)
-        self.offset_LF = nn.Parameter(torch.logit(base_rate_LF.clamp(1e-4, 1 - 1e-4)))
+        self.register_buffer("bias_LD", start.bias_LD)
+        self.fc1_LRD = nn.Parameter(start.fc1_LRD)
+        self.fc2_LFR = nn.Parameter(start.fc2_LFR)
+        self.offset_LF = nn.Parameter(start.offset_LF)
+        layers = len(start.bias_LD)
         self.best_sparsity = [-1.0] * layers
         self._best: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * layers
         self._histograms: list[ScoreHistogram] = []
@@ -129,43 +124,6 @@ class PredictorModule(L.LightningModule):
         ]
 
 
-def fold(fc1_RD: Tensor, fc2_FR: Tensor, offset_F: Tensor, bias_D: Tensor) -> Predictor:
-    """One predictor with the bias units in front: logits = p, the bias direction as two units.
-
-    Rows of fc1 are scaled to unit norm and their scale moved into fc2, which changes no logit and
-    keeps the hidden units within f16 for any residual stream that is.
-    """
-    fc1 = torch.cat([bias_D[None], -bias_D[None], fc1_RD])
-    fc2 = torch.cat([offset_F[:, None], offset_F[:, None], fc2_FR], dim=1)
-    norm = fc1.norm(dim=1).clamp_min(1e-12)
-    return Predictor(fc1 / norm[:, None], fc2 * norm[None])
-
-
-def shift(predictor: Predictor, cut: float) -> Predictor:
-    """Move the cut of a folded predictor to logit 0: p - cut * b, with b as `bias_of` gives it."""
-    fc2 = predictor.fc2_FR.clone()
-    fc2[:, :BIAS_UNITS] -= cut
-    return Predictor(predictor.fc1_RD, fc2)
-
-
-def bias_of(predictor: Predictor, x_TD: Tensor) -> Tensor:
-    """(T, 1): what the bias units of a folded predictor sum to, in float32."""
-    return (x_TD.float() @ predictor.fc1_RD[:1].float().T).abs()
-
-
 def _sparsity_at_recall(histogram: ScoreHistogram, recall: float) -> float:
     kept = [sparsity for got, sparsity in histogram.curve(1_000) if got >= recall]
     return max(kept, default=0.0)
-
-
-def least_squares_bias(moments: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """(L, D): per layer the u that minimises the mean of (u x_hat - 1)^2.
-
-    Args:
-        moments: Per layer the second moment (D, D) and the mean (D,) of x_hat.
-    """
-    rows = []
-    for second_DD, mean_D in moments:
-        ridge = 1e-4 * second_DD.diagonal().mean() * torch.eye(len(mean_D))
-        rows.append(torch.linalg.solve(second_DD + ridge, mean_D))
-    return torch.stack(rows)

@@ -6,22 +6,21 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import pick_device
-from sparsecast.collect.progress import bar, console
+from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
-from sparsecast.predictors.calibrate import batches, calibrate
+from sparsecast.predictors.bias import BIAS_UNITS
+from sparsecast.predictors.calibrate import calibrate
 from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet, load_predictors
 from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
 from sparsecast.predictors.data import TokenBlocks
 from sparsecast.predictors.metrics import Counts
-from sparsecast.predictors.mlp import rms_normalised
-from sparsecast.predictors.module import PredictorModule, least_squares_bias
+from sparsecast.predictors.module import PredictorModule
+from sparsecast.predictors.warm_start import warm_start
 
 
 def train(cfg: TrainConfig) -> PredictorSet:
@@ -43,8 +42,8 @@ def train(cfg: TrainConfig) -> PredictorSet:
         return _finished(cfg, recipe, store)
     if (layers := store.manifest.layers) != list(range(len(layers))):
         raise InputError(
-            f"{cfg.activations}: holds layers {layers}, but PowerInfer needs every layer from 0 on; "
-            "collect without --layers"
+            f"{cfg.activations}: holds layers {layers}, but PowerInfer needs every layer from 0 "
+            "on; collect without --layers"
         )
     L.seed_everything(cfg.seed, verbose=False)
     module = _fit(cfg, store, rank)
@@ -63,8 +62,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
 
 
 def _fit(cfg: TrainConfig, store: ActivationStore, rank: int) -> PredictorModule:
-    moments, base_rate_LF = _statistics(store)
-    module = PredictorModule(cfg, least_squares_bias(moments), base_rate_LF, rank)
+    module = PredictorModule(cfg, warm_start(store, rank - BIAS_UNITS))
     on_gpu = pick_device(cfg.device).type == "cuda"
     trainer = L.Trainer(
         max_epochs=cfg.epochs,
@@ -85,27 +83,6 @@ def _fit(cfg: TrainConfig, store: ActivationStore, rank: int) -> PredictorModule
     if trainer.interrupted:
         raise KeyboardInterrupt
     return module
-
-
-def _statistics(store: ActivationStore) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Per layer (second moment, mean) of the normalised inputs, and (L, F) firing rates."""
-    moments, rates = [], []
-    tokens = store.manifest.tokens("train")
-    layers = store.manifest.layers
-    with bar("statistics", len(layers)) as progress:
-        for layer in layers:
-            second = torch.zeros(store.manifest.hidden_size, store.manifest.hidden_size)
-            mean = torch.zeros(store.manifest.hidden_size)
-            fired = torch.zeros(store.manifest.ffn_width)
-            for x_TD, active_TF in batches(store, "train", layer):
-                x = rms_normalised(x_TD)
-                second += x.T @ x / tokens
-                mean += x.sum(0) / tokens
-                fired += active_TF.sum(0) / tokens
-            moments.append((second, mean))
-            rates.append(fired)
-            progress.advance()
-    return moments, torch.stack(rates)
 
 
 def _recipe(cfg: TrainConfig, store: ActivationStore, rank: int) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""Where training starts: the best linear predictor of the rank, written with ReLU units.
+
+The gate is linear in the normalised input, so a linear predictor is a strong start. PowerInfer's
+format has ReLU in the middle, and the textbook identity relu(z) - relu(-z) = z costs two units a
+rank. Where the inputs have a nearly constant direction u (u x_hat ~ 1, see bias.py) one unit does:
+relu(z + K u x_hat) is linear as long as z > -K, and K u x_hat goes into the bias units.
+
+The linear predictor is reduced-rank regression of the mask on the inputs: with whitened, centred
+inputs x_w = S^(-1/2) (x_hat - m) and C = E[(y - E y) x_w^T], the best rank-r map is C V V^T with
+the top r eigenvectors V of C^T C. The derivative of the logit, 1 / p (1 - p), turns its slopes
+into slopes of logits.
+
+Shape letters: L layers, T tokens, D hidden, F FFN width, R free hidden units.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.collect.progress import bar
+from sparsecast.collect.store import ActivationStore
+from sparsecast.predictors.data import layer_batches
+from sparsecast.predictors.mlp import rms_normalised
+
+RIDGE = 1e-3
+"""Relative to the mean variance of an input."""
+LINEAR_REACH = 4.0
+"""K: how many standard deviations below its mean a hidden unit stays linear."""
+
+
+class WarmStart(NamedTuple):
+    """Weights of all layers' predictors before training."""
+
+    bias_LD: Tensor
+    fc1_LRD: Tensor
+    fc2_LFR: Tensor
+    offset_LF: Tensor
+
+
+class Moments(NamedTuple):
+    """Over the training tokens of one layer, of x_hat and of the mask y."""
+
+    second_DD: Tensor
+    mean_D: Tensor
+    cross_FD: Tensor
+    """E[y x_hat^T]."""
+    rate_F: Tensor
+
+
+def warm_start(store: ActivationStore, free_units: int) -> WarmStart:
+    """One pass over the train split, layer by layer.
+
+    Memory: a layer's (D, D) and (F, D) moments in float32.
+    """
+    starts = []
+    with bar("warm start", len(store.manifest.layers)) as progress:
+        for layer in store.manifest.layers:
+            starts.append(reduced_rank(moments(store, layer), free_units))
+            progress.advance()
+    return WarmStart(*(torch.stack(parts) for parts in zip(*starts, strict=True)))
+
+
+def moments(store: ActivationStore, layer: int) -> Moments:
+    made = store.manifest
+    second = torch.zeros(made.hidden_size, made.hidden_size)
+    mean = torch.zeros(made.hidden_size)
+    cross = torch.zeros(made.ffn_width, made.hidden_size)
+    rate = torch.zeros(made.ffn_width)
+    tokens = made.tokens("train")
+    for x_TD, active_TF in layer_batches(store, "train", layer):
+        x, y = rms_normalised(x_TD), active_TF.float()
+        second += x.T @ x / tokens
+        mean += x.sum(0) / tokens
+        cross += y.T @ x / tokens
+        rate += y.sum(0) / tokens
+    return Moments(second, mean, cross, rate)
+
+
+def reduced_rank(m: Moments, free_units: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u (D,), fc1 (R, D), fc2 (F, R) and offset (F,) of one layer."""
+    eye = torch.eye(len(m.mean_D))
+    energy = m.second_DD.diagonal().mean()
+    u_D = torch.linalg.solve(m.second_DD + RIDGE * energy * eye, m.mean_D)
+    covariance = m.second_DD - torch.outer(m.mean_D, m.mean_D)
+    covariance += RIDGE * covariance.diagonal().mean() * eye
+    values, vectors = torch.linalg.eigh(covariance)
+    whiten_DD = vectors * values.clamp_min(1e-12).rsqrt() @ vectors.T
+    cross_FD = (m.cross_FD - torch.outer(m.rate_F, m.mean_D)) @ whiten_DD
+    _, basis = torch.linalg.eigh(cross_FD.T @ cross_FD)
+    basis_DR = basis[:, -free_units:]
+    # z = V^T S^(-1/2) (x_hat - m), with m written as m u x_hat.
+    linear_RD = basis_DR.T @ whiten_DD
+    linear_RD = linear_RD - torch.outer(linear_RD @ m.mean_D, u_D)
+    rate_F = m.rate_F.clamp(1e-3, 1 - 1e-3)
+    fc2_FR = cross_FD @ basis_DR / (rate_F * (1 - rate_F))[:, None]
+    offset_F = rate_F.logit() - LINEAR_REACH * fc2_FR.sum(1)
+    return u_D, linear_RD + LINEAR_REACH * u_D, fc2_FR, offset_F
