@@ -8,6 +8,7 @@ from pathlib import Path
 from sparsecast.collect.errors import InputError
 
 DTYPES = ("f16", "f32")
+SUFFIX = ".powerinfer.gguf"
 
 
 @dataclass(frozen=True, kw_only=True)

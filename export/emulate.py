@@ -28,9 +28,14 @@ class Emulator:
 
     Memory: the file is mapped; one matrix at a time is widened to float32, and the activations of
     the tokens given.
+
+    Args:
+        sums: dtype that products sum in. float64 is the same arithmetic in another order, so the
+            difference between the two is what an order of summation may change.
     """
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFile, sums: torch.dtype = torch.float32) -> None:
+        self._sums = sums
         keys: dict[str, Any] = file.keys
         self._file = file
         self.layers: int = keys["llama.block_count"]
@@ -63,8 +68,8 @@ class Emulator:
     def _product(self, x_TD: Tensor, name: str) -> Tensor:
         weight = self._file.tensor(name)
         if weight.dtype == torch.float16:
-            x_TD = x_TD.half().float()
-        return x_TD @ weight.float().T
+            x_TD = x_TD.half()
+        return (x_TD.to(self._sums) @ weight.to(self._sums).T).float()
 
     def _norm(self, x_TD: Tensor, name: str) -> Tensor:
         mean_T1 = x_TD.square().double().mean(-1, keepdim=True).float()

@@ -1,9 +1,11 @@
 """The engine's binaries against our evaluation of the same file.
 
 Both compute the same arithmetic, but sum in another order; a difference of 1e-7 can turn a
-rounding to f16 over, and that a predictor's decision at the threshold. Such a neuron moves one
-position's logits visibly while the others agree to about 1e-4, so probabilities are bounded
-at 99 % of positions tightly and at the worst one loosely.
+rounding to f16 over, and that a predictor's decision at the threshold. How far that moves
+probabilities depends on the model, so our own evaluation is made a second time with sums in
+float64, and the engine may be 3 times as far from ours as that is, or 1e-3 where that is more, at
+99 % of positions; the worst position, where a strong neuron may have turned over in one alone, is
+bounded loosely. (On tiny-prosparse float64 moved ours by 0.0036 and the engine was 0.0032 away.)
 
 Shape letters: P prompts, S prompt length, V vocabulary.
 """
@@ -31,7 +33,7 @@ PERPLEXITY_BOUND = 0.005
 LOGIT_BOUND = 1e-2
 """An engine token that is not our argmax may be this far below it."""
 PROBABILITY_BOUND = 1e-3
-"""At 99 % of positions."""
+PROBABILITY_FACTOR = 3.0
 WORST_BOUND = 0.1
 PROMPTS, PROMPT_LENGTH = 8, 64
 NORMAL, UNKNOWN, BYTE = 1, 2, 6
@@ -76,6 +78,7 @@ def check_next_tokens(
     if reason := degenerate(logits_PSV):
         return [Check("engine tokens", False, f"ours: {reason}")]
     texts = texts_of(file)
+    noise = _noise(logits_PSV, Emulator(file, sums=torch.float64).logits(prompts_PS))
     logits_PSV[..., file.keys.get("tokenizer.ggml.eos_token_id", 2)] = float("-inf")
     unsayable = [i for i, text in enumerate(texts) if not text or text.startswith("byte: \\x")]
     gaps, worst = [], []
@@ -88,7 +91,7 @@ def check_next_tokens(
                 worst.append(distance)
     except EngineError as error:
         return [Check("engine tokens", False, str(error))]
-    return [_tokens_check(gaps), _probability_check(worst)]
+    return [_tokens_check(gaps), _probability_check(worst, noise)]
 
 
 def _places(prompts_PS: Tensor) -> Iterator[tuple[int, int]]:
@@ -108,12 +111,19 @@ def _tokens_check(gaps: list[float]) -> Check:
     return Check("engine tokens", not far, detail)
 
 
-def _probability_check(worst: list[float]) -> Check:
+def _noise(one_PSV: Tensor, other_PSV: Tensor) -> float:
+    """What 99 % of positions stay below: the largest difference of a probability."""
+    diff_PSV = one_PSV.double().softmax(-1) - other_PSV.double().softmax(-1)
+    return diff_PSV.abs().amax(-1).flatten().quantile(0.99).item()
+
+
+def _probability_check(worst: list[float], noise: float) -> Check:
+    bound = max(PROBABILITY_BOUND, PROBABILITY_FACTOR * noise)
     tight = torch.tensor(worst, dtype=torch.float64).quantile(0.99).item()
-    ok = tight <= PROBABILITY_BOUND and max(worst) <= WORST_BOUND
+    ok = tight <= bound and max(worst) <= WORST_BOUND
     detail = (
         f"largest difference of a probability {max(worst):.2e} (bound {WORST_BOUND:g}), at 99 % of "
-        f"positions at most {tight:.2e} (bound {PROBABILITY_BOUND:g})"
+        f"positions at most {tight:.2e} (bound {bound:.2g}; our own float64 sums: {noise:.2e})"
     )
     return Check("engine probabilities", ok, detail)
 

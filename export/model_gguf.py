@@ -5,8 +5,8 @@ tensors are f16 (or f32), 1-D tensors f32, ffn_down_t f16 always: for f32 there 
 NaN without an error. A tensor that its architecture does not use makes loading fail, so nothing
 else is written. The threshold must be an f32. (PowerInfer's llama.cpp and ggml.h at d3ebd7c.)
 
-Memory: one tensor of the source (a memory map) and its converted copy; the header holds the
-vocabulary and the names.
+Memory: one tensor at a time, as the source's memory map, at most one rearranged copy (q and k) and
+the converted one; the header holds the vocabulary and the names.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _write_data(writer: GGUFWriter, tensors: list[Planned], wrote: Callable[[int
 
 def _stored(planned: Planned) -> np.ndarray[Any, Any]:
     source = planned.load()
-    stored = source.detach().to(planned.dtype).contiguous()
+    stored = torch.empty(planned.shape, dtype=planned.dtype).copy_(source)
     if not bool(stored.isfinite().all()):
         largest = source.abs().max().item()
         raise InputError(

@@ -14,13 +14,11 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
 from sparsecast.export.card import model_card, relu_note
-from sparsecast.export.config import ExportConfig
+from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.hyper import Hyper, read_hyper
 from sparsecast.export.model_gguf import plan, write_model
 from sparsecast.export.vocab import read_vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
-
-SUFFIX = ".powerinfer.gguf"
 
 
 def export(cfg: ExportConfig) -> Path:

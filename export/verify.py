@@ -23,7 +23,7 @@ from sparsecast.export.checks import (
     check_tensors,
     check_vocabulary,
 )
-from sparsecast.export.config import VerifyConfig
+from sparsecast.export.config import SUFFIX, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import binary
 from sparsecast.export.engine_checks import (
@@ -35,8 +35,6 @@ from sparsecast.export.numerics import check_logits, check_perplexity, degenerat
 from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.values import Source, check_header, check_pieces, check_values
-
-SUFFIX = ".powerinfer.gguf"
 
 
 @dataclass
@@ -144,8 +142,8 @@ def _run(
     emulator = Emulator(file)
     _numerics(checkpoint, emulator, text, tokenizer.encode(text), ids_NS, checks)
     if cfg.engine is not None:
-        check_, result.engine = check_engine_perplexity(cfg.engine, file, emulator, text, ids_NS)
-        checks += [check_, *check_next_tokens(cfg.engine, file, emulator, ids_NS)]
+        overall, result.engine = check_engine_perplexity(cfg.engine, file, emulator, text, ids_NS)
+        checks += [overall, *check_next_tokens(cfg.engine, file, emulator, ids_NS)]
 
 
 def _numerics(
@@ -164,7 +162,9 @@ def _numerics(
     want = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     equal = want == ids
     detail = f"{len(ids):,} tokens of held-out text, " + (
-        "as the model's" if equal else f"the model's tokenizer makes {len(want):,} of another kind"
+        "as the model's tokenizer makes them"
+        if equal
+        else f"the model's own makes {len(want):,}, not all the same"
     )
     checks.append(Check("tokens", equal, detail))
     checks.append(check_logits(emulator, with_relu(model), ids_NS))
@@ -172,7 +172,7 @@ def _numerics(
 
 
 def _print(path: Path, result: VerifyResult) -> None:
-    table = Table(title=f"{path}", title_justify="left")
+    table = Table(title=escape(str(path)), title_justify="left")
     for column in ("check", "", "detail"):
         table.add_column(column)
     for check in result.checks:
