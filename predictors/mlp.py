@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -35,7 +34,11 @@ class Predictor(NamedTuple):
         return hidden_TR.half().float() @ self.fc2_FR.float().T
 
 
+def rms(x_TD: Tensor) -> Tensor:
+    """(T, 1) float32: the root mean square of every token's vector."""
+    return x_TD.float().square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
+
+
 def rms_normalised(x_TD: Tensor) -> Tensor:
     """x / rms(x) in float32: the scale-free inputs that predictors are trained on."""
-    x = x_TD.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp_min(1e-12))
+    return x_TD.float() / rms(x_TD)

@@ -1,0 +1,104 @@
+"""The figures of a report, as SVG text that follows the page's light or dark colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BLUE, ORANGE, GREEN, GREY = "#3b76c4", "#d9822b", "#2f9e5f", "#8a8f98"
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sparsecast",
+    "legend.frameon": False,
+}
+
+
+def recall_and_sparsity(layers: Sequence[dict[str, Any]]) -> str:
+    """Recall, predicted and true sparsity of every layer."""
+    index = [row["layer"] for row in layers]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.0))
+        axes.plot(index, [row["recall"] for row in layers], "o-", color=BLUE, label="recall")
+        axes.plot(
+            index,
+            [row["predicted_sparsity"] for row in layers],
+            "s-",
+            color=ORANGE,
+            label="predicted sparsity",
+        )
+        axes.plot(
+            index,
+            [row["true_sparsity"] for row in layers],
+            "--",
+            color=GREY,
+            label="true sparsity",
+        )
+        axes.set(xlabel="layer", ylim=(min(0.5, *_all(layers)) - 0.02, 1.01))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        return _svg(figure)
+
+
+def curves(
+    layers: Sequence[dict[str, Any]], points: Sequence[Sequence[tuple[float, float]]]
+) -> str:
+    """Recall against predicted sparsity, one curve per layer, the calibrated point on it."""
+    colours = plt.get_cmap("viridis")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.6))
+        for i, (row, curve) in enumerate(zip(layers, points, strict=True)):
+            colour = colours(0.9 * i / max(1, len(layers) - 1))
+            axes.plot([p for _, p in curve], [r for r, _ in curve], color=colour, lw=1.2)
+            axes.plot(row["predicted_sparsity"], row["recall"], "o", color=colour, ms=5)
+        axes.set(xlabel="predicted sparsity", ylabel="recall", xlim=(0, 1), ylim=(0.5, 1.01))
+        axes.set_title(
+            f"layers {layers[0]['layer']} (dark) to {layers[-1]['layer']} (light)", size=9
+        )
+        return _svg(figure)
+
+
+def traffic_bars(layers: Sequence[dict[str, Any]]) -> str:
+    """Traffic against the exact path and the oracle."""
+    index = [row["layer"] for row in layers]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.0))
+        axes.bar(index, [row["traffic"] for row in layers], color=BLUE, label="traffic", width=0.6)
+        for name, colour in (("cascade", GREEN), ("exact", ORANGE), ("oracle", GREY)):
+            axes.plot(index, [row[name] for row in layers], "o--", color=colour, label=name, ms=4)
+        axes.set(xlabel="layer", ylabel="share of dense FFN bytes", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        return _svg(figure)
+
+
+def _all(layers: Sequence[dict[str, Any]]) -> list[float]:
+    names = ("recall", "predicted_sparsity", "true_sparsity")
+    return [row[name] for row in layers for name in names]
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+    )
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    # A fixed size in points would not shrink on a narrow screen.
+    return re.sub(r'(<svg[^>]*?) (?:height|width)="[\d.]+pt"', r"\1", text, count=1)
