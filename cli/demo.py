@@ -25,7 +25,7 @@ class DemoConfig:
     out: Path = Path("sparsecast-demo")
     """Folder for activations, predictors, report and bundle; what is finished there is kept."""
 
-    tokens: int = 100_000
+    tokens: int = 200_000
     """Tokens to record."""
 
     engine: Path | None = None

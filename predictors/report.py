@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sparsecast.collect.atomic import new_folder, read_json, write_json, write_text
@@ -20,9 +21,9 @@ from sparsecast.predictors.score import SPLIT, LayerScore, score_layers
 COLUMNS = {
     "layer": "layer",
     "recall": "recall",
-    "predicted_sparsity": "pred. sparsity",
-    "true_sparsity": "true sparsity",
-    "precision": "precision",
+    "predicted_sparsity": "pred. spars.",
+    "true_sparsity": "true spars.",
+    "precision": "prec.",
     "roc_auc": "AUC",
     "traffic": "traffic",
     "cascade": "cascade",
@@ -109,7 +110,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
     for row in (*result["layers"], result["mean"]):
         cells = ["mean" if row["layer"] is None else str(row["layer"])]
         for name in list(COLUMNS)[1:]:
-            cells.append("-" if row[name] is None else f"{row[name]:.4f}")
+            cells.append("-" if row[name] is None else f"{row[name]:.3f}")
         rows.append(cells)
     return rows
 
@@ -129,7 +130,9 @@ def _markdown(result: dict[str, Any], rows: list[list[str]]) -> str:
 
 
 def _show(rows: list[list[str]], change: float | None) -> None:
-    table = Table(title="held-out scores", title_justify="left")
+    table = Table(
+        title="held-out scores", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for name in rows[0]:
         table.add_column(name, justify="right")
     for row in rows[1:]:

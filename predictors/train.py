@@ -36,7 +36,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
             predictor folder under `cfg.out` that was made with other options.
     """
     store = ActivationStore(cfg.activations)
-    rank = cfg.rank or -(-store.manifest.hidden_size // 128) * 32
+    rank = cfg.rank or -(-store.manifest.hidden_size * 3 // 256) * 32
     recipe = _recipe(cfg, store, rank)
     if (cfg.out / "manifest.json").is_file():
         return _finished(cfg, recipe, store)

@@ -37,7 +37,9 @@ def _micro(monkeypatch):
 
 def options(corpus, out, **changes) -> SparsifyConfig:
     base = {"preset": "micro", "corpus": str(corpus), "out": out, "eval_tokens": 2_000}
-    return SparsifyConfig(**base | {"seq_len": 64, "batch_tokens": 1_024, "device": "cpu"} | changes)
+    return SparsifyConfig(
+        **base | {"seq_len": 64, "batch_tokens": 1_024, "device": "cpu"} | changes
+    )
 
 
 def test_l1_makes_a_sparser_model_and_the_card_tells_the_truth(corpus, tmp_path):
