@@ -1,0 +1,83 @@
+"""A synthetic activation store whose labels a predictor of rank 32 can learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsecast.collect.recorder import LayerRecord
+from sparsecast.collect.splits import SPLITS
+from sparsecast.collect.store import ActivationStore, Manifest, Writer, write_manifest
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.train import train
+
+HIDDEN, FFN, LAYERS = 64, 200, 2
+TOKENS = {"train": 6_000, "calibration": 1_000, "held-out": 1_000}
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory) -> ActivationStore:
+    """2 layers of hidden size 64 and 200 neurons, about 88 % silent, behind a gate of rank 12.
+
+    Inputs have a constant direction, as residual streams do, and norms that differ tenfold.
+    """
+    folder = tmp_path_factory.mktemp("synthetic") / "acts"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(7)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    gates = [randn(FFN, 12) @ randn(12, HIDDEN) / 12**0.5 / HIDDEN**0.5 for _ in range(LAYERS)]
+    mean_D = 2 * randn(HIDDEN)
+    writer = Writer(folder, list(range(LAYERS)), torch.float16)
+    for split in SPLITS:
+        for _ in range(2):  # two batches a split, of which the second is ragged
+            n = TOKENS[split] // 2
+            writer.begin(split, torch.arange(n))
+            for layer, gate_FD in enumerate(gates):
+                noise_TD = randn(n, HIDDEN)
+                x1_TF = (noise_TD @ gate_FD.T - 1.2).relu()
+                norm_T1 = 0.3 + 3 * torch.rand(n, 1, generator=generator)
+                writer.add(LayerRecord(layer, norm_T1 * (mean_D + noise_TD), x1_TF))
+    writer.close()
+    write_manifest(
+        folder,
+        Manifest(
+            model="synthetic",
+            fingerprint="0" * 16,
+            model_type="llama",
+            convention="residual-before-ffn-norm",
+            activation="relu",
+            activation_threshold=0.0,
+            corpus="none",
+            options={},
+            layers=list(range(LAYERS)),
+            hidden_size=HIDDEN,
+            ffn_width=FFN,
+            ffn_matrices=3,
+            x_dtype="float16",
+            shard_tokens=writer.shard_tokens,
+            documents=dict.fromkeys(SPLITS, 2),
+        ),
+    )
+    return ActivationStore(folder)
+
+
+@pytest.fixture(scope="session")
+def recipe(synthetic, tmp_path_factory) -> TrainConfig:
+    return TrainConfig(
+        activations=synthetic.folder,
+        out=tmp_path_factory.mktemp("trained") / "pred",
+        rank=32,
+        target_recall=0.95,
+        epochs=3,
+        batch_size=128,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(recipe):
+    """Predictors of the synthetic store, calibrated to a recall of 0.95."""
+    return train(recipe)

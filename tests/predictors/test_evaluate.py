@@ -1,0 +1,185 @@
+"""The model with predictors in the loop, against a forward pass written out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparsecast.collect.corpus import documents
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.models import load_model
+from sparsecast.collect.splits import assign
+from sparsecast.collect.tokens import batches
+from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.config import EvaluateConfig
+from sparsecast.predictors.evaluate import evaluate, exact_ffn, perplexity, predicted_ffn
+from sparsecast.predictors.mlp import Predictor
+
+LAYERS, HIDDEN, FFN = 3, 64, 1280
+
+
+def random_set(seed: int = 0, threshold: float = 0.0) -> PredictorSet:
+    generator = torch.Generator().manual_seed(seed)
+    layers = [
+        Predictor(
+            torch.randn(8, HIDDEN, generator=generator).half(),
+            torch.randn(FFN, 8, generator=generator).half(),
+        )
+        for _ in range(LAYERS)
+    ]
+    return PredictorSet(layers, threshold, None)
+
+
+def all_active() -> PredictorSet:
+    """|x_0| >= 0 is true of every neuron."""
+    fc1 = torch.zeros(2, HIDDEN)
+    fc1[0, 0], fc1[1, 0] = 1, -1
+    return PredictorSet([Predictor(fc1, torch.ones(FFN, 2))] * LAYERS, 0.0, None)
+
+
+@pytest.fixture(scope="module")
+def data(model_folder, corpus):
+    _, tokenizer = load_model(str(model_folder), device="cpu")
+    docs = assign(documents(str(corpus)))
+    return list(batches(docs, tokenizer, {"held-out": 400}, seq_len=128, batch_size=2))
+
+
+@pytest.fixture
+def model(model_folder):
+    return load_model(str(model_folder), device="cpu")[0]
+
+
+def by_hand(model, ids: torch.Tensor, masks, threshold: float) -> torch.Tensor:
+    """Logits of one sequence: each FFN recomputed from its weights behind transformers' attention.
+
+    `masks(layer, residual (T, D))` gives what the predictor keeps.
+    """
+    handles = []
+    for i, layer in enumerate(model.model.layers):
+        residual = {}
+
+        def on_norm(_, args, residual=residual):
+            residual["x"] = args[0]
+
+        def on_mlp(mlp, args, _, residual=residual, i=i):
+            gate, up = mlp.gate_proj(args[0]), mlp.up_proj(args[0])
+            fired = torch.where(gate >= threshold, gate, torch.zeros(()))
+            if threshold == 0:
+                fired = gate.clamp_min(0)
+            kept = masks(i, residual["x"][0])
+            return mlp.down_proj(fired * up * kept)
+
+        handles.append(layer.post_attention_layernorm.register_forward_pre_hook(on_norm))
+        handles.append(layer.mlp.register_forward_hook(on_mlp))
+    with torch.inference_mode():
+        logits = model(ids[None]).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def independent_mask(predictors: PredictorSet):
+    def mask(layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        fc1, fc2 = (w.double() for w in predictors.layers[layer])
+        hidden = (x_TD.half().double() @ fc1.T).clamp_min(0)
+        return hidden.half().double() @ fc2.T >= predictors.threshold
+
+    return mask
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.5])
+def test_the_mask_in_the_loop_is_the_one_computed_by_hand(model, data, threshold):
+    predictors = random_set(threshold=threshold)
+    ids = data[0].ids_BS[0][data[0].keep_BS[0]]
+    with predicted_ffn(model, predictors), torch.inference_mode():
+        got = model(ids[None]).logits[0]
+    want = by_hand(model, ids, independent_mask(predictors), 0.2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        assert (model(ids[None]).logits[0] - want).abs().max() > 1e-2  # hooks are gone, masks bite
+
+
+def test_exact_equals_dense(model, data):
+    dense = perplexity(model, data)
+    with exact_ffn(model):
+        exact = perplexity(model, data)
+    assert exact == pytest.approx(dense, rel=1e-5)
+    assert perplexity(model, data) == dense
+
+
+def test_an_all_active_predictor_changes_nothing(model, data):
+    dense = perplexity(model, data)
+    with predicted_ffn(model, all_active()):
+        assert perplexity(model, data) == pytest.approx(dense, rel=1e-6)
+
+
+def test_perplexity_is_that_of_every_token_but_the_first(model, data):
+    """Padding does not count, and documents weigh by their tokens."""
+    nll, n = 0.0, 0
+    for batch in data:
+        for ids, keep in zip(batch.ids_BS, batch.keep_BS, strict=True):
+            with torch.inference_mode():
+                logp = F.log_softmax(model(ids[keep][None]).logits[0].double(), dim=-1)
+            target = ids[keep][1:]
+            nll -= logp[torch.arange(len(target)), target].sum().item()
+            n += len(target)
+    assert perplexity(model, data) == pytest.approx(math.exp(nll / n), rel=1e-5)
+
+
+def test_the_stage_writes_the_keys_of_its_contract(model_folder, corpus, tmp_path, data):
+    random_set().save(tmp_path / "pred")
+    path = tmp_path / "evaluate.json"
+    cfg = EvaluateConfig(
+        model=str(model_folder),
+        predictors=tmp_path / "pred",
+        corpus=str(corpus),
+        tokens=400,
+        seq_len=128,
+        batch_size=2,
+        device="cpu",
+        json=path,
+    )
+    evaluate(cfg)
+    result = json.loads(path.read_text())
+
+    assert set(result) == {"tokens", "perplexity", "change"}
+    assert set(result["perplexity"]) == {"dense", "exact", "predicted", "bundle"}
+    assert set(result["change"]) == {"exact", "predicted", "bundle"}
+    values = result["perplexity"]
+    assert result["change"]["predicted"] == pytest.approx(values["predicted"] / values["dense"] - 1)
+    assert values["exact"] == pytest.approx(values["dense"], rel=1e-5)
+    # A FATReLU model: plain ReLU keeps what lies between 0 and the threshold.
+    assert values["bundle"] != pytest.approx(values["predicted"], rel=1e-4)
+
+
+def test_bundle_is_mask_and_plain_relu(model, model_folder, corpus, data, tmp_path):
+    predictors = random_set()
+    predictors.save(tmp_path / "pred")
+    result = evaluate(
+        EvaluateConfig(
+            model=str(model_folder),
+            predictors=tmp_path / "pred",
+            corpus=str(corpus),
+            tokens=400,
+            seq_len=128,
+            batch_size=2,
+            device="cpu",
+        )
+    )
+    nll, n = 0.0, 0
+    for batch in data:
+        for ids, keep in zip(batch.ids_BS, batch.keep_BS, strict=True):
+            logits = by_hand(model, ids[keep], independent_mask(predictors), 0.0)
+            nll += F.cross_entropy(logits[:-1], ids[keep][1:], reduction="sum").item()
+            n += int(keep.sum()) - 1
+    assert result["perplexity"]["bundle"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+
+
+def test_predictors_of_another_model_are_refused(model_folder, corpus, trained, recipe):
+    cfg = EvaluateConfig(model=str(model_folder), predictors=recipe.out, corpus=str(corpus))
+    with pytest.raises(InputError, match="predictors for 2 layers"):
+        evaluate(cfg)

@@ -1,0 +1,148 @@
+"""Scores against scikit-learn, and traffic against published figures worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
+
+from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 40))
+rates = st.sampled_from([0.0, 0.1, 0.5, 1.0])
+
+
+@given(sizes, rates, rates, st.integers(0, 2**31))
+def test_counts_agree_with_sklearn_on_random_and_degenerate_masks(size, fired, kept, seed):
+    rng = np.random.default_rng(seed)
+    active, predicted = rng.random(size) < fired, rng.random(size) < kept
+
+    got = count(torch.from_numpy(predicted), torch.from_numpy(active))
+
+    truth, guess = active.ravel(), predicted.ravel()
+    assert got.recall == pytest.approx(recall_score(truth, guess, zero_division=1))
+    assert got.precision == pytest.approx(precision_score(truth, guess, zero_division=1))
+    assert got.predicted_sparsity == pytest.approx(1 - predicted.mean())
+    assert got.true_sparsity == pytest.approx(1 - active.mean())
+
+
+def test_counts_add_up_to_the_whole():
+    predicted, active = torch.rand(6, 10) < 0.4, torch.rand(6, 10) < 0.3
+    halves = count(predicted[:2], active[:2]).plus(count(predicted[2:], active[2:]))
+    assert halves == count(predicted, active)
+
+
+def test_recall_is_that_of_the_sum_and_no_average_of_batches():
+    whole = Counts(1, 1, 1, 10).plus(Counts(0, 9, 0, 10))
+    assert whole.recall == 0.1
+
+
+@given(st.integers(0, 2**31), st.floats(-4, 4), st.floats(-4, 4))
+def test_a_lower_cut_never_loses_recall(seed, a, b):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(7, 30, generator=generator)
+    active = torch.rand(7, 30, generator=generator) < 0.2
+
+    loose, strict = (count(logits >= cut, active) for cut in (min(a, b), max(a, b)))
+
+    assert loose.recall >= strict.recall
+    assert loose.predicted_sparsity <= strict.predicted_sparsity
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+def test_auc_agrees_with_sklearn_at_any_scale_of_the_logits(scale):
+    rng = np.random.default_rng(3)
+    active = rng.random((40, 50)) < 0.15
+    logits = scale * (rng.normal(size=active.shape) + 1.5 * active)
+    histogram = ScoreHistogram()
+
+    for rows in (slice(0, 13), slice(13, 40)):
+        histogram.add(torch.from_numpy(logits[rows]).float(), torch.from_numpy(active[rows]))
+
+    assert histogram.roc_auc() == pytest.approx(
+        roc_auc_score(active.ravel(), logits.ravel()), abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_auc_is_absent_where_a_class_is(active):
+    histogram = ScoreHistogram()
+    histogram.add(torch.randn(3, 4), torch.full((3, 4), active))
+    assert histogram.roc_auc() is None
+
+
+@pytest.mark.parametrize("recall", [0.5, 0.9, 0.95])
+@pytest.mark.parametrize("centre", [-6.0, 0.0, 6.0])
+def test_the_cut_for_a_recall_is_the_quantile(recall, centre):
+    score = torch.randn(200, 100) + centre
+    active = torch.rand(200, 100) < 0.2
+    histogram = ScoreHistogram()
+    histogram.add(score, active)
+
+    got = count(score >= histogram.cut_for_recall(recall), active).recall
+
+    assert recall - 1e-6 <= got <= recall + 2e-3
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.75, 0.9])
+def test_the_cut_for_a_sparsity_is_the_quantile(sparsity):
+    score, active = torch.randn(200, 100), torch.rand(200, 100) < 0.2
+    histogram = ScoreHistogram()
+    histogram.add(score, active)
+
+    got = count(score >= histogram.cut_for_sparsity(sparsity), active).predicted_sparsity
+
+    assert got == pytest.approx(sparsity, abs=2e-3)
+
+
+def test_the_curve_passes_through_every_cut():
+    score, active = torch.randn(100, 60), torch.rand(100, 60) < 0.2
+    histogram = ScoreHistogram()
+    histogram.add(score, active)
+    curve = histogram.curve()
+
+    assert [r for r, _ in curve] == sorted((r for r, _ in curve), reverse=True)
+    assert [p for _, p in curve] == sorted(p for _, p in curve)
+    at = count(score >= histogram.cut_for_recall(0.9), active)
+    assert np.interp(at.predicted_sparsity, [p for _, p in curve], [r for r, _ in curve]) == (
+        pytest.approx(0.9, abs=0.01)
+    )
+
+
+def test_traffic_of_the_published_prosparse_7b():
+    """arXiv 2402.13516, table 2: recall 93.46, predicted 75.24, true 88.11; rank 1024 in f16."""
+    got = traffic(
+        rank=1024,
+        hidden_size=4096,
+        ffn_width=11008,
+        matrices=3,
+        recall=0.9346,
+        predicted_sparsity=0.7524,
+        true_sparsity=0.8811,
+    )
+    predictor = 1024 * (4096 + 11008) / (3 * 4096 * 11008)
+    assert predictor == pytest.approx(0.114, abs=5e-4)
+    assert got.traffic == pytest.approx(0.362, abs=5e-4)
+    assert got.exact == pytest.approx(0.413, abs=5e-4)
+    assert got.oracle == pytest.approx(0.1189)
+    assert got.cascade == pytest.approx(predictor + (0.2476 + 2 * 0.9346 * 0.1189) / 3)
+
+
+def test_a_predictor_of_fewer_bits_costs_fewer_bytes():
+    def cost(bits: float) -> float:
+        return traffic(
+            rank=32,
+            hidden_size=64,
+            ffn_width=96,
+            matrices=2,
+            recall=1.0,
+            predicted_sparsity=1.0,
+            true_sparsity=0.9,
+            predictor_bits=bits,
+        ).traffic
+
+    assert cost(16) == pytest.approx(32 * 160 / (2 * 64 * 96))
+    assert cost(8.5) / cost(16) == pytest.approx(8.5 / 16)

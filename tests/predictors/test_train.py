@@ -1,0 +1,152 @@
+"""Training on labels that can be learnt, the operating point, and the bias that carries it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsecast.collect.errors import InputError
+from sparsecast.predictors.bias import bias_of, fold, shift
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.data import BLOCK, TokenBlocks, layer_batches
+from sparsecast.predictors.metrics import Counts, count
+from sparsecast.predictors.mlp import Predictor, rms_normalised
+from sparsecast.predictors.train import train
+
+
+def recount(predictor: Predictor, store, split: str, layer: int) -> Counts:
+    """What the weights of the file decide, in float64 and without the package's own scoring."""
+    total = Counts(0, 0, 0, 0)
+    fc1, fc2 = predictor.fc1_RD.double(), predictor.fc2_FR.double()
+    for x_TD, active_TF in layer_batches(store, split, layer):
+        total = total.plus(count((x_TD.double() @ fc1.T).relu() @ fc2.T >= 0, active_TF))
+    return total
+
+
+def test_a_learnable_problem_is_learnt(trained, synthetic):
+    """Chance would skip 5 % at a recall of 0.95."""
+    for layer, predictor in enumerate(trained.layers):
+        counts = recount(predictor, synthetic, "held-out", layer)
+        assert 0.8 < counts.true_sparsity < 0.95
+        assert counts.recall > 0.93
+        assert counts.predicted_sparsity > counts.true_sparsity - 0.1
+
+
+def test_calibration_recall_is_the_target_with_the_weights_of_the_file(trained, synthetic):
+    for layer, predictor in enumerate(trained.layers):
+        assert predictor.fc1_RD.dtype == torch.float16
+        counts = recount(predictor, synthetic, "calibration", layer)
+        assert counts.recall == pytest.approx(0.95, abs=0.002)
+        stated = trained.manifest.calibration[layer]
+        assert stated["recall"] == pytest.approx(counts.recall, abs=1e-3)
+        assert stated["predicted_sparsity"] == pytest.approx(counts.predicted_sparsity, abs=1e-3)
+
+
+def test_calibration_sparsity_is_the_target(recipe, synthetic, tmp_path):
+    cfg = replace(recipe, out=tmp_path / "pred", target_recall=None, target_sparsity=0.7, epochs=1)
+    for layer, predictor in enumerate(train(cfg).layers):
+        counts = recount(predictor, synthetic, "calibration", layer)
+        assert counts.predicted_sparsity == pytest.approx(0.7, abs=0.002)
+
+
+def test_decisions_do_not_depend_on_the_norm_of_the_input(trained, synthetic):
+    predictor = trained.layers[0]
+    x_TD = synthetic.rows("held-out", 0, 0).x_TD
+    exact = Predictor(predictor.fc1_RD.double(), predictor.fc2_FR.double())
+
+    def decide(x: torch.Tensor) -> torch.Tensor:
+        return (x.double() @ exact.fc1_RD.T).relu() @ exact.fc2_FR.T >= 0
+
+    raw, scaled = decide(x_TD), decide(rms_normalised(x_TD))
+    assert (raw == scaled).float().mean() >= 0.9999
+    assert (decide(1000 * x_TD.double()) == raw).float().mean() >= 0.9999
+
+
+def test_the_bias_subtracts_the_cut_times_a_positive_number():
+    fc1, fc2 = torch.randn(6, 16), torch.randn(24, 6)
+    offset, u = torch.randn(24), torch.randn(16)
+    x = torch.randn(40, 16)
+    folded = fold(fc1, fc2, offset, u)
+
+    def logits(p: Predictor) -> torch.Tensor:
+        return (x @ p.fc1_RD.T).relu() @ p.fc2_FR.T
+
+    plain = (x @ fc1.T).relu() @ fc2.T + (x @ u).abs()[:, None] * offset
+    torch.testing.assert_close(logits(folded), plain, rtol=1e-4, atol=1e-4)
+    b = bias_of(folded, x)
+    assert (b > 0).all()
+    for cut in (-1.7, 0.0, 2.5):
+        moved = logits(shift(folded, cut))
+        torch.testing.assert_close(moved, logits(folded) - cut * b, rtol=1e-4, atol=1e-4)
+        assert torch.equal(moved >= 0, logits(folded) - cut * b >= 0)
+
+
+def test_an_epoch_holds_every_token_once_and_in_another_order(synthetic):
+    blocks = TokenBlocks(synthetic, "train", 128, seed=1)
+    epochs = [torch.cat([batch.x_LBD[1] for batch in blocks]) for _ in range(2)]
+    stored = synthetic.rows("train", 0, 1).x_TD
+
+    assert len(list(blocks)) == len(blocks)
+    assert not torch.equal(epochs[0], epochs[1])
+    for x in (*epochs, stored):
+        assert x.shape == stored.shape
+    *shuffled, whole = (sorted(row.numpy().tobytes() for row in x) for x in (*epochs, stored))
+    assert shuffled == [whole, whole]
+
+
+def test_a_batch_shows_all_layers_the_same_tokens(synthetic):
+    batch = next(iter(TokenBlocks(synthetic, "calibration", 2 * BLOCK)))
+    for layer in (0, 1):
+        rows = synthetic.rows("calibration", 0, layer, 0, 2 * BLOCK)
+        assert torch.equal(batch.x_LBD[layer], rows.x_TD)
+        assert torch.equal(batch.mask_LBP[layer], rows.mask_TP)
+
+
+def test_the_same_options_give_the_same_predictors(recipe, trained, tmp_path):
+    again = train(replace(recipe, out=tmp_path / "pred"))
+    for one, two in zip(trained.layers, again.layers, strict=True):
+        assert torch.equal(one.fc1_RD, two.fc1_RD)
+        assert torch.equal(one.fc2_FR, two.fc2_FR)
+
+
+def test_a_finished_folder_is_kept(recipe, trained):
+    path = recipe.out / "model_0.pt"
+    before = path.stat().st_mtime_ns
+    train(recipe)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_other_options_do_not_overwrite_a_finished_folder(recipe, trained):
+    with pytest.raises(InputError, match="epochs was 3, now 4"):
+        train(replace(recipe, epochs=4))
+    with pytest.raises(InputError, match="target_recall was 0.95, now 0.9"):
+        train(replace(recipe, target_recall=0.9))
+
+
+def test_nothing_is_left_behind_by_a_run_that_fails(recipe, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr("sparsecast.predictors.checkpoint.write_json", fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        train(replace(recipe, out=tmp_path / "pred", epochs=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_recall": 0.9, "target_sparsity": 0.7}, "not both"),
+        ({"target_recall": 1.5}, "--target-recall"),
+        ({"target_sparsity": 0.0}, "--target-sparsity"),
+        ({"rank": 2}, "--rank"),
+        ({"epochs": 0}, "--epochs"),
+        ({"lr": 0.0}, "--lr"),
+        ({"batch_size": 0}, "--batch-size"),
+    ],
+)
+def test_options_out_of_range_are_named(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(activations=tmp_path, out=tmp_path / "pred", **options)
