@@ -7,10 +7,11 @@ Exit codes: 0 done, 1 failed, 2 the user must change something.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,30 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
 def _parse(name: str, config_type: Any, positional: str | None, args: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    from sparsecast.collect.errors import InputError
+
+    class Parser(ArgumentParser):  # type: ignore[misc] # jsonargparse derives underscores
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            text = re.sub(
+                r"--\w+", lambda m: m[0].replace("_", "-"), super().format_help(*args, **kwargs)
+            )
+            return text.replace(f"--{positional} ", "") if positional else text
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            told = re.sub(r"--\w+", lambda m: m[0].replace("_", "-"), " ".join(message.split()))
+            raise InputError(f"{name}: {told}; `sparsecast {name} --help` lists the options")
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"sparsecast {name}", description=config_type.__doc__)
+    parser = Parser(prog=f"sparsecast {name}", description=config_type.__doc__)
     parser.add_class_arguments(config_type, as_group=False)
-    # Options are documented with dashes; jsonargparse derives underscores from the fields.
-    dashed = [_dashed(arg) for arg in args]
+    dashed = [_underscored(arg) for arg in args]
     if positional and dashed and not dashed[0].startswith("-"):
         dashed = [f"--{positional}", *dashed]
     values: dict[str, Any] = parser.parse_args(dashed).as_dict()
     return values
 
 
-def _dashed(arg: str) -> str:
+def _underscored(arg: str) -> str:
     if not arg.startswith("--"):
         return arg
     option, equals, value = arg.partition("=")

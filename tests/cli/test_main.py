@@ -1,0 +1,111 @@
+"""The console script: exit codes, one line per error, and help that costs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparsecast.cli.main import STAGES, main
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sparsecast.cli.main", *args]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_help_lists_every_stage_and_imports_no_torch():
+    code = "import sys; from sparsecast.cli.main import main; main(['--help']); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    for name, stage in STAGES.items():
+        assert name in done.stdout
+        assert stage.help in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_documents_its_options_with_dashes(stage, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([stage, "--help"])
+
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    options = [word.strip(",[]") for word in text.split() if word.strip(",[]").startswith("--")]
+    assert options
+    assert [option for option in options if "_" in option] == []
+    assert "default:" in text or stage in ("export",)
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        ([], "no stage given"),
+        (["fly"], "no stage is called 'fly'"),
+        (["collect"], "model, corpus, out"),
+        (["collect", "--model", "m", "--corpus", "c", "--out", "o", "--tokens", "x"], "tokens"),
+        (["collect", "--model", "m", "--corpus", "c", "--out", "o", "--tokens", "1"], "--tokens"),
+        (["collect", "--model", "m", "--corpus", "c", "--out", "o", "--wings", "2"], "wings"),
+        (["train", "--activations", "nowhere", "--out", "o"], "manifest.json: no such file"),
+        (["verify", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_the_user_must_change_exits_with_2_and_one_line(args, match, capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        main(args)
+
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.startswith("sparsecast")
+    assert error.count("\n") == 1
+
+
+def test_a_failure_exits_with_1_and_no_traceback(monkeypatch, capsys, tmp_path, acts):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparsecast.predictors.train.train", full)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "--activations", str(acts.folder), "--out", str(tmp_path / "p")])
+
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err == (
+        "sparsecast: train failed: [Errno 28] No space left on device\n"
+    )
+    assert not (tmp_path / "p").exists()
+
+
+def test_an_interrupt_ends_at_once_and_leaves_nothing(model_folder, tmp_path):
+    out = tmp_path / "acts"
+    command = [sys.executable, "-m", "sparsecast.cli.main", "collect", "--model", str(model_folder)]
+    command += ["--corpus", "builtin", "--out", str(out), "--tokens", "50000000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    part = tmp_path / ".acts.part"
+    deadline = time.monotonic() + 60
+    while not part.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+
+    process.send_signal(2)
+    _, error = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_model_says_what_it_is():
+    from sparsecast.sparsify.tiny import TINY_PROSPARSE
+
+    config = json.loads((TINY_PROSPARSE / "config.json").read_text())
+    assert config["hidden_act"] == "fatrelu"
+    assert config["hidden_act_param"] == 0.0741
+    assert sum(path.stat().st_size for path in TINY_PROSPARSE.iterdir()) <= 16_000_000

@@ -1,0 +1,47 @@
+"""The README says what is there: its commands parse, its file tree is the tree."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sparsecast.cli.main import STAGES, _load, _parse
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line for block in BLOCKS for line in block.splitlines() if line.startswith("sparsecast ")
+]
+COMMANDS += re.findall(r"`(sparsecast sparsify --[^`]*)`", README.replace("\n", " "))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_accepted(command):
+    _, name, *args = shlex.split(command)
+    stage = STAGES[name]
+    config = _load(stage.config)
+
+    config(**_parse(name, config, stage.positional, args))
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) >= 8
+    assert {command.split()[1] for command in COMMANDS} >= set(STAGES) - {"demo"}
+
+
+def test_the_file_tree_is_the_tree():
+    (tree,) = (block for block in BLOCKS if block.startswith("collect/"))
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+        elif name.endswith(".py"):
+            listed.add(folder + name)
+    folders = ("collect", "predictors", "export", "sparsify", "cli")
+    there = {f"{folder}/{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")}
+    assert listed == there
