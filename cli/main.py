@@ -126,7 +126,7 @@ def _parse(name: str, config_type: Any, positional: str | None, args: list[str])
 
     from sparsecast.collect.errors import InputError
 
-    class Parser(ArgumentParser):  # type: ignore[misc] # jsonargparse derives underscores
+    class Parser(ArgumentParser):
         def format_help(self, *args: Any, **kwargs: Any) -> str:
             text = re.sub(
                 r"--\w+", lambda m: m[0].replace("_", "-"), super().format_help(*args, **kwargs)

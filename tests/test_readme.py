@@ -12,7 +12,7 @@ from sparsecast.cli.main import STAGES, _load, _parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [
     line for block in BLOCKS for line in block.splitlines() if line.startswith("sparsecast ")
 ]
