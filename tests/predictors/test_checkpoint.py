@@ -40,7 +40,7 @@ def test_a_set_survives_its_folder(trained, recipe):
 
 def test_files_hold_no_more_than_their_tensors(tmp_path):
     """A slice of a stacked weight must not drag the stack into the file."""
-    fc1, fc2 = torch.randn(100, 4, 8), torch.randn(100, 16, 4)
+    fc1, fc2 = torch.randn(100, 4, 8).half(), torch.randn(100, 16, 4).half()
     PredictorSet([Predictor(fc1[3], fc2[3])], 0.0, None).save(tmp_path / "pred")
     assert (tmp_path / "pred" / "model_0.pt").stat().st_size < 4_000
 
