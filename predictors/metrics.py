@@ -133,6 +133,13 @@ class ScoreHistogram:
         below = np.concatenate([[0], (self.active + self.inactive).cumsum()])
         return _edge(int(np.flatnonzero(below >= sparsity * below[-1])[0]))
 
+    def at(self, cut: float) -> tuple[float, float]:
+        """(recall, predicted sparsity) at a cut that one of the two methods above gave."""
+        index = round((cut / (1 + abs(cut)) + 1) * BINS / 2)
+        hit, active = self.active[index:].sum(), self.active.sum()
+        whole = self.active + self.inactive
+        return float(hit / active) if active else 1.0, float(whole[:index].sum() / whole.sum())
+
     def curve(self, points: int = 200) -> list[tuple[float, float]]:
         """(recall, predicted sparsity) from the lowest cut to the highest."""
         kept = np.concatenate([self.active[::-1].cumsum()[::-1], [0]]) / max(1, self.active.sum())

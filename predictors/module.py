@@ -53,7 +53,7 @@ class PredictorModule(L.LightningModule):
         self.fc2_LFR = nn.Parameter(start.fc2_LFR)
         self.offset_LF = nn.Parameter(start.offset_LF)
         layers = len(start.bias_LD)
-        self.best_sparsity = [-1.0] * layers
+        self.best_score = [-1.0] * layers
         self._best: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * layers
         self._histograms: list[ScoreHistogram] = []
 
@@ -85,18 +85,23 @@ class PredictorModule(L.LightningModule):
             histogram.add(ratio[layer], fired_LBF[layer])
 
     def on_validation_epoch_end(self) -> None:
-        sparsities = []
-        for layer, histogram in enumerate(self._histograms):
-            value = _sparsity_at_recall(histogram, self.cfg.target_recall or DEFAULT_RECALL)
-            sparsities.append(value)
-            if value > self.best_sparsity[layer]:
-                self.best_sparsity[layer] = value
+        scores = [self._objective(histogram) for histogram in self._histograms]
+        for layer, score in enumerate(scores):
+            if score > self.best_score[layer]:
+                self.best_score[layer] = score
                 self._best[layer] = (
                     self.fc1_LRD[layer].detach().cpu().clone(),
                     self.fc2_LFR[layer].detach().cpu().clone(),
                     self.offset_LF[layer].detach().cpu().clone(),
                 )
-        self.log("sparsity at target recall", sum(sparsities) / len(sparsities), prog_bar=True)
+        name = "sparsity at target" if self.cfg.target_sparsity is None else "recall at target"
+        self.log(name, sum(scores) / len(scores), prog_bar=True)
+
+    def _objective(self, histogram: ScoreHistogram) -> float:
+        """The predicted sparsity at the stated recall, or the recall at the stated sparsity."""
+        if self.cfg.target_sparsity is not None:
+            return histogram.at(histogram.cut_for_sparsity(self.cfg.target_sparsity))[0]
+        return histogram.at(histogram.cut_for_recall(self.cfg.target_recall or DEFAULT_RECALL))[1]
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
@@ -122,8 +127,3 @@ class PredictorModule(L.LightningModule):
             for layer, best in enumerate(self._best)
             if best is not None
         ]
-
-
-def _sparsity_at_recall(histogram: ScoreHistogram, recall: float) -> float:
-    kept = [sparsity for got, sparsity in histogram.curve(1_000) if got >= recall]
-    return max(kept, default=0.0)

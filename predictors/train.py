@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import asdict
 from typing import Any
 
@@ -75,13 +76,18 @@ def _fit(cfg: TrainConfig, store: ActivationStore, rank: int) -> PredictorModule
         num_sanity_val_steps=0,
         callbacks=[RichProgressBar(refresh_rate=5)],
     )
-    trainer.fit(
-        module,
-        DataLoader(TokenBlocks(store, "train", cfg.batch_size, cfg.seed), batch_size=None),
-        DataLoader(TokenBlocks(store, "calibration", cfg.batch_size), batch_size=None),
-    )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    train_data = TokenBlocks(store, "train", cfg.batch_size, cfg.seed)
+    calibration_data = TokenBlocks(store, "calibration", cfg.batch_size)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(
+            module,
+            DataLoader(train_data, batch_size=None),
+            DataLoader(calibration_data, batch_size=None),
+        )
+    except SystemExit as stop:  # Lightning's end of an interrupt, with the signal left ignored
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from stop
     return module
 
 

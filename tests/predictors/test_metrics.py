@@ -85,6 +85,7 @@ def test_the_cut_for_a_recall_is_the_quantile(recall, centre):
     got = count(score >= histogram.cut_for_recall(recall), active).recall
 
     assert recall - 1e-6 <= got <= recall + 2e-3
+    assert histogram.at(histogram.cut_for_recall(recall))[0] == pytest.approx(got, abs=1e-4)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.75, 0.9])
@@ -96,6 +97,7 @@ def test_the_cut_for_a_sparsity_is_the_quantile(sparsity):
     got = count(score >= histogram.cut_for_sparsity(sparsity), active).predicted_sparsity
 
     assert got == pytest.approx(sparsity, abs=2e-3)
+    assert histogram.at(histogram.cut_for_sparsity(sparsity))[1] == pytest.approx(got, abs=1e-4)
 
 
 def test_the_curve_passes_through_every_cut():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.store import ActivationStore, write_manifest
 from sparsecast.predictors.bias import bias_of, fold, shift
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import BLOCK, TokenBlocks, layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.mlp import Predictor, rms_normalised
+from sparsecast.predictors.module import PredictorModule
 from sparsecast.predictors.train import train
+from sparsecast.predictors.warm_start import warm_start
 
 
 def recount(predictor: Predictor, store, split: str, layer: int) -> Counts:
@@ -123,6 +127,65 @@ def test_other_options_do_not_overwrite_a_finished_folder(recipe, trained):
         train(replace(recipe, epochs=4))
     with pytest.raises(InputError, match="target_recall was 0.95, now 0.9"):
         train(replace(recipe, target_recall=0.9))
+
+
+def test_predictors_of_other_activations_are_not_kept(recipe, trained, synthetic, tmp_path):
+    other = tmp_path / "acts"
+    other.mkdir()
+    for path in synthetic.folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    text = (other / "manifest.json").read_text()
+    (other / "manifest.json").write_text(text.replace("0" * 16, "f" * 16))
+    with pytest.raises(InputError, match="another model"):
+        train(replace(recipe, activations=other))
+
+
+def test_a_store_that_lacks_a_layer_is_refused(recipe, synthetic, tmp_path):
+    store = ActivationStore(synthetic.folder)
+    write_manifest(tmp_path, replace(store.manifest, layers=[1]))
+    with pytest.raises(InputError, match="without --layers"):
+        train(replace(recipe, activations=tmp_path, out=tmp_path / "pred"))
+
+
+def test_an_interrupt_stops_the_run_and_leaves_no_folder(recipe, tmp_path, monkeypatch):
+    """Ctrl-C still works afterwards: Lightning would leave it ignored."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PredictorModule, "on_validation_epoch_end", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(recipe, out=tmp_path / "pred"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("objective", [{"target_recall": 0.9}, {"target_sparsity": 0.7}])
+def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monkeypatch):
+    """Layer 0 gets worse after the first epoch, layer 1 better; both keep the better weights."""
+    module = PredictorModule(
+        replace(recipe, **{"target_recall": None, **objective}),
+        warm_start(synthetic, recipe.rank - 2),
+    )
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+
+    def epoch() -> None:
+        module.on_validation_epoch_start()
+        for i, batch in enumerate(TokenBlocks(synthetic, "calibration", 512)):
+            module.validation_step(batch, i)
+        module.on_validation_epoch_end()
+
+    good = module.fc2_LFR.detach().clone()
+    with torch.no_grad():
+        module.fc2_LFR[1] = torch.randn_like(good[1])
+        epoch()
+        module.fc2_LFR[0] = torch.randn_like(good[0])
+        module.fc2_LFR[1] = good[1]
+        epoch()
+    for layer, predictor in enumerate(module.predictors()):
+        norm = predictor.fc2_FR.norm(dim=0)[2:] / good[layer].norm(dim=0)
+        torch.testing.assert_close(predictor.fc2_FR[:, 2:] / norm, good[layer])
 
 
 def test_nothing_is_left_behind_by_a_run_that_fails(recipe, tmp_path, monkeypatch):
