@@ -111,7 +111,7 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
     except InputError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
-        return _complain("interrupted; nothing half-written is left behind", 1)
+        return _complain("interrupted; nothing half-written is left behind, run it again", 1)
     except Exception as error:
         if os.environ.get("SPARSECAST_TRACEBACK"):
             raise

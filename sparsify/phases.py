@@ -94,10 +94,10 @@ def _fit(
             ckpt_path=str(last) if step else None,
             weights_only=True,
         )
+    except SystemExit as stop:  # how Lightning ends at an interrupt
+        raise KeyboardInterrupt from stop
     finally:
         module.remove_hooks()
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     start.model.to(start.device)
     state = trainer.optimizers[0].state_dict()
     part = done.with_suffix(".part")
