@@ -13,7 +13,6 @@ Shape letters: B batch, S sequence, T tokens, D hidden, F FFN width.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import family_of
 from sparsecast.collect.models import ffn_shape, load_model, set_activation
+from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import TokenBatch, batches
@@ -98,36 +98,18 @@ def perplexities(
     values = {}
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
     with bar("evaluate", len(MODES) * len(data)) as progress:
-        values["dense"] = perplexity(model, data, progress.advance)
+        values["dense"] = perplexity(model, data, lambda _: progress.advance())
         with exact_ffn(model):
-            values["exact"] = perplexity(model, data, progress.advance)
+            values["exact"] = perplexity(model, data, lambda _: progress.advance())
         with predicted_ffn(model, predictors):
-            values["predicted"] = perplexity(model, data, progress.advance)
+            values["predicted"] = perplexity(model, data, lambda _: progress.advance())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.half())
         set_activation(model, ActivationRule("relu"))
         with predicted_ffn(model, predictors):
-            values["bundle"] = perplexity(model, data, progress.advance)
+            values["bundle"] = perplexity(model, data, lambda _: progress.advance())
     return values
-
-
-@torch.inference_mode()
-def perplexity(
-    model: PreTrainedModel, data: list[TokenBatch], on_batch: Callable[[], None] = lambda: None
-) -> float:
-    """exp of the mean NLL of every token but the first of each document."""
-    nll, predicted = 0.0, 0
-    for cpu_batch in data:
-        batch = cpu_batch.to(model.device)
-        logits = model(batch.ids_BS, use_cache=False).logits
-        keep = batch.keep_BS[:, 1:]
-        target = batch.ids_BS[:, 1:][keep]
-        loss = nn.functional.cross_entropy(logits[:, :-1][keep].float(), target, reduction="sum")
-        nll += loss.item()
-        predicted += len(target)
-        on_batch()
-    return math.exp(nll / predicted)
 
 
 @contextmanager

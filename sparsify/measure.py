@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.families import family_of
 from sparsecast.collect.models import set_activation
+from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import bar
 from sparsecast.collect.recorder import LayerRecord, Recorder
 from sparsecast.collect.tokens import TokenBatch
@@ -26,31 +26,18 @@ class Score:
     sparsity: float
 
 
-@torch.inference_mode()
 def score(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> Score:
-    """exp of the mean NLL over every token after a BOS, and true sparsity over every token."""
+    """Perplexity, and true sparsity over every token."""
     zeros: dict[int, float] = {}
-    nll = tokens = predicted = 0.0
 
     def count(record: LayerRecord) -> None:
         share = (record.x1_TF == 0).mean(dtype=torch.float32).item()
         zeros[record.layer] = zeros.get(record.layer, 0.0) + share * len(record.x1_TF)
 
-    device = model.device
     with Recorder(model, count) as recorder:
-        for cpu_batch in batches:
-            batch = cpu_batch.to(device)
-            recorder.keep(batch.keep_BS)
-            logits = model(batch.ids_BS, use_cache=False).logits
-            keep = batch.keep_BS[:, 1:]
-            loss = nn.functional.cross_entropy(
-                logits[:, :-1][keep].float(), batch.ids_BS[:, 1:][keep], reduction="sum"
-            )
-            nll += loss.item()
-            predicted += int(keep.sum())
-            tokens += batch.tokens
-    sparsity = sum(zeros.values()) / (len(zeros) * tokens)
-    return Score(math.exp(nll / predicted), sparsity)
+        value = perplexity(model, batches, lambda batch: recorder.keep(batch.keep_BS))
+    tokens = sum(batch.tokens for batch in batches)
+    return Score(value, sum(zeros.values()) / (len(zeros) * tokens))
 
 
 def gate_quantiles(model: PreTrainedModel, batch: TokenBatch, shares: Tensor) -> Tensor:

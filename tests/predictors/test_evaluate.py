@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
+from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import batches
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import EvaluateConfig
-from sparsecast.predictors.evaluate import evaluate, exact_ffn, perplexity, predicted_ffn
+from sparsecast.predictors.evaluate import evaluate, exact_ffn, predicted_ffn
 from sparsecast.predictors.mlp import Predictor
 
 LAYERS, HIDDEN, FFN = 3, 64, 1280
