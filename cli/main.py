@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+}
+"""What other libraries read when they are imported; the user's own settings win."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -99,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(name: str, stage: Stage, args: list[str]) -> int:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     from sparsecast.collect.errors import InputError
 
     config_type = _load(stage.config)

@@ -34,6 +34,7 @@ th, td {{ text-align: right; padding: .3rem .55rem; border-bottom: 1px solid var
 th {{ color: var(--soft); font-weight: 500; }}
 tr:last-child td {{ font-weight: 600; border-bottom: 0; }}
 figure {{ margin: 1rem 0; }} svg {{ width: 100%; height: auto; }}
+svg text {{ fill: var(--ink); }}
 dt {{ font-weight: 600; margin-top: .6rem; }} dd {{ margin: 0; color: var(--soft); }}
 </style>
 <h1>Activation predictors</h1>

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -59,16 +60,16 @@ def curves(
     layers: Sequence[dict[str, Any]], points: Sequence[Sequence[tuple[float, float]]]
 ) -> str:
     """Recall against predicted sparsity, one curve per layer, the calibrated point on it."""
-    colours = plt.get_cmap("viridis")
+    colours = LinearSegmentedColormap.from_list("layers", [BLUE, ORANGE])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.6))
         for i, (row, curve) in enumerate(zip(layers, points, strict=True)):
-            colour = colours(0.9 * i / max(1, len(layers) - 1))
+            colour = colours(i / max(1, len(layers) - 1))
             axes.plot([p for _, p in curve], [r for r, _ in curve], color=colour, lw=1.2)
             axes.plot(row["predicted_sparsity"], row["recall"], "o", color=colour, ms=5)
         axes.set(xlabel="predicted sparsity", ylabel="recall", xlim=(0, 1), ylim=(0.5, 1.01))
         axes.set_title(
-            f"layers {layers[0]['layer']} (dark) to {layers[-1]['layer']} (light)", size=9
+            f"layers {layers[0]['layer']} (blue) to {layers[-1]['layer']} (orange)", size=9
         )
         return _svg(figure)
 
