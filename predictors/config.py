@@ -53,10 +53,12 @@ class TrainConfig:
                 raise InputError(f"--{name.replace('_', '-')}: must be in (0, 1), got {value}")
         if self.rank is not None and self.rank < 3:
             raise InputError(f"--rank: must be at least 3 (two units are a bias), got {self.rank}")
-        if self.epochs < 1 or self.batch_size < 1 or self.lr <= 0:
+        if self.epochs < 1 or self.lr <= 0:
+            raise InputError(f"--epochs {self.epochs}, --lr {self.lr}: must both be positive")
+        if self.batch_size < 32 or self.batch_size % 32:
             raise InputError(
-                f"--epochs {self.epochs}, --batch-size {self.batch_size}, --lr {self.lr}: must all "
-                "be positive"
+                f"--batch-size: must be a multiple of 32, the tokens read together, got "
+                f"{self.batch_size}"
             )
 
 

@@ -40,7 +40,7 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         self._store = store
         self._split = split
         self._seed = seed
-        self._per_batch = max(1, batch_size // BLOCK)
+        self._per_batch = batch_size // BLOCK
         self._blocks = [
             (shard, start, min(start + BLOCK, tokens))
             for shard, tokens in enumerate(store.shards(split))

@@ -60,6 +60,8 @@ lost.</dd>
 <dt>true sparsity</dt><dd>The share that is exactly zero: the most that could be skipped for
 free.</dd>
 <dt>precision</dt><dd>Of the predicted neurons, the share that fired.</dd>
+<dt>AUC</dt><dd>How often a neuron that fired scores above one that did not, over all
+thresholds.</dd>
 <dt>traffic</dt><dd>Predictor + (1 - predicted sparsity): what PowerInfer reads.</dd>
 <dt>cascade</dt><dd>The gate of the predicted neurons first, the rest only where it fired.</dd>
 <dt>exact</dt><dd>No predictor: the whole gate, the rest where it fired. Cannot be wrong.</dd>

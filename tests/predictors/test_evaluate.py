@@ -17,7 +17,7 @@ from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import batches
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import EvaluateConfig
-from sparsecast.predictors.evaluate import evaluate, exact_ffn, predicted_ffn
+from sparsecast.predictors.evaluate import evaluate, exact_ffn, perplexities, predicted_ffn
 from sparsecast.predictors.mlp import Predictor
 
 LAYERS, HIDDEN, FFN = 3, 64, 1280
@@ -179,6 +179,18 @@ def test_bundle_is_mask_and_plain_relu(model, model_folder, corpus, data, tmp_pa
             nll += F.cross_entropy(logits[:-1], ids[keep][1:], reduction="sum").item()
             n += int(keep.sum()) - 1
     assert result["perplexity"]["bundle"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+
+
+def test_the_bundle_rounds_weights_to_f16(model, data):
+    """The fixture's weights are f16 already; these are not."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + 1e-3 * torch.rand_like(weight))
+    exact = {name: weight.clone() for name, weight in model.named_parameters()}
+    perplexities(model, all_active(), data[:1])
+    for name, weight in model.named_parameters():
+        assert not torch.equal(weight, exact[name])
+        assert torch.equal(weight, exact[name].half().float())
 
 
 def test_predictors_of_another_model_are_refused(model_folder, corpus, trained, recipe):

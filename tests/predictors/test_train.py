@@ -222,6 +222,7 @@ def test_nothing_is_left_behind_by_a_run_that_fails(recipe, tmp_path, monkeypatc
         ({"epochs": 0}, "--epochs"),
         ({"lr": 0.0}, "--lr"),
         ({"batch_size": 0}, "--batch-size"),
+        ({"batch_size": 100}, "--batch-size"),
     ],
 )
 def test_options_out_of_range_are_named(tmp_path, options, message):
