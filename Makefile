@@ -1,10 +1,10 @@
 # make demo: a model, its predictors and a PowerInfer bundle, from nothing but Python, pip and make.
-# make test: what CI runs. Both create .venv on the first call and reuse it afterwards.
+# make test: what CI runs. make test-slow: the tests that take minutes and 16 GB of disk. All create .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsecast demo --out demo
@@ -14,6 +14,9 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .typecheck/sparsecast
 	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m slow
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparsecast needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'

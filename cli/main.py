@@ -66,6 +66,17 @@ STAGES = {
         "sparsecast.export.verify:verify",
         positional="bundle",
     ),
+    "inspect": Stage(
+        "what an activation store holds, and whether it is intact",
+        "sparsecast.collect.inspect:InspectConfig",
+        "sparsecast.collect.inspect:inspect",
+        positional="path",
+    ),
+    "bench collect": Stage(
+        "tokens/s with and without recording, on the same batches",
+        "sparsecast.collect.bench:BenchConfig",
+        "sparsecast.collect.bench:bench",
+    ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",
         "sparsecast.sparsify.config:SparsifyConfig",
@@ -99,10 +110,12 @@ def main(argv: list[str] | None = None) -> None:
 
         sys.stdout.write(version("sparsecast") + "\n")
         return
-    if not args or args[0] not in STAGES:
-        found = f"no stage is called {args[0]!r}" if args else "no stage given"
+    words = 2 if args[:1] == ["bench"] else 1
+    name, rest = " ".join(args[:words]), args[words:]
+    if name not in STAGES:
+        found = f"no stage is called {name!r}" if args else "no stage given"
         sys.exit(_complain(f"{found}; expected one of {', '.join(STAGES)}", 2))
-    sys.exit(_run(args[0], STAGES[args[0]], args[1:]))
+    sys.exit(_run(name, STAGES[name], rest))
 
 
 def _run(name: str, stage: Stage, args: list[str]) -> int:

@@ -5,7 +5,8 @@ FATReLU (ProSparse, arXiv 2402.13516, section 3.3) keeps what reaches a threshol
     fatrelu_T(g) = g if g >= T else 0
 
 T is rounded to the tensor's dtype first, which is what torch does with a Python scalar. ReLU is
-the case of T at zero. transformers knows `relu`; importing this module teaches it `fatrelu`.
+the case of T at zero. dReLU (Bamboo, TurboSparse) is ReLU on the gate and on up. transformers knows
+`relu`; importing this module teaches it `fatrelu` and `drelu`.
 """
 
 from __future__ import annotations
@@ -19,18 +20,24 @@ from transformers.activations import ACT2FN
 
 @dataclass(frozen=True)
 class ActivationRule:
-    """What stands between the gate's output and x1."""
+    """What stands between the first projections and x1."""
 
     name: str
-    """`relu` or `fatrelu`."""
+    """`relu`, `fatrelu` or `drelu`."""
     threshold: float = 0.0
-    """T of FATReLU; 0 for ReLU."""
+    """T of FATReLU; 0 for the others."""
 
     def __str__(self) -> str:
-        return self.name if self.name == "relu" else f"{self.name}({self.threshold:g})"
+        return f"fatrelu({self.threshold:g})" if self.name == "fatrelu" else self.name
+
+    @property
+    def on_up(self) -> bool:
+        """Whether up passes through ReLU as well."""
+        return self.name == "drelu"
 
     def module(self) -> nn.Module:
-        return nn.ReLU() if self.name == "relu" else FATReLU(self.threshold)
+        """The activation behind the gate, or behind the first projection without one."""
+        return FATReLU(self.threshold) if self.name == "fatrelu" else nn.ReLU()
 
 
 class FATReLU(nn.Module):
@@ -58,3 +65,4 @@ class FATReLU(nn.Module):
 
 
 ACT2FN["fatrelu"] = FATReLU
+ACT2FN["drelu"] = nn.ReLU  # of the gate; `set_activation` adds the other

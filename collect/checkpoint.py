@@ -5,21 +5,25 @@ Memory: one tensor at a time; the files are memory maps.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from sparsecast.collect.atomic import read_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.families import unknown
+from sparsecast.collect.remap import REMAPPED
 
 
 def resolve(source: str) -> Path:
@@ -38,8 +42,7 @@ def resolve(source: str) -> Path:
             "or a Hugging Face id such as SparseLLM/prosparse-llama-2-7b"
         )
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=_wanted(source)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -48,35 +51,37 @@ def resolve(source: str) -> Path:
         ) from error
 
 
+def _wanted(source: str) -> list[str]:
+    """Everything but weights in formats that are not read, so that none is downloaded twice."""
+    files = HfApi().list_repo_files(source)
+    safe = any(file.endswith(".safetensors") for file in files)
+    weights = "*.safetensors" if safe else "pytorch_model*.bin"
+    return ["*.json", weights, "*.model", "*.txt", "*.jinja"]
+
+
 class Checkpoint:
-    """Config and lazily read tensors of a `save_pretrained` folder, sharded or not."""
+    """Config and lazily read tensors of a model's folder: safetensors or .bin, sharded or not."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.folder = resolve(source)
-        try:
-            self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder)
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{self.folder / 'config.json'}: transformers cannot read it ({reason}); "
-                "expected the config of a causal language model"
-            ) from error
+        self.config = read_config(self.folder)
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            return {name: self.folder / file for name, file in weight_map.items()}
-        single = self.folder / "model.safetensors"
-        if not single.is_file():
-            raise InputError(
-                f"{self.folder}: no model.safetensors or model.safetensors.index.json; save the "
-                "weights with `model.save_pretrained(folder)` of transformers 5"
-            )
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        for stem in ("model.safetensors", "pytorch_model.bin"):
+            index = self.folder / f"{stem}.index.json"
+            if index.is_file():
+                weight_map = read_json(index, "the index of a sharded model").get("weight_map", {})
+                return {name: self.folder / file for name, file in weight_map.items()}
+            single = self.folder / stem
+            if single.is_file():
+                with _open(single) as file:
+                    return dict.fromkeys(file.keys(), single)
+        raise InputError(
+            f"{self.folder}: no model.safetensors, pytorch_model.bin or index of shards; save the "
+            "weights with `model.save_pretrained(folder)` of transformers 5"
+        )
 
     def check(self) -> None:
         """Open every file once, so that a missing or damaged one is named before work starts."""
@@ -121,10 +126,54 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _open(path: Path) -> safe_open:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config in a folder, without remote code; see remap.py for what stands in for it."""
+    path = folder / "config.json"
+    raw = read_json(path, "the config of a causal language model")
+    kind = raw.get("model_type")
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        if kind in REMAPPED:
+            return REMAPPED[kind](raw, str(folder))
+        if kind is not None and kind not in CONFIG_MAPPING:
+            raise InputError(unknown(kind, str(folder)))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        return config
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{path}: not a readable safetensors file ({error}); download or save it again"
+            f"{path}: transformers cannot read it ({reason}); expected the config of a causal "
+            "language model"
+        ) from error
+
+
+class _Pickled:
+    """A .bin file with the reading methods of `safe_open`; tensors are views of a memory map."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors: dict[str, Tensor] = torch.load(
+            path, map_location="cpu", mmap=True, weights_only=True
+        )
+
+    def __enter__(self) -> _Pickled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tensors = {}
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return _Pickled(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
+    except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{path}: not a readable weights file ({reason}); download or save it again"
         ) from error

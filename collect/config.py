@@ -10,13 +10,18 @@ from sparsecast.collect.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Record predictor inputs and fired neurons from a ReLU-sparse model over a corpus."""
+    """Record predictor inputs and fired neurons from a ReLU-sparse model over a corpus.
+
+    An interrupted run resumes with the same command. `torchrun --nproc-per-node N -m
+    sparsecast.cli.main collect ...` shares the work over N processes.
+    """
 
     model: str
     """Hugging Face id or local folder of a causal LM with relu or fatrelu."""
 
     corpus: str
-    """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or name[:config][@split]."""
+    """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, - for standard input, or a
+    dataset on the hub, name[:config][@split]. Rows have `text`, or a chat under `messages`."""
 
     out: Path
     """Folder to write; it appears when complete."""
@@ -24,17 +29,30 @@ class CollectConfig:
     tokens: int = 400_000
     """Tokens to record: 90 % for training, 5 % each for calibration and held-out."""
 
+    count_tokens: int = 0
+    """Further training tokens that only the statistics count; nothing of them is stored."""
+
     seq_len: int = 512
     """Documents are truncated to this many tokens, BOS included."""
 
     batch_size: int = 8
-    """Documents per forward pass."""
+    """Sequences of --seq-len tokens per forward pass; shorter documents are batched in more."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
     dtype: str = "auto"
     """auto (float32 on the CPU, else the checkpoint's), float32, float16 or bfloat16."""
+
+    device_map: str | None = None
+    """auto, balanced or sequential: spread a model larger than one device over all of them."""
+
+    input_dtype: str = "auto"
+    """How predictor inputs are stored: auto (bfloat16 for a bfloat16 model, else float16),
+    float16, bfloat16, float32, or int8 with a scale per token."""
+
+    energy: bool = False
+    """Also store what energy recall needs: one byte per active neuron."""
 
     layers: list[int] | None = None
     """Layers to record; all of them when unset."""
@@ -43,7 +61,18 @@ class CollectConfig:
     """FATReLU threshold, for a model whose config has lost it."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 60), ("seq_len", 2), ("batch_size", 1)):
+        dtypes = ("auto", "float16", "bfloat16", "float32", "int8")
+        if self.input_dtype not in dtypes:
+            raise InputError(
+                f"--input-dtype: got {self.input_dtype!r}, expected {', '.join(dtypes)}"
+            )
+        if self.device_map is not None and self.device != "auto":
+            raise InputError(
+                f"--device-map {self.device_map}: chooses the devices, so --device {self.device} "
+                "cannot be given with it"
+            )
+        limits = {"tokens": 60, "count_tokens": 0, "seq_len": 2, "batch_size": 1}
+        for name, least in limits.items():
             if (value := getattr(self, name)) < least:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option}: must be at least {least}, got {value}")

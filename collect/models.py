@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import activation_rule, family_of
+from sparsecast.collect.families import activation_rule, family_of, lost_threshold
+from sparsecast.collect.progress import console
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -49,6 +50,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     activation_threshold: float | None = None,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """A sparse causal LM in eval mode with its activation's threshold set, and its tokenizer.
 
@@ -56,6 +58,8 @@ def load_model(
         source: Folder or Hugging Face id.
         device, dtype: See `pick_device` and `pick_dtype`.
         activation_threshold: FATReLU's T where the config has lost it.
+        device_map: How transformers spreads a model over devices (auto, balanced, sequential);
+            overrides `device`.
 
     Raises:
         InputError: No such model, not a causal LM, a family without a row in the table, or an
@@ -72,13 +76,19 @@ def load_model(
     family_of(config, source)
     rule = activation_rule(config, source, activation_threshold)
     checkpoint.check()
+    if activation_threshold is None and (warning := lost_threshold(config, source)):
+        console.print(warning, style="yellow", highlight=False)
     where = pick_device(device)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=pick_dtype(dtype, config.dtype, where)
+        checkpoint.folder,
+        config=config,
+        dtype=pick_dtype(dtype, config.dtype, where),
+        device_map=device_map,
     )
+    if device_map is None:
+        model.to(where)
     set_activation(model, rule)
-    model.to(where).eval()
-    return model, load_tokenizer(checkpoint)
+    return model.eval(), load_tokenizer(checkpoint)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -100,6 +110,12 @@ def set_activation(model: PreTrainedModel, rule: ActivationRule) -> None:
     parent, _, name = family.act.rpartition(".")
     for layer in family.decoder_layers(model):
         setattr(layer.get_submodule(parent), name, rule.module())
+        if rule.on_up:
+            layer.get_submodule(family.up).register_forward_hook(_relu)
+
+
+def _relu(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    return output.relu()
 
 
 def ffn_shape(model: PreTrainedModel) -> tuple[int, int, int]:

@@ -34,7 +34,7 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, total: int | None) -> Iterator[Bar]:
+def bar(title: str, total: int | None, *, visible: bool = True) -> Iterator[Bar]:
     """A bar on stderr for `total` units; unknown totals show a pulse."""
     columns = (
         TextColumn("{task.description}"),
@@ -45,5 +45,5 @@ def bar(title: str, total: int | None) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not visible) as progress:
         yield Bar(progress, title, total)

@@ -1,47 +1,52 @@
 """ACTS: recorded activations on disk.
 
     manifest.json               what was recorded, from which model and text, and the real counts
-    <split>-<nnnnn>.safetensors one shard: `position` (T,) int32, the token's place in its
-                                document, and per layer `layer.<i>.x` (T, D) f16 or bf16 and
-                                `layer.<i>.mask` (T, ceil(F / 8)) uint8, see bits.py
-    stats.safetensors           `layer.<i>.fired` (F,) int64, firing count over every token
+    <split>-<nnnnn>.safetensors one shard each, see shard.py
+    stats.safetensors           counts over every token, see stats.py
 
-2 D + F / 8 bytes per token and layer, and 4 bytes per token.
+`Shape.bound` states the bytes per token and layer.
 
 Shape letters: T tokens, D hidden, F FFN width, P packed width.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsecast.collect.atomic import read_json, write_json
-from sparsecast.collect.bits import pack
+from sparsecast.collect.bits import unpack
+from sparsecast.collect.energy import decode
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.recorder import LayerRecord
+from sparsecast.collect.plan import shard_name
+from sparsecast.collect.shard import CHECKSUM, Shape
 from sparsecast.collect.splits import SPLITS
+from sparsecast.collect.stats import STATS, Stats, read_stats
 
-FORMAT_VERSION = 1
-SHARD_BYTES = 128 * 2**20
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an activation store holds; `options` are those of the command that made it."""
+    """What an activation store holds; `options` are those of the command that made it.
+
+    While a collection runs, its folder has a manifest without counts.
+    """
 
     model: str
     fingerprint: str
     """Of the model's weights, see `Checkpoint.fingerprint`."""
     model_type: str
+    tokenizer: str
+    """Its class, vocabulary size and checksum."""
     convention: str
     """Where the predictor's input was taken."""
     activation: str
@@ -54,98 +59,68 @@ class Manifest:
     ffn_matrices: int
     """3 gated, 2 not: m in the traffic formulas."""
     x_dtype: str
-    shard_tokens: dict[str, list[int]]
+    """float16, bfloat16, float32, or int8 with a scale per token."""
+    energy: bool
+    shard_tokens: dict[str, list[int]] = field(default_factory=dict)
     """Per split, the number of tokens of each shard."""
-    documents: dict[str, int]
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Shard file to the checksum of its data, as its header has it too."""
+    documents: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+    """Per split, how many of the documents were longer than --seq-len."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def shape(self) -> Shape:
+        return Shape(
+            layers=tuple(self.layers),
+            hidden_size=self.hidden_size,
+            ffn_width=self.ffn_width,
+            x_dtype=self.x_dtype,
+            energy=self.energy,
+        )
+
     def tokens(self, split: str | None = None) -> int:
+        """Stored tokens, of one split or of all three."""
         splits = SPLITS if split is None else (split,)
         return sum(sum(self.shard_tokens.get(name, [])) for name in splits)
 
 
 class Rows(NamedTuple):
-    """A run of consecutive tokens of one layer; views of a memory map."""
+    """A run of consecutive tokens of one layer."""
 
     x_TD: Tensor
+    """A view of the memory map; float32 and a copy where int8 is stored."""
     mask_TP: Tensor
-
-
-class Writer:
-    """Collects records into shards below `SHARD_BYTES`.
-
-    Memory: one shard per split being filled, so at most 3 * `SHARD_BYTES` and one batch.
-    """
-
-    def __init__(self, folder: Path, layers: list[int], x_dtype: torch.dtype) -> None:
-        self._folder = folder
-        self._layers = layers
-        self._x_dtype = x_dtype
-        self._parts: dict[str, dict[str, list[Tensor]]] = {}
-        self._bytes: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self._split = SPLITS[0]
-        self.shard_tokens: dict[str, list[int]] = {name: [] for name in SPLITS}
-        self.fired: dict[int, Tensor] = {}
-
-    def begin(self, split: str, position_T: Tensor) -> None:
-        """Name the split and the token positions of the records that follow."""
-        if self._bytes[split] >= SHARD_BYTES:
-            self._flush(split)
-        self._split = split
-        self._append("position", position_T.to(torch.int32))
-
-    def add(self, record: LayerRecord) -> None:
-        """Store one layer of one batch and count what fired."""
-        mask_TF = record.x1_TF != 0
-        counts = mask_TF.sum(0).cpu()
-        self.fired[record.layer] = self.fired.get(record.layer, 0) + counts
-        stored = record.x_TD.to(self._x_dtype)
-        if not bool(stored.isfinite().all()):
-            raise InputError(
-                f"layer {record.layer}: a predictor input of magnitude "
-                f"{record.x_TD.abs().max().item():.3g} does not fit {self._x_dtype}; "
-                "collect with --dtype bfloat16, which stores bf16"
-            )
-        self._append(f"layer.{record.layer}.x", stored)
-        self._append(f"layer.{record.layer}.mask", pack(mask_TF))
-
-    def close(self) -> None:
-        """Write what is left and the statistics."""
-        for split in list(self._parts):
-            self._flush(split)
-        stats = {f"layer.{i}.fired": count for i, count in sorted(self.fired.items())}
-        save_file(stats, self._folder / "stats.safetensors")
-
-    def _append(self, name: str, value: Tensor) -> None:
-        value = value.cpu()
-        self._parts.setdefault(self._split, {}).setdefault(name, []).append(value)
-        self._bytes[self._split] += value.nbytes
-
-    def _flush(self, split: str) -> None:
-        tensors = {name: torch.cat(parts) for name, parts in self._parts.pop(split).items()}
-        number = len(self.shard_tokens[split])
-        save_file(tensors, self._folder / _shard_name(split, number))
-        self.shard_tokens[split].append(len(tensors["position"]))
-        self._bytes[split] = 0
+    """A view of the memory map; see bits.py."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST, asdict(manifest))
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a store, finished or not."""
+    path = folder / MANIFEST
+    value = read_json(path, "the manifest of a `sparsecast collect` folder")
+    known = {item.name for item in fields(Manifest)}
+    if value.get("format_version") != FORMAT_VERSION or set(value) != known:
+        raise InputError(
+            f"{path}: format version {value.get('format_version')}, expected an activation store "
+            f"of version {FORMAT_VERSION}; collect again"
+        )
+    return Manifest(**value)
+
+
 class ActivationStore:
-    """Read access, per layer and by runs of tokens, through memory maps."""
+    """Read access, per layer and by runs of tokens, through memory maps.
+
+    Memory: none of its own; pages that were read belong to the page cache.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        value = read_json(self.folder / MANIFEST, "the manifest of a `sparsecast collect` folder")
-        known = {field.name for field in fields(Manifest)}
-        if value.get("format_version") != FORMAT_VERSION or set(value) != known:
-            raise InputError(
-                f"{self.folder / MANIFEST}: format version {value.get('format_version')}, expected "
-                f"an activation store of version {FORMAT_VERSION}; collect again"
-            )
-        self.manifest = Manifest(**value)
+        self.manifest = read_manifest(self.folder)
         self._shard = lru_cache(maxsize=None)(self._open_shard)
 
     def shards(self, split: str) -> list[int]:
@@ -155,27 +130,68 @@ class ActivationStore:
     def rows(
         self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
     ) -> Rows:
-        """Tokens [start, stop) of one layer in one shard, without a copy."""
+        """Tokens [start, stop) of one layer in one shard."""
         tensors = self._shard(split, shard)
-        return Rows(
-            tensors[f"layer.{layer}.x"][start:stop], tensors[f"layer.{layer}.mask"][start:stop]
-        )
+        x_TD = tensors[f"layer.{layer}.x"][start:stop]
+        if self.manifest.x_dtype == "int8":
+            x_TD = x_TD.float() * tensors[f"layer.{layer}.scale"][start:stop, None]
+        return Rows(x_TD, tensors[f"layer.{layer}.mask"][start:stop])
 
-    def fired(self) -> dict[int, Tensor]:
-        """Per layer (F,) int64: on how many of all tokens each neuron fired."""
-        stats = load_file(self.folder / "stats.safetensors")
-        return {i: stats[f"layer.{i}.fired"] for i in self.manifest.layers}
+    def tokens(self, split: str, shard: int) -> tuple[Tensor, Tensor]:
+        """Token ids and positions in their documents of one shard, both (T,) int32."""
+        tensors = self._shard(split, shard)
+        return tensors["id"], tensors["position"]
+
+    def energies(
+        self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
+    ) -> Tensor | None:
+        """(T, F) float32 energies of tokens [start, stop), 0 where inactive; None if not stored."""
+        if not self.manifest.energy:
+            return None
+        tensors = self._shard(split, shard)
+        active_T = tensors[f"layer.{layer}.active"]
+        mask_TF = unpack(tensors[f"layer.{layer}.mask"][start:stop], self.manifest.ffn_width)
+        first = int(active_T[:start].sum())
+        codes_N = tensors[f"layer.{layer}.energy"][first : first + int(active_T[start:stop].sum())]
+        return torch.zeros(mask_TF.shape).masked_scatter_(mask_TF, decode(codes_N))
+
+    def stats(self) -> Stats:
+        """Counts over every token, stored or only counted."""
+        return read_stats(self.folder / STATS, self.manifest.layers)
+
+    def damage(self, name: str) -> str | None:
+        """What is wrong with one shard file, read whole; None when it is as it was written."""
+        path = self.folder / name
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 0 < length < path.stat().st_size:
+                    return f"{path}: damaged header"
+                file.seek(8 + length)
+                digest = xxhash.xxh3_128()
+                while block := file.read(1 << 24):
+                    digest.update(block)
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror or error})"
+        want = self.manifest.checksums.get(name)
+        if digest.hexdigest() != want:
+            return f"{path}: damaged, its data has {CHECKSUM} {digest.hexdigest()}, expected {want}"
+        return None
 
     def _open_shard(self, split: str, shard: int) -> dict[str, Tensor]:
-        path = self.folder / _shard_name(split, shard)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path}: shard is missing or damaged ({error}); collect again"
-            ) from error
+        return read_shard(self.folder / shard_name(split, shard))
 
 
-def _shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:05d}.safetensors"
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """A shard's tensors as views of its memory map."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: shard is missing or damaged ({error}); collect again") from error
+
+
+def read_checksum(path: Path) -> str:
+    """The checksum in a shard's header."""
+    with safe_open(path, framework="pt") as file:
+        return str(file.metadata()[CHECKSUM])

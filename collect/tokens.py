@@ -1,7 +1,9 @@
 """Documents to padded token batches.
 
 Every document starts with exactly one BOS where the tokenizer has one (its absence is the classic
-cause of abnormal activations in these models) and is truncated to the sequence length.
+cause of abnormal activations in these models). A document longer than the sequence length is
+truncated, never packed with another: what is recorded at a position is what the model computes
+there when it reads that document alone.
 
 Shape letters: B batch, S sequence.
 """
@@ -16,6 +18,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.corpus import Document
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.splits import SPLITS
+
+COUNTED = "counted"
+"""Takes training documents once the training split is full; its tokens are only counted."""
+WINDOW = 16
+"""Batches whose sequences are sorted by length together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One document as the model reads it."""
+
+    split: str
+    ids: list[int]
+    truncated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +51,16 @@ class TokenBatch:
         return int(self.keep_BS.sum())
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(self.split, self.ids_BS.to(device), self.keep_BS.to(device))
+        return TokenBatch(
+            self.split, to_device(self.ids_BS, device), to_device(self.keep_BS, device)
+        )
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU without waiting for what a GPU is busy with."""
+    if device.type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def encode(tokenizer: Tokenizer, text: str, seq_len: int) -> list[int]:
@@ -42,16 +69,81 @@ def encode(tokenizer: Tokenizer, text: str, seq_len: int) -> list[int]:
     A literal `<s>` in the text is text, not a second BOS.
     """
     plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    ids = plain["input_ids"]
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    return list(ids[:seq_len])
+    return _with_bos(tokenizer, plain["input_ids"])[:seq_len]
 
 
-def quotas(tokens: int) -> dict[str, int]:
-    """Share `tokens` out over the splits, 90/5/5."""
+def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[int]:
+    """As `encode`; a chat goes through the tokenizer's template, whose own BOS is not doubled.
+
+    Raises:
+        InputError: A chat and no template, or one that the template refuses.
+    """
+    if doc.chat is None:
+        return encode(tokenizer, doc.text, seq_len)
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the corpus holds chats but this tokenizer has no chat "
+            "template; give plain text under 'text', or add the model's chat_template.jinja"
+        )
+    turns = [{"role": role, "content": said} for role, said in doc.chat]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{tokenizer.name_or_path}: its chat template refuses the chat that begins "
+            f"{doc.text[:40]!r} ({reason}); drop such rows or change their roles"
+        ) from error
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return _with_bos(tokenizer, ids)[:seq_len]
+
+
+def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return list(ids)
+    start = 0
+    while start < len(ids) and ids[start] == bos:
+        start += 1
+    return [bos, *ids[start:]]
+
+
+def quotas(tokens: int, counted: int = 0) -> dict[str, int]:
+    """Share `tokens` out over the splits, 90/5/5; `counted` more are for statistics alone."""
     small = max(1, round(0.05 * tokens))
-    return {"train": max(1, tokens - 2 * small), "calibration": small, "held-out": small}
+    train = max(1, tokens - 2 * small)
+    shares = {"train": train, "calibration": small, "held-out": small}
+    return {**shares, COUNTED: counted} if counted else shares
+
+
+def sequences(
+    docs: Iterable[tuple[str, Document]],
+    tokenizer: Tokenizer,
+    quota: Mapping[str, int],
+    seq_len: int,
+) -> Iterator[Sequence]:
+    """Tokenise documents in corpus order until every quota is met.
+
+    Args:
+        docs: (split, document) pairs, as `splits.assign` gives them.
+        quota: Split to the number of tokens wanted from it; the document that would exceed it is
+            cut. Splits that are not named are skipped.
+
+    Documents that give fewer than two tokens are dropped: nothing can be predicted from them.
+    """
+    left = dict(quota)
+    for name, doc in docs:
+        split = COUNTED if name == SPLITS[0] and left.get(name, 0) < 1 else name
+        if left.get(split, 0) < 1:
+            if not any(left.values()):
+                break
+            continue
+        whole = encode_document(tokenizer, doc, seq_len + 1)
+        ids = whole[: min(seq_len, left[split])]
+        if len(ids) < 2 <= left[split]:
+            continue
+        left[split] -= len(ids)
+        yield Sequence(split, ids, len(whole) > seq_len)
 
 
 def batches(
@@ -62,33 +154,38 @@ def batches(
     seq_len: int,
     batch_size: int,
 ) -> Iterator[TokenBatch]:
-    """Group documents of one split into batches, in corpus order, until every quota is met.
+    """`sequences` in batches of one split; see `by_length`."""
+    return by_length(
+        sequences(docs, tokenizer, quota, seq_len), seq_len=seq_len, batch_size=batch_size
+    )
 
-    Args:
-        docs: (split, document) pairs, as `splits.assign` gives them.
-        quota: Split to the number of tokens wanted from it; the document that would exceed it is
-            cut. Splits that are not named are skipped.
 
-    Batches are padded to their longest sequence. Documents that give fewer than two tokens are
-    dropped, as nothing can be predicted from them.
+def by_length(rows: Iterable[Sequence], *, seq_len: int, batch_size: int) -> Iterator[TokenBatch]:
+    """Batch sequences of like length, at most `batch_size * seq_len` places in a batch.
+
+    Within a window of `WINDOW` full batches of one split, the longest come first. The batches
+    depend on the rows alone. Memory: the ids of one window per split.
     """
-    left = dict(quota)
+    places = batch_size * seq_len
     waiting: dict[str, list[list[int]]] = {}
-    for split, doc in docs:
-        if left.get(split, 0) < 1:
-            if not any(left.values()):
-                break
-            continue
-        ids = encode(tokenizer, doc.text, min(seq_len, left[split]))
-        if len(ids) < 2 <= left[split]:
-            continue
-        left[split] -= len(ids)
-        rows = waiting.setdefault(split, [])
-        rows.append(ids)
-        if len(rows) == batch_size:
-            yield _pad(split, waiting.pop(split))
-    for split, rows in waiting.items():
-        yield _pad(split, rows)
+    held: dict[str, int] = {}
+    for row in rows:
+        waiting.setdefault(row.split, []).append(row.ids)
+        held[row.split] = held.get(row.split, 0) + len(row.ids)
+        if held[row.split] >= WINDOW * places:
+            yield from _cut(row.split, waiting.pop(row.split), places)
+            held[row.split] = 0
+    for split, ids in waiting.items():
+        yield from _cut(split, ids, places)
+
+
+def _cut(split: str, rows: list[list[int]], places: int) -> Iterator[TokenBatch]:
+    rows.sort(key=len, reverse=True)
+    start = 0
+    while start < len(rows):
+        stop = start + max(1, places // len(rows[start]))
+        yield _pad(split, rows[start:stop])
+        start = stop
 
 
 def _pad(split: str, rows: list[list[int]]) -> TokenBatch:

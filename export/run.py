@@ -103,8 +103,10 @@ def _counts(folder: Path, checkpoint: Checkpoint, hyper: Hyper) -> list[torch.Te
             f"{folder}: holds layers {manifest.layers}, expected all {hyper.layers}; collect again "
             "without --layers"
         )
+    stats = store.stats()
+    seen = [split for split in stats.splits() if split != "held-out"]
     # PowerInfer's solver sums blocks of counts in the file's dtype; float16 would overflow.
-    return [count.float() for _, count in sorted(store.fired().items())]
+    return [stats.fired(layer, seen).float() for layer in manifest.layers]
 
 
 def _write_counts(folder: Path, counts: list[torch.Tensor]) -> None:

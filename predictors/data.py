@@ -76,7 +76,21 @@ def layer_batches(
     store: ActivationStore, split: str, layer: int, size: int = 1024
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(x (T, D), active (T, F)) of one layer, at most `size` tokens at a time."""
+    for shard, start, stop in _runs(store, split, size):
+        rows = store.rows(split, shard, layer, start, stop)
+        yield rows.x_TD, unpack(rows.mask_TP, store.manifest.ffn_width)
+
+
+def layer_energies(
+    store: ActivationStore, split: str, layer: int, size: int = 1024
+) -> Iterator[Tensor | None]:
+    """Energies (T, F) float32 beside `layer_batches`; None where the store has none."""
+    for shard, start, stop in _runs(store, split, size):
+        yield store.energies(split, shard, layer, start, stop)
+
+
+def _runs(store: ActivationStore, split: str, size: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first token, token behind the last)."""
     for shard, tokens in enumerate(store.shards(split)):
         for start in range(0, tokens, size):
-            rows = store.rows(split, shard, layer, start, start + size)
-            yield rows.x_TD, unpack(rows.mask_TP, store.manifest.ffn_width)
+            yield shard, start, min(start + size, tokens)

@@ -29,7 +29,7 @@ from sparsecast.collect.atomic import write_json
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import family_of
+from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.models import ffn_shape, load_model, set_activation
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import bar, console
@@ -106,7 +106,8 @@ def perplexities(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.half())
-        set_activation(model, ActivationRule("relu"))
+        if not activation_rule(model.config, "model").on_up:
+            set_activation(model, ActivationRule("relu"))
         with predicted_ffn(model, predictors):
             values["bundle"] = perplexity(model, data, lambda _: progress.advance())
     return values
@@ -132,7 +133,7 @@ def predicted_ffn(model: PreTrainedModel, predictors: PredictorSet) -> Iterator[
         ) -> tuple[Tensor]:
             return (args[0] * (predictor.logits(seen[0]) >= predictors.threshold),)
 
-        handles.append(layer.get_submodule(family.norm).register_forward_pre_hook(on_norm))
+        handles.append(family.norm(layer).register_forward_pre_hook(on_norm))
         handles.append(layer.get_submodule(family.down).register_forward_pre_hook(on_down))
     try:
         yield
@@ -143,22 +144,44 @@ def predicted_ffn(model: PreTrainedModel, predictors: PredictorSet) -> Iterator[
 
 @contextmanager
 def exact_ffn(model: PreTrainedModel) -> Iterator[None]:
-    """Run every FFN sparsely: dense gate, then sparse products over the entries that fired."""
+    """Run every FFN sparsely: its first projection dense, the others only where it fired."""
     family = family_of(model.config, "model")
-    parent = family.down.rpartition(".")[0]
-    blocks = [layer.get_submodule(parent) for layer in family.decoder_layers(model)]
-    names = [path.rpartition(".")[2] for path in (family.gate, family.up, family.down, family.act)]
+    layers = family.decoder_layers(model)
+    rule = activation_rule(model.config, "model")
+    if family.gate is None:
+        blocks = [layer.get_submodule(family.down) for layer in layers]
+        forwards = [_sparse_down(block) for block in blocks]
+    else:
+        parent = family.down.rpartition(".")[0]
+        blocks = [layer.get_submodule(parent) for layer in layers]
+        paths = (family.gate, family.up, family.down, family.act)
+        forwards = [
+            _sparse_ffn(*(layer.get_submodule(path) for path in paths), relu_up=rule.on_up)
+            for layer in layers
+        ]
     try:
-        for block in blocks:
-            gate, up, down, act = (getattr(block, name) for name in names)
-            block.forward = _sparse_forward(gate, up, down, act)
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
         yield
     finally:
         for block in blocks:
             del block.forward
 
 
-def _sparse_forward(gate: Any, up: Any, down: Any, act: Any) -> Callable[[Tensor], Tensor]:
+def _sparse_down(down: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x1: Tensor) -> Tensor:
+        x1_TF = x1.reshape(-1, x1.shape[-1]).float().to_sparse_csr()
+        out_TD: Tensor = x1_TF @ down.weight.float().T
+        if down.bias is not None:
+            out_TD = out_TD + down.bias.float()
+        return out_TD.to(x1.dtype).view(*x1.shape[:-1], -1)
+
+    return forward
+
+
+def _sparse_ffn(
+    gate: Any, up: Any, down: Any, act: Any, *, relu_up: bool
+) -> Callable[[Tensor], Tensor]:
     def product(like: Tensor, values: Tensor) -> Tensor:
         """A CSR matrix with the pattern of `like`."""
         return torch.sparse_csr_tensor(
@@ -169,9 +192,9 @@ def _sparse_forward(gate: Any, up: Any, down: Any, act: Any) -> Callable[[Tensor
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         fired = act(gate(x_TD)).float().to_sparse_csr()
         zeros = product(fired, torch.zeros_like(fired.values()))
-        ups = torch.sparse.sampled_addmm(zeros, x_TD.float(), up.weight.float().T)
-        x1_TF = product(fired, fired.values() * ups.values())
-        out_TD: Tensor = x1_TF @ down.weight.float().T
+        sampled = torch.sparse.sampled_addmm(zeros, x_TD.float(), up.weight.float().T)
+        ups = sampled.values().relu() if relu_up else sampled.values()
+        out_TD: Tensor = product(fired, fired.values() * ups) @ down.weight.float().T
         return out_TD.to(x_BSD.dtype).view(x_BSD.shape)
 
     return forward

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.data import layer_batches
+from sparsecast.predictors.data import layer_batches, layer_energies
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
 from sparsecast.predictors.mlp import Predictor, rms
 
@@ -53,9 +55,17 @@ def _score(
     made = store.manifest
     histogram = ScoreHistogram()
     counts = Counts(0, 0, 0, 0)
-    for x_TD, active_TF in layer_batches(store, SPLIT, layer):
+    hit = energy = 0.0
+    pairs = zip(
+        layer_batches(store, SPLIT, layer), layer_energies(store, SPLIT, layer), strict=True
+    )
+    for (x_TD, active_TF), energy_TF in pairs:
         logits_TF = predictor.logits(x_TD)
-        counts = counts.plus(count(logits_TF >= threshold, active_TF))
+        predicted_TF = logits_TF >= threshold
+        counts = counts.plus(count(predicted_TF, active_TF))
+        if energy_TF is not None:
+            hit += (energy_TF * predicted_TF).sum(dtype=torch.float64).item()
+            energy += energy_TF.sum(dtype=torch.float64).item()
         # At threshold 0 the norm of x decides nothing, so it must not rank one token over another.
         ranked_TF = logits_TF / rms(x_TD) if threshold == 0 else logits_TF
         histogram.add(ranked_TF, active_TF)
@@ -75,7 +85,7 @@ def _score(
         "predicted_sparsity": counts.predicted_sparsity,
         "true_sparsity": counts.true_sparsity,
         "precision": counts.precision,
-        "energy_recall": None,
+        "energy_recall": (hit / energy if energy else 1.0) if made.energy else None,
         "roc_auc": histogram.roc_auc(),
         **bytes_read._asdict(),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsecast.collect.atomic import read_json, write_text
-from sparsecast.collect.corpus import PACKAGES
+from sparsecast.collect.builtin import PACKAGES
 from sparsecast.sparsify.measure import Score
 
 

@@ -14,7 +14,7 @@ from sparsecast.collect.families import family_of
 from sparsecast.collect.models import set_activation
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import bar
-from sparsecast.collect.recorder import LayerRecord, Recorder
+from sparsecast.collect.recorder import Recorder
 from sparsecast.collect.tokens import TokenBatch
 
 
@@ -29,13 +29,18 @@ class Score:
 def score(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> Score:
     """Perplexity, and true sparsity over every token."""
     zeros: dict[int, float] = {}
+    kept_N = torch.zeros(0)
 
-    def count(record: LayerRecord) -> None:
-        share = (record.x1_TF == 0).mean(dtype=torch.float32).item()
-        zeros[record.layer] = zeros.get(record.layer, 0.0) + share * len(record.x1_TF)
+    def keep(batch: TokenBatch) -> None:
+        nonlocal kept_N
+        kept_N = batch.keep_BS.flatten()
 
-    with Recorder(model, count) as recorder:
-        value = perplexity(model, batches, lambda batch: recorder.keep(batch.keep_BS))
+    def count(layer: int, _: Tensor, x1_NF: Tensor) -> None:
+        share_N = (x1_NF == 0).float().mean(1)
+        zeros[layer] = zeros.get(layer, 0.0) + (share_N * kept_N).sum().item()
+
+    with Recorder(model, count):
+        value = perplexity(model, batches, keep)
     tokens = sum(batch.tokens for batch in batches)
     return Score(value, sum(zeros.values()) / (len(zeros) * tokens))
 

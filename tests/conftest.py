@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.fill import Filler
+from sparsecast.collect.plan import Unit
 from sparsecast.collect.run import collect
+from sparsecast.collect.stats import STATS, merge, write_stats
+from sparsecast.collect.store import (
+    ActivationStore,
+    Manifest,
+    read_checksum,
+    read_shard,
+    write_manifest,
+)
+from sparsecast.collect.tokens import TokenBatch
+from sparsecast.collect.writer import Writer, to_folder
 from sparsecast.sparsify.tokenizer import train_tokenizer
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -57,6 +70,39 @@ def model_folder(tmp_path_factory, corpus) -> Path:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     model.half().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_store():
+    """Write a store from given tensors: (folder, manifest, {split: [shard]}), a shard being a list
+    of (predictor inputs (T, D), x1 (T, F)), one per layer."""
+
+    def write(folder: Path, manifest: Manifest, recorded) -> ActivationStore:
+        folder.mkdir(parents=True)
+        largest = max(len(shard[0][0]) for shards in recorded.values() for shard in shards)
+        filler = Filler(None, manifest.shape)
+        tokens, names = {}, []
+        with Writer(manifest.shape, manifest.shape.nbytes(largest), to_folder(folder)) as writer:
+            for split, shards in recorded.items():
+                for number, shard in enumerate(shards):
+                    n_tokens = len(shard[0][0])
+                    ids = torch.arange(n_tokens)[None]
+                    batch = TokenBatch(split, ids, torch.ones_like(ids, dtype=torch.bool))
+                    unit = Unit(split, number, [batch])
+                    filler.begin(unit, writer.image())
+                    filler.batch(batch)
+                    for layer, (x_TD, x1_TF) in zip(manifest.layers, shard, strict=True):
+                        filler(layer, x_TD, x1_TF)
+                    writer.submit(filler.end())
+                    tokens.setdefault(split, []).append(n_tokens)
+                    names.append((split, unit.name))
+        counts = ((split, read_shard(folder / name)) for split, name in names)
+        write_stats(folder / STATS, merge(counts, manifest.layers, manifest.ffn_width))
+        checksums = {name: read_checksum(folder / name) for _, name in names}
+        write_manifest(folder, replace(manifest, shard_tokens=tokens, checksums=checksums))
+        return ActivationStore(folder)
+
+    return write
 
 
 @pytest.fixture(scope="session")

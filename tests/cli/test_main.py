@@ -82,7 +82,7 @@ def test_a_failure_exits_with_1_and_no_traceback(monkeypatch, capsys, tmp_path, 
     assert not (tmp_path / "p").exists()
 
 
-def test_an_interrupt_ends_at_once_and_leaves_nothing(model_folder, tmp_path):
+def test_an_interrupt_ends_after_the_batch_in_hand_and_says_how_to_go_on(model_folder, tmp_path):
     out = tmp_path / "acts"
     command = [sys.executable, "-m", "sparsecast.cli.main", "collect", "--model", str(model_folder)]
     command += ["--corpus", "builtin", "--out", str(out), "--tokens", "50000000"]
@@ -99,7 +99,9 @@ def test_an_interrupt_ends_at_once_and_leaves_nothing(model_folder, tmp_path):
     assert process.returncode == 1
     assert "interrupted" in error
     assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []
+    assert "the same command goes on" in error
+    assert [path.name for path in tmp_path.iterdir()] == [".acts.part"]
+    assert not list(part.glob("*.part"))
 
 
 def test_the_installed_model_says_what_it_is():

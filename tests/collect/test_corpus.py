@@ -54,7 +54,7 @@ def test_every_kind_of_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.jsonl", '{"text": 1}', r"a\.jsonl:1: expected an object with a string"),
+        ("a.jsonl", '{"text": 1}', r"a\.jsonl:1: expected a string under 'text'"),
         ("a.jsonl", '{"text": "x"}\n{', r"a\.jsonl:2: not JSON"),
         ("a.txt", " \n", "no text in this corpus"),
         ("a.bin", "x", "cannot read this type"),

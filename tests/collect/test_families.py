@@ -84,7 +84,7 @@ def test_damaged_weights_are_named(model_folder, tmp_path):
     source = edited(model_folder, tmp_path)
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"model\.safetensors.*not a readable safetensors"):
+    with pytest.raises(InputError, match=r"model\.safetensors.*not a readable weights file"):
         load_model(source)
 
 

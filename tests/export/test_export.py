@@ -128,7 +128,9 @@ def test_rows_beyond_the_tokenizer_get_unique_padding_tokens(model, anyones):
 
 
 def test_counts_and_predictors_stand_beside_the_file(made, acts, predictors):
-    for i, fired in acts.fired().items():
+    stats = acts.stats()
+    for i in acts.manifest.layers:
+        fired = stats.fired(i, ["train", "calibration"])
         counts = torch.load(made / "activation" / f"activation_{i}.pt", weights_only=True)
         assert counts.dtype == torch.float32
         assert torch.equal(counts.long(), fired)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecast.collect.recorder import LayerRecord
 from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.store import ActivationStore, Manifest, Writer, write_manifest
+from sparsecast.collect.store import ActivationStore, Manifest
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.train import train
 
@@ -16,13 +15,12 @@ TOKENS = {"train": 6_000, "calibration": 1_000, "held-out": 1_000}
 
 
 @pytest.fixture(scope="session")
-def synthetic(tmp_path_factory) -> ActivationStore:
+def synthetic(tmp_path_factory, write_store) -> ActivationStore:
     """2 layers of hidden size 64 and 200 neurons, about 88 % silent, behind a gate of rank 12.
 
     Inputs have a constant direction, as residual streams do, and norms that differ tenfold.
     """
     folder = tmp_path_factory.mktemp("synthetic") / "acts"
-    folder.mkdir()
     generator = torch.Generator().manual_seed(7)
 
     def randn(*size: int) -> torch.Tensor:
@@ -30,38 +28,36 @@ def synthetic(tmp_path_factory) -> ActivationStore:
 
     gates = [randn(FFN, 12) @ randn(12, HIDDEN) / 12**0.5 / HIDDEN**0.5 for _ in range(LAYERS)]
     mean_D = 2 * randn(HIDDEN)
-    writer = Writer(folder, list(range(LAYERS)), torch.float16)
+    manifest = Manifest(
+        model="synthetic",
+        fingerprint="0" * 16,
+        model_type="llama",
+        tokenizer="none",
+        convention="residual-before-ffn-norm",
+        activation="relu",
+        activation_threshold=0.0,
+        corpus="none",
+        options={},
+        layers=list(range(LAYERS)),
+        hidden_size=HIDDEN,
+        ffn_width=FFN,
+        ffn_matrices=3,
+        x_dtype="float16",
+        energy=False,
+    )
+    recorded = {}
     for split in SPLITS:
-        for _ in range(2):  # two batches a split, of which the second is ragged
+        recorded[split] = []
+        for _ in range(2):  # two shards a split
             n = TOKENS[split] // 2
-            writer.begin(split, torch.arange(n))
-            for layer, gate_FD in enumerate(gates):
+            layers = []
+            for gate_FD in gates:
                 noise_TD = randn(n, HIDDEN)
                 x1_TF = (noise_TD @ gate_FD.T - 1.2).relu()
                 norm_T1 = 0.3 + 3 * torch.rand(n, 1, generator=generator)
-                writer.add(LayerRecord(layer, norm_T1 * (mean_D + noise_TD), x1_TF))
-    writer.close()
-    write_manifest(
-        folder,
-        Manifest(
-            model="synthetic",
-            fingerprint="0" * 16,
-            model_type="llama",
-            convention="residual-before-ffn-norm",
-            activation="relu",
-            activation_threshold=0.0,
-            corpus="none",
-            options={},
-            layers=list(range(LAYERS)),
-            hidden_size=HIDDEN,
-            ffn_width=FFN,
-            ffn_matrices=3,
-            x_dtype="float16",
-            shard_tokens=writer.shard_tokens,
-            documents=dict.fromkeys(SPLITS, 2),
-        ),
-    )
-    return ActivationStore(folder)
+                layers.append((norm_T1 * (mean_D + noise_TD), x1_TF))
+            recorded[split].append(layers)
+    return write_store(folder, manifest, recorded)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,392 @@
+"""`sparsecast bench collect`: what recording costs, on the same batches in one run.
+
+    bare        the batches through the decoder, without the LM head
+    recording   the same with everything `sparsecast collect` does from the hooks on, until the
+                last shard is hashed and written
+    recipe      the same with two float16 matrices per layer, inputs and x1, copied to the host and
+                into NumPy memory maps layer by layer, as public predictor trainers do
+
+A round runs bare, recording, bare, so that a device that slows as it warms up favours neither;
+ratios are taken within a round, and medians reported.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from sparsecast.collect.atomic import write_json
+from sparsecast.collect.corpus import documents
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.fill import Filler
+from sparsecast.collect.models import ffn_shape, load_model, pick_device, pick_dtype
+from sparsecast.collect.plan import Unit, units
+from sparsecast.collect.progress import bar, console
+from sparsecast.collect.recorder import Recorder
+from sparsecast.collect.shard import SHARD_BYTES, Shape
+from sparsecast.collect.splits import assign
+from sparsecast.collect.tokens import Sequence, sequences
+from sparsecast.collect.writer import Writer, to_folder, to_memory
+
+SHAPES = {
+    "60m": (768, 2048, 8),
+    "7b": (4096, 11008, 32),
+}
+"""(hidden size, FFN width, layers) of llamas with random weights: 57 million and 6.5 billion
+parameters in the decoder layers."""
+HEAD_DIM = 128
+VOCAB = 32_000
+RECIPE_BYTES = 2 * 2**30
+"""The recipe runs on as many batches as give about this much, at least one."""
+MIN_WRITE_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time recording against the bare forward pass and the public recipe."""
+
+    model: str | None = None
+    """Hugging Face id or folder; unset: random weights of --shape."""
+
+    shape: str = "60m"
+    """60m or 7b: a relu llama with random weights and documents of random length."""
+
+    corpus: str = "builtin"
+    """Text for --model."""
+
+    tokens: int = 16_384
+    """Tokens per round."""
+
+    seq_len: int = 512
+    """Documents are truncated to this many tokens."""
+
+    batch_size: int = 8
+    """Sequences of --seq-len tokens per forward pass."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    dtype: str = "auto"
+    """auto (float32 on the CPU, else the checkpoint's or bfloat16), float32, float16, bfloat16."""
+
+    sink: str = "disk"
+    """disk, or memory: shards are finished and hashed, then dropped."""
+
+    folder: Path | None = None
+    """Where to write; unset: a temporary folder."""
+
+    energy: bool = False
+    """Record energies too."""
+
+    rounds: int = 3
+    """Timed rounds, after one that is not."""
+
+    json: Path | None = None
+    """Write the numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise InputError(f"--shape: got {self.shape!r}, expected {' or '.join(SHAPES)}")
+        if self.sink not in ("disk", "memory"):
+            raise InputError(f"--sink: got {self.sink!r}, expected disk or memory")
+        for name, least in (("tokens", 1), ("seq_len", 2), ("batch_size", 1), ("rounds", 1)):
+            if (value := getattr(self, name)) < least:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option}: must be at least {least}, got {value}")
+
+
+def bench(cfg: BenchConfig) -> dict[str, Any]:
+    """Run it; tokens/s, ratios and bytes, also written to `cfg.json`.
+
+    Memory beyond the model: as `collect`, and the recipe's files, about 2 GiB or one batch.
+    """
+    model, rows = _subject(cfg)
+    n_layers, hidden_size, ffn_width = ffn_shape(model)
+    x_dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float16"
+    shape = Shape(
+        layers=range(n_layers),
+        hidden_size=hidden_size,
+        ffn_width=ffn_width,
+        x_dtype=x_dtype,
+        energy=cfg.energy,
+    )
+    full = max(1, SHARD_BYTES // shape.token_bytes)
+    plan = list(units(rows, seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=full))
+    if not plan:
+        raise InputError(f"{cfg.corpus}: no text to time on")
+    capacity = shape.nbytes(max(unit.tokens for unit in plan))
+    folder = Path(tempfile.mkdtemp(prefix="sparsecast-bench-", dir=cfg.folder))
+    try:
+        write = to_folder(folder) if cfg.sink == "disk" else to_memory
+        with Writer(shape, capacity, write, pinned=model.device.type == "cuda") as writer:
+            values = _rounds(cfg, model, shape, plan, writer, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    values |= {
+        "sink": cfg.sink,
+        "device": _device_name(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model": cfg.model or f"random {cfg.shape}",
+        "parameters": sum(p.numel() for p in model.base_model.parameters()),
+        "tokens": sum(unit.tokens for unit in plan),
+        "layers": n_layers,
+        "hidden_size": hidden_size,
+        "ffn_width": ffn_width,
+        "torch": torch.__version__,
+    }
+    _show(values)
+    if cfg.json is not None:
+        write_json(cfg.json, values)
+    return values
+
+
+def _rounds(
+    cfg: BenchConfig,
+    model: PreTrainedModel,
+    shape: Shape,
+    plan: list[Unit],
+    writer: Writer,
+    folder: Path,
+) -> dict[str, Any]:
+    tokens = sum(unit.tokens for unit in plan)
+    recipe_units, recipe_tokens = _recipe_share(shape, plan)
+    sizes: list[int] = []
+    seconds: dict[str, list[float]] = {}
+    with bar("bench", 5 * (cfg.rounds + 1)) as progress, torch.inference_mode():
+        for number in range(cfg.rounds + 1):
+            timed = {"bare": _timed(model, lambda: _bare(model, plan)) / 2}
+            progress.advance()
+            timed["recording"] = _timed(model, lambda: _recording(model, shape, plan, writer))
+            progress.advance()
+            timed["bare"] += _timed(model, lambda: _bare(model, plan)) / 2
+            progress.advance()
+            if cfg.sink == "disk":
+                sizes = [path.stat().st_size for path in folder.iterdir()]
+                _empty(folder)
+                timed["write"] = _write_rate(folder, sum(sizes))
+            else:
+                sizes = [shape.nbytes(unit.tokens) for unit in plan]
+            progress.advance()
+            timed["recipe"] = _timed(
+                model, lambda: _recipe(model, shape, recipe_units, folder, disk=cfg.sink == "disk")
+            )
+            _empty(folder)
+            progress.advance()
+            if number:
+                for name, value in timed.items():
+                    seconds.setdefault(name, []).append(value)
+    bare = seconds["bare"]
+    kept = [b / r for b, r in zip(bare, seconds["recording"], strict=True)]
+    rate = {"bare": tokens, "recording": tokens, "recipe": recipe_tokens}
+    values: dict[str, Any] = {
+        "kept": statistics.median(kept),
+        "kept_rounds": kept,
+        "tokens_per_s": {
+            name: count / statistics.median(seconds[name]) for name, count in rate.items()
+        },
+        "bytes_per_token_layer": sum(sizes) / tokens / len(shape.layers),
+        "bound": shape.bound,
+        "recipe_bytes_per_token_layer": 2 * (shape.hidden_size + shape.ffn_width),
+        "write_mb_per_s": None,
+        "kept_of_limit": None,
+    }
+    speed = values["tokens_per_s"]
+    values["recipe_kept"] = speed["recipe"] / speed["bare"]
+    if "write" in seconds:
+        written = [sum(sizes) / 1e6 / s for s in seconds["write"]]
+        values["write_mb_per_s"] = statistics.median(written)
+        slower = [max(pair) for pair in zip(bare, seconds["write"], strict=True)]
+        limit = [b / r for b, r in zip(slower, seconds["recording"], strict=True)]
+        values["kept_of_limit"] = statistics.median(limit)
+    return values
+
+
+def _timed(model: PreTrainedModel, run: Callable[[], None]) -> float:
+    _synchronise(model)
+    start = time.perf_counter()
+    run()
+    _synchronise(model)
+    return time.perf_counter() - start
+
+
+def _synchronise(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _bare(model: PreTrainedModel, plan: list[Unit]) -> None:
+    for unit in plan:
+        for batch in unit.batches:
+            model.base_model(batch.to(model.device).ids_BS, use_cache=False)
+
+
+def _recording(model: PreTrainedModel, shape: Shape, plan: list[Unit], writer: Writer) -> None:
+    filler = Filler(model, shape)
+    with Recorder(model, filler):
+        for unit in plan:
+            filler.begin(unit, writer.image())
+            for batch in unit.batches:
+                filler.batch(batch)
+                model.base_model(batch.to(model.device).ids_BS, use_cache=False)
+            writer.submit(filler.end())
+    writer.drain()
+
+
+def _recipe_share(shape: Shape, plan: list[Unit]) -> tuple[list[Unit], int]:
+    """The first batches that give about `RECIPE_BYTES`, and their tokens."""
+    per_token = 2 * (shape.hidden_size + shape.ffn_width) * len(shape.layers)
+    chosen: list[Unit] = []
+    tokens = 0
+    for unit in plan:
+        for batch in unit.batches:
+            if tokens and (tokens + batch.tokens) * per_token > RECIPE_BYTES:
+                return chosen, tokens
+            chosen.append(Unit(unit.split, len(chosen), [batch]))
+            tokens += batch.tokens
+    return chosen, tokens
+
+
+def _recipe(
+    model: PreTrainedModel, shape: Shape, plan: list[Unit], folder: Path, *, disk: bool
+) -> None:
+    """Two float16 matrices a layer: inputs and x1."""
+    tokens = sum(unit.tokens for unit in plan)
+    widths = {"x": shape.hidden_size, "x1": shape.ffn_width}
+    matrices: dict[tuple[str, int], Any] = {}
+    for layer in shape.layers:
+        for name, width in widths.items():
+            size = (tokens, width)
+            matrices[name, layer] = (
+                np.memmap(folder / f"{name}-{layer}.mmap", np.float16, "w+", shape=size)
+                if disk
+                else np.empty(size, np.float16)
+            )
+    kept_N = torch.zeros(0, dtype=torch.bool)
+    row = 0
+
+    def keep(layer: int, x_ND: Tensor, x1_NF: Tensor) -> None:
+        for name, value in (("x", x_ND), ("x1", x1_NF)):
+            part = value[kept_N.to(value.device)].half().cpu().numpy()
+            matrices[name, layer][row : row + len(part)] = part
+
+    with Recorder(model, keep):
+        for unit in plan:
+            for batch in unit.batches:
+                kept_N = batch.keep_BS.flatten()
+                model.base_model(batch.to(model.device).ids_BS, use_cache=False)
+                row += batch.tokens
+    if disk:
+        for matrix in matrices.values():
+            matrix.flush()
+
+
+def _write_rate(folder: Path, n_bytes: int) -> float:
+    """Seconds to write and sync `n_bytes` as shards of random bytes, in sequence."""
+    total = max(n_bytes, MIN_WRITE_BYTES)
+    block = np.random.default_rng(0).bytes(SHARD_BYTES)
+    start = time.perf_counter()
+    for number in range(-(-total // SHARD_BYTES)):
+        size = min(SHARD_BYTES, total - number * SHARD_BYTES)
+        with (folder / f"write-{number}").open("wb", buffering=0) as file:
+            file.write(block[:size])
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    _empty(folder)
+    return seconds * n_bytes / total
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _subject(cfg: BenchConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:
+    """The model and the sequences to time."""
+    if cfg.model is not None:
+        model, tokenizer = load_model(cfg.model, device=cfg.device, dtype=cfg.dtype)
+        rows = sequences(
+            assign(documents(cfg.corpus)), tokenizer, {"train": cfg.tokens}, cfg.seq_len
+        )
+        return model, rows
+    device = pick_device(cfg.device)
+    hidden_size, ffn_width, layers = SHAPES[cfg.shape]
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=ffn_width,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // HEAD_DIM,
+        num_key_value_heads=hidden_size // HEAD_DIM,
+        vocab_size=VOCAB,
+        hidden_act="relu",
+        max_position_embeddings=cfg.seq_len,
+    )
+    torch.manual_seed(0)
+    with device:
+        made: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=pick_dtype(cfg.dtype, None, device)
+        )
+    return made.eval(), _random_rows(cfg)
+
+
+def _random_rows(cfg: BenchConfig) -> Iterator[Sequence]:
+    """Lengths uniform up to twice --seq-len, so that half of the documents are cut."""
+    draw = np.random.default_rng(0)
+    left = cfg.tokens
+    while left > 0:
+        length = min(int(draw.integers(2, 2 * cfg.seq_len)), cfg.seq_len, left)
+        yield Sequence("train", draw.integers(0, VOCAB, length).tolist(), length == cfg.seq_len)
+        left -= length
+
+
+def _device_name(model: PreTrainedModel) -> str:
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _show(values: dict[str, Any]) -> None:
+    console.print(
+        f"{values['model']}, {values['parameters'] / 1e6:,.0f} M parameters, "
+        f"{values['dtype']} on {values['device']}, {values['tokens']:,} tokens, "
+        f"sink {values['sink']}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    table = Table()
+    for name in ("", "tokens/s", "of bare", "bytes per token and layer"):
+        table.add_column(name, justify="left" if not name else "right")
+    speed = values["tokens_per_s"]
+    table.add_row("bare forward", f"{speed['bare']:,.0f}", "", "")
+    table.add_row(
+        "recording",
+        f"{speed['recording']:,.0f}",
+        f"{values['kept']:.1%}",
+        f"{values['bytes_per_token_layer']:,.1f} (bound {values['bound']:,.1f})",
+    )
+    table.add_row(
+        "two f16 matrices",
+        f"{speed['recipe']:,.0f}",
+        f"{values['recipe_kept']:.1%}",
+        f"{values['recipe_bytes_per_token_layer']:,.1f}",
+    )
+    console.print(table)
+    if values["write_mb_per_s"] is not None:
+        console.print(
+            f"sequential write {values['write_mb_per_s']:,.0f} MB/s; recording reaches "
+            f"{values['kept_of_limit']:.1%} of the slower of bare forward and disk",
+            soft_wrap=True,
+            highlight=False,
+        )

@@ -1,0 +1,139 @@
+"""The stage: what an activation store holds, how sparse it is, and whether it is intact."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sparsecast.collect.atomic import write_json
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.plan import shard_name
+from sparsecast.collect.progress import bar, console
+from sparsecast.collect.store import MANIFEST, ActivationStore, Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Show an activation store: manifest, sparsity per layer, and an integrity check."""
+
+    path: Path
+    """Folder written by `sparsecast collect`."""
+
+    check: bool = True
+    """Read every shard and compare its checksum."""
+
+    json: Path | None = None
+    """Write the numbers to this file."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The numbers, and whether every shard is as it was written."""
+
+    ok: bool
+    values: dict[str, Any]
+
+
+def inspect(cfg: InspectConfig) -> Inspection:
+    """Read a store whole, or its manifest and statistics alone with `check` off.
+
+    Memory: 16 MiB and the statistics.
+
+    Raises:
+        InputError: Not an activation store.
+    """
+    if not (cfg.path / MANIFEST).is_file():
+        raise InputError(
+            f"{cfg.path}: no {MANIFEST}, expected an activation store as `sparsecast collect` "
+            "writes it"
+        )
+    store = ActivationStore(cfg.path)
+    made = store.manifest
+    files = {
+        shard_name(split, number)
+        for split, tokens in made.shard_tokens.items()
+        for number in range(len(tokens))
+    }
+    damage = _damage(store, sorted(files)) if cfg.check else None
+    size = sum((cfg.path / name).stat().st_size for name in files if (cfg.path / name).is_file())
+    values = {
+        "ok": None if damage is None else not damage,
+        "damage": damage,
+        "manifest": asdict(made),
+        "tokens": {split: sum(tokens) for split, tokens in made.shard_tokens.items()},
+        "bytes": size,
+        "bytes_per_token_layer": size / (made.tokens() * len(made.layers)),
+        "bound": made.shape.bound,
+        "layers": _layers(store),
+    }
+    _show(values, made, cfg.path)
+    if cfg.json is not None:
+        write_json(cfg.json, values)
+    return Inspection(ok=not damage, values=values)
+
+
+def _damage(store: ActivationStore, files: list[str]) -> list[str]:
+    found = []
+    with bar("check", len(files)) as progress:
+        for name in files:
+            if (what := store.damage(name)) is not None:
+                found.append(what)
+            progress.advance()
+    return found
+
+
+def _layers(store: ActivationStore) -> list[dict[str, Any]]:
+    stats = store.stats()
+    rows = []
+    for layer in store.manifest.layers:
+        spread, fired_F = stats.spread(layer), stats.fired(layer)
+        rows.append(
+            {
+                "layer": layer,
+                "true_sparsity": spread.mean,
+                "std": spread.std,
+                "p5": spread.p5,
+                "p50": spread.p50,
+                "p95": spread.p95,
+                "never_fired": int((fired_F == 0).sum()),
+                "always_fired": int((fired_F == spread.tokens).sum()),
+            }
+        )
+    return rows
+
+
+def _show(values: dict[str, Any], made: Manifest, path: Path) -> None:
+    facts = {
+        "model": f"{made.model} ({made.model_type}, fingerprint {made.fingerprint})",
+        "corpus": made.corpus,
+        "tokenizer": made.tokenizer,
+        "activation": f"{made.activation} {made.activation_threshold:g}",
+        "input": f"{made.convention}, {made.x_dtype}" + (", energies" if made.energy else ""),
+        "shape": f"{len(made.layers)} layers, hidden {made.hidden_size}, FFN {made.ffn_width}",
+        "tokens": ", ".join(f"{split} {count:,}" for split, count in values["tokens"].items()),
+        "documents": ", ".join(
+            f"{split} {count:,} ({made.truncated.get(split, 0):,} cut)"
+            for split, count in made.documents.items()
+        ),
+        "size": f"{values['bytes'] / 2**20:,.1f} MiB, {values['bytes_per_token_layer']:,.1f} bytes "
+        f"per token and layer (bound {values['bound']:,.1f}"
+        + (" and one per active entry)" if made.energy else ")"),
+    }
+    console.print(f"[bold]{path}", soft_wrap=True)
+    for name, fact in facts.items():
+        console.print(f"  {name:<11}{fact}", soft_wrap=True, highlight=False)
+    table = Table(title="sparsity of single tokens, over every token", title_justify="left")
+    for name in ("layer", "mean", "std", "p5", "p50", "p95", "never fired", "always fired"):
+        table.add_column(name, justify="right")
+    for row in values["layers"]:
+        shares = (f"{row[key]:.4f}" for key in ("true_sparsity", "std", "p5", "p50", "p95"))
+        counts = (f"{row['never_fired']:,}", f"{row['always_fired']:,}")
+        table.add_row(str(row["layer"]), *shares, *counts)
+    console.print(table)
+    for what in values["damage"] or ():
+        console.print(what, style="red", soft_wrap=True, highlight=False)
+    if values["ok"]:
+        console.print("every shard is as it was written", style="green")

@@ -1,0 +1,271 @@
+"""Collections that are killed, interrupted, changed, shared out, and run twice at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from sparsecast.collect import run as run_module
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.run import collect
+from sparsecast.collect.splits import SPLITS
+from sparsecast.collect.store import ActivationStore
+from sparsecast.collect.writer import Writer
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from sparsecast.cli import main
+from sparsecast.collect import run
+run.SHARD_BYTES = 400_000
+main.main(["collect", *json.loads(sys.argv[1])])
+"""
+"""The command with shards so small that there are about forty."""
+
+
+@pytest.fixture
+def cfg(model_folder, corpus, tmp_path) -> CollectConfig:
+    return CollectConfig(
+        model=str(model_folder),
+        corpus=str(corpus),
+        out=tmp_path / "acts",
+        tokens=20_000,
+        seq_len=128,
+        batch_size=2,
+        energy=True,
+        device="cpu",
+    )
+
+
+def command(cfg: CollectConfig, script: Path, *launcher: str) -> list[str]:
+    script.write_text(SCRIPT)
+    options = []
+    for name, value in asdict(cfg).items():
+        if value is not None:
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    return [sys.executable, *launcher, str(script), json.dumps(options)]
+
+
+def start(cfg: CollectConfig, tmp_path: Path, *launcher: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(cfg, tmp_path / "script.py", *launcher),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def kill_until_done(cfg: CollectConfig, tmp_path: Path, kills: int, seed: int) -> int:
+    """Kill at random moments after the work has begun, then let it end; the kills that hit."""
+    draw = random.Random(seed)
+    part = cfg.out.with_name(".acts.part")
+    hits = 0
+    for number in range(kills):
+        process = start(cfg, tmp_path)
+        wait_for(part / "manifest.json", process)
+        if number == 0:
+            wait_for(part / "train-00000.safetensors", process)
+        time.sleep(draw.uniform(0, 1.2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        hits += process.returncode == -signal.SIGKILL
+        if cfg.out.exists():
+            break
+    process = start(cfg, tmp_path)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return hits
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(model_folder, corpus, tmp_path_factory):
+    """The bytes of a run that nobody disturbed."""
+    tmp_path = tmp_path_factory.mktemp("whole")
+    whole = CollectConfig(
+        model=str(model_folder),
+        corpus=str(corpus),
+        out=tmp_path / "acts",
+        tokens=20_000,
+        seq_len=128,
+        batch_size=2,
+        energy=True,
+        device="cpu",
+    )
+    process = start(whole, tmp_path)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    files = content(whole.out)
+    assert len(files) > 30
+    return files
+
+
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(cfg, tmp_path, uninterrupted):
+    assert kill_until_done(cfg, tmp_path, kills=3, seed=os.getpid()) >= 1
+    assert content(cfg.out) == uninterrupted
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "script.py"]
+
+
+@pytest.mark.slow
+def test_twenty_kills(cfg, tmp_path, uninterrupted):
+    hits = 0
+    for seed in range(10):
+        cfg = replace(cfg, out=tmp_path / str(seed) / "acts")
+        hits += kill_until_done(cfg, tmp_path, kills=3, seed=seed)
+        assert content(cfg.out) == uninterrupted
+        if hits >= 20:
+            break
+    assert hits >= 20
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_work_into_the_store_of_one(cfg, tmp_path, uninterrupted, ranks):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    process = start(cfg, tmp_path, *launcher)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert content(cfg.out) == uninterrupted
+
+
+def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, tmp_path, uninterrupted):
+    process = start(cfg, tmp_path)
+    part = cfg.out.with_name(".acts.part")
+    wait_for(part / "train-00001.safetensors", process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1, error
+    assert "Traceback" not in error
+    kept = {p.name: p.stat().st_mtime_ns for p in part.glob("train-*")}
+    assert kept
+
+    process = start(cfg, tmp_path)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert {name: (cfg.out / name).stat().st_mtime_ns for name in kept} == kept
+    assert content(cfg.out) == uninterrupted
+
+
+@pytest.fixture
+def unfinished(cfg, monkeypatch) -> CollectConfig:
+    """A collection that died after some shards, in this process."""
+    monkeypatch.setattr(run_module, "SHARD_BYTES", 400_000)
+    submit, seen = Writer.submit, []
+
+    def die_at_ten(self, filling):
+        seen.append(filling)
+        if len(seen) > 10:
+            raise OSError(28, "No space left on device")
+        submit(self, filling)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "submit", die_at_ten)
+        with pytest.raises(OSError, match="No space left"):
+            collect(cfg)
+    assert not cfg.out.exists()
+    return cfg
+
+
+def test_a_changed_option_is_refused_with_its_name(unfinished, tmp_path, capfd):
+    cfg = unfinished
+    for change, match in (
+        ({"seq_len": 64}, "seq_len was 128, now 64"),
+        ({"energy": False}, "energy was True, now False"),
+        ({"corpus": "builtin"}, "corpus was .*, now 'builtin'"),
+        ({"activation_threshold": 0.5}, "activation threshold was 0.2, now 0.5"),
+        ({"layers": [1]}, r"layers was None, now \[1\]"),
+    ):
+        with pytest.raises(InputError, match=match):
+            collect(replace(cfg, **change))
+    part = cfg.out.with_name(".acts.part")
+    before = {p.name: p.stat().st_mtime_ns for p in part.glob("*-*.safetensors")}
+    store = collect(cfg)
+    assert "10 finished shards are kept" in capfd.readouterr().err
+    assert {name: (cfg.out / name).stat().st_mtime_ns for name in before} == before
+    ids = [store.tokens(split, i)[0] for split in SPLITS for i in range(len(store.shards(split)))]
+    assert sum(map(len, ids)) == store.manifest.tokens() > 15_000
+
+
+def test_other_weights_or_another_text_are_noticed(unfinished, corpus, tmp_path):
+    changed = tmp_path / "corpus"
+    changed.mkdir()
+    for path in corpus.iterdir():
+        (changed / path.name).write_text("x = 1\n" + path.read_text())
+    part = unfinished.out.with_name(".acts.part")
+    manifest = json.loads((part / "manifest.json").read_text())
+    (part / "manifest.json").write_text(json.dumps({**manifest, "corpus": str(changed)}))
+    with pytest.raises(InputError, match="the corpus has changed since the collection began"):
+        collect(replace(unfinished, corpus=str(changed)))
+    (part / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "0" * 16}))
+    with pytest.raises(InputError, match="the model's weights differ"):
+        collect(unfinished)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(cfg, tmp_path):
+    with (
+        FileLock(tmp_path / ".acts.lock"),
+        pytest.raises(InputError, match="another collection is writing"),
+    ):
+        collect(cfg)
+    assert not cfg.out.exists()
+
+
+def test_a_finished_store_that_only_lacks_its_name_is_completed(cfg, tmp_path, monkeypatch):
+    """Killed between the complete manifest and the renaming of the folder."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            collect(cfg)
+    other = collect(replace(cfg, out=tmp_path / "other"))
+    assert content(collect(cfg).folder) == content(other.folder)
+
+
+def test_documents_keep_their_split_in_every_store_that_holds_them(cfg, tmp_path):
+    few = collect(replace(cfg, tokens=4_000))
+    many = collect(replace(cfg, out=tmp_path / "many"))
+
+    def opening_tokens(store: ActivationStore, split: str) -> set:
+        found = set()
+        for shard in range(len(store.shards(split))):
+            ids, position = store.tokens(split, shard)
+            for place in (position == 0).nonzero().flatten().tolist():
+                found.add(tuple(ids[place : place + 12].tolist()))
+        return found
+
+    for one in SPLITS:
+        for other in SPLITS:
+            if one != other:
+                shared = opening_tokens(few, one) & opening_tokens(many, other)
+                assert not shared
+    assert opening_tokens(few, "train") & opening_tokens(many, "train")
+
+
+def test_a_model_spread_over_devices_records_the_same(cfg, tmp_path):
+    """On this machine `device_map` finds the CPU alone."""
+    spread = collect(replace(cfg, device="auto", device_map="auto", tokens=1_000))
+    plain = collect(replace(cfg, out=tmp_path / "plain", tokens=1_000))
+    for name, raw in content(spread.folder).items():
+        if name != "manifest.json":
+            assert raw == content(plain.folder)[name], name
+    with pytest.raises(InputError, match="--device-map auto: chooses the devices"):
+        replace(cfg, device_map="auto")

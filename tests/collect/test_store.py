@@ -1,0 +1,313 @@
+"""Shards, statistics and energies against the library that defines the format, and formulas."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from sparsecast.collect.bits import pack, per_neuron, per_token, unpack
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.energy import decode, encode
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.fill import Filler
+from sparsecast.collect.inspect import InspectConfig, inspect
+from sparsecast.collect.plan import Unit
+from sparsecast.collect.run import collect
+from sparsecast.collect.shard import SHARD_BYTES, Image, Shape
+from sparsecast.collect.stats import Stats
+from sparsecast.collect.store import ActivationStore, Manifest
+from sparsecast.collect.tokens import TokenBatch
+from sparsecast.collect.writer import Writer, to_folder, to_memory
+
+MANIFEST = Manifest(
+    model="synthetic",
+    fingerprint="0" * 16,
+    model_type="llama",
+    tokenizer="none",
+    convention="residual-before-ffn-norm",
+    activation="relu",
+    activation_threshold=0.0,
+    corpus="none",
+    options={},
+    layers=[0, 3],
+    hidden_size=24,
+    ffn_width=37,
+    ffn_matrices=3,
+    x_dtype="float16",
+    energy=False,
+)
+
+
+def random_shards(n_tokens: int) -> list:
+    return [
+        (torch.randn(n_tokens, 24) * 3, torch.randn(n_tokens, 37).relu()) for _ in MANIFEST.layers
+    ]
+
+
+@given(st.integers(0, 600), st.integers(1, 40), st.integers(0, 2**31))
+def test_bits_and_counts_are_numpys(n_tokens, width, seed):
+    mask = np.random.default_rng(seed).random((n_tokens, width)) < 0.3
+    mask_TF = torch.from_numpy(mask)
+    packed = pack(mask_TF)
+    assert np.array_equal(packed.numpy(), np.packbits(mask, axis=1, bitorder="little"))
+    assert np.array_equal(unpack(packed, width).numpy(), mask)
+    assert np.array_equal(per_token(mask_TF).numpy(), mask.sum(1))
+    assert np.array_equal(per_neuron(mask_TF).numpy(), mask.sum(0))
+
+
+def test_counts_do_not_overflow_where_everything_fires():
+    mask_TF = torch.ones(1021, 2056, dtype=torch.bool)
+    assert torch.equal(per_neuron(mask_TF), torch.full((2056,), 1021, dtype=torch.int32))
+    assert torch.equal(per_token(mask_TF), torch.full((1021,), 2056, dtype=torch.int32))
+
+
+@given(st.floats(2**-18, 2**13.8), st.floats(0.1, 4))
+def test_an_energy_is_kept_within_nine_percent(amplitude, norm):
+    x1 = torch.tensor([[amplitude / norm, 0.0]])
+    code = encode(x1, torch.tensor([norm, 1.0]), x1 != 0)
+    assert code.shape == (1,)
+    assert decode(code).item() == pytest.approx(amplitude**2, rel=2 ** (1 / 8) - 1 + 1e-3)
+
+
+def test_energies_come_back_where_the_neurons_fired(tmp_path, write_store):
+    """Filler reads the down projections of a model; here its norms are put in by hand."""
+    shards = random_shards(50)
+    shape = replace(MANIFEST, energy=True).shape
+    filler = Filler(None, replace(MANIFEST).shape)
+    filler._shape = shape
+    norms = {layer: torch.rand(37) + 0.5 for layer in shape.layers}
+    filler._norms = norms
+    keep = torch.ones(1, 50, dtype=torch.bool)
+    keep[0, 7] = False
+    unit = Unit("train", 0, [TokenBatch("train", torch.arange(50)[None], keep)])
+    with Writer(shape, shape.nbytes(50), to_folder(tmp_path)) as writer:
+        filler.begin(unit, writer.image())
+        filler.batch(unit.batches[0])
+        for layer, (x, x1) in zip(shape.layers, shards, strict=True):
+            filler(layer, x, x1)
+        writer.submit(filler.end())
+    made = replace(MANIFEST, energy=True, shard_tokens={"train": [49]})
+    (tmp_path / "manifest.json").write_text(json.dumps(made.__dict__))
+    store = ActivationStore(tmp_path)
+    for layer, (_, x1) in zip(shape.layers, shards, strict=True):
+        want = (x1[keep[0]] * norms[layer]) ** 2
+        got = torch.cat([store.energies("train", 0, layer, a, a + 10) for a in range(0, 49, 10)])
+        assert torch.equal(got != 0, want != 0)
+        torch.testing.assert_close(got, want, rtol=0.092, atol=0)
+        (codes,) = (
+            v for k, v in load_file(tmp_path / unit.name).items() if k == f"layer.{layer}.energy"
+        )
+        assert codes.numel() == (want != 0).sum()
+
+
+def test_a_shard_is_a_safetensors_file_with_its_checksum(tmp_path, write_store):
+    recorded = {"train": [random_shards(5), random_shards(3)]}
+    store = write_store(tmp_path / "s", MANIFEST, recorded)
+    for number, shards in enumerate(recorded["train"]):
+        name = f"train-{number:05d}.safetensors"
+        tensors = load_file(tmp_path / "s" / name)
+        for layer, (x, x1) in zip(MANIFEST.layers, shards, strict=True):
+            assert torch.equal(tensors[f"layer.{layer}.x"], x.half())
+            assert torch.equal(unpack(tensors[f"layer.{layer}.mask"], 37), x1 != 0)
+            assert torch.equal(tensors[f"layer.{layer}.fired"].long(), (x1 != 0).sum(0))
+            assert torch.equal(tensors[f"layer.{layer}.active"].long(), (x1 != 0).sum(1))
+        raw = (tmp_path / "s" / name).read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        assert start % 8 == 0
+        assert store.manifest.checksums[name] == xxhash.xxh3_128_hexdigest(raw[start:])
+        assert store.damage(name) is None
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=60))
+def test_the_spread_is_that_of_single_tokens(active):
+    counts = torch.bincount(torch.tensor(active), minlength=21)
+    spread = Stats({"train.layer.0.active": counts}).spread(0)
+    sparsity = 1 - np.array(active) / 20
+    assert spread.tokens == len(active)
+    assert spread.mean == pytest.approx(sparsity.mean())
+    assert spread.std == pytest.approx(sparsity.std(), abs=1e-9)
+    for q, value in ((0.05, spread.p5), (0.5, spread.p50), (0.95, spread.p95)):
+        assert value == pytest.approx(np.quantile(sparsity, q, method="inverted_cdf"))
+
+
+def test_an_input_that_does_not_fit_is_refused(tmp_path, write_store):
+    big = random_shards(4)
+    big[1][0][2, 3] = 70_000.0
+    with pytest.raises(InputError, match=r"layer 3: .* 7e\+04 does not fit float16.*bfloat16"):
+        write_store(tmp_path / "a", MANIFEST, {"train": [big]})
+    write_store(tmp_path / "b", replace(MANIFEST, x_dtype="bfloat16"), {"train": [big]})
+    big[1][0][2, 3] = float("nan")
+    with pytest.raises(InputError, match="layer 3: .* nan does not fit bfloat16"):
+        write_store(tmp_path / "c", replace(MANIFEST, x_dtype="bfloat16"), {"train": [big]})
+
+
+def test_a_failing_disk_is_reported_once_and_names_no_shard(tmp_path):
+    def full(name: str, image: Image) -> None:
+        raise OSError(28, "No space left on device")
+
+    shape = MANIFEST.shape
+    filler = Filler(None, shape)
+    batch = TokenBatch("train", torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool))
+
+    def shards() -> None:
+        with Writer(shape, shape.nbytes(4), full) as writer:
+            for number in range(20):
+                filler.begin(Unit("train", number, [batch]), writer.image())
+                filler.batch(batch)
+                for layer, (x, x1) in zip(MANIFEST.layers, random_shards(4), strict=True):
+                    filler(layer, x, x1)
+                writer.submit(filler.end())
+
+    with pytest.raises(OSError, match="No space left"):
+        shards()
+
+
+@pytest.mark.parametrize(("d", "f"), [(4096, 11008), (1536, 3840), (8192, 28672)])
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "int8"])
+def test_real_shapes_stay_within_two_percent(d, f, x_dtype):
+    """One sequence of 512 tokens is the smallest shard that the default options make."""
+    shape = Shape(layers=range(32), hidden_size=d, ffn_width=f, x_dtype=x_dtype)
+    tokens = max(512, SHARD_BYTES // shape.token_bytes)
+    plain = (2 * d if x_dtype == "bfloat16" else d + 4) + f / 8
+    assert shape.bound == pytest.approx(1.02 * plain)
+    assert shape.nbytes(tokens) / tokens / 32 <= shape.bound
+    if (d, x_dtype) == (4096, "bfloat16"):
+        assert plain == 9_568
+
+
+def test_inspect_tells_what_is_there_and_finds_damage(acts, tmp_path):
+    copy = tmp_path / "acts"
+    copy.mkdir()
+    for path in acts.folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    whole = inspect(InspectConfig(path=copy, json=tmp_path / "i.json"))
+    assert whole.ok
+    values = json.loads((tmp_path / "i.json").read_text())
+    assert values == whole.values
+    assert values["tokens"] == {"train": 5_400, "calibration": 300, "held-out": 300}
+    for row in values["layers"]:
+        masks = [
+            unpack(acts.rows(split, shard, row["layer"]).mask_TP, acts.manifest.ffn_width)
+            for split in values["tokens"]
+            for shard in range(len(acts.shards(split)))
+        ]
+        assert row["true_sparsity"] == pytest.approx(1 - torch.cat(masks).float().mean().item())
+        assert row["never_fired"] == (~torch.cat(masks).any(0)).sum()
+
+    shard = copy / "train-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-1000] ^= 1
+    shard.write_bytes(raw)
+    (copy / "calibration-00000.safetensors").unlink()
+    broken = inspect(InspectConfig(path=copy))
+    assert not broken.ok
+    assert len(broken.values["damage"]) == 2
+    assert "calibration-00000.safetensors: cannot be read" in broken.values["damage"][0]
+    assert "train-00000.safetensors: damaged" in broken.values["damage"][1]
+    assert inspect(InspectConfig(path=copy, check=False)).values["ok"] is None
+    with pytest.raises(InputError, match="expected an activation store"):
+        inspect(InspectConfig(path=tmp_path))
+
+
+def test_counted_tokens_are_in_the_statistics_and_nowhere_else(model_folder, corpus, tmp_path):
+    cfg = CollectConfig(
+        model=str(model_folder),
+        corpus=str(corpus),
+        out=tmp_path / "a",
+        tokens=1_000,
+        count_tokens=2_000,
+        seq_len=64,
+        energy=True,
+    )
+    store = collect(cfg)
+    plain = collect(replace(cfg, out=tmp_path / "b", count_tokens=0))
+    more = collect(replace(cfg, out=tmp_path / "c", count_tokens=0, tokens=3_300))
+    made = store.manifest
+    assert made.tokens() == 1_000
+    assert made.shard_tokens["counted"] == [2_000]
+    for split in ("train", "calibration", "held-out"):
+        name = f"{split}-00000.safetensors"
+        assert (store.folder / name).read_bytes() == (plain.folder / name).read_bytes()
+    counted = load_file(store.folder / "counted-00000.safetensors")
+    assert {name.rpartition(".")[2] for name in counted} == {"id", "position", "fired", "active"}
+    assert store.stats().spread(1).tokens == 3_000
+    assert store.stats().splits() == ["calibration", "counted", "held-out", "train"]
+    # The counted documents are the next ones of the training split.
+    starts = (more.tokens("train", 0)[1] == 0).sum()
+    assert made.documents["train"] + made.documents["counted"] == pytest.approx(starts, abs=2)
+    assert inspect(InspectConfig(path=store.folder)).ok
+
+
+def anonymous_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.slow
+def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
+    """50,000 tokens, 15.3 GB: three images of one batch's size on the way in, one run on the way
+    out. Page cache is the system's, so anonymous memory is what counts."""
+    shape = Shape(layers=range(32), hidden_size=4096, ffn_width=11008, x_dtype="bfloat16")
+    batch_tokens, total = 500, 50_000
+    x = torch.randn(batch_tokens, 4096).bfloat16()
+    x1 = torch.randn(batch_tokens, 11008).bfloat16().relu()
+    batch = TokenBatch(
+        "train",
+        torch.zeros(1, batch_tokens, dtype=torch.int64),
+        torch.ones(1, batch_tokens, dtype=torch.bool),
+    )
+    filler = Filler(None, shape)
+    before, peak = anonymous_mib(), 0.0
+    shards = total // batch_tokens
+    with Writer(shape, shape.nbytes(batch_tokens), to_folder(tmp_path)) as writer:
+        for number in range(shards):
+            filler.begin(Unit("train", number, [batch]), writer.image())
+            filler.batch(batch)
+            for layer in shape.layers:
+                filler(layer, x, x1)
+            writer.submit(filler.end())
+            peak = max(peak, anonymous_mib() - before)
+    one_layer = 4 * batch_tokens * 11008 * 2 / 2**20
+    assert peak < 3 * shape.nbytes(batch_tokens) / 2**20 + one_layer
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size / total / 32 <= shape.bound
+
+    made = replace(
+        MANIFEST,
+        layers=list(shape.layers),
+        hidden_size=4096,
+        ffn_width=11008,
+        x_dtype="bfloat16",
+        shard_tokens={"train": [batch_tokens] * shards},
+    )
+    (tmp_path / "manifest.json").write_text(json.dumps(made.__dict__))
+    store = ActivationStore(tmp_path)
+    before, peak, seen = anonymous_mib(), 0.0, 0
+    want = pack(x1 != 0)
+    for layer in (0, 31):
+        for shard in range(shards):
+            rows = store.rows("train", shard, layer)
+            assert torch.equal(rows.x_TD, x)
+            assert torch.equal(rows.mask_TP, want)
+            seen += len(rows.x_TD)
+            peak = max(peak, anonymous_mib() - before)
+    assert seen == 2 * total
+    assert peak < 64
+
+
+def test_the_memory_sink_finishes_shards(tmp_path):
+    shape = MANIFEST.shape
+    image = Image(shape, shape.nbytes(4), pinned=False)
+    image.begin(4, stored=True)
+    to_memory("x", image)
+    to_folder(tmp_path)("x", image)
+    assert b"".join(image.blocks()) == (tmp_path / "x").read_bytes()
