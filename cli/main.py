@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -161,7 +161,11 @@ def _parse(name: str, config_type: Any, positional: str | None, args: list[str])
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog=f"sparsecast {name}", description=config_type.__doc__)
     parser.add_class_arguments(config_type, as_group=False)
+    flags = {f"--{field.name}" for field in fields(config_type) if field.type in (bool, "bool")}
     dashed = [_underscored(arg) for arg in args]
+    for place, arg in enumerate(dashed):
+        if arg in flags and (dashed[place + 1 :] or ["--"])[0].startswith("--"):
+            dashed[place] = f"{arg}=true"
     if positional and dashed and not dashed[0].startswith("-"):
         dashed = [f"--{positional}", *dashed]
     values: dict[str, Any] = parser.parse_args(dashed).as_dict()

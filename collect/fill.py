@@ -9,6 +9,7 @@ Shape letters: N places of a batch, padding included, T kept tokens, D hidden, F
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,11 +47,17 @@ class Filling:
             event.synchronize()
         limit = 3e38 if shape.x_dtype == "int8" else torch.finfo(INPUT_DTYPES[shape.x_dtype]).max
         for layer, value in zip(shape.layers, self.image.largest.tolist(), strict=True):
-            if self.unit.stored and not value <= limit:
+            if not self.unit.stored or value <= limit:
+                continue
+            if not math.isfinite(value):
                 raise InputError(
-                    f"layer {layer}: a predictor input of magnitude {value:.3g} does not fit "
-                    f"{shape.x_dtype}; collect with --input-dtype bfloat16"
+                    f"layer {layer}: a predictor input is {value}, so the model itself overflows; "
+                    "run it with --dtype bfloat16 or float32, and check its weights"
                 )
+            raise InputError(
+                f"layer {layer}: a predictor input of magnitude {value:.3g} does not fit "
+                f"{shape.x_dtype}; collect with --input-dtype bfloat16"
+            )
 
 
 class Filler:

@@ -16,12 +16,12 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [
     line for block in BLOCKS for line in block.splitlines() if line.startswith("sparsecast ")
 ]
-COMMANDS += re.findall(r"`(sparsecast sparsify --[^`]*)`", README.replace("\n", " "))
+COMMANDS += re.findall(r"`(sparsecast (?:sparsify|bench collect) --[^`]*)`", README.replace("\n", " "))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_accepted(command):
-    _, name, *args = shlex.split(command)
+    name, args = _split(command)
     stage = STAGES[name]
     config = _load(stage.config)
 
@@ -30,7 +30,14 @@ def test_every_command_is_accepted(command):
 
 def test_commands_were_found():
     assert len(COMMANDS) >= 8
-    assert {command.split()[1] for command in COMMANDS} >= set(STAGES) - {"demo"}
+    assert {_split(command)[0] for command in COMMANDS} >= set(STAGES) - {"demo"}
+
+
+def _split(command: str) -> tuple[str, list[str]]:
+    """The stage's name, of one word or two, and its options."""
+    words = shlex.split(command)[1:]
+    count = 2 if words[0] == "bench" else 1
+    return " ".join(words[:count]), words[count:]
 
 
 def test_the_file_tree_is_the_tree():

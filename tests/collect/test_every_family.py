@@ -20,6 +20,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.run import collect
+from sparsecast.predictors.evaluate import exact_ffn
 
 NAMES = [
     "llama",
@@ -251,3 +252,17 @@ def test_what_cannot_be_recorded_is_refused(name, old, new, match, family_folder
     (copy / "config.json").write_text(text.replace(old, new))
     with pytest.raises(InputError, match=match):
         load_model(str(copy), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon-40b", "bamboo", "minicpm"])
+def test_the_exact_sparse_ffn_is_the_dense_one(name, family_folder):
+    """`evaluate` runs it on every family: the same logits from what fired alone."""
+    model, _ = load_model(str(family_folder(name)), device="cpu")
+    ids = torch.randint(3, 512, (2, 30))
+    with torch.inference_mode():
+        dense = model(ids).logits
+        with exact_ffn(model):
+            exact = model(ids).logits
+        again = model(ids).logits
+    torch.testing.assert_close(exact, dense, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again, dense)
