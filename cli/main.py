@@ -11,12 +11,14 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
-    "DATASETS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "critical",
     "HF_HUB_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 """What other libraries read when they are imported; the user's own settings win."""
 
@@ -131,8 +133,9 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
         result = run(config)
     except InputError as error:
         return _complain(str(error), 2)
-    except KeyboardInterrupt:
-        return _complain("interrupted; nothing half-written is left behind, run it again", 1)
+    except KeyboardInterrupt as stopped:
+        told = str(stopped) or "interrupted; nothing half-written is left behind, run it again"
+        return 1 if _rank() else _complain(told, 1)
     except Exception as error:
         if os.environ.get("SPARSECAST_TRACEBACK"):
             raise
@@ -161,15 +164,21 @@ def _parse(name: str, config_type: Any, positional: str | None, args: list[str])
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog=f"sparsecast {name}", description=config_type.__doc__)
     parser.add_class_arguments(config_type, as_group=False)
-    flags = {f"--{field.name}" for field in fields(config_type) if field.type in (bool, "bool")}
+    kinds = {f"--{field.name}": str(field.type) for field in fields(config_type)}
     dashed = [_underscored(arg) for arg in args]
     for place, arg in enumerate(dashed):
-        if arg in flags and (dashed[place + 1 :] or ["--"])[0].startswith("--"):
+        kind, following = kinds.get(arg, ""), (dashed[place + 1 :] or ["--"])[0]
+        if kind == "bool" and following.startswith("--"):
             dashed[place] = f"{arg}=true"
+        if "list[" in kind and re.fullmatch(r"[\w.,+-]+", following):
+            dashed[place + 1] = f"[{following}]"
     if positional and dashed and not dashed[0].startswith("-"):
         dashed = [f"--{positional}", *dashed]
     values: dict[str, Any] = parser.parse_args(dashed).as_dict()
-    return values
+    return {
+        key: value.expanduser() if isinstance(value, Path) else value
+        for key, value in values.items()
+    }
 
 
 def _underscored(arg: str) -> str:
@@ -193,8 +202,14 @@ def _quiet() -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"sparsecast: {message}\n")
+    place = f" rank {_rank()}" if _rank() else ""
+    sys.stderr.write(f"sparsecast{place}: {message}\n")
     return code
+
+
+def _rank() -> int:
+    """This process among those of torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _load(path: str) -> Any:

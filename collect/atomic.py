@@ -62,6 +62,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def refuse_unwritable(path: Path, option: str) -> None:
+    """An `InputError` before long work, where its result could not be written."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{option}: {path} cannot be written; name a file in a folder of yours")
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object, or an `InputError` that says what the file should have been."""
     try:

@@ -318,7 +318,10 @@ def _subject(cfg: BenchConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:
     if cfg.model is not None:
         model, tokenizer = load_model(cfg.model, device=cfg.device, dtype=cfg.dtype)
         rows = sequences(
-            assign(documents(cfg.corpus)), tokenizer, {"train": cfg.tokens}, cfg.seq_len
+            assign(documents(cfg.corpus, seq_len=cfg.seq_len)),
+            tokenizer,
+            {"train": cfg.tokens},
+            cfg.seq_len,
         )
         return model, rows
     device = pick_device(cfg.device)

@@ -33,7 +33,8 @@ class CollectConfig:
     """Further training tokens that only the statistics count; nothing of them is stored."""
 
     seq_len: int = 512
-    """Documents are truncated to this many tokens, BOS included."""
+    """Documents are truncated to this many tokens, BOS included, and never packed. Plain text in
+    few or long files is cut into documents of 6,000 characters first."""
 
     batch_size: int = 8
     """Sequences of --seq-len tokens per forward pass; shorter documents are batched in more."""
@@ -45,7 +46,8 @@ class CollectConfig:
     """auto (float32 on the CPU, else the checkpoint's), float32, float16 or bfloat16."""
 
     device_map: str | None = None
-    """auto, balanced or sequential: spread a model larger than one device over all of them."""
+    """auto, balanced, balanced_low_0 or sequential: spread a model larger than one device over all
+    of them."""
 
     input_dtype: str = "auto"
     """How predictor inputs are stored: auto (bfloat16 for a bfloat16 model, else float16),
@@ -55,7 +57,7 @@ class CollectConfig:
     """Also store what energy recall needs: one byte per active neuron."""
 
     layers: list[int] | None = None
-    """Layers to record; all of them when unset."""
+    """Layers to record, as 0,2,5; all of them when unset."""
 
     activation_threshold: float | None = None
     """FATReLU threshold, for a model whose config has lost it."""
@@ -66,6 +68,9 @@ class CollectConfig:
             raise InputError(
                 f"--input-dtype: got {self.input_dtype!r}, expected {', '.join(dtypes)}"
             )
+        maps = ("auto", "balanced", "balanced_low_0", "sequential")
+        if self.device_map is not None and self.device_map not in maps:
+            raise InputError(f"--device-map: got {self.device_map!r}, expected {', '.join(maps)}")
         if self.device_map is not None and self.device != "auto":
             raise InputError(
                 f"--device-map {self.device_map}: chooses the devices, so --device {self.device} "

@@ -9,10 +9,13 @@
 A row is a string under `text`, or a chat under `messages` (role, content) or `conversations`
 (from, value), which the model's own template turns into text.
 
-A text longer than `PIECE` characters is cut at a line break into several documents; a chat never
-is. All pieces of one source share its `key`, and the key alone decides the split, so no file and
-no article ever stands on both sides. A corpus of fewer than `FEW_FILES` plain-text files is the
-exception: there each piece is its own key, or one large file would all fall into one split.
+A long text is cut at line breaks into several documents; a chat never is. All pieces of one source
+share its `key`, and the key alone decides the split, so no article ever stands on both sides.
+Plain text in fewer than `FEW_FILES` files, in a file of more than `LONG_FILE` bytes, or from
+standard input is the exception: there each piece of `PIECE` characters is its own key, or the whole
+of it would fall into one split.
+
+Memory: 1 MiB of a text file, one row of anything else.
 """
 
 from __future__ import annotations
@@ -22,21 +25,30 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b, file_digest
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sparsecast.collect.builtin import builtin, key_of
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.progress import console
 
 PIECE = 6000
+"""Characters, about three times the default --seq-len in tokens."""
+TOKEN = 10
+"""More characters than a token has on average, in any text."""
 FEW_FILES = 20
+LONG_FILE = 2**20
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names for the roles that templates know."""
 
 Chat = tuple[tuple[str, str], ...]
 """(role, content) pairs."""
+Content = str | Chat | Iterator[str]
+"""A text whole, a chat, or a text in blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +61,32 @@ class Document:
     chat: Chat | None = None
 
 
-def documents(spec: str, workers: int = 1) -> Iterator[Document]:
+def documents(spec: str, workers: int = 1, seq_len: int = 0) -> Iterator[Document]:
     """Stream the documents of a corpus in an order that depends on the corpus alone.
 
     Args:
         spec: See above.
         workers: Processes that read the builtin corpus, whose sources must be parsed.
+        seq_len: Tokens that a document should be able to fill: texts are cut into pieces of
+            `TOKEN * seq_len` characters where that is more than `PIECE` and they have a key.
 
     Raises:
-        InputError: Nothing of that name, an unknown file type, or no text in it.
+        InputError: Nothing of that name, an unknown file type, no text in it, or a row that is
+            neither a text nor a chat.
     """
     empty = True
     for key, content in _source(spec, workers):
-        if isinstance(content, str):
-            docs = [Document(key or key_of(piece), piece) for piece in pieces(content)]
+        if isinstance(content, tuple):
+            chat = tuple((role, _sound(said)) for role, said in content)
+            text = "\n".join(said for _, said in chat)
+            docs = iter([Document(key or key_of(text), text, chat)] if text.strip() else [])
         else:
-            text = "\n".join(said for _, said in content)
-            docs = [Document(key or key_of(text), text, content)] if text.strip() else []
-        empty = empty and not docs
-        yield from docs
+            blocks = [_sound(content)] if isinstance(content, str) else content
+            cut = pieces(blocks, max(PIECE, TOKEN * seq_len) if key else PIECE)
+            docs = (Document(key or key_of(piece), piece) for piece in cut)
+        for doc in docs:
+            empty = False
+            yield doc
     if empty:
         raise InputError(
             f"{spec}: no text in this corpus; expected non-empty {', '.join(SUFFIXES)} files "
@@ -76,87 +95,127 @@ def documents(spec: str, workers: int = 1) -> Iterator[Document]:
         )
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Cut at line breaks into pieces of at most about `PIECE` characters; drops blank ones."""
-    start = 0
-    while start < len(text):
-        end = len(text)
-        if end - start > PIECE:
-            cut = text.rfind("\n", start + PIECE // 2, start + PIECE)
-            end = cut + 1 if cut >= 0 else start + PIECE
-        if piece := text[start:end].strip():
-            yield piece
-        start = end
+def pieces(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """Cut a text at line breaks into pieces of at most `size` characters; drops blank ones."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        start = 0
+        while len(rest) - start > size:
+            line = rest.rfind("\n", start + size // 2, start + size)
+            end = line + 1 if line >= 0 else start + size
+            if piece := rest[start:end].strip():
+                yield piece
+            start = end
+        rest = rest[start:]
+    if piece := rest.strip():
+        yield piece
 
 
-def _source(spec: str, workers: int) -> Iterator[tuple[str, str | Chat]]:
+def _sound(text: str) -> str:
+    """Without lone surrogates, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _source(spec: str, workers: int) -> Iterator[tuple[str, Content]]:
     """(key or "", content) pairs."""
     if spec == "builtin":
-        return builtin(workers)
+        return iter(builtin(workers))
     if spec == "-":
         return _stdin()
     path = Path(spec).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise InputError(f"{spec}: no {', '.join(SUFFIXES)} file in this folder")
         return _local(files)
     if path.is_file():
         return _local([path])
     if any(c in spec for c in "*?["):
-        if files := sorted(Path(p) for p in glob.glob(str(path), recursive=True)):
+        found = (Path(p) for p in glob.glob(str(path), recursive=True))
+        if files := sorted(p for p in found if p.is_file()):
             return _local(files)
         raise InputError(f"{spec}: no file matches this pattern")
-    if path.suffix in SUFFIXES or spec.startswith(("/", ".", "~")):
+    if path.suffix.lower() in SUFFIXES or spec.startswith(("/", ".", "~")):
         raise InputError(f"{spec}: no such file or folder; check the path of the corpus")
     return _hub(spec)
 
 
-def _local(files: list[Path]) -> Iterator[tuple[str, str | Chat]]:
+def _local(files: list[Path]) -> Iterator[tuple[str, Content]]:
     for path in files:
-        if path.suffix in (".txt", ".md"):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            yield (key_of(text) if len(files) >= FEW_FILES else ""), text
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8", errors="replace") as lines:
+        suffix = path.suffix.lower()
+        if suffix in (".txt", ".md"):
+            whole = len(files) >= FEW_FILES and path.stat().st_size <= LONG_FILE
+            with path.open("rb") as raw:
+                key = file_digest(raw, lambda: blake2b(digest_size=8)).hexdigest() if whole else ""
+            with path.open(encoding="utf-8-sig", errors="replace") as text:
+                yield key, _blocks(text, str(path))
+        elif suffix == ".jsonl":
+            with path.open(encoding="utf-8-sig", errors="replace") as lines:
                 yield from _json_lines(lines, str(path))
-        elif path.suffix == ".parquet":
+        elif suffix == ".parquet":
             yield from _rows("parquet", f"{path}", data_files=str(path), split="train")
         else:
             raise InputError(f"{path}: cannot read this type; expected {', '.join(SUFFIXES)}")
 
 
-def _stdin() -> Iterator[tuple[str, str | Chat]]:
-    lines = iter(sys.stdin)
-    first = next((line for line in lines if line.strip()), "")
+def _blocks(text: TextIO, where: str, first: str = "") -> Iterator[str]:
+    """A text in blocks of 2^20 characters, and a word where it is not what it seems."""
+    replaced = 0
+    for block in chain([first], iter(lambda: text.read(2**20), "")):
+        if "\0" in block:
+            raise InputError(
+                f"{where}: holds NUL bytes, so it is binary or UTF-16; expected UTF-8 text: "
+                "convert it, or leave it out"
+            )
+        replaced += block.count("\ufffd")
+        yield block
+    if replaced:
+        console.print(
+            f"{where}: {replaced:,} characters are not UTF-8 and were read as U+FFFD",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _stdin() -> Iterator[tuple[str, Content]]:
+    if sys.stdin is None:
+        raise InputError("--corpus -: standard input is closed; pipe text or JSON lines into it")
+    raw = getattr(sys.stdin, "buffer", None)
+    stream = sys.stdin if raw is None else TextIOWrapper(raw, "utf-8-sig", errors="replace")
+    first = ""
+    for first in stream:
+        if first.strip():
+            break
     if first.lstrip().startswith("{"):
-        yield from _json_lines(chain([first], lines), "standard input")
-        return
-    part: list[str] = []
-    size = 0
-    for line in chain([first], lines):
-        part.append(line)
-        size += len(line)
-        if size >= PIECE:
-            yield "", "".join(part)
-            part, size = [], 0
-    yield "", "".join(part)
+        yield from _json_lines(chain([first], stream), "standard input")
+    else:
+        yield "", _blocks(stream, "standard input", first)
 
 
-def _json_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, str | Chat]]:
+def _json_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, Content]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{where}:{number}: not JSON ({error}); expected one object a line"
             ) from error
         if not isinstance(row, dict):
             raise InputError(f"{where}:{number}: expected a JSON object with 'text' or 'messages'")
-        content = content_of(row, f"{where}:{number}")
-        yield key_of(content if isinstance(content, str) else repr(content)), content
+        yield _keyed(row, f"{where}:{number}")
+
+
+def _keyed(row: dict[str, Any], where: str) -> tuple[str, Content]:
+    content = content_of(row, where)
+    return key_of(content if isinstance(content, str) else repr(content)), content
 
 
 def content_of(row: dict[str, Any], where: str) -> str | Chat:
@@ -167,38 +226,43 @@ def content_of(row: dict[str, Any], where: str) -> str | Chat:
         turns = row.get(column)
         if turns is None:
             continue
-        if isinstance(turns, dict):  # datasets turns a list of records into a record of lists
+        if isinstance(turns, dict) and all(isinstance(v, list) for v in turns.values()):
+            # datasets turns a list of records into a record of lists
             turns = [
                 dict(zip(turns, values, strict=True))
-                for values in zip(*turns.values(), strict=True)
+                for values in zip(*turns.values(), strict=False)
             ]
         if isinstance(turns, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get(said), str) and role in turn
+            isinstance(turn, dict)
+            and isinstance(turn.get(said), str)
+            and isinstance(turn.get(role), str)
             for turn in turns
         ):
             return tuple((ROLES.get(turn[role], turn[role]), turn[said]) for turn in turns)
         raise InputError(
-            f"{where}: expected a list of objects with '{role}' and '{said}' under '{column}'"
+            f"{where}: expected a list of objects with strings under '{role}' and '{said}' in "
+            f"'{column}'; correct the row or drop it"
         )
+    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
     raise InputError(
         f"{where}: expected a string under 'text', or a chat under 'messages' or 'conversations'; "
-        f"found {', '.join(row) or 'nothing'}"
+        f"found {found or 'nothing'}"
     )
 
 
-def _hub(spec: str) -> Iterator[tuple[str, str | Chat]]:
+def _hub(spec: str) -> Iterator[tuple[str, Content]]:
     name, _, split = spec.partition("@")
     name, _, config = name.partition(":")
     return _rows(name, spec, name=config or None, split=split or "train")
 
 
-def _rows(path: str, where: str, **options: str | None) -> Iterator[tuple[str, str | Chat]]:
+def _rows(path: str, where: str, **options: str | None) -> Iterator[tuple[str, Content]]:
     import datasets
 
     try:
-        for row in datasets.load_dataset(path, streaming=True, **options):
-            content = content_of(row, where)
-            yield key_of(content if isinstance(content, str) else repr(content)), content
+        rows = datasets.load_dataset(path, streaming=True, **options)
+        for number, row in enumerate(rows, 1):
+            yield _keyed(row, f"{where}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise

@@ -33,8 +33,6 @@ class Filling:
         self.unit = unit
         self.image = image
         self.row = 0
-        self.fired: dict[int, Tensor] = {}
-        self.largest: dict[int, Tensor] = {}
         self.events: list[torch.cuda.Event] = []
 
     def wait(self, shape: Shape) -> None:
@@ -61,13 +59,20 @@ class Filling:
 
 
 class Filler:
-    """A recorder's sink that writes into the image of the current shard."""
+    """A recorder's sink that writes into the image of the current shard.
+
+    Memory: on each device one layer's temporaries, and per layer the firing counts of one shard,
+    allocated once: small results that stay between large ones would tear the host's heap apart.
+    """
 
     def __init__(self, model: PreTrainedModel, shape: Shape) -> None:
         self._shape = shape
         self._dtype = INPUT_DTYPES[shape.x_dtype]
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._norms = _down_norms(model, shape) if shape.energy else {}
+        self._place = {layer: place for place, layer in enumerate(shape.layers)}
+        self._counts: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._home: dict[int, torch.device] = {}
         self._current: Filling | None = None
         self._padding: tuple[Tensor, Tensor] | None = None
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -83,6 +88,10 @@ class Filler:
         image.views["id"].copy_(unit.ids())
         image.views["position"].copy_(unit.positions())
         self._current = Filling(unit, image)
+        for fired_LF, largest_L in self._counts.values():
+            with self._beside(fired_LF):
+                fired_LF.zero_()
+                largest_L.zero_()
 
     def batch(self, batch: TokenBatch) -> None:
         """Announce the batch whose layers come next; `batch` is on the CPU."""
@@ -99,12 +108,13 @@ class Filler:
         """The shard, whose last bytes may still be on their way."""
         filling, self._current = self._current, None
         assert filling is not None
-        for place, layer in enumerate(self._shape.layers):
-            fired_F = filling.fired[layer]
-            with self._beside(fired_F):
-                filling.image.views[f"layer.{layer}.fired"].copy_(fired_F, non_blocking=True)
-                if layer in filling.largest:
-                    filling.image.largest[place].copy_(filling.largest[layer], non_blocking=True)
+        for layer, place in self._place.items():
+            fired_LF, largest_L = self._counts[self._home[layer]]
+            with self._beside(fired_LF):
+                filling.image.views[f"layer.{layer}.fired"].copy_(
+                    fired_LF[place], non_blocking=True
+                )
+                filling.image.largest[place].copy_(largest_L[place], non_blocking=True)
         for stream in self._streams.values():
             filling.events.append(stream.record_event())
         return filling
@@ -133,27 +143,35 @@ class Filler:
         filling = self._current
         assert filling is not None
         mask_NF = x1_NF != 0
-        fired_F = per_neuron(mask_NF)
+        fired_LF, largest_L = self._counters(layer, mask_NF.device)
+        place = self._place[layer]
+        fired_LF[place] += per_neuron(mask_NF)
         if self._padding is not None:
-            fired_F -= per_neuron(mask_NF.index_select(0, self._on(mask_NF.device)[1]))
-        before = filling.fired.get(layer)
-        filling.fired[layer] = fired_F if before is None else before + fired_F
+            fired_LF[place] -= per_neuron(mask_NF.index_select(0, self._on(mask_NF.device)[1]))
         self._put(f"layer.{layer}.active", self._kept(per_token(mask_NF)))
         if not filling.unit.stored:
             return
         self._put(f"layer.{layer}.mask", self._kept(pack(mask_NF)))
-        self._input(layer, self._kept(x_ND))
+        self._input(layer, self._kept(x_ND), largest_L[place])
         if self._norms:
             norm_F = self._norms[layer].to(x1_NF.device)
             codes_N = encode(self._kept(x1_NF), norm_F, self._kept(mask_NF))
             filling.image.energies[layer].append(codes_N.cpu())
 
-    def _input(self, layer: int, x_TD: Tensor) -> None:
-        assert self._current is not None
+    def _counters(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(L, F) int32 firing counts and (L,) float32 largest inputs of the shard, on a device."""
+        self._home[layer] = device
+        if device not in self._counts:
+            layers = len(self._place)
+            self._counts[device] = (
+                torch.zeros(layers, self._shape.ffn_width, dtype=torch.int32, device=device),
+                torch.zeros(layers, device=device),
+            )
+        return self._counts[device]
+
+    def _input(self, layer: int, x_TD: Tensor, largest: Tensor) -> None:
         low, high = x_TD.aminmax()
-        largest = torch.maximum(-low, high).float()
-        before = self._current.largest.get(layer)
-        self._current.largest[layer] = largest if before is None else largest.maximum(before)
+        torch.maximum(largest, torch.maximum(-low, high).float(), out=largest)
         if self._dtype == torch.int8:
             scale_T = x_TD.float().abs().amax(1) / 127
             self._put(f"layer.{layer}.scale", scale_T)

@@ -8,11 +8,14 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsecast.collect.atomic import write_json
+from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.plan import shard_name
 from sparsecast.collect.progress import bar, console
+from sparsecast.collect.splits import SPLITS
+from sparsecast.collect.stats import STATS
 from sparsecast.collect.store import MANIFEST, ActivationStore, Manifest
+from sparsecast.collect.tokens import COUNTED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +53,22 @@ def inspect(cfg: InspectConfig) -> Inspection:
             f"{cfg.path}: no {MANIFEST}, expected an activation store as `sparsecast collect` "
             "writes it"
         )
+    if cfg.json is not None:
+        refuse_unwritable(cfg.json, "--json")
     store = ActivationStore(cfg.path)
     made = store.manifest
-    files = {
-        shard_name(split, number)
-        for split, tokens in made.shard_tokens.items()
-        for number in range(len(tokens))
-    }
-    damage = _damage(store, sorted(files)) if cfg.check else None
-    size = sum((cfg.path / name).stat().st_size for name in files if (cfg.path / name).is_file())
+    damage = _damage(store) if cfg.check else None
+    stored = sum(_size(cfg.path, split, made) for split in SPLITS)
+    counted = _size(cfg.path, COUNTED, made)
     values = {
         "ok": None if damage is None else not damage,
         "damage": damage,
         "manifest": asdict(made),
         "tokens": {split: sum(tokens) for split, tokens in made.shard_tokens.items()},
-        "bytes": size,
-        "bytes_per_token_layer": size / (made.tokens() * len(made.layers)),
+        "bytes": stored + counted,
+        "bytes_per_token_layer": stored / (made.tokens() * len(made.layers)),
         "bound": made.shape.bound,
-        "layers": _layers(store),
+        "layers": [] if damage and STATS in damage[-1] else _layers(store),
     }
     _show(values, made, cfg.path)
     if cfg.json is not None:
@@ -75,14 +76,20 @@ def inspect(cfg: InspectConfig) -> Inspection:
     return Inspection(ok=not damage, values=values)
 
 
-def _damage(store: ActivationStore, files: list[str]) -> list[str]:
+def _damage(store: ActivationStore) -> list[str]:
     found = []
-    with bar("check", len(files)) as progress:
-        for name in files:
-            if (what := store.damage(name)) is not None:
+    with bar("check", len(store.manifest.checksums)) as progress:
+        for _, what in store.damages():
+            if what is not None:
                 found.append(what)
             progress.advance()
     return found
+
+
+def _size(folder: Path, split: str, made: Manifest) -> int:
+    """Bytes of the shards of a split that are there."""
+    names = (shard_name(split, number) for number in range(len(made.shard_tokens.get(split, []))))
+    return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
 
 
 def _layers(store: ActivationStore) -> list[dict[str, Any]]:
@@ -120,7 +127,12 @@ def _show(values: dict[str, Any], made: Manifest, path: Path) -> None:
         ),
         "size": f"{values['bytes'] / 2**20:,.1f} MiB, {values['bytes_per_token_layer']:,.1f} bytes "
         f"per token and layer (bound {values['bound']:,.1f}"
-        + (" and one per active entry)" if made.energy else ")"),
+        + (" and one per active entry)" if made.energy else ")")
+        + (
+            "; in a small store what a shard has once weighs more"
+            if not made.energy and values["bytes_per_token_layer"] > values["bound"]
+            else ""
+        ),
     }
     console.print(f"[bold]{path}", soft_wrap=True)
     for name, fact in facts.items():

@@ -25,12 +25,18 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(
-            f"--device: no device is called {name!r}; use auto, cpu or cuda"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device: {name} was asked for but torch sees no CUDA device; use cpu")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: got {name!r}, expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if not found or not torch.cuda.is_available():
+            raise InputError(
+                f"--device: {name} was asked for but torch sees no CUDA device; use cpu"
+            )
+        if (device.index or 0) >= found:
+            raise InputError(f"--device: got {name}, but torch sees {found} CUDA device(s), from 0")
     return device
 
 
@@ -62,8 +68,9 @@ def load_model(
             overrides `device`.
 
     Raises:
-        InputError: No such model, not a causal LM, a family without a row in the table, or an
-            activation that leaves no exact zeros (SiLU, GELU).
+        InputError: No such model, not a causal LM, a family without a row in the table, an
+            activation that leaves no exact zeros (SiLU, GELU), or weights that do not fill the
+            model that the config describes.
     """
     checkpoint = Checkpoint(source)
     config = checkpoint.config
@@ -79,16 +86,51 @@ def load_model(
     if activation_threshold is None and (warning := lost_threshold(config, source)):
         console.print(warning, style="yellow", highlight=False)
     where = pick_device(device)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        config=config,
-        dtype=pick_dtype(dtype, config.dtype, where),
-        device_map=device_map,
-    )
+    model: Any = read_weights(checkpoint, pick_dtype(dtype, config.dtype, where), device_map)
     if device_map is None:
         model.to(where)
     set_activation(model, rule)
     return model.eval(), load_tokenizer(checkpoint)
+
+
+def read_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None = None
+) -> PreTrainedModel:
+    """The model that the config describes, every weight of it from the checkpoint.
+
+    transformers fills what is missing with random numbers; here that is an error. Tensors that
+    the model has no place for are named and left out: TurboSparse keeps predictors there.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder,
+        config=checkpoint.config,
+        dtype=dtype,
+        device_map=device_map,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    model: PreTrainedModel = loaded[0]
+    found = loaded[1]
+    for name, stored, wanted in sorted(found["mismatched_keys"], key=str):
+        raise InputError(
+            f"{checkpoint.folder}: tensor {name} is {list(stored)}, but config.json describes "
+            f"{list(wanted)}; give the config and the weights of one model"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f"{checkpoint.folder}: tensor {missing[0]} is missing"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + "; download or save the weights again"
+        )
+    if extra := sorted(name for name in found["unexpected_keys"] if "predictor" not in name):
+        console.print(
+            f"{checkpoint.folder}: {len(extra)} tensors have no place in a "
+            f"{checkpoint.config.model_type} model and are ignored, {extra[0]} first",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return model
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -1,7 +1,7 @@
 """The processes of one torchrun: who they are, and where they wait for each other.
 
-Every rank walks the same plan and does its share of the units, so nothing but barriers passes
-between them, on gloo, whatever the device.
+Every rank walks the same plan and does its share of the units, so nothing passes between them but
+barriers and what went wrong, on gloo, whatever the device.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed
+
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.progress import console
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,37 @@ class Team:
     def wait(self) -> None:
         """Return when every rank has come here."""
         if self.size > 1:
-            distributed.barrier()
+            with _quiet_loss():
+                distributed.barrier()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every rank, and go on if it went well on all of them.
+
+        An `InputError` of any rank is raised on the leading one; the others leave without a word.
+        """
+        said: list[Any] = [None]
+        try:
+            yield
+        except InputError as error:
+            if self.size == 1:
+                raise
+            said = [str(error)]
+        if self.size > 1:
+            mine, said = said[0], [None] * self.size
+            with _quiet_loss():
+                distributed.all_gather_object(said, mine)
+            if message := next((text for text in said if text is not None), None):
+                raise InputError(message) if self.leads else SystemExit(2)
+
+
+@contextmanager
+def _quiet_loss() -> Iterator[None]:
+    """A rank that went away has said why; those that waited for it have nothing to add."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SystemExit(1) from error
 
 
 @contextmanager
@@ -42,6 +76,7 @@ def team() -> Iterator[Team]:
         return
     # A rank may have a day more to do than another, or wait for its model's download.
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    console.quiet = distributed.get_rank() > 0
     try:
         yield Team(distributed.get_rank(), size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     finally:

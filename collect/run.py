@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -27,7 +25,7 @@ from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.fill import Filler
-from sparsecast.collect.models import ffn_shape, load_model
+from sparsecast.collect.models import ffn_shape, load_model, load_tokenizer
 from sparsecast.collect.plan import Tally, Unit, units
 from sparsecast.collect.prefetch import prefetch
 from sparsecast.collect.progress import Bar, bar, console
@@ -41,11 +39,13 @@ from sparsecast.collect.store import (
     MANIFEST,
     ActivationStore,
     Manifest,
-    read_checksum,
-    read_manifest,
+    damage,
+    file_checksum,
+    header_checksum,
     read_shard,
     write_manifest,
 )
+from sparsecast.collect.target import begin, differences, locked, shards, target, unfinished
 from sparsecast.collect.tokens import quotas, sequences
 from sparsecast.collect.writer import Writer, to_folder
 
@@ -57,8 +57,9 @@ def collect(cfg: CollectConfig) -> ActivationStore:
     have written. Under torchrun the ranks share the work, and the store is that of one rank.
 
     Memory beyond the model, whatever `cfg.tokens`: one layer's activations of a batch on the
-    device, and on the host 3 shards, each the larger of 128 MiB and what one batch records
-    (`cfg.batch_size * cfg.seq_len` tokens of `Shape.token_bytes`, plus energies).
+    device; on the host 3 shards, each the larger of 128 MiB and what one batch records
+    (`cfg.batch_size * cfg.seq_len` tokens of `Shape.token_bytes`, plus energies), the token ids
+    of a few shards, and the head of the corpus that `assign` holds.
 
     Raises:
         InputError: See `load_model`, `documents` and `assign`; a layer out of range; a store
@@ -66,44 +67,51 @@ def collect(cfg: CollectConfig) -> ActivationStore:
             does not fit its dtype.
         KeyboardInterrupt: After the batch in hand, at Ctrl-C or SIGTERM.
     """
-    checkpoint = Checkpoint(cfg.model)
-    if (cfg.out / MANIFEST).is_file():
-        return _finished(cfg, checkpoint)
-    _refuse_foreign(cfg.out)
-    with team() as ranks, stoppable() as stop:
-        if ranks.size > 1:
-            cfg = _on_its_device(cfg, ranks)
-        model, tokenizer = load_model(
-            cfg.model,
-            device=cfg.device,
-            dtype=cfg.dtype,
-            activation_threshold=cfg.activation_threshold,
-            device_map=cfg.device_map,
-        )
-        manifest = _describe(cfg, checkpoint, model, tokenizer)
-        part = cfg.out.with_name(f".{cfg.out.name}.part")
-        with ExitStack() as held:
+    with team() as ranks, stoppable() as stop, ExitStack() as held:
+        with ranks.together():
+            cfg = _on_its_device(replace(cfg, out=target(cfg.out)), ranks)
+            checkpoint = Checkpoint(cfg.model)
+            if (cfg.out / MANIFEST).is_file():
+                return _finished(cfg, checkpoint)
+            model, tokenizer = load_model(
+                cfg.model,
+                device=cfg.device,
+                dtype=cfg.dtype,
+                activation_threshold=cfg.activation_threshold,
+                device_map=cfg.device_map,
+            )
+            manifest = _describe(cfg, checkpoint, model, tokenizer)
             if ranks.leads:
-                held.enter_context(_locked(cfg.out))
-                _open(part, manifest)
-            ranks.wait()
-            try:
-                plan = _record(cfg, model, tokenizer, manifest.shape, part, ranks, stop)
-            except KeyboardInterrupt:
-                console.print(f"{cfg.out}: stopped; the same command goes on from here")
+                held.enter_context(locked(cfg.out))
+                begin(cfg.out, manifest)
+        part = unfinished(cfg.out)
+        try:
+            plan = _record(cfg, model, tokenizer, manifest.shape, part, ranks, stop)
+        except BaseException as error:
+            kept = len(shards(part))
+            if ranks.leads and not kept:
+                shutil.rmtree(part, ignore_errors=True)
+            if not isinstance(error, KeyboardInterrupt):
                 raise
-            ranks.wait()
-            if ranks.leads:
-                manifest = _complete(cfg, part, manifest, *plan)
-                _summary(manifest, cfg)
-            ranks.wait()
+            left = (
+                f"{kept} finished shards are kept, the same command goes on from there"
+                if kept
+                else "no shard was finished yet, nothing is left behind"
+            )
+            raise KeyboardInterrupt(f"{cfg.out}: interrupted; {left}") from None
+        ranks.wait()
+        if ranks.leads:
+            manifest = _complete(cfg, part, manifest, *plan)
+            _summary(manifest, cfg)
+        ranks.wait()
     return ActivationStore(cfg.out)
 
 
 def token_limit(cfg: CollectConfig, shape: Shape) -> tuple[int, int]:
     """(tokens after which a shard is full, tokens of the largest one that may occur)."""
     full = max(1, SHARD_BYTES // shape.token_bytes)
-    return full, max(full, cfg.batch_size * cfg.seq_len)
+    batch = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
+    return full, max(full, batch)
 
 
 def _record(
@@ -119,32 +127,31 @@ def _record(
     full, largest = token_limit(cfg, shape)
     tally = Tally()
     wanted = quotas(cfg.tokens, cfg.count_tokens)
-    rows = sequences(assign(documents(cfg.corpus)), tokenizer, wanted, cfg.seq_len)
+    docs = stop.until(assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
+    rows = sequences(docs, tokenizer, wanted, cfg.seq_len)
     plan = units(
         tally.over(rows), seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=full
     )
     on_gpu = any(weight.is_cuda for weight in model.parameters())
     filler = Filler(model, shape)
-    shards = []
+    planned = []
     with (
         Writer(shape, shape.nbytes(largest), to_folder(part), pinned=on_gpu) as writer,
         bar("collect", cfg.tokens + cfg.count_tokens, visible=ranks.leads) as progress,
         torch.inference_mode(),
     ):
         for number, unit in enumerate(prefetch(plan)):
-            shards.append((unit.split, unit.tokens, unit.name))
+            planned.append((unit.split, unit.tokens, unit.name))
             stop.check()
-            if number % ranks.size != ranks.rank:
-                progress.advance(unit.tokens)
-            elif (part / unit.name).is_file():
-                _check_same(unit, part / unit.name, cfg)
+            if number % ranks.size != ranks.rank or _kept(unit, part / unit.name, cfg):
                 progress.advance(unit.tokens)
             else:
                 image = writer.image()
                 filler.begin(unit, image)
                 _forward(model, filler, unit, stop, progress)
                 writer.submit(filler.end())
-    return shards, tally
+        stop.check()
+    return planned, tally
 
 
 def _forward(model: PreTrainedModel, filler: Filler, unit: Unit, stop: Stop, progress: Bar) -> None:
@@ -164,6 +171,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def _on_its_device(cfg: CollectConfig, ranks: Team) -> CollectConfig:
+    if ranks.size == 1:
+        return cfg
     if cfg.corpus == "-":
         raise InputError(
             f"--corpus -: {ranks.size} ranks cannot share one standard input; save it to a file"
@@ -188,17 +197,22 @@ def _describe(
         raise InputError(f"--layers: the model has layers 0 to {n_layers - 1}, got {out}")
     if not layers:
         raise InputError(f"--layers: got none, expected some of 0 to {n_layers - 1}")
+    if cfg.seq_len > (limit := _positions(model)):
+        raise InputError(
+            f"--seq-len: got {cfg.seq_len}, but {cfg.model} was made for {limit} positions "
+            "(max_position_embeddings); choose at most that"
+        )
     family = family_of(checkpoint.config, cfg.model)
     rule = activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
     x_dtype = cfg.input_dtype
     if x_dtype == "auto":
         x_dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float16"
-    text = tokenizer.backend_tokenizer.to_str().encode()
     return Manifest(
         model=cfg.model,
         fingerprint=checkpoint.fingerprint,
         model_type=checkpoint.config.model_type,
-        tokenizer=f"{type(tokenizer).__name__} {len(tokenizer)} {xxhash.xxh3_64_hexdigest(text)}",
+        dtype=str(model.dtype).removeprefix("torch."),
+        tokenizer=_name_of(tokenizer),
         convention=family.convention,
         activation=rule.name,
         activation_threshold=rule.threshold,
@@ -219,109 +233,61 @@ def _options(cfg: CollectConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(cfg).items() if name not in free}
 
 
-def _refuse_foreign(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file, expected a folder to write; choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(
-            f"{out}: exists and holds other files, expected a new or empty folder; choose "
-            "another --out or remove it"
-        )
+def _name_of(tokenizer: Tokenizer) -> str:
+    text = tokenizer.backend_tokenizer.to_str().encode()
+    return f"{type(tokenizer).__name__} {len(tokenizer)} {xxhash.xxh3_64_hexdigest(text)}"
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second collection out of the same folder."""
-    path = out.with_name(f".{out.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"{out}: another collection is writing it; wait for that one, or choose another --out"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error}); choose another --out") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+def _positions(model: PreTrainedModel) -> float:
+    """Tokens in a row that the model was made for."""
+    limit = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    stretched: float = limit * max(1, rope.get("factor") or 1)
+    return stretched
 
 
-def _open(part: Path, manifest: Manifest) -> None:
-    """Make the unfinished folder, or accept the one an interrupted run has left."""
-    if (part / MANIFEST).is_file():
-        before = read_manifest(part)
-        changed = _differences(before, manifest)
-        if changed:
-            raise InputError(
-                f"{part}: holds an unfinished collection made differently ({'; '.join(changed)}); "
-                "repeat the options it was started with, or remove that folder"
-            )
-        for leftover in part.glob("*.part"):
-            leftover.unlink()
-        done = sum(1 for _ in part.glob("*-*.safetensors"))
-        console.print(f"resuming: {done} finished shards are kept")
-        return
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write_manifest(part, manifest)
-
-
-def _differences(made: Manifest, asked: Manifest) -> list[str]:
-    """What two manifests disagree on, counts apart."""
-    changed = []
-    if made.fingerprint != asked.fingerprint:
-        changed.append("the model's weights differ")
-    pairs = {
-        "corpus": (made.corpus, asked.corpus),
-        "tokenizer": (made.tokenizer, asked.tokenizer),
-        "input dtype": (made.x_dtype, asked.x_dtype),
-        "activation threshold": (made.activation_threshold, asked.activation_threshold),
-        "activation": (made.activation, asked.activation),
-        **{
-            name: (made.options.get(name), asked.options.get(name))
-            for name in sorted({*made.options, *asked.options})
-        },
-    }
-    changed += [f"{name} was {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
-    return changed
-
-
-def _check_same(unit: Unit, path: Path, cfg: CollectConfig) -> None:
-    """A kept shard must hold the tokens that the plan wants there."""
-    found = read_shard(path)["id"]
-    if not torch.equal(found, unit.ids()):
+def _kept(unit: Unit, path: Path, cfg: CollectConfig) -> bool:
+    """Whether an earlier run has left this shard, whole and with the tokens wanted there."""
+    if not path.is_file():
+        return False
+    if (what := damage(path)) is not None:
+        console.print(f"{what}; recorded again", style="yellow", highlight=False, soft_wrap=True)
+        return False
+    if not torch.equal(read_shard(path)["id"], unit.ids()):
         raise InputError(
             f"{path}: holds other tokens than {cfg.corpus} has there now; the corpus has changed "
-            "since the collection began: restore it, or remove the folder to begin again"
+            f"since the collection began: restore it, or remove {path.parent} to begin again"
         )
+    return True
 
 
 def _complete(
     cfg: CollectConfig,
     part: Path,
     manifest: Manifest,
-    shards: list[tuple[str, int, str]],
+    planned: list[tuple[str, int, str]],
     tally: Tally,
 ) -> Manifest:
     """Count up, complete the manifest and give the folder its name."""
     tokens: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for split, count, _ in shards:
+    for split, count, _ in planned:
         tokens.setdefault(split, []).append(count)
     if short := [name for name in SPLITS if not tokens[name]]:
         shutil.rmtree(part)
         raise InputError(
             f"{cfg.corpus}: no token for {' and '.join(short)}; give more text, in more files"
         )
-    counts = ((split, read_shard(part / name)) for split, _, name in shards)
+    names = sorted(name for _, _, name in planned)
+    for leftover in shards(part):
+        if leftover.name not in names:
+            leftover.unlink()
+    counts = ((split, read_shard(part / name)) for split, _, name in planned)
     write_stats(part / STATS, merge(counts, manifest.layers, manifest.ffn_width))
+    checksums = {name: header_checksum(part / name) for name in names}
     done = replace(
         manifest,
         shard_tokens=tokens,
-        checksums={name: read_checksum(part / name) for _, _, name in sorted(shards)},
+        checksums=checksums | {STATS: file_checksum(part / STATS)},
         documents=tally.documents,
         truncated=tally.truncated,
     )
@@ -339,17 +305,21 @@ def _finished(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
     asked = replace(
         made,
         fingerprint=checkpoint.fingerprint,
+        tokenizer=_name_of(load_tokenizer(checkpoint)),
         corpus=cfg.corpus,
         options=_options(cfg),
         activation=rule.name,
         activation_threshold=rule.threshold,
     )
-    if changed := _differences(made, asked):
+    if changed := differences(made, asked):
         raise InputError(
             f"{cfg.out}: holds a finished store made differently ({'; '.join(changed)}); choose "
             "another --out or remove the folder"
         )
-    console.print(f"{cfg.out}: already collected, {store.manifest.tokens():,} tokens")
+    console.print(
+        f"{cfg.out}: already collected, {made.tokens():,} tokens; the corpus was not read again",
+        soft_wrap=True,
+    )
     return store
 
 

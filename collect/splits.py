@@ -17,6 +17,8 @@ from sparsecast.collect.errors import InputError
 SPLITS = ("train", "calibration", "held-out")
 FEW = 100
 """Up to this many keys may leave a split empty and get the rule for small corpora."""
+HEAD = 2**27
+"""Characters after which a corpus is not small, however few its keys."""
 
 
 def split_of(key: str) -> str:
@@ -28,16 +30,20 @@ def split_of(key: str) -> str:
 def assign(docs: Iterable[Document]) -> Iterator[tuple[str, Document]]:
     """Pair every document with its split, in order, streaming.
 
+    Memory: the documents of the first `FEW` keys, at most `HEAD` characters.
+
     Raises:
         InputError: Fewer than three keys, so three splits cannot be filled.
     """
     stream = iter(docs)
     head: list[Document] = []
     keys: set[str] = set()
-    while len(keys) <= FEW and (doc := next(stream, None)) is not None:
+    held = 0
+    while len(keys) <= FEW and held < HEAD and (doc := next(stream, None)) is not None:
         head.append(doc)
         keys.add(doc.key)
-    forced = _forced(keys) if len(keys) <= FEW else {}
+        held += len(doc.text)
+    forced = _forced(keys) if len(keys) <= FEW and held < HEAD else {}
     for doc in chain(head, stream):
         yield forced.get(doc.key) or split_of(doc.key), doc
 
@@ -46,8 +52,8 @@ def _forced(keys: set[str]) -> dict[str, str]:
     """The whole corpus fits: make sure that every split gets a key."""
     if len(keys) < len(SPLITS):
         raise InputError(
-            f"the corpus has {len(keys)} document(s); expected at least {len(SPLITS)}, one each "
-            f"for {', '.join(SPLITS)}; give more text"
+            f"--corpus: {len(keys)} different document(s) in it; expected at least {len(SPLITS)}, "
+            f"one each for {', '.join(SPLITS)}; give more text"
         )
     natural = {key: split_of(key) for key in keys}
     if set(natural.values()) == set(SPLITS):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Stop:
@@ -19,6 +21,13 @@ class Stop:
         """Raise KeyboardInterrupt if so."""
         if self.asked:
             raise KeyboardInterrupt
+
+    def until(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, and no more of them once somebody wants the work to end; `check` after it."""
+        for item in items:
+            if self.asked:
+                return
+            yield item
 
 
 @contextmanager

@@ -11,10 +11,12 @@ Shape letters: T tokens, D hidden, F FFN width, P packed width.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import xxhash
@@ -45,6 +47,8 @@ class Manifest:
     fingerprint: str
     """Of the model's weights, see `Checkpoint.fingerprint`."""
     model_type: str
+    dtype: str
+    """The model's, while it ran."""
     tokenizer: str
     """Its class, vocabulary size and checksum."""
     convention: str
@@ -64,7 +68,8 @@ class Manifest:
     shard_tokens: dict[str, list[int]] = field(default_factory=dict)
     """Per split, the number of tokens of each shard."""
     checksums: dict[str, str] = field(default_factory=dict)
-    """Shard file to the checksum of its data, as its header has it too."""
+    """Shard file to the checksum of its header, which has that of the data behind it; the
+    statistics' file to its own."""
     documents: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     """Per split, how many of the documents were longer than --seq-len."""
@@ -109,7 +114,18 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: format version {value.get('format_version')}, expected an activation store "
             f"of version {FORMAT_VERSION}; collect again"
         )
-    return Manifest(**value)
+    manifest = Manifest(**value)
+    try:
+        sound = manifest.shape.token_bytes > 0 and all(
+            isinstance(count, int) and count > 0
+            for counts in manifest.shard_tokens.values()
+            for count in counts
+        )
+    except (TypeError, ValueError, KeyError, AttributeError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path}: damaged, its shape or counts make no sense; collect again")
+    return manifest
 
 
 class ActivationStore:
@@ -121,6 +137,11 @@ class ActivationStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        if not self.manifest.shard_tokens:
+            raise InputError(
+                f"{self.folder}: an unfinished collection; run its `sparsecast collect` command "
+                "again, which goes on from there"
+            )
         self._shard = lru_cache(maxsize=None)(self._open_shard)
 
     def shards(self, split: str) -> list[int]:
@@ -159,27 +180,32 @@ class ActivationStore:
         """Counts over every token, stored or only counted."""
         return read_stats(self.folder / STATS, self.manifest.layers)
 
-    def damage(self, name: str) -> str | None:
-        """What is wrong with one shard file, read whole; None when it is as it was written."""
-        path = self.folder / name
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 0 < length < path.stat().st_size:
-                    return f"{path}: damaged header"
-                file.seek(8 + length)
-                digest = xxhash.xxh3_128()
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        except OSError as error:
-            return f"{path}: cannot be read ({error.strerror or error})"
-        want = self.manifest.checksums.get(name)
-        if digest.hexdigest() != want:
-            return f"{path}: damaged, its data has {CHECKSUM} {digest.hexdigest()}, expected {want}"
-        return None
+    def damages(self) -> Iterator[tuple[str, str | None]]:
+        """Every file with what is wrong with it, or None; reads all of them whole."""
+        for split, counts in self.manifest.shard_tokens.items():
+            for number in range(len(counts)):
+                name = shard_name(split, number)
+                want = self.manifest.checksums.get(name, "none in the manifest")
+                what = damage(self.folder / name, want)
+                if what is None:
+                    try:
+                        self._shard(split, number)
+                    except InputError as error:
+                        what = str(error)
+                yield name, what
+        path, states = self.folder / STATS, self.manifest.checksums.get(STATS)
+        found = file_checksum(path) if path.is_file() else "no file"
+        yield STATS, None if found == states else f"{path}: damaged ({found}, expected {states})"
 
     def _open_shard(self, split: str, shard: int) -> dict[str, Tensor]:
-        return read_shard(self.folder / shard_name(split, shard))
+        path, want = self.folder / shard_name(split, shard), self.shards(split)[shard]
+        tensors = read_shard(path)
+        if len(tensors["id"]) != want:
+            raise InputError(
+                f"{path}: holds {len(tensors['id'])} tokens, but {MANIFEST} says {want}; one of "
+                "them belongs to another store: collect again"
+            )
+        return tensors
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
@@ -191,7 +217,46 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: shard is missing or damaged ({error}); collect again") from error
 
 
-def read_checksum(path: Path) -> str:
-    """The checksum in a shard's header."""
-    with safe_open(path, framework="pt") as file:
-        return str(file.metadata()[CHECKSUM])
+def damage(path: Path, want: str | None = None) -> str | None:
+    """What is wrong with one shard, read whole; None when it is as it was written.
+
+    Args:
+        want: The checksum of its header, where a manifest states it.
+    """
+    try:
+        with path.open("rb") as file:
+            header = _header(file)
+            found = xxhash.xxh3_128_hexdigest(header)
+            if want is not None and found != want:
+                return f"{path}: damaged, its header has {CHECKSUM} {found}, expected {want}"
+            states = json.loads(header[8:])["__metadata__"][CHECKSUM]
+            digest = xxhash.xxh3_128()
+            while block := file.read(1 << 24):
+                digest.update(block)
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror or error})"
+    except (ValueError, KeyError, TypeError):
+        return f"{path}: damaged header"
+    if digest.hexdigest() != states:
+        return f"{path}: damaged, its data has {CHECKSUM} {digest.hexdigest()}, expected {states}"
+    return None
+
+
+def header_checksum(path: Path) -> str:
+    """Of a shard's header, which has the checksum of the data."""
+    with path.open("rb") as file:
+        return xxhash.xxh3_128_hexdigest(_header(file))
+
+
+def file_checksum(path: Path) -> str:
+    """Of a small file, whole."""
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
+
+
+def _header(file: BinaryIO) -> bytes:
+    """Length and text of a safetensors header."""
+    length = file.read(8)
+    size = int.from_bytes(length, "little")
+    if size > 100_000_000:
+        raise ValueError("no safetensors header")
+    return length + file.read(size)

@@ -10,6 +10,7 @@ Shape letters: B batch, S sequence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -75,6 +76,8 @@ def encode(tokenizer: Tokenizer, text: str, seq_len: int) -> list[int]:
 def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[int]:
     """As `encode`; a chat goes through the tokenizer's template, whose own BOS is not doubled.
 
+    Special tokens are those that the template writes; one that somebody spells out is text.
+
     Raises:
         InputError: A chat and no template, or one that the template refuses.
     """
@@ -85,17 +88,39 @@ def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[i
             f"{tokenizer.name_or_path}: the corpus holds chats but this tokenizer has no chat "
             "template; give plain text under 'text', or add the model's chat_template.jinja"
         )
-    turns = [{"role": role, "content": said} for role, said in doc.chat]
+    # A special token that somebody spells out passes the template as a stand-in.
+    spelled = [said for said in _specials(tokenizer) if said in doc.text]
+    stand_ins = {f"\ue000{place}\ue001": said for place, said in enumerate(spelled)}
+    turns = []
+    for role, content in doc.chat:
+        for stand_in, said in stand_ins.items():
+            content = content.replace(said, stand_in)
+        turns.append({"role": role, "content": content})
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception as error:  # a template raises what it likes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{tokenizer.name_or_path}: its chat template refuses the chat that begins "
             f"{doc.text[:40]!r} ({reason}); drop such rows or change their roles"
         ) from error
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    parts = re.split(f"({'|'.join(stand_ins)})", text) if stand_ins else [text]
+    ids: list[int] = []
+    for part in parts:
+        literal = part in stand_ins
+        ids += tokenizer(
+            stand_ins.get(part, part),
+            add_special_tokens=False,
+            split_special_tokens=literal,
+            verbose=False,
+        )["input_ids"]
     return _with_bos(tokenizer, ids)[:seq_len]
+
+
+def _specials(tokenizer: Tokenizer) -> list[str]:
+    """Special tokens as they are spelled, longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
 
 def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

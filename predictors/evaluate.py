@@ -69,7 +69,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     )
     data = list(
         batches(
-            assign(documents(cfg.corpus)),
+            assign(documents(cfg.corpus, seq_len=cfg.seq_len)),
             tokenizer,
             {"held-out": cfg.tokens},
             seq_len=cfg.seq_len,

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.families import family_of
-from sparsecast.collect.models import load_tokenizer, pick_device
+from sparsecast.collect.models import load_tokenizer, pick_device, read_weights
 from sparsecast.collect.progress import console
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import TokenBatch, batches
@@ -59,13 +59,13 @@ def prepare(cfg: SparsifyConfig, work: Path) -> Start:
         checkpoint = Checkpoint(cfg.model)
         family_of(checkpoint.config, cfg.model)
         source, tokenizer = checkpoint.folder, load_tokenizer(checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = read_weights(checkpoint, torch.float32)
     tokens = cfg.tokens or (preset.tokens if preset else 100_000_000)
     steps = max(10, tokens // cfg.batch_tokens)
     rows_NS = _rows(cfg, work, tokenizer, tokens)
     evaluation = list(
         batches(
-            assign(documents(cfg.corpus)),
+            assign(documents(cfg.corpus, seq_len=cfg.seq_len)),
             tokenizer,
             {"calibration": cfg.eval_tokens, "held-out": cfg.eval_tokens},
             seq_len=cfg.seq_len,
@@ -92,7 +92,9 @@ def _tokenizer_folder(cfg: SparsifyConfig, work: Path, preset: Preset) -> Path:
     if not (folder / "tokenizer.json").is_file():
         console.print(f"training a tokenizer of {preset.vocab_size} pieces")
         train_tokenizer(
-            islice(_train_texts(cfg.corpus), TOKENIZER_DOCUMENTS), preset.vocab_size, folder
+            islice(_train_texts(cfg.corpus, cfg.seq_len), TOKENIZER_DOCUMENTS),
+            preset.vocab_size,
+            folder,
         )
     return folder
 
@@ -117,13 +119,13 @@ def _rows(cfg: SparsifyConfig, work: Path, tokenizer: Tokenizer, limit: int) -> 
     path = work / "tokens.safetensors"
     if path.is_file():
         return load_file(path)["rows"]
-    rows_NS = sequences(_train_texts(cfg.corpus), tokenizer, cfg.seq_len, limit)
+    rows_NS = sequences(_train_texts(cfg.corpus, cfg.seq_len), tokenizer, cfg.seq_len, limit)
     part = path.with_suffix(".part")
     save_file({"rows": rows_NS}, part)
     part.replace(path)
     return rows_NS
 
 
-def _train_texts(corpus: str) -> Iterator[str]:
-    docs = assign(documents(corpus, workers=os.cpu_count() or 1))
+def _train_texts(corpus: str, seq_len: int) -> Iterator[str]:
+    docs = assign(documents(corpus, workers=os.cpu_count() or 1, seq_len=seq_len))
     return (doc.text for name, doc in docs if name == "train")

@@ -18,7 +18,8 @@ from sparsecast.collect.stats import STATS, merge, write_stats
 from sparsecast.collect.store import (
     ActivationStore,
     Manifest,
-    read_checksum,
+    file_checksum,
+    header_checksum,
     read_shard,
     write_manifest,
 )
@@ -98,7 +99,8 @@ def write_store():
                     names.append((split, unit.name))
         counts = ((split, read_shard(folder / name)) for split, name in names)
         write_stats(folder / STATS, merge(counts, manifest.layers, manifest.ffn_width))
-        checksums = {name: read_checksum(folder / name) for _, name in names}
+        checksums = {name: header_checksum(folder / name) for _, name in names}
+        checksums[STATS] = file_checksum(folder / STATS)
         write_manifest(folder, replace(manifest, shard_tokens=tokens, checksums=checksums))
         return ActivationStore(folder)
 

@@ -16,7 +16,9 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [
     line for block in BLOCKS for line in block.splitlines() if line.startswith("sparsecast ")
 ]
-COMMANDS += re.findall(r"`(sparsecast (?:sparsify|bench collect) --[^`]*)`", README.replace("\n", " "))
+COMMANDS += re.findall(
+    r"`(sparsecast (?:sparsify|bench collect) --[^`]*)`", README.replace("\n", " ")
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -49,6 +49,15 @@ def test_bos_stands_once_whatever_the_template_writes(tokenizer, prefix):
     assert encode_document(tokenizer, chat, 5) == ids[:5]
 
 
+def test_a_special_token_that_somebody_spells_out_is_text(tokenizer):
+    tokenizer.chat_template = "<s>" + CHATML + "</s>"
+    said = "a <s> b </s></s>"
+    ids = encode_document(tokenizer, Document("k", said, (("user", said),)), 1000)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert [place for place, i in enumerate(ids) if i in (bos, eos)] == [0, len(ids) - 1]
+    assert "".join(tokenizer.decode(ids[1:-1]).split()) == "<|user|>a<s>b</s></s>"
+
+
 def test_a_chat_that_cannot_be_rendered_is_refused(tokenizer, model_folder):
     chat = Document("k", "hello", (("user", "hello"),))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
@@ -62,7 +71,9 @@ def test_a_chat_that_cannot_be_rendered_is_refused(tokenizer, model_folder):
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        ({"messages": [{"role": "user"}]}, r"a\.jsonl:2: expected a list of objects with 'role'"),
+        ({"messages": [{"role": "user"}]}, r"a\.jsonl:2: expected a list of objects with strings"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"a\.jsonl:2: expected a list"),
+        ({"messages": {"role": ["user"], "content": "x"}}, r"a\.jsonl:2: expected a list"),
         ({"messages": "hello"}, r"a\.jsonl:2: expected a list of objects"),
         ({"prompt": "x"}, r"a\.jsonl:2: expected a string under 'text'.*found prompt"),
     ],
@@ -86,6 +97,12 @@ def test_standard_input_is_text_or_json_lines(monkeypatch):
     plain, chat = documents("-")
     assert plain.text == "a b"
     assert chat.chat == (("user", "c"),)
+    marked = io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"text": "a b"}'), "ascii")
+    monkeypatch.setattr("sys.stdin", marked)
+    assert [doc.text for doc in documents("-")] == ["a b"]
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="standard input is closed"):
+        list(documents("-"))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
     with pytest.raises(InputError, match="no text in this corpus"):
         list(documents("-"))

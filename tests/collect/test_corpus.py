@@ -20,9 +20,10 @@ from sparsecast.collect.splits import SPLITS, assign, split_of
 from sparsecast.collect.tokens import batches, encode, quotas
 
 
-@given(st.text(alphabet="ab \n", max_size=4 * PIECE))
-def test_pieces_lose_nothing_but_space(text):
-    cut = list(pieces(text))
+@given(st.text(alphabet="ab \n", max_size=4 * PIECE), st.integers(1, 3 * PIECE))
+def test_pieces_lose_nothing_but_space(text, block):
+    cut = list(pieces([text]))
+    assert cut == list(pieces(text[i : i + block] for i in range(0, len(text), block)))
     assert "".join("".join(cut).split()) == "".join(text.split())
     assert all(0 < len(piece) <= PIECE for piece in cut)
 
@@ -58,12 +59,65 @@ def test_every_kind_of_file(tmp_path):
         ("a.jsonl", '{"text": "x"}\n{', r"a\.jsonl:2: not JSON"),
         ("a.txt", " \n", "no text in this corpus"),
         ("a.bin", "x", "cannot read this type"),
+        ("a.txt", "x\0y", r"a\.txt: holds NUL bytes"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", '{"text": null}', r"a\.jsonl:1: .*found text \(NoneType\)"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, match):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=match):
         list(documents(str(tmp_path / name)))
+
+
+def test_rows_of_a_parquet_file_are_named_by_number(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x", None]}), path)
+    with pytest.raises(InputError, match=r"a\.parquet, row 2: .*found text"):
+        list(documents(str(path)))
+
+
+def test_a_byte_order_mark_and_a_lone_surrogate_are_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two \\ud800 \\ud83e\\udd16"}')
+    assert [doc.text for doc in documents(str(tmp_path))] == ["one", "two \ufffd 🤖"]
+
+
+def test_text_that_is_not_utf8_is_read_with_a_warning(tmp_path, capfd):
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    (doc,) = documents(str(tmp_path / "a.txt"))
+    assert doc.text == "caf\ufffd"
+    assert "a.txt: 1 characters are not UTF-8" in capfd.readouterr().err
+
+
+def test_folders_named_like_files_and_suffixes_in_capitals(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    (tmp_path / "B.TXT").write_text("text")
+    assert [doc.text for doc in documents(str(tmp_path))] == ["text"]
+    assert [doc.text for doc in documents(str(tmp_path / "*"))] == ["text"]
+
+
+def test_a_source_with_a_key_gives_documents_that_fill_a_sequence(tmp_path):
+    text = "word\n" * 8_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    assert max(len(doc.text) for doc in documents(str(tmp_path / "a.jsonl"))) <= PIECE
+    long = list(documents(str(tmp_path / "a.jsonl"), seq_len=2_000))
+    assert len(long[0].text) > 10_000
+    assert len({doc.key for doc in long}) == 1
+    (tmp_path / "b.txt").write_text(text)
+    cut = list(documents(str(tmp_path / "b.txt"), seq_len=2_000))
+    assert max(len(doc.text) for doc in cut) <= PIECE
+
+
+def test_a_long_file_among_many_is_not_one_document(tmp_path):
+    """It would fall into one split whole, and all of it would be held to find that out."""
+    for i in range(25):
+        (tmp_path / f"{i:02}.txt").write_text(f"file {i}\n" * (200_000 if i == 0 else 2_000))
+    docs = list(documents(str(tmp_path)))
+    keys = [doc.key for doc in docs if doc.text.startswith("file 0")]
+    assert len(set(keys)) == len(set(doc.text for doc in docs if doc.text.startswith("file 0")))
+    assert len({doc.key for doc in docs if doc.text.startswith("file 7")}) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,8 +144,21 @@ def test_small_corpora_fill_every_split(n):
 
 
 def test_two_documents_are_too_few():
-    with pytest.raises(InputError, match="2 document"):
+    with pytest.raises(InputError, match="2 different document"):
         list(assign([Document("a", "x"), Document("b", "x"), Document("a", "y")]))
+
+
+def test_few_keys_with_endless_text_are_not_held(monkeypatch):
+    monkeypatch.setattr("sparsecast.collect.splits.HEAD", 1_000)
+    read = []
+
+    def docs():
+        for i in range(5_000):
+            read.append(i)
+            yield Document(str(i % 3), "x" * 10)
+
+    next(assign(docs()))
+    assert len(read) == 100
 
 
 @given(st.lists(st.integers(0, 500), min_size=150, max_size=400))

@@ -9,10 +9,12 @@ Shape letters: T tokens, D hidden, F FFN width.
 from __future__ import annotations
 
 import math
+import re
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.collect.bits import unpack
@@ -252,6 +254,28 @@ def test_what_cannot_be_recorded_is_refused(name, old, new, match, family_folder
     (copy / "config.json").write_text(text.replace(old, new))
     with pytest.raises(InputError, match=match):
         load_model(str(copy), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "sparsellama", "falcon-40b"])
+def test_weights_that_do_not_fill_the_model_are_refused(name, family_folder, tmp_path, capfd):
+    """transformers would fill them with random numbers."""
+    copy = tmp_path / name
+    shutil.copytree(family_folder(name), copy)
+    whole = load_file(copy / "model.safetensors")
+    last = max(key for key in whole if ".2." in key)
+
+    def load(weights: dict) -> None:
+        save_file(weights, copy / "model.safetensors", {"format": "pt"})
+        load_model(str(copy), device="cpu")
+
+    with pytest.raises(InputError, match=f"tensor {re.escape(last)} is missing"):
+        load({key: value for key, value in whole.items() if key != last})
+    with pytest.raises(InputError, match=f"tensor {re.escape(last)} is .*, but config.json"):
+        load(whole | {last: whole[last][:-1].clone()})
+    load(whole | {"model.layers.0.surprise": torch.zeros(2)})
+    told = " ".join(capfd.readouterr().err.split())
+    assert "1 tensors have no place" in told
+    assert "surprise first" in told
 
 
 @pytest.mark.parametrize("name", ["opt", "falcon-40b", "bamboo", "minicpm"])

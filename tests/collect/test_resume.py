@@ -148,6 +148,18 @@ def test_ranks_share_the_work_into_the_store_of_one(cfg, tmp_path, uninterrupted
     assert content(cfg.out) == uninterrupted
 
 
+def test_ranks_tell_a_mistake_once(cfg, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = start(replace(cfg, layers=[7]), tmp_path, *launcher)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode != 0
+    told = [line for line in error.splitlines() if line.startswith("sparsecast")]
+    assert len(told) == 1
+    assert "--layers: the model has layers 0 to 2" in told[0]
+    assert "gloo" not in error.lower()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["script.py"]
+
+
 def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, tmp_path, uninterrupted):
     process = start(cfg, tmp_path)
     part = cfg.out.with_name(".acts.part")
@@ -156,6 +168,8 @@ def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, tmp_path, u
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1, error
     assert "Traceback" not in error
+    (told,) = (line for line in error.splitlines() if line.startswith("sparsecast"))
+    assert "finished shards are kept, the same command goes on from there" in told
     kept = {p.name: p.stat().st_mtime_ns for p in part.glob("train-*")}
     assert kept
 
@@ -206,6 +220,20 @@ def test_a_changed_option_is_refused_with_its_name(unfinished, tmp_path, capfd):
     assert sum(map(len, ids)) == store.manifest.tokens() > 15_000
 
 
+def test_a_damaged_shard_is_recorded_again(unfinished, tmp_path, capfd):
+    part = unfinished.out.with_name(".acts.part")
+    first, second = sorted(part.glob("train-*"))[:2]
+    raw = bytearray(first.read_bytes())
+    raw[-7] ^= 1
+    first.write_bytes(raw)
+    second.write_bytes(second.read_bytes()[:5000])
+    (part / "train-99999.safetensors").write_bytes(second.read_bytes())
+    store = collect(unfinished)
+    assert capfd.readouterr().err.count("recorded again") == 2
+    assert all(what is None for _, what in store.damages())
+    assert content(store.folder) == content(collect(replace(unfinished, out=tmp_path / "b")).folder)
+
+
 def test_other_weights_or_another_text_are_noticed(unfinished, corpus, tmp_path):
     changed = tmp_path / "corpus"
     changed.mkdir()
@@ -232,8 +260,15 @@ def test_a_second_run_into_the_same_folder_is_refused(cfg, tmp_path):
 
 def test_a_finished_store_that_only_lacks_its_name_is_completed(cfg, tmp_path, monkeypatch):
     """Killed between the complete manifest and the renaming of the folder."""
+    replace_file = os.replace
+
+    def die(source: Path, to: Path) -> None:
+        if to == cfg.out:
+            raise OSError("killed")
+        replace_file(source, to)
+
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr(run_module.os, "replace", die)
         with pytest.raises(OSError, match="killed"):
             collect(cfg)
     other = collect(replace(cfg, out=tmp_path / "other"))

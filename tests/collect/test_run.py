@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +119,48 @@ def test_a_foreign_folder_is_not_touched(model_folder, corpus, tmp_path):
     with pytest.raises(InputError, match="holds other files"):
         collect(config(model_folder, corpus, tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_more_tokens_in_a_row_than_the_model_was_made_for_are_refused(
+    model_folder, corpus, tmp_path
+):
+    with pytest.raises(InputError, match=r"--seq-len: got 257, but .* made for 256 positions"):
+        collect(config(model_folder, corpus, tmp_path / "a", seq_len=257))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_may_be_a_link(model_folder, corpus, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    store = collect(config(model_folder, corpus, tmp_path / "link", tokens=600))
+    assert (tmp_path / "link").is_symlink()
+    assert store.manifest.tokens() == 600
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "real"}
+    for bad in (Path("/"), Path("/dev/null"), Path("/proc/acts")):
+        with pytest.raises(InputError, match=f"{bad}: "):
+            collect(config(model_folder, corpus, bad))
+
+
+def test_a_corpus_that_fails_leaves_nothing_and_blocks_nothing(model_folder, corpus, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    out = tmp_path / "acts"
+    with pytest.raises(InputError, match="2 different document"):
+        collect(config(model_folder, tmp_path / "a.jsonl", out))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    part = tmp_path / ".acts.part"
+    part.mkdir()
+    (part / "manifest.json").write_text("killed before the first shard")
+    assert collect(config(model_folder, corpus, out, tokens=600)).manifest.tokens() == 600
+
+
+def test_a_finished_store_of_another_tokenizer_is_refused(model_folder, corpus, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model_folder, copy)
+    cfg = config(copy, corpus, tmp_path / "a", tokens=600)
+    collect(cfg)
+    text = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(text.replace('"prepend": "▁"', '"prepend": "▁▁"'))
+    with pytest.raises(InputError, match="tokenizer was "):
+        collect(cfg)
 
 
 def test_damaged_stores_are_named(acts, tmp_path):

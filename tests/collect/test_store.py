@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparsecast.collect.bits import pack, per_neuron, per_token, unpack
@@ -24,7 +26,7 @@ from sparsecast.collect.plan import Unit
 from sparsecast.collect.run import collect
 from sparsecast.collect.shard import SHARD_BYTES, Image, Shape
 from sparsecast.collect.stats import Stats
-from sparsecast.collect.store import ActivationStore, Manifest
+from sparsecast.collect.store import ActivationStore, Manifest, damage
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder, to_memory
 
@@ -32,6 +34,7 @@ MANIFEST = Manifest(
     model="synthetic",
     fingerprint="0" * 16,
     model_type="llama",
+    dtype="float32",
     tokenizer="none",
     convention="residual-before-ffn-norm",
     activation="relu",
@@ -123,8 +126,10 @@ def test_a_shard_is_a_safetensors_file_with_its_checksum(tmp_path, write_store):
         raw = (tmp_path / "s" / name).read_bytes()
         start = 8 + int.from_bytes(raw[:8], "little")
         assert start % 8 == 0
-        assert store.manifest.checksums[name] == xxhash.xxh3_128_hexdigest(raw[start:])
-        assert store.damage(name) is None
+        assert store.manifest.checksums[name] == xxhash.xxh3_128_hexdigest(raw[:start])
+        with safe_open(tmp_path / "s" / name, framework="pt") as file:
+            assert file.metadata() == {"xxh3_128": xxhash.xxh3_128_hexdigest(raw[start:])}
+        assert damage(tmp_path / "s" / name, store.manifest.checksums[name]) is None
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=60))
@@ -211,8 +216,8 @@ def test_inspect_tells_what_is_there_and_finds_damage(acts, tmp_path):
     broken = inspect(InspectConfig(path=copy))
     assert not broken.ok
     assert len(broken.values["damage"]) == 2
-    assert "calibration-00000.safetensors: cannot be read" in broken.values["damage"][0]
-    assert "train-00000.safetensors: damaged" in broken.values["damage"][1]
+    assert "train-00000.safetensors: damaged" in broken.values["damage"][0]
+    assert "calibration-00000.safetensors: cannot be read" in broken.values["damage"][1]
     assert inspect(InspectConfig(path=copy, check=False)).values["ok"] is None
     with pytest.raises(InputError, match="expected an activation store"):
         inspect(InspectConfig(path=tmp_path))
@@ -250,6 +255,65 @@ def test_counted_tokens_are_in_the_statistics_and_nowhere_else(model_folder, cor
 def anonymous_mib() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.fixture
+def copied(acts, tmp_path):
+    copy = tmp_path / "acts"
+    shutil.copytree(acts.folder, copy)
+    return copy
+
+
+@pytest.mark.parametrize("place", [3, 40, 500, 2_000, -1])
+@pytest.mark.parametrize("name", ["held-out-00000.safetensors", "stats.safetensors"])
+def test_one_flipped_bit_anywhere_is_found(copied, name, place):
+    raw = bytearray((copied / name).read_bytes())
+    raw[place] ^= 1
+    (copied / name).write_bytes(raw)
+    found = [what for _, what in ActivationStore(copied).damages() if what is not None]
+    assert len(found) == 1
+    assert f"{name}: damaged" in found[0]
+
+
+def test_inspect_shows_the_rest_when_the_statistics_are_damaged(copied):
+    (copied / "stats.safetensors").write_bytes(b"")
+    found = inspect(InspectConfig(path=copied))
+    assert not found.ok
+    assert found.values["layers"] == []
+
+
+def test_a_manifest_of_another_store_is_noticed(copied):
+    path = copied / "manifest.json"
+    made = json.loads(path.read_text())
+    made["shard_tokens"]["train"][0] += 1
+    path.write_text(json.dumps(made))
+    with pytest.raises(InputError, match=r"holds 5400 tokens, but manifest\.json says 5401"):
+        ActivationStore(copied).rows("train", 0, 0)
+    (what,) = (what for _, what in ActivationStore(copied).damages() if what)
+    assert "says 5401" in what
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"shard_tokens": {}}, "an unfinished collection"),
+        ({"shard_tokens": {"train": [0]}}, "make no sense"),
+        ({"shard_tokens": [1]}, "make no sense"),
+        ({"layers": None}, "make no sense"),
+        ({"x_dtype": "int3"}, "make no sense"),
+    ],
+)
+def test_odd_manifests_are_refused(copied, change, match):
+    path = copied / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=match):
+        inspect(InspectConfig(path=copied))
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_check(copied, tmp_path):
+    for bad in (tmp_path, tmp_path / "acts" / "manifest.json" / "x.json"):
+        with pytest.raises(InputError, match="--json: .* cannot be written"):
+            inspect(InspectConfig(path=copied, json=bad))
 
 
 @pytest.mark.slow

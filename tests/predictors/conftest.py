@@ -32,6 +32,7 @@ def synthetic(tmp_path_factory, write_store) -> ActivationStore:
         model="synthetic",
         fingerprint="0" * 16,
         model_type="llama",
+        dtype="float32",
         tokenizer="none",
         convention="residual-before-ffn-norm",
         activation="relu",

@@ -1,0 +1,113 @@
+"""The folder of a collection: refused, locked, begun, resumed, or finished already."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.progress import console
+from sparsecast.collect.store import MANIFEST, Manifest, read_manifest, write_manifest
+
+
+def target(out: Path) -> Path:
+    """The folder to make, links followed.
+
+    Raises:
+        InputError: It is no folder, or holds something that is not an activation store.
+    """
+    path = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+    if not path.name or (path.exists() and not path.is_dir()):
+        raise InputError(f"{out}: is not a folder, expected one to write; choose another --out")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise InputError(
+            f"{out}: exists and holds other files, expected a new or empty folder; choose "
+            "another --out or remove it"
+        )
+    return path
+
+
+def unfinished(out: Path) -> Path:
+    """Where the folder grows until it is complete."""
+    return out.with_name(f".{out.name}.part")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep a second collection out of the same folder."""
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{out}: another collection is writing it; wait for that one, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from error
+    try:
+        if (out / MANIFEST).is_file():
+            raise InputError(
+                f"{out}: another collection has just finished it; run the command again to use it"
+            )
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def begin(out: Path, manifest: Manifest) -> None:
+    """Make the unfinished folder, or accept the one that an interrupted run has left."""
+    part = unfinished(out)
+    done = shards(part)
+    if done and (part / MANIFEST).is_file():
+        if changed := differences(read_manifest(part), manifest):
+            raise InputError(
+                f"{part}: holds an unfinished collection made differently ({'; '.join(changed)}); "
+                "repeat the options it was started with, or remove that folder"
+            )
+        for leftover in part.glob("*.part"):
+            leftover.unlink()
+        console.print(f"resuming: {len(done)} finished shards are kept")
+        return
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write_manifest(part, manifest)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from error
+
+
+def shards(folder: Path) -> list[Path]:
+    """The finished shards in a folder."""
+    return sorted(folder.glob("*-*.safetensors"))
+
+
+def differences(made: Manifest, asked: Manifest) -> list[str]:
+    """What two manifests disagree on, counts apart."""
+    changed = []
+    if made.fingerprint != asked.fingerprint:
+        changed.append("the model's weights differ")
+    pairs = {
+        "corpus": (made.corpus, asked.corpus),
+        "tokenizer": (made.tokenizer, asked.tokenizer),
+        "the model's dtype": (made.dtype, asked.dtype),
+        "input dtype": (made.x_dtype, asked.x_dtype),
+        "activation threshold": (made.activation_threshold, asked.activation_threshold),
+        "activation": (made.activation, asked.activation),
+        **{
+            name: (made.options.get(name), asked.options.get(name))
+            for name in sorted({*made.options, *asked.options})
+        },
+    }
+    changed += [f"{name} was {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
+    return changed
