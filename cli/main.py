@@ -158,7 +158,9 @@ def _parse(name: str, config_type: Any, positional: str | None, args: list[str])
             return text.replace(f"--{positional} ", "") if positional else text
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            told = re.sub(r"--\w+", lambda m: m[0].replace("_", "-"), " ".join(message.split()))
+            told = re.sub(r'Parser key "(\w+)"', r"--\1", " ".join(message.split()))
+            told = re.sub(r"a <class '(\w+)'>", r"\1", told)
+            told = re.sub(r"--\w+", lambda m: m[0].replace("_", "-"), told)
             raise InputError(f"{name}: {told}; `sparsecast {name} --help` lists the options")
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

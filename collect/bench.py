@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sparsecast.collect.atomic import write_json
+from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.fill import Filler
@@ -113,6 +113,10 @@ def bench(cfg: BenchConfig) -> dict[str, Any]:
 
     Memory beyond the model: as `collect`, and the recipe's files, about 2 GiB or one batch.
     """
+    if cfg.json is not None:
+        refuse_unwritable(cfg.json, "--json")
+    if cfg.folder is not None and not (cfg.folder.is_dir() and os.access(cfg.folder, os.W_OK)):
+        raise InputError(f"--folder: {cfg.folder} is not a folder that can be written")
     model, rows = _subject(cfg)
     n_layers, hidden_size, ffn_width = ffn_shape(model)
     x_dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float16"
@@ -386,6 +390,11 @@ def _show(values: dict[str, Any]) -> None:
         f"{values['recipe_bytes_per_token_layer']:,.1f}",
     )
     console.print(table)
+    if values["tokens"] < speed["bare"]:
+        console.print(
+            "a round took less than a second, which says little; raise --tokens",
+            style="yellow",
+        )
     if values["write_mb_per_s"] is not None:
         console.print(
             f"sequential write {values['write_mb_per_s']:,.0f} MB/s; recording reaches "
