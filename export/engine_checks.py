@@ -3,9 +3,10 @@
 Both compute the same arithmetic, but sum in another order; a difference of 1e-7 can turn a
 rounding to f16 over, and that a predictor's decision at the threshold. How far that moves
 probabilities depends on the model, so our own evaluation is made a second time with sums in
-float64. The engine's token must be the choice of one of the two, and the engine may be 3 times as far from ours as that is, or 1e-3 where that is more, at
-99 % of positions; the worst position, where a strong neuron may have turned over in one alone, is
-bounded loosely. (On tiny-prosparse float64 moved ours by 0.0036 and the engine was 0.0032 away.)
+float64. The engine's token must be the choice of one of the two. At 99 % of positions the engine
+may be 3 times as far from ours as the two are from each other, or 1e-3 where that is more; the
+worst position, where a strong neuron may have turned over in one alone, is bounded loosely. (On
+tiny-prosparse float64 moved ours by 0.0036 and the engine was 0.0032 away.)
 
 Shape letters: P prompts, S prompt length, V vocabulary.
 """
