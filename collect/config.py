@@ -51,7 +51,8 @@ class CollectConfig:
 
     input_dtype: str = "auto"
     """How predictor inputs are stored: auto (bfloat16 for a bfloat16 model, else float16),
-    float16, bfloat16, float32, or int8 with a scale per token."""
+    float16, bfloat16, float32, or int8 with a scale per token: half the bytes, but about 0.2 % of
+    the decisions that float32 inputs explain can no longer be told from them."""
 
     energy: bool = False
     """Also store what energy recall needs: one byte per active neuron."""

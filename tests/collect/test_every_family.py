@@ -161,7 +161,7 @@ def test_stored_dtypes_round_inputs_and_nothing_else(
         assert (error <= bound).all()
         edge_TF, x1_TF = gate_and_x1(name, weights, layer, got.x_TD.float())
         same_TF = (x1_TF != 0) == unpack(got.mask_TP, rounded.manifest.ffn_width)
-        tolerance = {"float16": 0.999, "bfloat16": 0.99, "int8": 0.98}[x_dtype]
+        tolerance = {"float16": 0.9998, "bfloat16": 0.999, "int8": 0.997}[x_dtype]
         assert same_TF.float().mean() > tolerance
 
 
