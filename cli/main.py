@@ -23,6 +23,10 @@ QUIET = {
 """What other libraries read when they are imported; the user's own settings win."""
 
 
+KINDS = {"int": "a whole number", "float": "a number", "list[int]": "numbers such as 0,2,5"}
+"""Types of options in words."""
+
+
 @dataclass(frozen=True)
 class Stage:
     help: str
@@ -161,19 +165,23 @@ def _parse(name: str, config_type: Any, positional: str | None, args: list[str])
             told = re.sub(r'Parser key "(\w+)"', r"--\1", " ".join(message.split()))
             told = re.sub(r"a <class '(\w+)'>", r"\1", told)
             told = re.sub(r"--\w+", lambda m: m[0].replace("_", "-"), told)
+            if found := re.search(r"(--[\w-]+): Does not validate.*Given value: (.*)", told):
+                kind = kinds[_underscored(found[1])].removesuffix(" | None")
+                told = f"{found[1]}: got {found[2]}, expected {KINDS.get(kind, kind)}"
             raise InputError(f"{name}: {told}; `sparsecast {name} --help` lists the options")
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    kinds = {f"--{field.name}": str(field.type) for field in fields(config_type)}
     parser = Parser(prog=f"sparsecast {name}", description=config_type.__doc__)
     parser.add_class_arguments(config_type, as_group=False)
-    kinds = {f"--{field.name}": str(field.type) for field in fields(config_type)}
     dashed = [_underscored(arg) for arg in args]
     for place, arg in enumerate(dashed):
-        kind, following = kinds.get(arg, ""), (dashed[place + 1 :] or ["--"])[0]
-        if kind == "bool" and following.startswith("--"):
+        option, equals, given = arg.partition("=")
+        kind, following = kinds.get(option, ""), (dashed[place + 1 :] or ["--"])[0]
+        if kind == "bool" and not equals and following.startswith("--"):
             dashed[place] = f"{arg}=true"
-        if "list[" in kind and re.fullmatch(r"[\w.,+-]+", following):
-            dashed[place + 1] = f"[{following}]"
+        if "list[" in kind and re.fullmatch(r"[\w.,+-]+", given if equals else following):
+            dashed[place + (not equals)] = f"{option}=[{given}]" if equals else f"[{following}]"
     if positional and dashed and not dashed[0].startswith("-"):
         dashed = [f"--{positional}", *dashed]
     values: dict[str, Any] = parser.parse_args(dashed).as_dict()

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,18 @@ from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.fill import Filler
-from sparsecast.collect.models import ffn_shape, load_model, pick_device, pick_dtype
+from sparsecast.collect.models import (
+    check_length,
+    embedding_rows,
+    ffn_shape,
+    load_model,
+    pick_device,
+    pick_dtype,
+)
 from sparsecast.collect.plan import Unit, units
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.recorder import Recorder
-from sparsecast.collect.shard import SHARD_BYTES, Shape
+from sparsecast.collect.shard import SHARD_BYTES, Image, Shape
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import Sequence, sequences
 from sparsecast.collect.writer import Writer, to_folder, to_memory
@@ -64,8 +72,8 @@ class BenchConfig:
     shape: str = "60m"
     """60m or 7b: a relu llama with random weights and documents of random length."""
 
-    corpus: str = "builtin"
-    """Text for --model."""
+    corpus: str | None = None
+    """Text for --model; unset: builtin."""
 
     tokens: int = 16_384
     """Tokens per round."""
@@ -102,6 +110,10 @@ class BenchConfig:
             raise InputError(f"--shape: got {self.shape!r}, expected {' or '.join(SHAPES)}")
         if self.sink not in ("disk", "memory"):
             raise InputError(f"--sink: got {self.sink!r}, expected disk or memory")
+        if self.corpus is not None and self.model is None:
+            raise InputError(
+                "--corpus: is read for --model alone; a random model gets random tokens"
+            )
         for name, least in (("tokens", 1), ("seq_len", 2), ("batch_size", 1), ("rounds", 1)):
             if (value := getattr(self, name)) < least:
                 option = name.replace("_", "-")
@@ -130,13 +142,13 @@ def bench(cfg: BenchConfig) -> dict[str, Any]:
     full = max(1, SHARD_BYTES // shape.token_bytes)
     plan = list(units(rows, seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=full))
     if not plan:
-        raise InputError(f"{cfg.corpus}: no text to time on")
+        raise InputError(f"{cfg.corpus or 'builtin'}: no text to time on")
     capacity = shape.nbytes(max(unit.tokens for unit in plan))
     folder = Path(tempfile.mkdtemp(prefix="sparsecast-bench-", dir=cfg.folder))
     try:
-        write = to_folder(folder) if cfg.sink == "disk" else to_memory
-        with Writer(shape, capacity, write, pinned=model.device.type == "cuda") as writer:
-            values = _rounds(cfg, model, shape, plan, writer, folder)
+        sink = _Sink(folder if cfg.sink == "disk" else None)
+        with Writer(shape, capacity, sink, pinned=model.device.type == "cuda") as writer:
+            values = _rounds(cfg, model, shape, plan, writer, folder, sink)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     values |= {
@@ -157,6 +169,28 @@ def bench(cfg: BenchConfig) -> dict[str, Any]:
     return values
 
 
+class _Sink:
+    """Where finished shards go, and the bytes of a round, those of energies apart too."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._write = None if folder is None else to_folder(folder)
+        self._lock = Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        self.written = self.energies = 0
+
+    def __call__(self, name: str, image: Image) -> None:
+        if self._write is None:
+            written = to_memory(name, image)
+        else:
+            self._write(name, image)
+            written = image.nbytes
+        with self._lock:
+            self.written += written
+            self.energies += image.energy_bytes
+
+
 def _rounds(
     cfg: BenchConfig,
     model: PreTrainedModel,
@@ -164,13 +198,14 @@ def _rounds(
     plan: list[Unit],
     writer: Writer,
     folder: Path,
+    sink: _Sink,
 ) -> dict[str, Any]:
     tokens = sum(unit.tokens for unit in plan)
     recipe_units, recipe_tokens = _recipe_share(shape, plan)
-    sizes: list[int] = []
     seconds: dict[str, list[float]] = {}
     with bar("bench", 5 * (cfg.rounds + 1)) as progress, torch.inference_mode():
         for number in range(cfg.rounds + 1):
+            sink.clear()
             timed = {"bare": _timed(model, lambda: _bare(model, plan)) / 2}
             progress.advance()
             timed["recording"] = _timed(model, lambda: _recording(model, shape, plan, writer))
@@ -178,11 +213,8 @@ def _rounds(
             timed["bare"] += _timed(model, lambda: _bare(model, plan)) / 2
             progress.advance()
             if cfg.sink == "disk":
-                sizes = [path.stat().st_size for path in folder.iterdir()]
                 _empty(folder)
-                timed["write"] = _write_rate(folder, sum(sizes))
-            else:
-                sizes = [shape.nbytes(unit.tokens) for unit in plan]
+                timed["write"] = _write_rate(folder, sink.written)
             progress.advance()
             timed["recipe"] = _timed(
                 model, lambda: _recipe(model, shape, recipe_units, folder, disk=cfg.sink == "disk")
@@ -201,8 +233,8 @@ def _rounds(
         "tokens_per_s": {
             name: count / statistics.median(seconds[name]) for name, count in rate.items()
         },
-        "bytes_per_token_layer": sum(sizes) / tokens / len(shape.layers),
-        "bound": shape.bound,
+        "bytes_per_token_layer": sink.written / tokens / len(shape.layers),
+        "bound": shape.bound + sink.energies / tokens / len(shape.layers),
         "recipe_bytes_per_token_layer": 2 * (shape.hidden_size + shape.ffn_width),
         "write_mb_per_s": None,
         "kept_of_limit": None,
@@ -210,7 +242,7 @@ def _rounds(
     speed = values["tokens_per_s"]
     values["recipe_kept"] = speed["recipe"] / speed["bare"]
     if "write" in seconds:
-        written = [sum(sizes) / 1e6 / s for s in seconds["write"]]
+        written = [sink.written / 1e6 / s for s in seconds["write"]]
         values["write_mb_per_s"] = statistics.median(written)
         slower = [max(pair) for pair in zip(bare, seconds["write"], strict=True)]
         limit = [b / r for b, r in zip(slower, seconds["recording"], strict=True)]
@@ -321,11 +353,13 @@ def _subject(cfg: BenchConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:
     """The model and the sequences to time."""
     if cfg.model is not None:
         model, tokenizer = load_model(cfg.model, device=cfg.device, dtype=cfg.dtype)
+        check_length(cfg.seq_len, model, cfg.model)
         rows = sequences(
-            assign(documents(cfg.corpus, seq_len=cfg.seq_len)),
+            assign(documents(cfg.corpus or "builtin", seq_len=cfg.seq_len)),
             tokenizer,
             {"train": cfg.tokens},
             cfg.seq_len,
+            embedding_rows(model),
         )
         return model, rows
     device = pick_device(cfg.device)

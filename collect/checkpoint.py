@@ -5,6 +5,7 @@ Memory: one tensor at a time; the files are memory maps.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -59,6 +60,9 @@ def _wanted(source: str) -> list[str]:
     return ["*.json", weights, "*.model", "*.txt", "*.jinja"]
 
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 class Checkpoint:
     """Config and lazily read tensors of a model's folder: safetensors or .bin, sharded or not."""
 
@@ -72,7 +76,14 @@ class Checkpoint:
         for stem in ("model.safetensors", "pytorch_model.bin"):
             index = self.folder / f"{stem}.index.json"
             if index.is_file():
-                weight_map = read_json(index, "the index of a sharded model").get("weight_map", {})
+                weight_map = read_json(index, "the index of a sharded model").get("weight_map")
+                if not isinstance(weight_map, dict) or not all(
+                    isinstance(file, str) for file in weight_map.values()
+                ):
+                    raise InputError(
+                        f"{index}: expected an object of tensor names and files under 'weight_map'"
+                        "; download it again"
+                    )
                 return {name: self.folder / file for name, file in weight_map.items()}
             single = self.folder / stem
             if single.is_file():
@@ -84,9 +95,33 @@ class Checkpoint:
         )
 
     def check(self) -> None:
-        """Open every file once, so that a missing or damaged one is named before work starts."""
-        for path in set(self._file_of.values()):
-            _open(path)
+        """Open every file once, so that a missing or damaged one is named before work starts.
+
+        Raises:
+            InputError: That, or weights that are quantised and would be taken for plain numbers.
+        """
+        if (found := getattr(self.config, "quantization_config", None)) is not None:
+            kind = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
+            raise InputError(
+                f"{self.folder}: its weights are quantised ({kind}), expected float32, float16 or "
+                "bfloat16; give the model they were made from"
+            )
+        for path in sorted(set(self._file_of.values())):
+            with _open(path) as file:
+                names = set(file.keys())
+                for name in (name for name, where in self._file_of.items() if where == path):
+                    if name not in names:
+                        raise InputError(
+                            f"{path}: tensor {name} is not in it, but the index says so; download "
+                            "or save the weights again"
+                        )
+                    dtype = file.get_tensor(name).dtype
+                    if name.endswith(".weight") and dtype not in FLOATS:
+                        raise InputError(
+                            f"{path}: tensor {name} is {str(dtype).removeprefix('torch.')}, "
+                            "expected float32, float16 or bfloat16; give the model that the "
+                            "quantised one was made from"
+                        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -126,6 +161,28 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def effective(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a config decides the numbers, as JSON has it: without names, versions and dtype, and
+    without the activation, which is its own entry wherever this is compared."""
+    value: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {name: field for name, field in sorted(value.items()) if name not in _INDIFFERENT}
+
+
+_INDIFFERENT = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "hidden_act",
+    "hidden_act_param",
+    "activation",
+    "activation_function",
+}
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config in a folder, without remote code; see remap.py for what stands in for it."""
     path = folder / "config.json"
@@ -138,9 +195,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
             raise InputError(unknown(kind, str(folder)))
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
         return config
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # config classes check their fields, each in its own way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{path}: transformers cannot read it ({reason}); expected the config of a causal "
@@ -152,9 +209,10 @@ class _Pickled:
     """A .bin file with the reading methods of `safe_open`; tensors are views of a memory map."""
 
     def __init__(self, path: Path) -> None:
-        self._tensors: dict[str, Tensor] = torch.load(
-            path, map_location="cpu", mmap=True, weights_only=True
-        )
+        value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(value, dict) or not all(isinstance(t, Tensor) for t in value.values()):
+            raise RuntimeError("it does not hold a dict of tensors")
+        self._tensors: dict[str, Tensor] = value
 
     def __enter__(self) -> _Pickled:
         return self

@@ -64,6 +64,11 @@ class CollectConfig:
     """FATReLU threshold, for a model whose config has lost it."""
 
     def __post_init__(self) -> None:
+        # Equal requests compare equal, also those that Python code makes with other types.
+        for name, kind in (("model", str), ("corpus", str), ("out", Path)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", sorted({int(layer) for layer in self.layers}))
         dtypes = ("auto", "float16", "bfloat16", "float32", "int8")
         if self.input_dtype not in dtypes:
             raise InputError(

@@ -13,7 +13,7 @@ A long text is cut at line breaks into several documents; a chat never is. All p
 share its `key`, and the key alone decides the split, so no article ever stands on both sides.
 Plain text in fewer than `FEW_FILES` files, in a file of more than `LONG_FILE` bytes, or from
 standard input is the exception: there each piece of `PIECE` characters is its own key, or the whole
-of it would fall into one split.
+of it would fall into one split. Line ends and outer white space do not count in a key.
 
 Memory: 1 MiB of a text file, one row of anything else.
 """
@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b, file_digest
-from io import TextIOWrapper
+from io import BufferedReader, FileIO, TextIOWrapper, UnsupportedOperation
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -79,7 +79,7 @@ def documents(spec: str, workers: int = 1, seq_len: int = 0) -> Iterator[Documen
         if isinstance(content, tuple):
             chat = tuple((role, _sound(said)) for role, said in content)
             text = "\n".join(said for _, said in chat)
-            docs = iter([Document(key or key_of(text), text, chat)] if text.strip() else [])
+            docs = iter([Document(key, text, chat)] if text.strip() else [])
         else:
             blocks = [_sound(content)] if isinstance(content, str) else content
             cut = pieces(blocks, max(PIECE, TOKEN * seq_len) if key else PIECE)
@@ -136,7 +136,7 @@ def _source(spec: str, workers: int) -> Iterator[tuple[str, Content]]:
     if path.is_file():
         return _local([path])
     if any(c in spec for c in "*?["):
-        found = (Path(p) for p in glob.glob(str(path), recursive=True))
+        found = {Path(p).resolve() for p in glob.glob(str(path), recursive=True)}
         if files := sorted(p for p in found if p.is_file()):
             return _local(files)
         raise InputError(f"{spec}: no file matches this pattern")
@@ -149,16 +149,18 @@ def _local(files: list[Path]) -> Iterator[tuple[str, Content]]:
     for path in files:
         suffix = path.suffix.lower()
         if suffix in (".txt", ".md"):
-            whole = len(files) >= FEW_FILES and path.stat().st_size <= LONG_FILE
-            with path.open("rb") as raw:
-                key = file_digest(raw, lambda: blake2b(digest_size=8)).hexdigest() if whole else ""
             with path.open(encoding="utf-8-sig", errors="replace") as text:
-                yield key, _blocks(text, str(path))
+                blocks = _blocks(text, str(path))
+                if len(files) >= FEW_FILES and path.stat().st_size <= LONG_FILE:
+                    whole = "".join(blocks)
+                    yield text_key(whole), whole
+                else:
+                    yield "", blocks
         elif suffix == ".jsonl":
             with path.open(encoding="utf-8-sig", errors="replace") as lines:
                 yield from _json_lines(lines, str(path))
         elif suffix == ".parquet":
-            yield from _rows("parquet", f"{path}", data_files=str(path), split="train")
+            yield from _rows("parquet", f"{path}", data_files=glob.escape(str(path)), split="train")
         else:
             raise InputError(f"{path}: cannot read this type; expected {', '.join(SUFFIXES)}")
 
@@ -174,6 +176,10 @@ def _blocks(text: TextIO, where: str, first: str = "") -> Iterator[str]:
             )
         replaced += block.count("\ufffd")
         yield block
+    _tell_replaced(replaced, where)
+
+
+def _tell_replaced(replaced: int, where: str) -> None:
     if replaced:
         console.print(
             f"{where}: {replaced:,} characters are not UTF-8 and were read as U+FFFD",
@@ -186,8 +192,14 @@ def _blocks(text: TextIO, where: str, first: str = "") -> Iterator[str]:
 def _stdin() -> Iterator[tuple[str, Content]]:
     if sys.stdin is None:
         raise InputError("--corpus -: standard input is closed; pipe text or JSON lines into it")
-    raw = getattr(sys.stdin, "buffer", None)
-    stream = sys.stdin if raw is None else TextIOWrapper(raw, "utf-8-sig", errors="replace")
+    stream: TextIO
+    try:
+        # A file of its own: at an interrupt Python would wait for a reader that holds sys.stdin.
+        number = os.dup(sys.stdin.fileno())
+        stream = TextIOWrapper(BufferedReader(FileIO(number)), "utf-8-sig", errors="replace")
+    except UnsupportedOperation:
+        raw = getattr(sys.stdin, "buffer", None)
+        stream = sys.stdin if raw is None else TextIOWrapper(raw, "utf-8-sig", errors="replace")
     first = ""
     for first in stream:
         if first.strip():
@@ -199,7 +211,9 @@ def _stdin() -> Iterator[tuple[str, Content]]:
 
 
 def _json_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, Content]]:
+    replaced = 0
     for number, line in enumerate(lines, 1):
+        replaced += line.count("\ufffd")
         if not line.strip():
             continue
         try:
@@ -211,11 +225,23 @@ def _json_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, Content
         if not isinstance(row, dict):
             raise InputError(f"{where}:{number}: expected a JSON object with 'text' or 'messages'")
         yield _keyed(row, f"{where}:{number}")
+    _tell_replaced(replaced, where)
 
 
 def _keyed(row: dict[str, Any], where: str) -> tuple[str, Content]:
     content = content_of(row, where)
-    return key_of(content if isinstance(content, str) else repr(content)), content
+    if isinstance(content, str):
+        return text_key(content), content
+    return key_of(repr([(role, _plain(said)) for role, said in content])), content
+
+
+def text_key(text: str) -> str:
+    """The key of a text, however its lines end and whatever white space stands around it."""
+    return key_of(_plain(text))
+
+
+def _plain(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def content_of(row: dict[str, Any], where: str) -> str | Chat:

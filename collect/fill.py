@@ -39,23 +39,28 @@ class Filling:
         """Return when the image is complete.
 
         Raises:
-            InputError: An input is not finite in the stored dtype.
+            InputError: An activation is not finite, or an input not in the stored dtype.
         """
         for event in self.events:
             event.synchronize()
         limit = 3e38 if shape.x_dtype == "int8" else torch.finfo(INPUT_DTYPES[shape.x_dtype]).max
-        for layer, value in zip(shape.layers, self.image.largest.tolist(), strict=True):
-            if not self.unit.stored or value <= limit:
-                continue
-            if not math.isfinite(value):
+        *inputs, x1 = self.image.largest.tolist()
+        for layer, value in zip(shape.layers, inputs, strict=True):
+            _finite(value, layer, "a predictor input")
+            if self.unit.stored and value > limit:
                 raise InputError(
-                    f"layer {layer}: a predictor input is {value}, so the model itself overflows; "
-                    "run it with --dtype bfloat16 or float32, and check its weights"
+                    f"layer {layer}: a predictor input of magnitude {value:.3g} does not fit "
+                    f"{shape.x_dtype}; collect with --input-dtype bfloat16"
                 )
-            raise InputError(
-                f"layer {layer}: a predictor input of magnitude {value:.3g} does not fit "
-                f"{shape.x_dtype}; collect with --input-dtype bfloat16"
-            )
+        _finite(x1, shape.layers[-1], "an entry of x1")
+
+
+def _finite(value: float, layer: int, what: str) -> None:
+    if not math.isfinite(value):
+        raise InputError(
+            f"layer {layer}: {what} is {value}, so the model itself overflows; run it with "
+            "--dtype bfloat16 or float32, and check its weights"
+        )
 
 
 class Filler:
@@ -115,6 +120,8 @@ class Filler:
                     fired_LF[place], non_blocking=True
                 )
                 filling.image.largest[place].copy_(largest_L[place], non_blocking=True)
+                if place == len(self._place) - 1:
+                    filling.image.largest[-1].copy_(largest_L[-1], non_blocking=True)
         for stream in self._streams.values():
             filling.events.append(stream.record_event())
         return filling
@@ -149,29 +156,32 @@ class Filler:
         if self._padding is not None:
             fired_LF[place] -= per_neuron(mask_NF.index_select(0, self._on(mask_NF.device)[1]))
         self._put(f"layer.{layer}.active", self._kept(per_token(mask_NF)))
+        x_TD = self._kept(x_ND)
+        _raise_to(largest_L[place], x_TD)
+        if place == len(self._place) - 1:
+            _raise_to(largest_L[-1], self._kept(x1_NF))
         if not filling.unit.stored:
             return
         self._put(f"layer.{layer}.mask", self._kept(pack(mask_NF)))
-        self._input(layer, self._kept(x_ND), largest_L[place])
+        self._input(layer, x_TD)
         if self._norms:
             norm_F = self._norms[layer].to(x1_NF.device)
             codes_N = encode(self._kept(x1_NF), norm_F, self._kept(mask_NF))
             filling.image.energies[layer].append(codes_N.cpu())
 
     def _counters(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(L, F) int32 firing counts and (L,) float32 largest inputs of the shard, on a device."""
+        """(L, F) int32 firing counts and (L + 1,) float32 `Image.largest` of the shard, on a
+        device."""
         self._home[layer] = device
         if device not in self._counts:
             layers = len(self._place)
             self._counts[device] = (
                 torch.zeros(layers, self._shape.ffn_width, dtype=torch.int32, device=device),
-                torch.zeros(layers, device=device),
+                torch.zeros(layers + 1, device=device),
             )
         return self._counts[device]
 
-    def _input(self, layer: int, x_TD: Tensor, largest: Tensor) -> None:
-        low, high = x_TD.aminmax()
-        torch.maximum(largest, torch.maximum(-low, high).float(), out=largest)
+    def _input(self, layer: int, x_TD: Tensor) -> None:
         if self._dtype == torch.int8:
             scale_T = x_TD.float().abs().amax(1) / 127
             self._put(f"layer.{layer}.scale", scale_T)
@@ -193,6 +203,12 @@ class Filler:
     def _put(self, name: str, value: Tensor) -> None:
         assert self._current is not None
         self._current.image.views[name][self._rows].copy_(value, non_blocking=True)
+
+
+def _raise_to(largest: Tensor, value: Tensor) -> None:
+    """The largest magnitude so far; NaN stays."""
+    low, high = value.aminmax()
+    torch.maximum(largest, torch.maximum(-low, high).float(), out=largest)
 
 
 def _down_norms(model: PreTrainedModel, shape: Shape) -> dict[int, Tensor]:

@@ -137,8 +137,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer beside the weights."""
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged tokenizer file raises whatever it meets
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{checkpoint.folder}: no usable tokenizer ({reason}); expected tokenizer.json or "
             "tokenizer.model beside config.json"
@@ -167,3 +167,31 @@ def ffn_shape(model: PreTrainedModel) -> tuple[int, int, int]:
     up = layers[0].get_submodule(family.up)
     assert isinstance(up, nn.Linear)
     return len(layers), up.in_features, up.out_features
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Token ids that the model has an embedding for, from 0."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
+def check_length(seq_len: int, model: PreTrainedModel, name: str) -> None:
+    """Raises `InputError` where sequences are longer than the model was made for."""
+    if seq_len > (limit := positions(model)):
+        raise InputError(
+            f"--seq-len: got {seq_len}, but {name} was made for {limit} positions "
+            "(max_position_embeddings); choose at most that"
+        )
+
+
+def positions(model: PreTrainedModel) -> float:
+    """Tokens in a row that the model was made for.
+
+    Linear and dynamic rope scaling stretch `max_position_embeddings`; with yarn and llama3 the
+    config states the stretched number.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if rope.get("rope_type") in ("linear", "dynamic") else None
+    stretched: float = limit * max(1, factor or 1)
+    return stretched

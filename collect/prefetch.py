@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -10,10 +10,16 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
+def prefetch(
+    items: Iterable[T], ahead: int = 2, waiting: Callable[[], None] = lambda: None
+) -> Iterator[T]:
     """Yield `items` in order; what raises in the thread raises here.
 
-    Closing the iterator ends the thread. Memory: `ahead` items.
+    Closing the iterator ends the thread with the item it is at. One that never comes, from a pipe
+    that nobody fills, is left to the end of the process. Memory: `ahead` items.
+
+    Args:
+        waiting: Called while no item comes; may raise.
     """
     queue: Queue[tuple[str, Any]] = Queue(ahead)
     closed = Event()
@@ -44,6 +50,7 @@ def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
                 # A wait without end would not see Ctrl-C.
                 kind, value = queue.get(timeout=0.5)
             except Empty:
+                waiting()
                 continue
             if kind == "end":
                 return
@@ -52,4 +59,4 @@ def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
             yield value
     finally:
         closed.set()
-        thread.join()
+        thread.join(timeout=1)

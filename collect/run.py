@@ -7,9 +7,11 @@ counts up, completes the manifest and gives the folder its name.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,19 @@ import xxhash
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.checkpoint import Checkpoint, effective
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.fill import Filler
-from sparsecast.collect.models import ffn_shape, load_model, load_tokenizer
+from sparsecast.collect.models import (
+    check_length,
+    embedding_rows,
+    ffn_shape,
+    load_model,
+    load_tokenizer,
+)
 from sparsecast.collect.plan import Tally, Unit, units
 from sparsecast.collect.prefetch import prefetch
 from sparsecast.collect.progress import Bar, bar, console
@@ -42,6 +50,7 @@ from sparsecast.collect.store import (
     damage,
     file_checksum,
     header_checksum,
+    read_manifest,
     read_shard,
     write_manifest,
 )
@@ -53,8 +62,10 @@ from sparsecast.collect.writer import Writer, to_folder
 def collect(cfg: CollectConfig) -> ActivationStore:
     """Record `cfg.tokens` tokens; a finished store made with the same options is kept.
 
-    Killed at any moment and run again, it ends with the bytes that an uninterrupted run would
-    have written. Under torchrun the ranks share the work, and the store is that of one rank.
+    Killed at any moment and run again on the machine, it ends with the bytes that an uninterrupted
+    run would have written. Under torchrun the ranks share the work, and the store is that of one
+    rank: the same tokens in the same shards, and the same bytes at the same number of CPU threads,
+    which torchrun sets to 1.
 
     Memory beyond the model, whatever `cfg.tokens`: one layer's activations of a batch on the
     device; on the host 3 shards, each the larger of 128 MiB and what one batch records
@@ -85,20 +96,31 @@ def collect(cfg: CollectConfig) -> ActivationStore:
                 held.enter_context(locked(cfg.out))
                 begin(cfg.out, manifest)
         part = unfinished(cfg.out)
+        manifest = replace(manifest, threads=read_manifest(part).threads)
         try:
-            plan = _record(cfg, model, tokenizer, manifest.shape, part, ranks, stop)
+            with _threads(manifest.threads):
+                plan = _record(cfg, model, tokenizer, manifest.shape, part, ranks, stop)
         except BaseException as error:
             kept = len(shards(part))
             if ranks.leads and not kept:
                 shutil.rmtree(part, ignore_errors=True)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
             left = (
                 f"{kept} finished shards are kept, the same command goes on from there"
                 if kept
                 else "no shard was finished yet, nothing is left behind"
             )
-            raise KeyboardInterrupt(f"{cfg.out}: interrupted; {left}") from None
+            if isinstance(error, OSError):
+                told = error.filename or cfg.out
+                raise OSError(f"{told}: {error.strerror or error}; {left}") from error
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            how = (
+                "stopped by SIGTERM, as torchrun does when a rank fails: what that one says comes "
+                "first"
+                if stop.terminated and ranks.size > 1
+                else "interrupted"
+            )
+            raise KeyboardInterrupt(f"{cfg.out}: {how}; {left}") from None
         ranks.wait()
         if ranks.leads:
             manifest = _complete(cfg, part, manifest, *plan)
@@ -128,7 +150,7 @@ def _record(
     tally = Tally()
     wanted = quotas(cfg.tokens, cfg.count_tokens)
     docs = stop.until(assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
-    rows = sequences(docs, tokenizer, wanted, cfg.seq_len)
+    rows = sequences(docs, tokenizer, wanted, cfg.seq_len, vocabulary=embedding_rows(model))
     plan = units(
         tally.over(rows), seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=full
     )
@@ -140,10 +162,10 @@ def _record(
         bar("collect", cfg.tokens + cfg.count_tokens, visible=ranks.leads) as progress,
         torch.inference_mode(),
     ):
-        for number, unit in enumerate(prefetch(plan)):
+        for number, unit in enumerate(prefetch(plan, waiting=stop.check)):
             planned.append((unit.split, unit.tokens, unit.name))
             stop.check()
-            if number % ranks.size != ranks.rank or _kept(unit, part / unit.name, cfg):
+            if number % ranks.size != ranks.rank or _kept(unit, part / unit.name, cfg, shape):
                 progress.advance(unit.tokens)
             else:
                 image = writer.image()
@@ -192,16 +214,12 @@ def _describe(
 ) -> Manifest:
     """The manifest before any token is recorded."""
     n_layers, hidden_size, ffn_width = ffn_shape(model)
-    layers = list(range(n_layers)) if cfg.layers is None else sorted(set(cfg.layers))
+    layers = list(range(n_layers)) if cfg.layers is None else cfg.layers
     if out := [i for i in layers if not 0 <= i < n_layers]:
         raise InputError(f"--layers: the model has layers 0 to {n_layers - 1}, got {out}")
     if not layers:
         raise InputError(f"--layers: got none, expected some of 0 to {n_layers - 1}")
-    if cfg.seq_len > (limit := _positions(model)):
-        raise InputError(
-            f"--seq-len: got {cfg.seq_len}, but {cfg.model} was made for {limit} positions "
-            "(max_position_embeddings); choose at most that"
-        )
+    check_length(cfg.seq_len, model, cfg.model)
     family = family_of(checkpoint.config, cfg.model)
     rule = activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
     x_dtype = cfg.input_dtype
@@ -211,6 +229,8 @@ def _describe(
         model=cfg.model,
         fingerprint=checkpoint.fingerprint,
         model_type=checkpoint.config.model_type,
+        config=effective(checkpoint.config),
+        threads=torch.get_num_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
         tokenizer=_name_of(tokenizer),
         convention=family.convention,
@@ -234,26 +254,40 @@ def _options(cfg: CollectConfig) -> dict[str, Any]:
 
 
 def _name_of(tokenizer: Tokenizer) -> str:
-    text = tokenizer.backend_tokenizer.to_str().encode()
-    return f"{type(tokenizer).__name__} {len(tokenizer)} {xxhash.xxh3_64_hexdigest(text)}"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = (
+        backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        tokenizer.chat_template,
+        tokenizer.bos_token_id,
+    )
+    checksum = xxhash.xxh3_64_hexdigest(json.dumps(parts).encode())
+    return f"{type(tokenizer).__name__} {len(tokenizer)} {checksum}"
 
 
-def _positions(model: PreTrainedModel) -> float:
-    """Tokens in a row that the model was made for."""
-    limit = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    stretched: float = limit * max(1, rope.get("factor") or 1)
-    return stretched
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """CPU threads for a block: sums in another number of parts round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _kept(unit: Unit, path: Path, cfg: CollectConfig) -> bool:
+def _kept(unit: Unit, path: Path, cfg: CollectConfig, shape: Shape) -> bool:
     """Whether an earlier run has left this shard, whole and with the tokens wanted there."""
     if not path.is_file():
         return False
-    if (what := damage(path)) is not None:
+    if (what := damage(path)) is None:
+        tensors = read_shard(path)
+        found = len(tensors.get("id", ()))
+        if what := shape.misfit(tensors, found, stored=unit.stored):
+            what = f"{path}: damaged header, {what}"
+    if what is not None:
         console.print(f"{what}; recorded again", style="yellow", highlight=False, soft_wrap=True)
         return False
-    if not torch.equal(read_shard(path)["id"], unit.ids()):
+    if not torch.equal(tensors["id"], unit.ids()):
         raise InputError(
             f"{path}: holds other tokens than {cfg.corpus} has there now; the corpus has changed "
             f"since the collection began: restore it, or remove {path.parent} to begin again"
@@ -305,6 +339,7 @@ def _finished(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
     asked = replace(
         made,
         fingerprint=checkpoint.fingerprint,
+        config=effective(checkpoint.config),
         tokenizer=_name_of(load_tokenizer(checkpoint)),
         corpus=cfg.corpus,
         options=_options(cfg),

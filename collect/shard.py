@@ -108,6 +108,25 @@ class Shape:
     def nbytes(self, tokens: int) -> int:
         return sum(field.nbytes for field in self.fields(tokens))
 
+    def misfit(self, tensors: dict[str, Tensor], tokens: int, *, stored: bool = True) -> str | None:
+        """What keeps `tensors` from being a shard of this shape; None where nothing does."""
+        fields = self.fields(tokens, stored=stored)
+        if self.energy and stored:
+            for layer in self.layers:
+                active = tensors.get(f"layer.{layer}.active", torch.zeros(0))
+                fields.append(Field(f"layer.{layer}.energy", torch.uint8, (int(active.sum()),)))
+        for field in fields:
+            found = tensors.get(field.name)
+            if found is None:
+                return f"{field.name} is missing"
+            if (found.dtype, tuple(found.shape)) != (field.dtype, field.shape):
+                return (
+                    f"{field.name} is {_CODES.get(found.dtype, found.dtype)} {list(found.shape)}, "
+                    f"expected {_CODES[field.dtype]} {list(field.shape)}"
+                )
+        extra = sorted(set(tensors) - {field.name for field in fields})
+        return f"{extra[0]} has no place in it" if extra else None
+
     def _fired(self) -> list[Field]:
         return [Field(f"layer.{i}.fired", torch.int32, (self.ffn_width,)) for i in self.layers]
 
@@ -121,8 +140,9 @@ class Image:
     def __init__(self, shape: Shape, capacity: int, *, pinned: bool) -> None:
         self._shape = shape
         self._data = torch.empty(capacity, dtype=torch.uint8, pin_memory=pinned)
-        self.largest = torch.zeros(len(shape.layers), pin_memory=pinned)
-        """Per layer the largest magnitude of an input, before it was cast."""
+        self.largest = torch.zeros(len(shape.layers) + 1, pin_memory=pinned)
+        """Per layer the largest magnitude of an input, before it was cast; then that of the last
+        layer's x1, whose overflow no later input would show."""
         self._fields: list[Field] = []
         self._size = 0
         self.views: dict[str, Tensor] = {}
@@ -138,15 +158,26 @@ class Image:
             self._size += field.nbytes
         self.energies = {i: [] for i in self._shape.layers} if self._shape.energy and stored else {}
 
+    @property
+    def energy_bytes(self) -> int:
+        """One for each active entry, where energies are recorded."""
+        return sum(len(part) for parts in self.energies.values() for part in parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the finished file."""
+        return len(_header(self._all_fields(), "0" * 32)) + self._size + self.energy_bytes
+
+    def _all_fields(self) -> list[Field]:
+        return self._fields + [
+            Field(f"layer.{layer}.energy", torch.uint8, (sum(len(p) for p in parts),))
+            for layer, parts in self.energies.items()
+        ]
+
     def blocks(self) -> Iterator[memoryview]:
         """The finished file, in order, checksum included."""
-        data = [self._data[: self._size]]
-        fields = list(self._fields)
-        for layer, parts in self.energies.items():
-            fields.append(
-                Field(f"layer.{layer}.energy", torch.uint8, (sum(len(p) for p in parts),))
-            )
-            data += parts
+        data = [self._data[: self._size], *(p for parts in self.energies.values() for p in parts)]
+        fields = self._all_fields()
         digest = xxhash.xxh3_128()
         for part in data:
             digest.update(part.numpy().data)

@@ -16,6 +16,8 @@ class Stop:
     """Whether somebody wants the work to end."""
 
     asked = False
+    terminated = False
+    """By SIGTERM, which torchrun sends to all ranks when one of them fails."""
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if so."""
@@ -42,7 +44,7 @@ def stoppable() -> Iterator[Stop]:
     }
 
     def ask(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
+        stop.asked, stop.terminated = True, number == signal.SIGTERM
         signal.signal(number, before[number])
 
     for number in before:

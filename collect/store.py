@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,7 +28,7 @@ from sparsecast.collect.bits import unpack
 from sparsecast.collect.energy import decode
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.plan import shard_name
-from sparsecast.collect.shard import CHECKSUM, Shape
+from sparsecast.collect.shard import CHECKSUM, INPUT_DTYPES, Shape
 from sparsecast.collect.splits import SPLITS
 from sparsecast.collect.stats import STATS, Stats, read_stats
 
@@ -47,8 +47,12 @@ class Manifest:
     fingerprint: str
     """Of the model's weights, see `Checkpoint.fingerprint`."""
     model_type: str
+    config: dict[str, Any]
+    """The model's, as it ran; see `effective` in checkpoint.py."""
     dtype: str
     """The model's, while it ran."""
+    threads: int
+    """CPU threads while it ran: sums depend on their number."""
     tokenizer: str
     """Its class, vocabulary size and checksum."""
     convention: str
@@ -69,7 +73,7 @@ class Manifest:
     """Per split, the number of tokens of each shard."""
     checksums: dict[str, str] = field(default_factory=dict)
     """Shard file to the checksum of its header, which has that of the data behind it; the
-    statistics' file to its own."""
+    statistics' file and this one, without its own checksum, to theirs."""
     documents: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     """Per split, how many of the documents were longer than --seq-len."""
@@ -101,7 +105,14 @@ class Rows(NamedTuple):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_json(folder / MANIFEST, asdict(manifest))
+    sums = {**manifest.checksums, MANIFEST: _own_checksum(manifest)}
+    write_json(folder / MANIFEST, asdict(replace(manifest, checksums=sums)))
+
+
+def _own_checksum(manifest: Manifest) -> str:
+    value = asdict(manifest)
+    value["checksums"].pop(MANIFEST, None)
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -115,17 +126,44 @@ def read_manifest(folder: Path) -> Manifest:
             f"of version {FORMAT_VERSION}; collect again"
         )
     manifest = Manifest(**value)
-    try:
-        sound = manifest.shape.token_bytes > 0 and all(
-            isinstance(count, int) and count > 0
-            for counts in manifest.shard_tokens.values()
-            for count in counts
-        )
-    except (TypeError, ValueError, KeyError, AttributeError):
-        sound = False
-    if not sound:
-        raise InputError(f"{path}: damaged, its shape or counts make no sense; collect again")
+    if (name := _senseless(manifest)) is not None:
+        raise InputError(f"{path}: damaged, its {name} makes no sense; collect again")
     return manifest
+
+
+def _senseless(made: Manifest) -> str | None:
+    """The field of a manifest that no collection could have written; None where all is well."""
+    texts = ("model", "fingerprint", "model_type", "dtype", "tokenizer", "convention", "activation")
+    sizes = ("threads", "hidden_size", "ffn_width", "ffn_matrices")
+    rules: dict[str, bool] = {
+        **{name: isinstance(getattr(made, name), str) for name in (*texts, "corpus")},
+        **{name: _count(getattr(made, name)) for name in sizes},
+        "activation_threshold": isinstance(made.activation_threshold, (int, float)),
+        "layers": isinstance(made.layers, list)
+        and bool(made.layers)
+        and all(_count(layer, least=0) for layer in made.layers),
+        "x_dtype": made.x_dtype in INPUT_DTYPES,
+        "energy": isinstance(made.energy, bool),
+        "config": isinstance(made.config, dict),
+        "options": isinstance(made.options, dict),
+        "checksums": isinstance(made.checksums, dict),
+        **{
+            name: isinstance(table := getattr(made, name), dict)
+            and all(_count(value, least=0) for value in table.values())
+            for name in ("documents", "truncated")
+        },
+        "shard_tokens": isinstance(made.shard_tokens, dict)
+        and (not made.shard_tokens or set(SPLITS) <= set(made.shard_tokens))
+        and all(
+            isinstance(counts, list) and counts and all(map(_count, counts))
+            for counts in made.shard_tokens.values()
+        ),
+    }
+    return next((name for name, sound in rules.items() if not sound), None)
+
+
+def _count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class ActivationStore:
@@ -193,17 +231,27 @@ class ActivationStore:
                     except InputError as error:
                         what = str(error)
                 yield name, what
-        path, states = self.folder / STATS, self.manifest.checksums.get(STATS)
-        found = file_checksum(path) if path.is_file() else "no file"
-        yield STATS, None if found == states else f"{path}: damaged ({found}, expected {states})"
+        found = {
+            MANIFEST: _own_checksum(self.manifest),
+            STATS: file_checksum(path) if (path := self.folder / STATS).is_file() else "no file",
+        }
+        for name, value in found.items():
+            states = self.manifest.checksums.get(name)
+            told = f"{self.folder / name}: damaged ({value}, expected {states})"
+            yield name, None if value == states else told
 
     def _open_shard(self, split: str, shard: int) -> dict[str, Tensor]:
         path, want = self.folder / shard_name(split, shard), self.shards(split)[shard]
         tensors = read_shard(path)
-        if len(tensors["id"]) != want:
+        if (found := len(tensors.get("id", ()))) != want:
             raise InputError(
-                f"{path}: holds {len(tensors['id'])} tokens, but {MANIFEST} says {want}; one of "
-                "them belongs to another store: collect again"
+                f"{path}: holds {found} tokens, but {MANIFEST} says {want}; one of them belongs to "
+                "another store: collect again"
+            )
+        if what := self.manifest.shape.misfit(tensors, want, stored=split in SPLITS):
+            raise InputError(
+                f"{path}: {what}, going by {MANIFEST}; one of them belongs to another store: "
+                "collect again"
             )
         return tensors
 

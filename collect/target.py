@@ -97,6 +97,10 @@ def differences(made: Manifest, asked: Manifest) -> list[str]:
     changed = []
     if made.fingerprint != asked.fingerprint:
         changed.append("the model's weights differ")
+    for name in sorted({*made.config, *asked.config}):
+        was, now = made.config.get(name), asked.config.get(name)
+        if was != now:
+            changed.append(f"the model's {name} was {was!r}, now {now!r}")
     pairs = {
         "corpus": (made.corpus, asked.corpus),
         "tokenizer": (made.tokenizer, asked.tokenizer),

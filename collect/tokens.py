@@ -146,6 +146,7 @@ def sequences(
     tokenizer: Tokenizer,
     quota: Mapping[str, int],
     seq_len: int,
+    vocabulary: float = float("inf"),
 ) -> Iterator[Sequence]:
     """Tokenise documents in corpus order until every quota is met.
 
@@ -153,6 +154,10 @@ def sequences(
         docs: (split, document) pairs, as `splits.assign` gives them.
         quota: Split to the number of tokens wanted from it; the document that would exceed it is
             cut. Splits that are not named are skipped.
+        vocabulary: Rows of the model's embedding.
+
+    Raises:
+        InputError: A token without a row in the embedding.
 
     Documents that give fewer than two tokens are dropped: nothing can be predicted from them.
     """
@@ -167,6 +172,12 @@ def sequences(
         ids = whole[: min(seq_len, left[split])]
         if len(ids) < 2 <= left[split]:
             continue
+        if (largest := max(ids)) >= vocabulary:
+            raise InputError(
+                f"{tokenizer.name_or_path}: the tokenizer gives id {largest} "
+                f"({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings for "
+                f"{vocabulary} ids alone; give the tokenizer that belongs to the model"
+            )
         left[split] -= len(ids)
         yield Sequence(split, ids, len(whole) > seq_len)
 
@@ -178,11 +189,11 @@ def batches(
     *,
     seq_len: int,
     batch_size: int,
+    vocabulary: float = float("inf"),
 ) -> Iterator[TokenBatch]:
     """`sequences` in batches of one split; see `by_length`."""
-    return by_length(
-        sequences(docs, tokenizer, quota, seq_len), seq_len=seq_len, batch_size=batch_size
-    )
+    rows = sequences(docs, tokenizer, quota, seq_len, vocabulary)
+    return by_length(rows, seq_len=seq_len, batch_size=batch_size)
 
 
 def by_length(rows: Iterable[Sequence], *, seq_len: int, batch_size: int) -> Iterator[TokenBatch]:

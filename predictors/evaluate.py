@@ -30,7 +30,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
-from sparsecast.collect.models import ffn_shape, load_model, set_activation
+from sparsecast.collect.models import embedding_rows, ffn_shape, load_model, set_activation
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.splits import assign
@@ -74,6 +74,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
             {"held-out": cfg.tokens},
             seq_len=cfg.seq_len,
             batch_size=cfg.batch_size,
+            vocabulary=embedding_rows(model),
         )
     )
     if not data:

@@ -56,6 +56,7 @@ COLLECT = ["collect", "--model", str(TINY_PROSPARSE), "--corpus", "builtin", "--
         (["--layers", "0,2", "--energy", "false"], {"energy": False, "layers": [0, 2]}),
         (["--layers", "[0, 2]"], {"layers": [0, 2]}),
         (["--out=~/acts"], {"out": Path.home() / "acts"}),
+        (["--layers=0,2", "--energy=true"], {"layers": [0, 2], "energy": True}),
     ],
 )
 def test_options_as_people_type_them(args, want):
@@ -76,7 +77,10 @@ def test_options_as_people_type_them(args, want):
         ),
         (["collect", "--model", "m", "--corpus", "c", "--out", "o", "--tokens", "1"], "--tokens"),
         (["collect", "--model", "m", "--corpus", "c", "--out", "o", "--wings", "2"], "wings"),
-        ([*COLLECT, "--layers", "0,x"], "layers"),
+        ([*COLLECT, "--layers", "0-2"], "--layers: got ['0-2'], expected numbers such as 0,2,5"),
+        ([*COLLECT, "--layers=all"], "--layers: got ['all'], expected numbers such as 0,2,5"),
+        ([*COLLECT, "--activation-threshold", "nan"], "-threshold: got nan, expected a number"),
+        (["bench", "collect", "--corpus", "x.txt"], "--corpus: is read for --model alone"),
         ([*COLLECT, "--device", "meta"], "--device: got 'meta', expected auto, cpu, cuda"),
         ([*COLLECT, "--device-map", "nope"], "--device-map: got 'nope', expected auto, balanced"),
         ([*COLLECT, "--energy", "maybe"], "energy"),

@@ -203,3 +203,39 @@ def test_json_lines_need_no_trailing_newline(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"t{i}"}) for i in range(5)))
     assert len(list(documents(str(path)))) == 5
+
+
+def test_line_ends_and_outer_white_space_do_not_change_a_split(tmp_path):
+    lines = [f"text {i}\nsecond line" for i in range(120)]
+    forms = [str, "{}\n".format, " {} \n".format, lambda text: text.replace("\n", "\r\n")]
+    keys = []
+    for number, form in enumerate(forms):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps({"text": form(text)}) + "\n" for text in lines))
+        keys.append([doc.key for doc in documents(str(path))])
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        for i, text in enumerate(lines):
+            (folder / f"{i:03}.txt").write_bytes(
+                b"\xef\xbb\xbf" * (number > 0) + form(text).encode()
+            )
+        keys.append([doc.key for doc in documents(str(folder))])
+    assert len(set(keys[0])) == 120
+    assert keys == [keys[0]] * 8
+
+
+def test_a_loop_of_links_is_read_once(tmp_path):
+    (tmp_path / "a.txt").write_text("once")
+    (tmp_path / "self").symlink_to(tmp_path)
+    assert [doc.text for doc in documents(str(tmp_path / "**" / "*.txt"))] == ["once"]
+
+
+def test_a_parquet_file_may_be_named_like_a_pattern(tmp_path):
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a[1].parquet")
+    assert [doc.text for doc in documents(str(tmp_path / "a[1].parquet"))] == ["one"]
+
+
+def test_json_lines_that_are_not_utf8_are_read_with_a_warning(tmp_path, capfd):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    assert [doc.text for doc in documents(str(tmp_path / "a.jsonl"))] == ["caf\ufffd"]
+    assert "1 characters are not UTF-8" in " ".join(capfd.readouterr().err.split())

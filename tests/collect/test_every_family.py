@@ -8,6 +8,7 @@ Shape letters: T tokens, D hidden, F FFN width.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -276,6 +277,55 @@ def test_weights_that_do_not_fill_the_model_are_refused(name, family_folder, tmp
     told = " ".join(capfd.readouterr().err.split())
     assert "1 tensors have no place" in told
     assert "surprise first" in told
+
+
+def test_what_is_not_plain_weights_is_refused(family_folder, tmp_path):
+    copy = tmp_path / "llama"
+    shutil.copytree(family_folder("llama"), copy)
+    whole = load_file(copy / "model.safetensors")
+    gate = "model.layers.1.mlp.gate_proj.weight"
+    save_file(whole | {gate: whole[gate].to(torch.int8)}, copy / "model.safetensors")
+    with pytest.raises(InputError, match=f"tensor {re.escape(gate)} is int8, expected float32"):
+        load_model(str(copy), device="cpu")
+    save_file(whole, copy / "model.safetensors", {"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (copy / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(InputError, match=r"its weights are quantised \(gptq\)"):
+        load_model(str(copy), device="cpu")
+    (copy / "config.json").write_text(json.dumps(config | {"num_attention_heads": "many"}))
+    with pytest.raises(InputError, match="transformers cannot read it"):
+        load_model(str(copy), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "match"),
+    [
+        ([], "an object of tensor names and files"),
+        ({"model.norm.weight": 3}, "an object of tensor names and files"),
+        ({"ghost.weight": "model.safetensors"}, "ghost.weight is not in it, but the index says so"),
+        ({"model.norm.weight": "gone.safetensors"}, "gone.safetensors: not a readable"),
+    ],
+)
+def test_an_index_that_lies_is_named(weight_map, match, family_folder, tmp_path):
+    copy = tmp_path / "llama"
+    shutil.copytree(family_folder("llama"), copy)
+    index = {"weight_map": weight_map}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=match):
+        load_model(str(copy), device="cpu")
+
+
+def test_a_bin_file_without_tensors_and_a_broken_tokenizer_are_named(family_folder, tmp_path):
+    copy = tmp_path / "llama"
+    shutil.copytree(family_folder("llama"), copy)
+    (copy / "tokenizer.json").write_text('{"model": {"type": "Riddle"}}')
+    with pytest.raises(InputError, match="no usable tokenizer"):
+        load_model(str(copy), device="cpu")
+    (copy / "model.safetensors").unlink()
+    torch.save([torch.zeros(2)], copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match="does not hold a dict of tensors"):
+        load_model(str(copy), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["opt", "falcon-40b", "bamboo", "minicpm"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,13 +58,13 @@ def command(cfg: CollectConfig, script: Path, *launcher: str) -> list[str]:
     return [sys.executable, *launcher, str(script), json.dumps(options)]
 
 
-def start(cfg: CollectConfig, tmp_path: Path, *launcher: str) -> subprocess.Popen:
+def start(cfg: CollectConfig, tmp_path: Path, *launcher: str, threads: int = 1):
     return subprocess.Popen(
         command(cfg, tmp_path / "script.py", *launcher),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
 
 
@@ -93,7 +94,8 @@ def kill_until_done(cfg: CollectConfig, tmp_path: Path, kills: int, seed: int) -
         hits += process.returncode == -signal.SIGKILL
         if cfg.out.exists():
             break
-    process = start(cfg, tmp_path)
+    # Sums depend on the number of threads, so a resumed run takes that of the first.
+    process = start(cfg, tmp_path, threads=2)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     return hits
@@ -202,7 +204,12 @@ def unfinished(cfg, monkeypatch) -> CollectConfig:
 
 def test_a_changed_option_is_refused_with_its_name(unfinished, tmp_path, capfd):
     cfg = unfinished
+    model = tmp_path / "model"
+    shutil.copytree(cfg.model, model)
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'))
     for change, match in (
+        ({"model": str(model)}, "the model's rms_norm_eps was 1e-06, now 0.1"),
         ({"seq_len": 64}, "seq_len was 128, now 64"),
         ({"energy": False}, "energy was True, now False"),
         ({"corpus": "builtin"}, "corpus was .*, now 'builtin'"),
@@ -222,14 +229,18 @@ def test_a_changed_option_is_refused_with_its_name(unfinished, tmp_path, capfd):
 
 def test_a_damaged_shard_is_recorded_again(unfinished, tmp_path, capfd):
     part = unfinished.out.with_name(".acts.part")
-    first, second = sorted(part.glob("train-*"))[:2]
+    first, second, third = sorted(part.glob("train-*"))[:3]
     raw = bytearray(first.read_bytes())
     raw[-7] ^= 1
     first.write_bytes(raw)
     second.write_bytes(second.read_bytes()[:5000])
+    raw = third.read_bytes()
+    third.write_bytes(raw.replace(b'"layer.1.x":{"dtype":"F16"', b'"layer.1.x":{"dtype":"I16"'))
     (part / "train-99999.safetensors").write_bytes(second.read_bytes())
     store = collect(unfinished)
-    assert capfd.readouterr().err.count("recorded again") == 2
+    told = " ".join(capfd.readouterr().err.split())
+    assert told.count("recorded again") == 3
+    assert "layer.1.x is torch.int16" in told
     assert all(what is None for _, what in store.damages())
     assert content(store.folder) == content(collect(replace(unfinished, out=tmp_path / "b")).folder)
 
@@ -284,7 +295,7 @@ def test_documents_keep_their_split_in_every_store_that_holds_them(cfg, tmp_path
         for shard in range(len(store.shards(split))):
             ids, position = store.tokens(split, shard)
             for place in (position == 0).nonzero().flatten().tolist():
-                found.add(tuple(ids[place : place + 12].tolist()))
+                found.add(tuple(ids[place : place + 60].tolist()))
         return found
 
     for one in SPLITS:
@@ -293,6 +304,46 @@ def test_documents_keep_their_split_in_every_store_that_holds_them(cfg, tmp_path
                 shared = opening_tokens(few, one) & opening_tokens(many, other)
                 assert not shared
     assert opening_tokens(few, "train") & opening_tokens(many, "train")
+
+
+def test_a_full_disk_is_named_with_what_is_kept(cfg, monkeypatch):
+    monkeypatch.setattr(run_module, "SHARD_BYTES", 400_000)
+    written = []
+
+    def full(number: int) -> None:
+        written.append(number)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparsecast.collect.writer.os.fsync", full)
+    with pytest.raises(OSError, match=r"train-.*safetensors: No space left.*; 3 finished shards"):
+        collect(cfg)
+
+
+def test_ctrl_c_ends_a_run_whose_pipe_nobody_fills(model_folder, tmp_path):
+    command = [sys.executable, "-m", "sparsecast.cli.main", "collect", "--model", str(model_folder)]
+    process = subprocess.Popen(
+        [*command, "--corpus", "-", "--out", str(tmp_path / "acts"), "--seq-len", "128"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".acts.part").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 1
+    error = process.stderr.read()
+    assert "acts: interrupted; no shard was finished yet" in error
+    assert "Fatal" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requests_that_mean_the_same_are_the_same(cfg):
+    other = replace(cfg, model=Path(cfg.model), corpus=Path(cfg.corpus), out=str(cfg.out))
+    assert other == cfg
+    assert replace(cfg, layers=(2, 0, 2)) == replace(cfg, layers=[0, 2])
 
 
 def test_a_model_spread_over_devices_records_the_same(cfg, tmp_path):

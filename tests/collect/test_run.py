@@ -14,13 +14,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparsecast.collect.bits import pack, unpack
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model
+from sparsecast.collect.models import load_model, positions
 from sparsecast.collect.run import collect
 from sparsecast.collect.splits import SPLITS, assign
 from sparsecast.collect.store import ActivationStore
@@ -127,6 +128,29 @@ def test_more_tokens_in_a_row_than_the_model_was_made_for_are_refused(
     with pytest.raises(InputError, match=r"--seq-len: got 257, but .* made for 256 positions"):
         collect(config(model_folder, corpus, tmp_path / "a", seq_len=257))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "fits"), [("linear", True), ("dynamic", True), ("yarn", False)])
+def test_rope_that_states_its_stretched_length_is_not_stretched_again(model_folder, kind, fits):
+    model, _ = load_model(str(model_folder), device="cpu")
+    model.config.rope_parameters = {"rope_type": kind, "factor": 4.0, "rope_theta": 5e4}
+    assert positions(model) == (1024 if fits else 256)
+
+
+def test_a_token_without_an_embedding_is_refused_before_it_runs(model_folder, corpus, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model_folder, copy)
+    config_of = json.loads((copy / "config.json").read_text())
+    weights = load_file(copy / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:300].clone()
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    (copy / "config.json").write_text(json.dumps(config_of | {"vocab_size": 300}))
+    with pytest.raises(
+        InputError, match=r"gives id \d+ \('.*'\), but the model has embeddings for"
+    ):
+        collect(config(copy, corpus, tmp_path / "a", tokens=600))
+    assert not (tmp_path / "a").exists()
 
 
 def test_out_may_be_a_link(model_folder, corpus, tmp_path):

@@ -26,7 +26,7 @@ from sparsecast.collect.plan import Unit
 from sparsecast.collect.run import collect
 from sparsecast.collect.shard import SHARD_BYTES, Image, Shape
 from sparsecast.collect.stats import Stats
-from sparsecast.collect.store import ActivationStore, Manifest, damage
+from sparsecast.collect.store import ActivationStore, Manifest, damage, write_manifest
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder, to_memory
 
@@ -41,6 +41,8 @@ MANIFEST = Manifest(
     activation_threshold=0.0,
     corpus="none",
     options={},
+    config={},
+    threads=1,
     layers=[0, 3],
     hidden_size=24,
     ffn_width=37,
@@ -98,8 +100,10 @@ def test_energies_come_back_where_the_neurons_fired(tmp_path, write_store):
         for layer, (x, x1) in zip(shape.layers, shards, strict=True):
             filler(layer, x, x1)
         writer.submit(filler.end())
-    made = replace(MANIFEST, energy=True, shard_tokens={"train": [49]})
-    (tmp_path / "manifest.json").write_text(json.dumps(made.__dict__))
+    made = replace(
+        MANIFEST, energy=True, shard_tokens={"train": [49], "calibration": [1], "held-out": [1]}
+    )
+    write_manifest(tmp_path, made)
     store = ActivationStore(tmp_path)
     for layer, (_, x1) in zip(shape.layers, shards, strict=True):
         want = (x1[keep[0]] * norms[layer]) ** 2
@@ -113,7 +117,8 @@ def test_energies_come_back_where_the_neurons_fired(tmp_path, write_store):
 
 
 def test_a_shard_is_a_safetensors_file_with_its_checksum(tmp_path, write_store):
-    recorded = {"train": [random_shards(5), random_shards(3)]}
+    others = {"calibration": [random_shards(2)], "held-out": [random_shards(1)]}
+    recorded = {"train": [random_shards(5), random_shards(3)], **others}
     store = write_store(tmp_path / "s", MANIFEST, recorded)
     for number, shards in enumerate(recorded["train"]):
         name = f"train-{number:05d}.safetensors"
@@ -145,14 +150,20 @@ def test_the_spread_is_that_of_single_tokens(active):
 
 
 def test_an_input_that_does_not_fit_is_refused(tmp_path, write_store):
+    others = {"calibration": [random_shards(1)], "held-out": [random_shards(1)]}
     big = random_shards(4)
     big[1][0][2, 3] = 70_000.0
     with pytest.raises(InputError, match=r"layer 3: .* 7e\+04 does not fit float16.*bfloat16"):
         write_store(tmp_path / "a", MANIFEST, {"train": [big]})
-    write_store(tmp_path / "b", replace(MANIFEST, x_dtype="bfloat16"), {"train": [big]})
+    write_store(tmp_path / "b", replace(MANIFEST, x_dtype="bfloat16"), {"train": [big], **others})
     big[1][0][2, 3] = float("nan")
-    with pytest.raises(InputError, match="layer 3: .* is nan, so the model itself"):
-        write_store(tmp_path / "c", replace(MANIFEST, x_dtype="bfloat16"), {"train": [big]})
+    for name, split in (("c", "train"), ("d", "counted")):
+        with pytest.raises(InputError, match="layer 3: a predictor input is nan, so the model"):
+            write_store(tmp_path / name, replace(MANIFEST, x_dtype="bfloat16"), {split: [big]})
+    last = random_shards(4)
+    last[1][1][3, 2] = float("inf")
+    with pytest.raises(InputError, match="layer 3: an entry of x1 is inf, so the model itself"):
+        write_store(tmp_path / "e", MANIFEST, {"train": [last]})
 
 
 def test_a_failing_disk_is_reported_once_and_names_no_shard(tmp_path):
@@ -289,18 +300,25 @@ def test_a_manifest_of_another_store_is_noticed(copied):
     path.write_text(json.dumps(made))
     with pytest.raises(InputError, match=r"holds 5400 tokens, but manifest\.json says 5401"):
         ActivationStore(copied).rows("train", 0, 0)
-    (what,) = (what for _, what in ActivationStore(copied).damages() if what)
-    assert "says 5401" in what
+    shard, own = (what for _, what in ActivationStore(copied).damages() if what)
+    assert "says 5401" in shard
+    assert "manifest.json: damaged" in own
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         ({"shard_tokens": {}}, "an unfinished collection"),
-        ({"shard_tokens": {"train": [0]}}, "make no sense"),
-        ({"shard_tokens": [1]}, "make no sense"),
-        ({"layers": None}, "make no sense"),
-        ({"x_dtype": "int3"}, "make no sense"),
+        ({"shard_tokens": {"train": [1]}}, "shard_tokens makes no sense"),
+        ({"shard_tokens": [1]}, "shard_tokens makes no sense"),
+        ({"layers": None}, "layers makes no sense"),
+        ({"layers": "012"}, "layers makes no sense"),
+        ({"layers": []}, "layers makes no sense"),
+        ({"x_dtype": "int3"}, "x_dtype makes no sense"),
+        ({"checksums": []}, "checksums makes no sense"),
+        ({"documents": {"train": "many"}}, "documents makes no sense"),
+        ({"activation_threshold": "x"}, "activation_threshold makes no sense"),
+        ({"energy": 1}, "energy makes no sense"),
     ],
 )
 def test_odd_manifests_are_refused(copied, change, match):
@@ -308,6 +326,27 @@ def test_odd_manifests_are_refused(copied, change, match):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=match):
         inspect(InspectConfig(path=copied))
+
+
+@pytest.mark.parametrize(
+    ("change", "files"),
+    [
+        ({"x_dtype": "bfloat16"}, 4),
+        ({"hidden_size": 128}, 4),
+        ({"ffn_width": 512}, 4),
+        ({"energy": True}, 4),
+        ({"activation_threshold": 0.5}, 1),
+        ({"corpus": "elsewhere"}, 1),
+    ],
+)
+def test_a_manifest_that_was_edited_is_noticed(copied, change, files):
+    """By its own checksum, and by every shard where the shape is touched."""
+    path = copied / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    found = inspect(InspectConfig(path=copied))
+    assert not found.ok
+    assert len(found.values["damage"]) == files
+    assert any("manifest.json: damaged" in what for what in found.values["damage"])
 
 
 def test_a_result_that_cannot_be_written_is_refused_before_the_check(copied, tmp_path):
@@ -351,9 +390,9 @@ def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
         hidden_size=4096,
         ffn_width=11008,
         x_dtype="bfloat16",
-        shard_tokens={"train": [batch_tokens] * shards},
+        shard_tokens={"train": [batch_tokens] * shards, "calibration": [1], "held-out": [1]},
     )
-    (tmp_path / "manifest.json").write_text(json.dumps(made.__dict__))
+    write_manifest(tmp_path, made)
     store = ActivationStore(tmp_path)
     before, peak, seen = anonymous_mib(), 0.0, 0
     want = pack(x1 != 0)
@@ -372,6 +411,6 @@ def test_the_memory_sink_finishes_shards(tmp_path):
     shape = MANIFEST.shape
     image = Image(shape, shape.nbytes(4), pinned=False)
     image.begin(4, stored=True)
-    to_memory("x", image)
     to_folder(tmp_path)("x", image)
     assert b"".join(image.blocks()) == (tmp_path / "x").read_bytes()
+    assert to_memory("x", image) == image.nbytes == (tmp_path / "x").stat().st_size

@@ -39,6 +39,8 @@ def synthetic(tmp_path_factory, write_store) -> ActivationStore:
         activation_threshold=0.0,
         corpus="none",
         options={},
+        config={},
+        threads=1,
         layers=list(range(LAYERS)),
         hidden_size=HIDDEN,
         ffn_width=FFN,
