@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 the user must change something.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -23,7 +24,12 @@ QUIET = {
 """What other libraries read when they are imported; the user's own settings win."""
 
 
-KINDS = {"int": "a whole number", "float": "a number", "list[int]": "numbers such as 0,2,5"}
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "list[int]": "numbers such as 0,2,5",
+    "list[Path]": "paths such as a,b",
+}
 """Types of options in words."""
 
 
@@ -82,6 +88,11 @@ STAGES = {
         "tokens/s with and without recording, on the same batches",
         "sparsecast.collect.bench:BenchConfig",
         "sparsecast.collect.bench:bench",
+    ),
+    "bench predictors": Stage(
+        "our predictors against the public recipe's: misses, bytes, traffic at a perplexity",
+        "sparsecast.predictors.compare:CompareConfig",
+        "sparsecast.predictors.compare:compare",
     ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",
@@ -180,15 +191,32 @@ def _parse(name: str, config_type: Any, positional: str | None, args: list[str])
         kind, following = kinds.get(option, ""), (dashed[place + 1 :] or ["--"])[0]
         if kind == "bool" and not equals and following.startswith("--"):
             dashed[place] = f"{arg}=true"
-        if "list[" in kind and re.fullmatch(r"[\w.,+-]+", given if equals else following):
+        if "list[Path]" in kind:
+            dashed[place:] = _paths_joined(dashed[place:])
+        elif "list[" in kind and re.fullmatch(r"[\w.,+-]+", given if equals else following):
             dashed[place + (not equals)] = f"{option}=[{given}]" if equals else f"[{following}]"
     if positional and dashed and not dashed[0].startswith("-"):
         dashed = [f"--{positional}", *dashed]
     values: dict[str, Any] = parser.parse_args(dashed).as_dict()
-    return {
-        key: value.expanduser() if isinstance(value, Path) else value
-        for key, value in values.items()
-    }
+    return {key: _expanded(value) for key, value in values.items()}
+
+
+def _paths_joined(args: list[str]) -> list[str]:
+    """`--option a b`, `--option a,b` or `--option=a,b` in front of others, as one JSON list."""
+    option, equals, given = args[0].partition("=")
+    after = (i for i, arg in enumerate(args) if i and (equals or arg.startswith("-")))
+    end = next(after, len(args))
+    words = [given] if equals else args[1:end]
+    if not words or words[0].startswith("["):
+        return args
+    paths = [path for word in words for path in word.split(",") if path]
+    return [f"{option}={json.dumps(paths)}", *args[end:]]
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def _underscored(arg: str) -> str:

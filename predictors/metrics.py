@@ -9,14 +9,21 @@ Shape letters: T tokens, F FFN width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-BINS = 1 << 15
+MANTISSA = 11
+"""Bits of a score's mantissa that tell bins apart: each is at most 1/2048 of its score wide."""
+LOWEST, OCTAVES = -31, 64
+"""Scores are told apart from 2^-31 to 2^33, of either sign; smaller and larger ones are pooled."""
+HALF = OCTAVES << MANTISSA
+BINS = 2 * HALF
+RECALL_STEPS = 10_000
 
 
 class Counts(NamedTuple):
@@ -102,11 +109,35 @@ def traffic(
     )
 
 
+class TokenRecalls:
+    """Recalls of single tokens, rounded to 1 / `RECALL_STEPS`.
+
+    Memory: `RECALL_STEPS` + 1 integers, for any number of tokens.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = np.zeros(RECALL_STEPS + 1, dtype=np.int64)
+
+    def add(self, predicted_TF: Tensor, active_TF: Tensor) -> None:
+        """A token with nothing active has recall 1."""
+        active_T = active_TF.sum(1)
+        hit_T = (predicted_TF & active_TF).sum(1)
+        recall_T = torch.where(active_T > 0, hit_T.double() / active_T.clamp_min(1), 1.0)
+        place_T = (recall_T * RECALL_STEPS).round().long()
+        self.tokens += torch.bincount(place_T, minlength=RECALL_STEPS + 1).cpu().numpy()
+
+    def percentile(self, percent: float) -> float:
+        """The smallest recall that at least `percent` % of the tokens do not exceed."""
+        below = self.tokens.cumsum()
+        return float(np.flatnonzero(100 * below >= percent * below[-1])[0] / RECALL_STEPS)
+
+
 class ScoreHistogram:
     """Active and inactive entries of one layer by score, over `BINS` fixed bins.
 
-    Scores in (-inf, inf) are squashed by s / (1 + |s|), which keeps their order, so cuts are exact
-    up to one bin. Memory: 2 * BINS integers, for any number of tokens.
+    Bins are the leading bits of the score as a float32, so they keep its order and are equally
+    fine, relative to the score, at any scale; cuts are exact up to one bin. Memory: 2 * `BINS`
+    integers (4 MB), for any number of tokens.
     """
 
     def __init__(self) -> None:
@@ -114,19 +145,18 @@ class ScoreHistogram:
         self.inactive = np.zeros(BINS, dtype=np.int64)
 
     def add(self, score_TF: Tensor, active_TF: Tensor) -> None:
-        place = ((score_TF / (1 + score_TF.abs()) + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
         # One pass over both classes: an active entry counts in the upper half.
-        both = (
-            torch.bincount((place + BINS * active_TF).flatten(), minlength=2 * BINS).cpu().numpy()
-        )
+        place = _bin(score_TF).add_(active_TF, alpha=BINS).flatten()
+        both = torch.bincount(place, minlength=2 * BINS).cpu().numpy()
         self.inactive += both[:BINS]
         self.active += both[BINS:]
 
     def cut_for_recall(self, recall: float) -> float:
-        """The largest cut at which at least `recall` of the active entries reach it."""
+        """The largest cut at which at least `recall` of the active entries reach it; that of the
+        lowest score where nothing is active."""
         kept = self.active[::-1].cumsum()[::-1]
         enough = np.flatnonzero(kept >= recall * max(1, kept[0]))
-        return _edge(int(enough[-1]) if len(enough) else 0)
+        return _edge(int(enough[-1] if len(enough) else (self.inactive > 0).argmax()))
 
     def cut_for_sparsity(self, sparsity: float) -> float:
         """The smallest cut below which at least `sparsity` of all entries stay."""
@@ -135,7 +165,7 @@ class ScoreHistogram:
 
     def at(self, cut: float) -> tuple[float, float]:
         """(recall, predicted sparsity) at a cut that one of the two methods above gave."""
-        index = round((cut / (1 + abs(cut)) + 1) * BINS / 2)
+        index = BINS if cut >= _edge(BINS) else int(_bin(torch.tensor(cut)))
         hit, active = self.active[index:].sum(), self.active.sum()
         whole = self.active + self.inactive
         return float(hit / active) if active else 1.0, float(whole[:index].sum() / whole.sum())
@@ -151,21 +181,39 @@ class ScoreHistogram:
 
     def roc_auc(self) -> float | None:
         """None when one class is absent."""
+        return self._ranking(roc_auc_score)
+
+    def average_precision(self) -> float | None:
+        """None when one class is absent."""
+        return self._ranking(average_precision_score)
+
+    def _ranking(self, score: Callable[..., float]) -> float | None:
+        """A score of scikit-learn's, each bin counting as one tied score."""
         if not self.active.any() or not self.inactive.any():
             return None
-        bins = np.arange(BINS)
+        bins = np.flatnonzero(self.active + self.inactive)
         return float(
-            roc_auc_score(
-                np.repeat([0, 1], BINS),
+            score(
+                np.repeat([0, 1], len(bins)),
                 np.concatenate([bins, bins]),
-                sample_weight=np.concatenate([self.inactive, self.active]),
+                sample_weight=np.concatenate([self.inactive[bins], self.active[bins]]),
             )
         )
 
 
+def _bin(score: Tensor) -> Tensor:
+    """The bin of each score, int32: the bits of a float32 grow with its magnitude."""
+    bits = (score.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    step = (bits & 0x7FFFFFFF).bitwise_right_shift_(23 - MANTISSA)
+    step.sub_((127 + LOWEST) << MANTISSA).clamp_(0, HALF - 1)
+    # Below zero, step s becomes -1 - s, which is ~s: the sign bit, spread, is the mask.
+    return step.bitwise_xor_(bits >> 31).add_(HALF)
+
+
 def _edge(index: int) -> float:
-    """The score at the lower edge of a bin."""
-    squashed = index * 2 / BINS - 1
-    limit = 1 - 1e-6
-    squashed = min(max(squashed, -limit), limit)
-    return squashed / (1 - abs(squashed))
+    """The lowest score of a bin, a float32; of `BINS`, the first above the highest bin."""
+    step = index - HALF if index >= HALF else HALF - index
+    bits = (step + ((127 + LOWEST) << MANTISSA)) << (23 - MANTISSA)
+    if index >= HALF:
+        return float(np.uint32(bits).view(np.float32)) if step else 0.0
+    return -float(np.uint32(bits - 1).view(np.float32))

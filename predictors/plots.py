@@ -59,15 +59,28 @@ def recall_and_sparsity(layers: Sequence[dict[str, Any]]) -> str:
 def curves(
     layers: Sequence[dict[str, Any]], points: Sequence[Sequence[tuple[float, float]]]
 ) -> str:
-    """Recall against predicted sparsity, one curve per layer, the calibrated point on it."""
+    """Recall against predicted sparsity, one curve per layer, its operating point ringed."""
     colours = LinearSegmentedColormap.from_list("layers", [BLUE, ORANGE])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.6))
         for i, (row, curve) in enumerate(zip(layers, points, strict=True)):
             colour = colours(i / max(1, len(layers) - 1))
             axes.plot([p for _, p in curve], [r for r, _ in curve], color=colour, lw=1.2)
-            axes.plot(row["predicted_sparsity"], row["recall"], "o", color=colour, ms=5)
-        axes.set(xlabel="predicted sparsity", ylabel="recall", xlim=(0, 1), ylim=(0.5, 1.01))
+            axes.plot(
+                row["predicted_sparsity"],
+                row["recall"],
+                "o",
+                color=colour,
+                markeredgecolor="black",
+                markeredgewidth=0.9,
+                ms=6,
+                clip_on=False,
+                zorder=3,
+                gid=f"chosen-{row['layer']}",
+            )
+        left = max(0.0, min(row["predicted_sparsity"] for row in layers) - 0.3)
+        lowest = min(0.5, *(row["recall"] - 0.05 for row in layers))
+        axes.set(xlabel="predicted sparsity", ylabel="recall", xlim=(left, 1), ylim=(lowest, 1.01))
         axes.set_title(
             f"layers {layers[0]['layer']} (blue) to {layers[-1]['layer']} (orange)", size=9
         )
@@ -85,6 +98,25 @@ def traffic_bars(layers: Sequence[dict[str, Any]]) -> str:
         axes.set(xlabel="layer", ylabel="share of dense FFN bytes", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        return _svg(figure)
+
+
+def data_needed(entries: Sequence[dict[str, Any]]) -> str:
+    """Mean recall and predicted sparsity over training tokens, fewest first."""
+    tokens = [entry["train_tokens"] for entry in entries]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 2.6))
+        for name, line, colour in (
+            ("recall", "o-", BLUE),
+            ("predicted_sparsity", "s-", ORANGE),
+        ):
+            values = [entry["mean"][name] for entry in entries]
+            axes.plot(tokens, values, line, color=colour, label=name.replace("_", " "))
+        axes.set(xlabel="training tokens", xscale="log")
+        axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        axes.minorticks_off()
+        axes.margins(y=0.15)
+        axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         return _svg(figure)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from sparsecast.collect.atomic import new_folder, read_json, write_json, write_text
@@ -15,79 +18,125 @@ from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
 from sparsecast.predictors.config import ReportConfig
 from sparsecast.predictors.html import page
-from sparsecast.predictors.plots import curves, recall_and_sparsity, traffic_bars
-from sparsecast.predictors.score import SPLIT, LayerScore, score_layers
+from sparsecast.predictors.plots import curves, data_needed, recall_and_sparsity, traffic_bars
+from sparsecast.predictors.score import SPLIT, LayerScore, means, score_layers, times_oracle
+
+Rows = list[list[str]]
+"""A table as text, header first."""
 
 COLUMNS = {
     "layer": "layer",
     "recall": "recall",
+    "recall_p5": "recall p5",
+    "recall_first_token": "first token",
     "predicted_sparsity": "pred. spars.",
     "true_sparsity": "true spars.",
     "precision": "prec.",
     "roc_auc": "AUC",
+    "average_precision": "AP",
     "traffic": "traffic",
     "cascade": "cascade",
     "exact": "exact",
     "oracle": "oracle",
 }
+WIDE = ("recall p5", "first token", "AP", "train tokens")
+"""Columns that the screen's tables leave out, to fit 80 characters."""
+SIDE_BY_SIDE = ("recall", "recall_p5", "predicted_sparsity", "average_precision", "traffic")
+DATA_NEEDED = ("recall", "recall_p5", "predicted_sparsity", "traffic")
 
 
 def report(cfg: ReportConfig) -> dict[str, Any]:
     """Score and write; an earlier report under `cfg.out` is replaced.
 
+    Memory: see `score_layers`, and the predictors of `cfg.predictors` and of one other folder.
+
     Raises:
         InputError: No predictors or activations there, or they belong to different models.
     """
-    predictors, store = load_predictors(cfg.predictors), ActivationStore(cfg.activations)
-    made = store.manifest
-    check_belongs(
-        predictors,
-        str(cfg.predictors),
-        layers=len(predictors.layers),
-        hidden_size=made.hidden_size,
-        ffn_width=made.ffn_width,
-        fingerprint=made.fingerprint,
-        model=f"{cfg.activations} ({made.model})",
-    )
+    store = ActivationStore(cfg.activations)
+    predictors = _predictors(cfg.predictors, store)
+    others = {path.resolve(): path for path in cfg.against or []}
+    others.pop(cfg.predictors.resolve(), None)
+    for path in others.values():
+        _predictors(path, store, layers=len(predictors.layers))
     change = _perplexity_change(cfg.evaluation)
     scores = score_layers(predictors, store, str(cfg.predictors))
     result = summarise(scores, predictors, store, change)
-    rows = _rows(result)
-    figures = [
-        recall_and_sparsity(result["layers"]),
-        curves(result["layers"], [score.curve for score in scores]),
-        traffic_bars(result["layers"]),
-    ]
-    with new_folder(cfg.out, replaces="report.json") as folder:
-        write_json(folder / "report.json", result)
-        write_text(folder / "report.md", _markdown(result, rows))
-        write_text(folder / "report.html", page(result, rows, figures))
-    if cfg.json is not None:
-        write_json(Path(cfg.json), result)
-    _show(rows, change)
+    if cfg.against is not None:
+        result["against"] = [_entry(cfg.predictors, predictors, result["mean"])]
+        for path in others.values():
+            other = _predictors(path, store)
+            mean = means(score_layers(other, store, str(path)))
+            result["against"].append(_entry(path, other, mean))
+    _write(cfg, result, [score.curve for score in scores])
+    _show(result)
     return result
+
+
+def _predictors(path: Path, store: ActivationStore, layers: int | None = None) -> PredictorSet:
+    predictors, made = load_predictors(path), store.manifest
+    check_belongs(
+        predictors,
+        str(path),
+        layers=layers or len(predictors.layers),
+        hidden_size=made.hidden_size,
+        ffn_width=made.ffn_width,
+        fingerprint=made.fingerprint,
+        model=f"{store.folder} ({made.model})",
+    )
+    return predictors
 
 
 def summarise(
     scores: list[LayerScore], predictors: PredictorSet, store: ActivationStore, change: float | None
 ) -> dict[str, Any]:
-    """The report's JSON; means are plain means over layers, over those that have the number."""
-    layers = [score.values for score in scores]
-    mean: dict[str, float | None] = {}
-    for name in layers[0]:
-        known = [row[name] for row in layers if row[name] is not None]
-        mean[name] = sum(known) / len(known) if known else None
-    mean["layer"] = None
-    dtype = predictors.manifest.dtype if predictors.manifest else "f16"
+    """The report's JSON, compared with no others."""
     return {
-        "layers": layers,
-        "mean": mean,
+        "layers": [score.values for score in scores],
+        "mean": means(scores),
         "tokens": store.manifest.tokens(SPLIT),
-        "predictor_bytes": sum(2 * w.numel() for layer in predictors.layers for w in layer),
+        "predictor_bytes": _nbytes(predictors),
         "model": store.manifest.model,
-        "predictor_dtype": dtype,
+        "predictor_dtype": _dtype(predictors),
         "threshold": predictors.threshold,
         "perplexity_change": change,
+        "against": [],
+    }
+
+
+def _entry(path: Path, predictors: PredictorSet, mean: dict[str, Any]) -> dict[str, Any]:
+    """One of the folders that stand side by side."""
+    made = predictors.manifest
+    return {
+        "name": path.resolve().name,
+        "recipe": made.recipe.get("recipe", "default") if made else None,
+        "rank": mean["rank"],
+        "dtype": _dtype(predictors),
+        "train_tokens": made.recipe.get("train_tokens") if made else None,
+        "predictor_bytes": _nbytes(predictors),
+        "mean": mean,
+    }
+
+
+def _nbytes(predictors: PredictorSet) -> int:
+    return sum(layer.nbytes for layer in predictors.layers)
+
+
+def _dtype(predictors: PredictorSet) -> str:
+    dtypes = {layer.dtype for layer in predictors.layers}
+    return dtypes.pop() if len(dtypes) == 1 else "mixed"
+
+
+def by_train_tokens(against: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Entries that differ in training tokens alone, fewest first, under what they share."""
+    groups = defaultdict(list)
+    for entry in against:
+        if entry["train_tokens"] is not None:
+            groups[f"{entry['recipe']}, rank {entry['rank']:g}, {entry['dtype']}"].append(entry)
+    return {
+        shared: sorted(entries, key=lambda entry: entry["train_tokens"])
+        for shared, entries in groups.items()
+        if len({entry["train_tokens"] for entry in entries}) > 1
     }
 
 
@@ -104,39 +153,118 @@ def _perplexity_change(path: Path | None) -> float | None:
     return float(change)
 
 
-def _rows(result: dict[str, Any]) -> list[list[str]]:
+def _write(
+    cfg: ReportConfig, result: dict[str, Any], points: list[list[tuple[float, float]]]
+) -> None:
+    """Every file, from the JSON and each layer's curve."""
+    layers, against = result["layers"], result["against"]
+    needed = by_train_tokens(against)
+    rows, side = _layer_rows(result), _side_rows(against)
+    data = {shared: _data_rows(entries) for shared, entries in needed.items()}
+    html = page(
+        result,
+        [recall_and_sparsity(layers), curves(layers, points), traffic_bars(layers)],
+        rows,
+        side,
+        {shared: (data_needed(entries), data[shared]) for shared, entries in needed.items()},
+    )
+    with new_folder(cfg.out, replaces="report.json") as folder:
+        write_json(folder / "report.json", result)
+        write_text(folder / "report.md", _markdown(result, rows, side, data))
+        write_text(folder / "report.html", html)
+    if cfg.json is not None:
+        write_json(cfg.json, result)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _layer_rows(result: dict[str, Any]) -> Rows:
     """Header, layers, mean."""
+    _, *names = COLUMNS
     rows = [list(COLUMNS.values())]
     for row in (*result["layers"], result["mean"]):
-        cells = ["mean" if row["layer"] is None else str(row["layer"])]
-        for name in list(COLUMNS)[1:]:
-            cells.append("-" if row[name] is None else f"{row[name]:.3f}")
-        rows.append(cells)
+        label = "mean" if row["layer"] is None else str(row["layer"])
+        rows.append([label, *(_number(row[name]) for name in names)])
     return rows
 
 
-def _markdown(result: dict[str, Any], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---:|" * len(COLUMNS))
-    change = result["perplexity_change"]
+def _side_rows(against: Sequence[dict[str, Any]]) -> Rows:
+    """Header and one row a folder, the report's own first; nothing where none was asked for."""
+    if not against:
+        return []
+    named = ["predictors", "recipe", "rank", "format", "train tokens", "MB"]
+    rows = [[*named, *(COLUMNS[name] for name in SIDE_BY_SIDE), "x oracle"]]
+    for entry in against:
+        tokens, times = entry["train_tokens"], times_oracle(entry["mean"])
+        rows.append(
+            [
+                entry["name"],
+                entry["recipe"] or "-",
+                f"{entry['rank']:g}",
+                entry["dtype"],
+                "-" if tokens is None else f"{tokens:,}",
+                f"{entry['predictor_bytes'] / 1e6:.3g}",
+                *(_number(entry["mean"][name]) for name in SIDE_BY_SIDE),
+                "-" if times is None else f"{times:.2f}",
+            ]
+        )
+    return rows
+
+
+def _data_rows(entries: Sequence[dict[str, Any]]) -> Rows:
+    rows = [["training tokens", *(COLUMNS[name] for name in DATA_NEEDED)]]
+    for entry in entries:
+        values = [_number(entry["mean"][name]) for name in DATA_NEEDED]
+        rows.append([f"{entry['train_tokens']:,}", *values])
+    return rows
+
+
+def _markdown(result: dict[str, Any], rows: Rows, side: Rows, data: dict[str, Rows]) -> str:
+    change, mean, times = result["perplexity_change"], result["mean"], times_oracle(result["mean"])
     loss = "not evaluated" if change is None else f"{change:+.2%}"
-    return (
+    multiple = "" if times is None else f", {times:.2f} times the oracle's"
+    text = (
         f"# Predictors of {result['model']}\n\n"
-        f"{result['tokens']:,} held-out tokens, rank {result['mean']['rank']:g}, "
+        f"{result['tokens']:,} held-out tokens, rank {mean['rank']:g}, "
         f"{result['predictor_dtype']}, {result['predictor_bytes']:,} bytes, threshold "
         f"{result['threshold']:g}. Perplexity with the predictors in the loop: {loss}.\n"
-        "Traffic is relative to the dense FFN in f16.\n\n" + "\n".join(lines) + "\n"
+        f"Traffic is relative to the dense FFN in f16: {mean['traffic']:.3f}{multiple}.\n\n"
+        + _markdown_table(rows)
     )
+    if side:
+        text += f"\n## Side by side\n\nMeans over layers, same tokens.\n\n{_markdown_table(side)}"
+    if data:
+        text += "\n## How much data is enough\n"
+    for shared, table in data.items():
+        text += f"\n{shared}:\n\n{_markdown_table(table)}"
+    return text
 
 
-def _show(rows: list[list[str]], change: float | None) -> None:
-    table = Table(
-        title="held-out scores", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows[1:]:
-        table.add_row(*row, style="bold" if row is rows[-1] else None)
-    console.print(table)
-    if change is not None:
+def _markdown_table(rows: Rows) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|" + "---:|" * len(rows[0]))
+    return "\n".join(lines) + "\n"
+
+
+def _show(result: dict[str, Any]) -> None:
+    rows = _layer_rows(result)
+    _show_table("held-out scores", rows, bold=len(rows) - 1)
+    if result["against"]:
+        _show_table("side by side", _side_rows(result["against"]), bold=1)
+    if (change := result["perplexity_change"]) is not None:
         console.print(f"perplexity with the predictors in the loop: {change:+.2%}")
+
+
+def _show_table(title: str, rows: Rows, bold: int) -> None:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = [i for i, name in enumerate(rows[0]) if name not in WIDE]
+    for i in shown:
+        name = rows[0][i]
+        least = max(map(len, name.split()))
+        table.add_column(name, justify="right", min_width=least, overflow="fold")
+    for number, row in enumerate(rows[1:], start=1):
+        cells = (escape(row[i]) for i in shown)
+        table.add_row(*cells, style="bold" if number == bold else None)
+    console.print(table)

@@ -1,21 +1,35 @@
-"""Score predictors on the held-out split, as exported and with the engine's rounding."""
+"""Score predictors on the held-out split, as exported and with the engine's rounding.
+
+Shape letters: T tokens, D hidden, F FFN width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.data import layer_batches, layer_energies
-from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
+from sparsecast.predictors.formats import BITS
+from sparsecast.predictors.metrics import (
+    Counts,
+    ScoreHistogram,
+    TokenRecalls,
+    Traffic,
+    count,
+    traffic,
+)
 from sparsecast.predictors.mlp import Predictor, rms
 
 SPLIT = "held-out"
+BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,8 @@ class LayerScore:
 def score_layers(predictors: PredictorSet, store: ActivationStore, where: str) -> list[LayerScore]:
     """Score every recorded layer.
 
-    Memory: 1,024 tokens of one layer at a time.
+    Memory: `BATCH` tokens of one layer, and one layer's `ScoreHistogram` and `TokenRecalls`,
+    for any number of tokens.
 
     Raises:
         InputError: The store has a layer that `predictors` lack.
@@ -49,27 +64,82 @@ def score_layers(predictors: PredictorSet, store: ActivationStore, where: str) -
     return scores
 
 
+def means(scores: Sequence[LayerScore]) -> dict[str, float | None]:
+    """Plain means over layers, over those that have the number; `layer` is None."""
+    mean: dict[str, float | None] = {}
+    for name in scores[0].values:
+        known = [v for score in scores if (v := score.values[name]) is not None]
+        mean[name] = sum(known) / len(known) if known else None
+    mean["layer"] = None
+    return mean
+
+
+def times_oracle(mean: dict[str, Any]) -> float | None:
+    """Mean traffic over the oracle's; None where nothing fired."""
+    return mean["traffic"] / mean["oracle"] if mean["oracle"] else None
+
+
 def _score(
     predictor: Predictor, threshold: float, store: ActivationStore, layer: int
 ) -> LayerScore:
     made = store.manifest
-    histogram = ScoreHistogram()
-    counts = Counts(0, 0, 0, 0)
+    histogram, tokens = ScoreHistogram(), TokenRecalls()
+    counts = first = Counts(0, 0, 0, 0)
     hit = energy = 0.0
-    pairs = zip(
-        layer_batches(store, SPLIT, layer), layer_energies(store, SPLIT, layer), strict=True
+    size = _size(predictor)
+    runs = zip(
+        layer_batches(store, SPLIT, layer, BATCH),
+        layer_energies(store, SPLIT, layer, BATCH),
+        _positions(store),
+        strict=True,
     )
-    for (x_TD, active_TF), energy_TF in pairs:
+    for (x_TD, active_TF), energy_TF, position_T in runs:
         logits_TF = predictor.logits(x_TD)
         predicted_TF = logits_TF >= threshold
         counts = counts.plus(count(predicted_TF, active_TF))
+        tokens.add(predicted_TF, active_TF)
+        first_T = position_T == 0
+        first = first.plus(count(predicted_TF[first_T], active_TF[first_T]))
         if energy_TF is not None:
             hit += (energy_TF * predicted_TF).sum(dtype=torch.float64).item()
             energy += energy_TF.sum(dtype=torch.float64).item()
         # At threshold 0 the norm of x decides nothing, so it must not rank one token over another.
-        ranked_TF = logits_TF / rms(x_TD) if threshold == 0 else logits_TF
-        histogram.add(ranked_TF, active_TF)
-    bytes_read = traffic(
+        norm = rms(x_TD) if threshold == 0 else 1.0
+        histogram.add(logits_TF / (norm * size), active_TF)
+    values = {
+        "layer": layer,
+        "rank": predictor.rank,
+        "recall": counts.recall,
+        "recall_p5": tokens.percentile(5),
+        "recall_first_token": first.recall if first.total else None,
+        "predicted_sparsity": counts.predicted_sparsity,
+        "true_sparsity": counts.true_sparsity,
+        "precision": counts.precision,
+        "energy_recall": (hit / energy if energy else 1.0) if made.energy else None,
+        "roc_auc": histogram.roc_auc(),
+        "average_precision": histogram.average_precision(),
+        **_traffic(predictor, counts, store)._asdict(),
+    }
+    return LayerScore(values, histogram.curve())
+
+
+def _size(predictor: Predictor) -> float:
+    """What logits of any predictor are divided by to fall within a histogram's octaves."""
+    fc1, fc2 = (float(weight.double().norm()) for weight in predictor.weights)
+    return fc1 * fc2 or 1.0
+
+
+def _positions(store: ActivationStore) -> Iterator[Tensor]:
+    """Places in the document (T,) of the tokens of each batch of `layer_batches`."""
+    for shard in range(len(store.shards(SPLIT))):
+        _, position_T = store.tokens(SPLIT, shard)
+        for start in range(0, len(position_T), BATCH):
+            yield position_T[start : start + BATCH]
+
+
+def _traffic(predictor: Predictor, counts: Counts, store: ActivationStore) -> Traffic:
+    made = store.manifest
+    return traffic(
         rank=predictor.rank,
         hidden_size=made.hidden_size,
         ffn_width=made.ffn_width,
@@ -77,16 +147,5 @@ def _score(
         recall=counts.recall,
         predicted_sparsity=counts.predicted_sparsity,
         true_sparsity=counts.true_sparsity,
+        predictor_bits=BITS[predictor.dtype],
     )
-    values = {
-        "layer": layer,
-        "rank": predictor.rank,
-        "recall": counts.recall,
-        "predicted_sparsity": counts.predicted_sparsity,
-        "true_sparsity": counts.true_sparsity,
-        "precision": counts.precision,
-        "energy_recall": (hit / energy if energy else 1.0) if made.energy else None,
-        "roc_auc": histogram.roc_auc(),
-        **bytes_read._asdict(),
-    }
-    return LayerScore(values, histogram.curve())

@@ -65,6 +65,29 @@ def test_options_as_people_type_them(args, want):
     assert want.items() <= values.items()
 
 
+REPORT = ["--predictors", "p", "--activations", "a", "--out", "o"]
+
+
+@pytest.mark.parametrize(
+    ("args", "want"),
+    [
+        (["--against", "../x/p-1", "q 2"], ["../x/p-1", "q 2"]),
+        (["--against", "/x/p.1,q"], ["/x/p.1", "q"]),
+        (["--against=a/p,b/é"], ["a/p", "b/é"]),
+        (["--against", "a/p", "--json", "s.json"], ["a/p"]),
+        (["--against", '["a/p,q"]'], ["a/p,q"]),
+        (["--against", "a,", "~/b"], ["a", str(Path.home() / "b")]),
+    ],
+)
+def test_several_folders_as_people_type_them(args, want):
+    config = _load(STAGES["report"].config)
+    for line in ([*REPORT, *args], [*args, *REPORT]):
+        values = _parse("report", config, None, line)
+        assert values["against"] == [Path(path) for path in want]
+        assert values["predictors"] == Path("p")
+        assert values["json"] == (Path("s.json") if "--json" in args else None)
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [
@@ -86,6 +109,8 @@ def test_options_as_people_type_them(args, want):
         ([*COLLECT, "--energy", "maybe"], "energy"),
         (["train", "--activations", "nowhere", "--out", "o"], "manifest.json: no such file"),
         (["verify", "nowhere"], "nowhere"),
+        (["report", *REPORT, "--against", ","], "--against: names no folder"),
+        (["report", *REPORT, "--against"], "--against"),
     ],
 )
 def test_what_the_user_must_change_exits_with_2_and_one_line(args, match, capsys, tmp_path):

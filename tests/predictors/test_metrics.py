@@ -7,9 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import precision_score, recall_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
-from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
+from sparsecast.predictors.metrics import Counts, ScoreHistogram, TokenRecalls, count, traffic
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 40))
 rates = st.sampled_from([0.0, 0.1, 0.5, 1.0])
@@ -52,26 +57,95 @@ def test_a_lower_cut_never_loses_recall(seed, a, b):
     assert loose.predicted_sparsity <= strict.predicted_sparsity
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
-def test_auc_agrees_with_sklearn_at_any_scale_of_the_logits(scale):
+def normal(rng, active):
+    return rng.normal(size=active.shape) + 1.5 * active
+
+
+def many_ties(rng, active):
+    return (rng.integers(-2, 3, size=active.shape) + active).astype(float)
+
+
+def mostly_zero(rng, active):
+    """Zeros of either sign."""
+    score = normal(rng, active) - 1
+    return np.where(score > 0, score, rng.choice([0.0, -0.0], size=active.shape))
+
+
+def twenty_octaves(rng, active):
+    return np.sign(normal(rng, active)) * np.exp2(rng.uniform(-10, 10, size=active.shape))
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.15, 0.97])
+@pytest.mark.parametrize("scale", [1e-6, 0.01, 1.0, 50.0, 1e6])
+@pytest.mark.parametrize("scores", [normal, many_ties, mostly_zero, twenty_octaves])
+def test_auc_and_average_precision_agree_with_sklearn_at_any_scale(scores, scale, rate):
     rng = np.random.default_rng(3)
-    active = rng.random((40, 50)) < 0.15
-    logits = scale * (rng.normal(size=active.shape) + 1.5 * active)
+    active = rng.random((40, 50)) < rate
+    logits = (scale * scores(rng, active)).astype(np.float32)
     histogram = ScoreHistogram()
 
     for rows in (slice(0, 13), slice(13, 40)):
-        histogram.add(torch.from_numpy(logits[rows]).float(), torch.from_numpy(active[rows]))
+        histogram.add(torch.from_numpy(logits[rows]), torch.from_numpy(active[rows]))
 
-    assert histogram.roc_auc() == pytest.approx(
-        roc_auc_score(active.ravel(), logits.ravel()), abs=1e-3
+    truth, raw = active.ravel(), logits.ravel()
+    assert histogram.roc_auc() == pytest.approx(roc_auc_score(truth, raw), abs=1e-3)
+    assert histogram.average_precision() == pytest.approx(
+        average_precision_score(truth, raw), abs=1e-3
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("score", [0.0, -0.0, 1.0, -1.0, 1e-7, -6e4, float("inf"), -float("inf")])
+def test_one_score_for_all_tells_nothing_apart(score, dtype):
+    histogram = ScoreHistogram()
+    histogram.add(torch.full((2, 4), score, dtype=dtype), torch.arange(8).view(2, 4) < 2)
+    assert histogram.roc_auc() == 0.5
+    assert histogram.average_precision() == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("active", [False, True])
-def test_auc_is_absent_where_a_class_is(active):
+def test_auc_and_average_precision_are_absent_where_a_class_is(active):
     histogram = ScoreHistogram()
     histogram.add(torch.randn(3, 4), torch.full((3, 4), active))
     assert histogram.roc_auc() is None
+    assert histogram.average_precision() is None
+
+
+@given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=30), st.integers(0, 2**31))
+def test_a_cut_between_ties_decides_as_its_histogram_counted(scores, seed):
+    """A cut is the lowest score of its bin, so >= splits no bin, on either side of 0."""
+    score = torch.tensor([scores])
+    active = torch.rand(score.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    histogram = ScoreHistogram()
+    histogram.add(score, active)
+    for cut in (histogram.cut_for_recall(0.7), histogram.cut_for_sparsity(0.4)):
+        got = count(score >= cut, active)
+        assert histogram.at(cut) == pytest.approx((got.recall, got.predicted_sparsity))
+
+
+def test_the_cut_where_nothing_is_active_keeps_everything():
+    score = torch.tensor([[-3.0, 2.0]])
+    histogram = ScoreHistogram()
+    histogram.add(score, torch.zeros(1, 2, dtype=torch.bool))
+    cut = histogram.cut_for_recall(0.9)
+    assert cut == pytest.approx(-3, abs=0.01)
+    assert (score >= cut).all()
+
+
+@given(sizes, rates, rates, st.integers(0, 2**31))
+def test_token_recalls_are_the_percentiles_of_single_tokens(size, fired, kept, seed):
+    rng = np.random.default_rng(seed)
+    active, predicted = rng.random(size) < fired, rng.random(size) < kept
+    half = len(active) // 2
+    tokens = TokenRecalls()
+
+    for rows in (slice(0, half), slice(half, None)):
+        tokens.add(torch.from_numpy(predicted[rows]), torch.from_numpy(active[rows]))
+
+    single = [recall_score(a, p, zero_division=1) for a, p in zip(active, predicted, strict=True)]
+    for percent in (5, 50, 100):
+        want = np.percentile(single, percent, method="inverted_cdf")
+        assert tokens.percentile(percent) == pytest.approx(want, abs=1e-4)
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 0.95])

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.splits import SPLITS
 from sparsecast.collect.store import ActivationStore
-from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.config import ReportConfig
 from sparsecast.predictors.data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.mlp import Predictor
-from sparsecast.predictors.report import report
+from sparsecast.predictors.report import by_train_tokens, report
+from sparsecast.predictors.score import score_layers
 
 LAYER_KEYS = {
     "layer",
@@ -27,14 +32,18 @@ LAYER_KEYS = {
     "true_sparsity",
     "precision",
     "energy_recall",
+    "recall_p5",
+    "recall_first_token",
     "roc_auc",
+    "average_precision",
     "traffic",
     "cascade",
     "exact",
     "oracle",
 }
+AGAINST_KEYS = {"name", "recipe", "rank", "dtype", "train_tokens", "predictor_bytes", "mean"}
 KEYS = {"layers", "mean", "tokens", "predictor_bytes", "model", "predictor_dtype", "threshold"}
-KEYS |= {"perplexity_change"}
+KEYS |= {"perplexity_change", "against"}
 
 
 def no_nan(text: str) -> float:
@@ -46,6 +55,42 @@ def cfg(synthetic, recipe, trained, tmp_path) -> ReportConfig:
     return ReportConfig(
         predictors=recipe.out, activations=synthetic.folder, out=tmp_path / "report"
     )
+
+
+@pytest.fixture
+def edited(synthetic, tmp_path):
+    """A copy of the synthetic store, each shard's tensors passed through a function."""
+
+    def edit(change) -> Path:
+        copy = tmp_path / "edited"
+        shutil.copytree(synthetic.folder, copy)
+        for path in (path for split in SPLITS for path in copy.glob(f"{split}-*.safetensors")):
+            tensors = load_file(path)
+            change(tensors)
+            save_file(tensors, path)
+        return copy
+
+    return edit
+
+
+@pytest.fixture
+def variant(trained, tmp_path):
+    """Write the trained predictors with another recipe; fc2 shifted to predict more."""
+
+    def write(name: str, *, offset: float = 0.0, **changes) -> Path:
+        layers = [
+            Predictor(layer.fc1_RD, layer.fc2_FR.float() + offset, "f16")
+            for layer in trained.layers
+        ]
+        manifest = replace(
+            trained.manifest,
+            dtypes=["f16"] * len(layers),
+            recipe={**trained.manifest.recipe, **changes},
+        )
+        PredictorSet(layers, 0.0, manifest).save(tmp_path / name)
+        return tmp_path / name
+
+    return write
 
 
 def test_the_json_has_the_contracts_keys_and_no_nan(cfg, tmp_path):
@@ -62,6 +107,7 @@ def test_the_json_has_the_contracts_keys_and_no_nan(cfg, tmp_path):
     assert result["threshold"] == 0.0
     assert result["perplexity_change"] is None
     assert result["mean"]["energy_recall"] is None
+    assert result["against"] == []
 
 
 def test_scores_are_those_of_the_held_out_split(cfg, trained, synthetic):
@@ -80,21 +126,48 @@ def test_scores_are_those_of_the_held_out_split(cfg, trained, synthetic):
     )
 
 
-def test_a_layer_where_one_class_is_absent_has_no_auc(tmp_path, cfg, synthetic):
-    """Nothing fired: recall is 1 and the means skip what is null."""
-    copy = tmp_path / "silent"
-    copy.mkdir()
-    for path in synthetic.folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    from safetensors.torch import load_file, save_file
+def test_tails_are_those_of_single_tokens_and_of_the_first_in_each_document(
+    cfg, trained, synthetic
+):
+    result = report(cfg)
+    first_T = torch.cat(
+        [synthetic.tokens("held-out", i)[1] == 0 for i in range(len(synthetic.shards("held-out")))]
+    )
+    assert first_T.sum() == 2
+    for layer, predictor in enumerate(trained.layers):
+        batches = list(layer_batches(synthetic, "held-out", layer))
+        predicted_TF = torch.cat([predictor.logits(x_TD) >= 0 for x_TD, _ in batches])
+        active_TF = torch.cat([active_TF for _, active_TF in batches])
+        recalls = [count(p, a).recall for p, a in zip(predicted_TF, active_TF, strict=True)]
+        row = result["layers"][layer]
+        assert row["recall_p5"] == pytest.approx(
+            np.percentile(recalls, 5, method="inverted_cdf"), abs=1e-4
+        )
+        assert row["recall_p5"] < row["recall"]
+        assert row["recall_first_token"] == (
+            count(predicted_TF[first_T], active_TF[first_T]).recall
+        )
 
-    for split in SPLITS:
-        for path in copy.glob(f"{split}-*.safetensors"):
-            tensors = load_file(path)
-            tensors["layer.0.mask"].zero_()
-            save_file(tensors, path)
+
+def test_without_a_first_token_there_is_no_recall_on_it(cfg, edited):
+    def later(tensors):
+        tensors["position"] += 1
+
+    result = report(replace(cfg, activations=edited(later)))
+    assert {row["recall_first_token"] for row in (*result["layers"], result["mean"])} == {None}
+
+
+def test_a_layer_where_one_class_is_absent_has_no_auc(cfg, edited):
+    """Nothing fired: recall is 1 and the means skip what is null."""
+
+    def silence(tensors):
+        tensors["layer.0.mask"].zero_()
+
+    copy = edited(silence)
     result = report(replace(cfg, activations=copy))
     assert result["layers"][0]["roc_auc"] is None
+    assert result["layers"][0]["average_precision"] is None
+    assert result["layers"][0]["recall_p5"] == 1.0
     assert result["layers"][0]["recall"] == 1.0
     assert result["mean"]["roc_auc"] == result["layers"][1]["roc_auc"]
     assert ActivationStore(copy).manifest.tokens() == 8_000
@@ -138,3 +211,97 @@ def test_the_page_stands_alone(cfg):
 def test_predictors_of_another_model_are_refused(cfg, acts):
     with pytest.raises(InputError, match="predictors of this model|fingerprint"):
         report(replace(cfg, activations=acts.folder))
+
+
+def test_other_predictors_stand_side_by_side(cfg, trained, variant, tmp_path):
+    more = variant("more <b>", offset=0.05, train_tokens=3_000, recipe="reference")
+    foreign = tmp_path / "foreign"
+    PredictorSet(load_predictors(more).layers, 0.5, None).save(foreign)
+
+    result = report(replace(cfg, against=[more, cfg.predictors, foreign]))
+    own, first, second = result["against"]
+
+    assert [entry["name"] for entry in (own, first, second)] == ["pred", "more <b>", "foreign"]
+    assert [entry["recipe"] for entry in (own, first, second)] == ["default", "reference", None]
+    assert [entry["train_tokens"] for entry in (own, first, second)] == [6_000, 3_000, None]
+    assert own["mean"] == result["mean"]
+    assert own["predictor_bytes"] == result["predictor_bytes"]
+    assert (first["rank"], first["dtype"]) == (32, "f16")
+    assert first["mean"] == report(replace(cfg, predictors=more))["mean"]
+    assert first["mean"]["recall"] > own["mean"]["recall"]
+    assert second["mean"]["recall"] < first["mean"]["recall"], "its own threshold"
+    assert set(first) == AGAINST_KEYS
+    assert set(first["mean"]) == LAYER_KEYS
+
+
+def test_side_by_side_is_on_every_page_and_names_are_no_html(cfg, variant):
+    report(replace(cfg, against=[variant("more <b>", recipe="reference")]))
+    markdown, html = ((cfg.out / f"report.{kind}").read_text() for kind in ("md", "html"))
+    for text in (markdown, html):
+        assert "Side by side" in text
+        assert "How much data is enough" not in text
+    assert "| more <b> | reference | 32 | f16 |" in markdown
+    assert "more &lt;b&gt;" in html
+    assert "more <b>" not in html
+
+
+def test_predictors_that_differ_in_training_tokens_say_how_much_is_enough(cfg, variant):
+    folders = [variant(f"p{n}", train_tokens=n, recipe="mine") for n in (4_000, 1_000, 2_000)]
+    result = report(replace(cfg, against=folders))
+    (shared, entries), *others = by_train_tokens(result["against"]).items()
+    assert others == []
+    assert shared == "mine, rank 32, f16"
+    assert [entry["train_tokens"] for entry in entries] == [1_000, 2_000, 4_000]
+    markdown, html = ((cfg.out / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert re.findall(r"^\| (\d,000) \|", markdown, re.M) == ["1,000", "2,000", "4,000"]
+    assert html.count("<svg") == 4
+    assert "How much data is enough" in html
+
+
+def test_others_of_another_model_are_refused_before_anything_is_scored(
+    cfg, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sparsecast.predictors.report.score_layers", None)
+    strange, longer = tmp_path / "strange", tmp_path / "longer"
+    PredictorSet(trained.layers, 0.0, replace(trained.manifest, fingerprint="f" * 16)).save(strange)
+    PredictorSet([*trained.layers, trained.layers[0]], 0.0, None).save(longer)
+    with pytest.raises(InputError, match="strange: was trained for"):
+        report(replace(cfg, against=[strange]))
+    with pytest.raises(InputError, match="longer: has predictors for 3 layers"):
+        report(replace(cfg, against=[longer]))
+    assert not cfg.out.exists()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_rankings_do_not_depend_on_the_size_of_the_weights(trained, synthetic, threshold):
+    def ranking(power: int) -> list[float]:
+        layers = [
+            Predictor(layer.fc1_RD.float(), layer.fc2_FR.float() * 2.0**power)
+            for layer in trained.layers
+        ]
+        scores = score_layers(PredictorSet(layers, threshold * 2.0**power, None), synthetic, "p")
+        return [score.values[name] for score in scores for name in ("roc_auc", "average_precision")]
+
+    assert ranking(-50) == ranking(40) == pytest.approx(ranking(0), abs=1e-3)
+
+
+def test_the_operating_point_is_marked_and_lies_on_its_curve(cfg, trained, synthetic):
+    scores = score_layers(trained, synthetic, "pred")
+    for score in scores:
+        recall, sparsity = zip(*score.curve, strict=True)
+        at = np.interp(score.values["predicted_sparsity"], sparsity, recall)
+        assert at == pytest.approx(score.values["recall"], abs=5e-3)
+    report(cfg)
+    page = (cfg.out / "report.html").read_text()
+    assert [f'id="chosen-{layer}"' in page for layer in (0, 1, 2)] == [True, True, False]
+
+
+def test_the_page_opens_with_the_headline_figures(cfg):
+    mean = report(cfg)["mean"]
+    page = (cfg.out / "report.html").read_text()
+    cards = page[page.index('class="cards"') : page.index("<h2>")]
+    for name in ("recall", "recall_p5", "predicted_sparsity", "true_sparsity"):
+        assert f"{mean[name]:.1%}" in cards
+    for name in ("traffic", "exact", "oracle"):
+        assert f"{mean[name]:.3f}" in cards
+    assert f"{mean['traffic'] / mean['oracle']:.2f}×" in cards
