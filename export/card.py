@@ -6,7 +6,9 @@ from statistics import fmean
 
 from sparsecast.export.hyper import Hyper
 from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.formats import BITS
 from sparsecast.predictors.metrics import traffic
+from sparsecast.predictors.mlp import Predictor
 
 RELU_NOTE = (
     "The model computes {rule}; PowerInfer computes plain ReLU, so neurons whose gate lies between "
@@ -50,14 +52,16 @@ def relu_note(hyper: Hyper) -> str:
 
 
 def _scores(hyper: Hyper, predictors: PredictorSet, dtype: str) -> list[str]:
-    ranks = [predictor.rank for predictor in predictors.layers]
     manifest = predictors.manifest
     if manifest is None:
+        ranks = [predictor.rank for predictor in predictors.layers]
         return [f"Ranks {ranks}. They came without scores; `sparsecast report` measures them."]
     rows = []
-    for rank, scores in zip(ranks, manifest.calibration, strict=True):
+    for predictor, scores in zip(predictors.layers, manifest.calibration, strict=True):
         recall, sparsity = scores["recall"], scores["predicted_sparsity"]
-        rows.append((rank, recall, sparsity, _traffic(hyper, rank, recall, sparsity)))
+        traffic_ = _traffic(hyper, predictor, recall, sparsity)
+        rows.append((predictor.rank, recall, sparsity, traffic_))
+    formats = "/".join(sorted({predictor.dtype for predictor in predictors.layers}))
     means = [fmean(column) for column in zip(*rows, strict=True)]
     lines = ["| layer | rank | recall | predicted sparsity | traffic |", "|---|---|---|---|---|"]
     for i, (rank, recall, sparsity, traffic_) in enumerate(rows):
@@ -67,26 +71,27 @@ def _scores(hyper: Hyper, predictors: PredictorSet, dtype: str) -> list[str]:
         "\n".join(lines),
         "Measured on the calibration split; held-out scores are in `sparsecast report`. Traffic is "
         "bytes of FFN and predictor weights read per token over those of the dense FFN, with FFN "
-        "weights in f16 and predictors in f16: predictor share + 1 - predicted sparsity; lower is "
-        "better, 1 is dense.",
+        f"weights in f16 and predictors in {formats}: predictor share + 1 - predicted sparsity; "
+        "lower is better, 1 is dense.",
     ]
     if dtype == "f32":
-        # Gate and up take 4 bytes a weight and down 2, so f16 predictors weigh 3 * 2 / (4 + 4 + 2).
+        # Gate and up take 4 bytes a weight and down 2: 10 bytes where f16 has 6.
         share = 0.6 * (means[3] - 1 + means[2])
         text.append(
-            f"Of the types in this file (gate and up f32, down f16, predictors f16) the mean "
+            f"Of the types in this file (gate and up f32, down f16, predictors {formats}) the mean "
             f"traffic is {share + 1 - means[2]:.4f}."
         )
     return text
 
 
-def _traffic(hyper: Hyper, rank: int, recall: float, predicted_sparsity: float) -> float:
+def _traffic(hyper: Hyper, predictor: Predictor, recall: float, predicted_sparsity: float) -> float:
     return traffic(
-        rank=rank,
+        rank=predictor.rank,
         hidden_size=hyper.hidden,
         ffn_width=hyper.ffn,
         matrices=3,
         recall=recall,
         predicted_sparsity=predicted_sparsity,
         true_sparsity=0.0,  # only the figures of other schemes depend on it
+        predictor_bits=BITS[predictor.dtype],
     ).traffic

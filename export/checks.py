@@ -66,7 +66,12 @@ BLOCK = {
     "fc1": "RD",
     "fc2": "FR",
 }
-F16_ONLY = ("ffn_down_t", "fc1", "fc2")
+TYPES = {
+    "ffn_down_t": ("f16",),
+    "fc1": ("f16", "q8_0", "q4_0"),
+    "fc2": ("f16", "q8_0", "q4_0"),
+}
+"""Types of matrices that may not be f16 or f32."""
 
 
 def check_metadata(file: GGUFFile) -> Check:
@@ -149,7 +154,7 @@ def check_tensors(file: GGUFFile) -> Check:
             hint = " (transposed)" if entry.shape == shape[::-1] else ""
             wrong.append(f"{name} is {entry.shape}, expected {shape}{hint}")
         short = name.removesuffix(".weight").rpartition(".")[2]
-        types = ("f32",) if len(letters) == 1 else ("f16",) if short in F16_ONLY else ("f16", "f32")
+        types = ("f32",) if len(letters) == 1 else TYPES.get(short, ("f16", "f32"))
         if entry.type.name not in types:
             wrong.append(f"{name} is {entry.type.name}, expected {' or '.join(types)}")
     wrong += [f"{name} is not a tensor of this architecture" for name in file.entries.keys() - want]
@@ -196,13 +201,16 @@ def check_predictor_folder(file: GGUFFile, folder: Path) -> Check:
     if len(predictors.layers) != layers:
         wrong.append(f"{len(predictors.layers)} predictors for {layers} layers")
     for i, predictor in enumerate(predictors.layers[:layers]):
-        for short, weight in zip(("fc1", "fc2"), predictor, strict=True):
+        for short, weight in zip(("fc1", "fc2"), predictor.weights, strict=True):
             name = f"blk.{i}.{short}.weight"
-            if not same(file.tensor(name), weight.half()):
+            stored = file.entries[name].type
+            if stored.name != predictor.dtype:
+                wrong.append(f"{name} is {stored.name}, manifest.json has {predictor.dtype}")
+            elif not same(file.tensor(name), weight.to(stored.dtype)):
                 wrong.append(f"{name} differs from model_{i}.pt")
-    stored = file.keys["powerinfer.sparse_threshold"]
-    if torch.tensor(predictors.threshold, dtype=torch.float32).item() != stored:
-        wrong.append(f"threshold is {stored:g}, config.json has {predictors.threshold:g}")
+    threshold = file.keys["powerinfer.sparse_threshold"]
+    if torch.tensor(predictors.threshold, dtype=torch.float32).item() != threshold:
+        wrong.append(f"threshold is {threshold:g}, config.json has {predictors.threshold:g}")
     return Check("predictor folder", not wrong, "; ".join(wrong) or f"{layers} predictors equal")
 
 

@@ -2,8 +2,9 @@
 
 What the engine computes (PowerInfer's llama.cpp and ggml.c at d3ebd7c), reproduced from the file
 alone:
-- a product with f16 weights rounds its input to f16 and sums in float32 or better; with f32
-  weights nothing is rounded. ffn_down_t takes relu(gate) * up rounded to f16;
+- a product with f16 weights rounds its input to f16 and sums in float32 or better; with q8_0 and
+  q4_0 weights it rounds it to q8_0; with f32 weights nothing is rounded. ffn_down_t takes
+  relu(gate) * up rounded to f16;
 - rope turns neighbouring pairs, its angle by repeated float32 multiplication;
 - softmax takes exp through an f16 table: argument and result are rounded to f16;
 - the KV cache is float32 (`--memory-f32`);
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.export.reader import GGUFFile
+from sparsecast.predictors.formats import rounded_input
 
 
 class Emulator:
@@ -67,8 +69,9 @@ class Emulator:
 
     def _product(self, x_TD: Tensor, name: str) -> Tensor:
         weight = self._file.tensor(name)
-        if weight.dtype == torch.float16:
-            x_TD = x_TD.half()
+        stored = self._file.entries[name].type.name
+        if stored != "f32":
+            x_TD = rounded_input(x_TD, stored)
         return (x_TD.to(self._sums) @ weight.to(self._sums).T).float()
 
     def _norm(self, x_TD: Tensor, name: str) -> Tensor:

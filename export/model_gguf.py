@@ -1,9 +1,10 @@
 """Write a llama with its predictors as PowerInfer's GGUF file.
 
 A PowerInfer file is a GGUF version 3 file, alignment 32, whose first four bytes are "PWRI". 2-D
-tensors are f16 (or f32), 1-D tensors f32, ffn_down_t f16 always: for f32 there the engine gives
-NaN without an error. A tensor that its architecture does not use makes loading fail, so nothing
-else is written. The threshold must be an f32. (PowerInfer's llama.cpp and ggml.h at d3ebd7c.)
+tensors are f16 (or f32), those of predictors f16, q8_0 or q4_0, 1-D tensors f32, ffn_down_t f16
+always: for f32 there the engine gives NaN without an error. A tensor that its architecture does not
+use makes loading fail, so nothing else is written. The threshold must be an f32. (PowerInfer's
+llama.cpp and ggml.h at d3ebd7c.)
 
 Memory: one tensor at a time, as the source's memory map, at most one rearranged copy (q and k) and
 the converted one; the header holds the vocabulary and the names.
@@ -20,7 +21,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+)
+from gguf.quants import quantize
 from torch import Tensor
 
 from sparsecast.collect.checkpoint import Checkpoint
@@ -29,6 +37,7 @@ from sparsecast.export.hyper import Hyper
 from sparsecast.export.names import Layout, Row, arranged, llama_rows, predictor_names
 from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.formats import check_widths
 
 MAGIC = b"PWRI"
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
@@ -39,12 +48,13 @@ class Planned(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: GGMLQuantizationType
     load: Callable[[], Tensor]
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return int(np.prod(self.shape)) // block * size
 
 
 def plan(
@@ -53,18 +63,23 @@ def plan(
     """The tensors in file order; nothing is read yet.
 
     Args:
-        dtype: "f16" or "f32", of the model's matrices; predictors are f16 either way.
+        dtype: "f16" or "f32", of the model's matrices; predictors have formats of their own.
+
+    Raises:
+        InputError: A quantised predictor whose rows do not divide into blocks.
     """
-    matrix = torch.float16 if dtype == "f16" else torch.float32
+    matrix = GGMLQuantizationType.F16 if dtype == "f16" else GGMLQuantizationType.F32
     return [*_model_part(checkpoint, hyper, matrix), *_predictor_part(predictors)]
 
 
-def _model_part(checkpoint: Checkpoint, hyper: Hyper, matrix: torch.dtype) -> Iterator[Planned]:
+def _model_part(
+    checkpoint: Checkpoint, hyper: Hyper, matrix: GGMLQuantizationType
+) -> Iterator[Planned]:
     for row in llama_rows(hyper.layers, hyper.tied):
         shape = hyper.shape(row.shape)
-        stored = torch.float32 if len(shape) == 1 else matrix
+        stored = GGMLQuantizationType.F32 if len(shape) == 1 else matrix
         if row.layout is Layout.TRANSPOSED:
-            shape, stored = shape[::-1], torch.float16
+            shape, stored = shape[::-1], GGMLQuantizationType.F16
         yield Planned(row.target, shape, stored, partial(_load, checkpoint, hyper, row))
 
 
@@ -74,8 +89,10 @@ def _load(checkpoint: Checkpoint, hyper: Hyper, row: Row) -> Tensor:
 
 def _predictor_part(predictors: PredictorSet) -> Iterator[Planned]:
     for i, predictor in enumerate(predictors.layers):
-        for name, weight in zip(predictor_names(i), predictor, strict=True):
-            yield Planned(name, tuple(weight.shape), torch.float16, partial(_same, weight))
+        kind = GGMLQuantizationType[predictor.dtype.upper()]
+        check_widths(predictor.dtype, rank=predictor.rank, hidden_size=predictor.fc1_RD.shape[1])
+        for name, weight in zip(predictor_names(i), predictor.weights, strict=True):
+            yield Planned(name, tuple(weight.shape), kind, partial(_same, weight))
 
 
 def _same(weight: Tensor) -> Tensor:
@@ -108,8 +125,9 @@ def write_model(
     try:
         _add_header(writer, hyper, vocabulary, name, threshold, dtype)
         for t in tensors:
-            numpy_dtype = np.dtype(np.float16 if t.dtype == torch.float16 else np.float32)
-            writer.add_tensor_info(t.name, t.shape, numpy_dtype, t.nbytes)
+            writer.add_tensor_info(
+                t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=t.kind
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -177,14 +195,17 @@ def _write_data(writer: GGUFWriter, tensors: list[Planned], wrote: Callable[[int
 
 def _stored(planned: Planned) -> np.ndarray[Any, Any]:
     source = planned.load()
-    stored = torch.empty(planned.shape, dtype=planned.dtype).copy_(source)
+    dtype = torch.float16 if planned.kind is GGMLQuantizationType.F16 else torch.float32
+    stored = torch.empty(planned.shape, dtype=dtype).copy_(source)
     if not bool(stored.isfinite().all()):
         largest = source.abs().max().item()
         raise InputError(
-            f"{planned.name}: holds {largest:g}, which {planned.dtype} cannot store (NaN, infinity "
+            f"{planned.name}: holds {largest:g}, which {dtype} cannot store (NaN, infinity "
             "or beyond 65504); the engine would compute NaN from it, so it cannot be exported"
         )
     array: np.ndarray[Any, Any] = stored.numpy()
+    if GGML_QUANT_SIZES[planned.kind][0] > 1:
+        array = np.ascontiguousarray(quantize(array, planned.kind))
     return array
 
 

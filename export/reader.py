@@ -50,9 +50,15 @@ class TensorType(NamedTuple):
     block: int
     nbytes: int
     dtype: torch.dtype
+    """Of the values that a reader gets."""
 
 
-TYPES = {0: TensorType("f32", 1, 4, torch.float32), 1: TensorType("f16", 1, 2, torch.float16)}
+TYPES = {
+    0: TensorType("f32", 1, 4, torch.float32),
+    1: TensorType("f16", 1, 2, torch.float16),
+    2: TensorType("q4_0", 32, 18, torch.float32),
+    8: TensorType("q8_0", 32, 34, torch.float32),
+}
 
 
 class Entry(NamedTuple):
@@ -105,8 +111,14 @@ class GGUFFile:
         self._check_overlap()
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file in its stored dtype; pages are read when it is used."""
+        """A view of the mapped file in its stored dtype; pages are read when it is used. The values
+        of a quantised tensor, in float32."""
         entry = self.entries[name]
+        if entry.type.block > 1:
+            raw = torch.frombuffer(
+                self._data, dtype=torch.uint8, count=entry.nbytes, offset=entry.start
+            )
+            return _values(raw.view(-1, entry.type.nbytes)).view(entry.shape)
         count = prod(entry.shape)
         flat = torch.frombuffer(self._data, dtype=entry.type.dtype, count=count, offset=entry.start)
         return flat.view(entry.shape)
@@ -204,3 +216,13 @@ class GGUFFile:
             if entry.start < end:
                 raise self._broken(f"tensors {before} and {name} overlap")
             end, before = entry.start + entry.nbytes, name
+
+
+def _values(blocks_NB: Tensor) -> Tensor:
+    """(N, 32) float32 values of N blocks: an f16 scale, then 32 signed bytes (q8_0), or 16 bytes
+    with values 0 to 15 in their low halves and 16 to 31 in their high ones, 8 meaning 0 (q4_0)."""
+    scale_N1 = blocks_NB[:, :2].clone().view(torch.float16).float()
+    codes = blocks_NB[:, 2:]
+    if codes.shape[1] == 32:
+        return scale_N1 * codes.clone().view(torch.int8).float()
+    return scale_N1 * (torch.cat([codes & 15, codes >> 4], dim=1).float() - 8)

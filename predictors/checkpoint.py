@@ -1,9 +1,10 @@
 """PRED: a folder of predictors, the way PowerInfer's converter and ours read it.
 
-model_<i>.pt    {"fc1.weight": (R, D), "fc2.weight": (F, R)}, f16, one per layer, no gaps
+model_<i>.pt    {"fc1.weight": (R, D), "fc2.weight": (F, R)}, one per layer, no gaps: f16, or the
+                dequantised values of q8_0 and q4_0 in f32
 config.json     {"sparse_threshold": t}: active where logit >= t
 manifest.json   what PowerInfer does not ask: the model's fingerprint, where the input is
-                taken, the activation, calibration scores, the recipe
+                taken, the activation, formats, calibration scores, the recipe
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 
 from sparsecast.collect.atomic import new_folder, read_json, write_json
 from sparsecast.collect.errors import InputError
+from sparsecast.predictors.formats import BITS, rounded
 from sparsecast.predictors.mlp import Predictor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class PredictorManifest:
     hidden_size: int
     ffn_width: int
     ffn_matrices: int
-    dtype: str
+    dtypes: list[str]
+    """Per layer: f16, q8_0 or q4_0."""
     ranks: list[int]
     calibration: list[dict[str, float]]
     """Per layer: recall and predicted_sparsity on the calibration split."""
@@ -62,11 +65,12 @@ class PredictorSet:
     def write_into(self, folder: Path) -> None:
         """Write the files into an existing folder."""
         for i, predictor in enumerate(self.layers):
-            weights = {"fc1.weight": predictor.fc1_RD, "fc2.weight": predictor.fc2_FR}
+            stored = predictor.stored()
+            weights = {"fc1.weight": stored.fc1_RD, "fc2.weight": stored.fc2_FR}
             # Own, contiguous storage: a view would drag its whole base into the file.
             torch.save(
                 {
-                    name: w.detach().cpu().half().clone(memory_format=torch.contiguous_format)
+                    name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
                     for name, w in weights.items()
                 },
                 folder / f"model_{i}.pt",
@@ -102,11 +106,18 @@ def load_predictors(folder: str | Path) -> PredictorSet:
                 f"{folder / 'config.json'}: sparse_threshold is {value!r}, not a number"
             )
         threshold = float(value)
-    layers = [_read(folder / f"model_{i}.pt") for i in sorted(found)]
-    return PredictorSet(layers, threshold, _read_manifest(folder / "manifest.json"))
+    manifest = _read_manifest(folder / "manifest.json")
+    dtypes = ["f16"] * len(found) if manifest is None else manifest.dtypes
+    if len(dtypes) != len(found):
+        raise InputError(
+            f"{folder}: holds predictors for {len(found)} layers, but manifest.json is of "
+            f"{len(dtypes)}; copy the whole folder again"
+        )
+    layers = [_read(folder / f"model_{i}.pt", dtypes[i]) for i in sorted(found)]
+    return PredictorSet(layers, threshold, manifest)
 
 
-def _read(path: Path) -> Predictor:
+def _read(path: Path, dtype: str) -> Predictor:
     want = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
@@ -128,7 +139,14 @@ def _read(path: Path) -> Predictor:
         )
     if not (fc1.isfinite().all() and fc2.isfinite().all()):
         raise InputError(f"{path}: holds NaN or infinity; train again")
-    return Predictor(fc1, fc2)
+    if dtype != "f16" and not (
+        torch.equal(rounded(fc1, dtype), fc1.float())
+        and torch.equal(rounded(fc2, dtype), fc2.float())
+    ):
+        raise InputError(
+            f"{path}: manifest.json says {dtype}, but {dtype} cannot hold these values; train again"
+        )
+    return Predictor(fc1, fc2, dtype)
 
 
 def _read_manifest(path: Path) -> PredictorManifest | None:
@@ -141,6 +159,9 @@ def _read_manifest(path: Path) -> PredictorManifest | None:
             f"{path}: format version {value.get('format_version')}, expected {FORMAT_VERSION}; "
             "train again"
         )
+    known = {item.name for item in fields(PredictorManifest)}
+    if set(value) != known or not all(dtype in BITS for dtype in value["dtypes"]):
+        raise InputError(f"{path}: damaged, expected {', '.join(sorted(known))}; train again")
     return PredictorManifest(**value)
 
 

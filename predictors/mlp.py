@@ -9,29 +9,57 @@ Shape letters: T tokens, D hidden, F FFN width, R rank.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from sparsecast.predictors.formats import BITS, rounded, rounded_input
 
-class Predictor(NamedTuple):
-    """The weights of one layer's predictor, as `nn.Linear` keeps them."""
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """One layer's weights, as `nn.Linear` keeps them, and the format they are stored in.
+
+    Quantised weights are kept as the float32 values that the format holds.
+    """
 
     fc1_RD: Tensor
     fc2_FR: Tensor
+    dtype: str = "f16"
 
     @property
     def rank(self) -> int:
         return self.fc1_RD.shape[0]
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, F) float32 logits for raw inputs of any float dtype, rounded as the engine rounds.
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.fc1_RD, self.fc2_FR
 
-        PowerInfer's CPU kernels convert the input and the hidden units to f16 before each product
-        with f16 weights and sum in float32.
-        """
-        hidden_TR = (x_TD.half().float() @ self.fc1_RD.float().T).relu()
-        return hidden_TR.half().float() @ self.fc2_FR.float().T
+    @property
+    def nbytes(self) -> int:
+        """Of both matrices in PowerInfer's file."""
+        return int(sum(weight.numel() for weight in self.weights) * BITS[self.dtype] / 8)
+
+    def stored(self, dtype: str | None = None) -> Predictor:
+        """The predictor that a file in this format holds; its own format unless given."""
+        dtype = dtype or self.dtype
+        kept = torch.float16 if dtype == "f16" else torch.float32
+        fc1_RD, fc2_FR = (rounded(weight, dtype).to(kept) for weight in self.weights)
+        return Predictor(fc1_RD, fc2_FR, dtype)
+
+    def to(self, device: torch.device) -> Predictor:
+        return Predictor(self.fc1_RD.to(device), self.fc2_FR.to(device), self.dtype)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, F) float32 logits for raw inputs of any float dtype, rounded as the engine rounds:
+        the input of each product to the format's partner (formats.py), sums in float32."""
+        hidden_TR = self.hidden(x_TD)
+        return rounded_input(hidden_TR, self.dtype) @ self.fc2_FR.float().T
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """(T, R) float32, before the second product's rounding."""
+        return (rounded_input(x_TD, self.dtype) @ self.fc1_RD.float().T).relu()
 
 
 def rms(x_TD: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from sparsecast.predictors.mlp import Predictor
 LAYERS, HIDDEN, FFN, RANK = 3, 64, 1280, 16
 
 
-def random_predictors(folder: Path, model: str, threshold: float = 0.0) -> Path:
+def random_predictors(
+    folder: Path, model: str, threshold: float = 0.0, dtypes: Sequence[str] = ("f16",) * 3
+) -> Path:
     """Predictors that switch many neurons off, differently for every token.
 
     Neuron j follows one of 8 differences of two hidden units, with a factor of its own: 24
@@ -27,7 +30,7 @@ def random_predictors(folder: Path, model: str, threshold: float = 0.0) -> Path:
     """
     generator = torch.Generator().manual_seed(3)
     layers = []
-    for _ in range(LAYERS):
+    for dtype in dtypes:
         group_F = torch.randint(0, RANK // 2, (FFN,), generator=generator)
         factor_F = torch.rand(FFN, generator=generator) + 0.5
         sign_F = torch.randint(0, 2, (FFN,), generator=generator) * 2 - 1
@@ -35,7 +38,10 @@ def random_predictors(folder: Path, model: str, threshold: float = 0.0) -> Path:
         fc2_FR[torch.arange(FFN), group_F] = factor_F * sign_F
         fc2_FR[torch.arange(FFN), group_F + RANK // 2] = -factor_F * sign_F
         fc1_RD = torch.randn(RANK, HIDDEN, generator=generator)
-        layers.append(Predictor(fc1_RD.half(), fc2_FR.half()))
+        if dtype != "f16":  # rows of whole blocks
+            fc1_RD = torch.cat([fc1_RD, torch.zeros(32 - RANK, HIDDEN)])
+            fc2_FR = torch.cat([fc2_FR, torch.zeros(FFN, 32 - RANK)], dim=1)
+        layers.append(Predictor(fc1_RD, fc2_FR, dtype).stored())
     manifest = PredictorManifest(
         model=model,
         fingerprint=Checkpoint(model).fingerprint,
@@ -45,8 +51,8 @@ def random_predictors(folder: Path, model: str, threshold: float = 0.0) -> Path:
         hidden_size=HIDDEN,
         ffn_width=FFN,
         ffn_matrices=3,
-        dtype="f16",
-        ranks=[RANK] * LAYERS,
+        dtypes=list(dtypes),
+        ranks=[layer.rank for layer in layers],
         calibration=[{"recall": 0.5, "predicted_sparsity": 0.5}] * LAYERS,
         recipe={},
     )
@@ -57,6 +63,15 @@ def random_predictors(folder: Path, model: str, threshold: float = 0.0) -> Path:
 @pytest.fixture(scope="session")
 def predictors(tmp_path_factory, model_folder) -> Path:
     return random_predictors(tmp_path_factory.mktemp("predictors") / "p", str(model_folder))
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory, model_folder, acts) -> Path:
+    """A bundle whose predictors are f16, q8_0 and q4_0; not to be written to."""
+    folder = tmp_path_factory.mktemp("quantised")
+    predictors = random_predictors(folder / "p", str(model_folder), dtypes=("f16", "q8_0", "q4_0"))
+    cfg = ExportConfig(model=str(model_folder), predictors=predictors, out=folder / "b")
+    return export(cfg).parent
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,14 @@ def test_the_engine_computes_what_we_do(dtype, engine, model_folder, predictors,
 
 
 @pytest.mark.engine
+def test_the_engine_computes_quantised_predictors_as_we_do(engine, quantised, corpus):
+    result = verify(VerifyConfig(bundle=quantised, corpus=str(corpus), engine=engine))
+
+    assert result.ok, details(result)
+    assert result.engine.perplexity == pytest.approx(result.engine.reference, rel=2e-3)
+
+
+@pytest.mark.engine
 def test_a_wrong_rope_base_in_our_evaluation_is_seen(engine, made, corpus):
     file = GGUFFile(bundle_file(made))
     tokenizer = tokenizer_of(file)

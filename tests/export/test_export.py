@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,7 +260,7 @@ def test_predictors_of_another_model_are_refused(model, predictors):
 
 def test_predictors_of_another_shape_are_refused(model, anyones):
     layers = load_predictors(anyones).layers
-    PredictorSet([p._replace(fc2_FR=p.fc2_FR[:1024]) for p in layers], 0.0, None).save(anyones)
+    PredictorSet([replace(p, fc2_FR=p.fc2_FR[:1024]) for p in layers], 0.0, None).save(anyones)
 
     with pytest.raises(InputError, match=r"model_0\.pt has fc1 \(16, 64\) and fc2 \(1024, 16\)"):
         run(model, anyones)

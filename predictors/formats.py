@@ -1,0 +1,67 @@
+"""The formats of a predictor's weights in PowerInfer's file, and how its engine multiplies by them.
+
+    f16     16 bits a weight; the input of a product is rounded to f16
+    q8_0    8.5 bits: blocks of 32 along a row, w = d q, d = max |w| / 127 kept in f16
+    q4_0    4.5 bits: the same with w = d (q - 8), q in 0..15, d = (the w of largest magnitude) / -8
+
+The input of a product by q8_0 or q4_0 weights is rounded to q8_0 first. Both roundings are
+idempotent, so weights that were rounded once are written to a file without another loss.
+(ggml-quants.c of PowerInfer at d3ebd7c, `quantize_row_q8_0_reference` and
+`quantize_row_q4_0_reference`, and the `vec_dot_type` of ggml.c's `type_traits`.)
+
+Shape letters: N rows, K columns, a multiple of 32 for q8_0 and q4_0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecast.collect.errors import InputError
+
+BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
+"""Stored bits per weight."""
+BLOCK = 32
+
+
+def rounded(weight_NK: Tensor, dtype: str) -> Tensor:
+    """The values that a file of this format holds, float32."""
+    if dtype == "f16":
+        return weight_NK.half().float()
+    blocks = weight_NK.float().reshape(*weight_NK.shape[:-1], -1, BLOCK)
+    if dtype == "q8_0":
+        scale = blocks.abs().amax(-1, keepdim=True) / 127
+        codes = (blocks * _inverse(scale)).round()
+    else:
+        place = blocks.abs().argmax(-1, keepdim=True)
+        scale = blocks.gather(-1, place) / -8
+        codes = (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15) - 8
+    values: Tensor = codes * scale.half().float()
+    return values.flatten(-2)
+
+
+def straight_through(weight_NK: Tensor, dtype: str) -> Tensor:
+    """`rounded`, with the gradient of the identity (Bengio et al., arXiv 1308.3432)."""
+    return weight_NK + (rounded(weight_NK.detach(), dtype) - weight_NK.detach())
+
+
+def rounded_input(x_NK: Tensor, dtype: str) -> Tensor:
+    """What the engine multiplies weights of this format by, float32."""
+    return rounded(x_NK, "f16" if dtype == "f16" else "q8_0")
+
+
+def check_widths(dtype: str, *, rank: int, hidden_size: int) -> None:
+    """Refuse rows that do not divide into blocks: the engine would read them wrongly unnoticed."""
+    if dtype == "f16":
+        return
+    for name, width in (("rank", rank), ("hidden size", hidden_size)):
+        if width % BLOCK:
+            raise InputError(
+                f"--predictor-dtype {dtype}: stores rows in blocks of {BLOCK}, but the {name} is "
+                f"{width}; choose a multiple of {BLOCK}"
+                + (" with --rank" if name == "rank" else ", or f16")
+            )
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0.0, 1 / scale)
