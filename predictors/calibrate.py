@@ -5,40 +5,92 @@ Shape letters: T tokens, D hidden, F FFN width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
 from sparsecast.collect.store import ActivationStore
-from sparsecast.predictors.bias import bias_of, shift
-from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
+from sparsecast.predictors.bias import Uncut, bias_of
 from sparsecast.predictors.data import layer_batches
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count
 from sparsecast.predictors.mlp import Predictor
 
+SPLIT = "calibration"
+CLOSE = 2e-4
+"""A cut this near to the objective, in predicted sparsity, is not moved again."""
+NEAR = 1e-2
+ROUNDS = 8
+
+Cut = Callable[[ScoreHistogram], float]
+"""From the scores p / b of one layer to where to cut them."""
+
+
+class Calibrated(NamedTuple):
+    """A predictor to export, for threshold 0, and its counts on the calibration split."""
+
+    predictor: Predictor
+    counts: Counts
+    cut: float
+
+
+def recall_cut(recall: float) -> Cut:
+    return lambda histogram: histogram.cut_for_recall(recall)
+
+
+def sparsity_cut(sparsity: float) -> Cut:
+    return lambda histogram: histogram.cut_for_sparsity(sparsity)
+
 
 def calibrate(
-    predictor: Predictor, store: ActivationStore, layer: int, cfg: TrainConfig
-) -> tuple[Predictor, Counts]:
-    """Cut one layer's predictor at the objective and round it to f16.
+    uncut: Uncut,
+    store: ActivationStore,
+    layer: int,
+    cut: Cut,
+    device: torch.device | str = "cpu",
+) -> Calibrated:
+    """Cut one layer's predictor at the objective and round it to its format.
 
-    Returns:
-        The predictor to export, for threshold 0, and its counts on the calibration split.
+    A moved cut is rounded anew, which moves decisions a little, so the scores are taken again until
+    the cut stays where it is; once it is near only second digits move (bias.py). The cut that came
+    closest counts.
     """
-    histogram = ScoreHistogram()
-    for x_TD, active_TF in layer_batches(store, "calibration", layer):
-        ratio = predictor.logits(x_TD) / bias_of(predictor, x_TD).clamp_min(1e-6)
-        histogram.add(ratio, active_TF)
-    if cfg.target_sparsity is not None:
-        cut = histogram.cut_for_sparsity(cfg.target_sparsity)
-    else:
-        cut = histogram.cut_for_recall(cfg.target_recall or DEFAULT_RECALL)
-    shifted = shift(predictor, cut)
-    exported = Predictor(shifted.fc1_RD.half(), shifted.fc2_FR.half())
-    return exported, counts(exported, store, "calibration", layer, threshold=0.0)
+    at = near = 0.0
+    best, distance, off = None, float("inf"), float("inf")
+    for turn in range(ROUNDS):
+        near = at if turn < 2 or off > NEAR else near
+        predictor = uncut.cut(at, near)
+        histogram, total = scores(predictor.to(torch.device(device)), store, layer)
+        step = cut(histogram)
+        # What the objective wants beside what the file gives, as shares of all entries.
+        wanted = histogram.at(step)[1]
+        if (off := abs(total.predicted_sparsity - wanted)) < distance:
+            best, distance = Calibrated(predictor, total, at), off
+        if off < CLOSE:
+            break
+        at += step
+    assert best is not None
+    return best
 
 
-def counts(
-    predictor: Predictor, store: ActivationStore, split: str, layer: int, threshold: float
-) -> Counts:
-    """Counts over a whole split, decided as the engine decides."""
-    total = Counts(0, 0, 0, 0)
-    for x_TD, active_TF in layer_batches(store, split, layer):
-        total = total.plus(count(predictor.logits(x_TD) >= threshold, active_TF))
-    return total
+def scores(
+    predictor: Predictor, store: ActivationStore, layer: int
+) -> tuple[ScoreHistogram, Counts]:
+    """Of a predictor with bias units on the calibration split: p / b, and counts at threshold 0."""
+    histogram, total = ScoreHistogram(), Counts(0, 0, 0, 0)
+    device = predictor.fc1_RD.device
+    for x_TD, active_TF in layer_batches(store, SPLIT, layer, device=device):
+        logits_TF = predictor.logits(x_TD)
+        histogram.add(logits_TF / bias_of(predictor, x_TD).clamp_min(1e-6), active_TF)
+        total = total.plus(count(logits_TF >= 0, active_TF))
+    return histogram, total
+
+
+def at_zero(
+    predictor: Predictor, store: ActivationStore, layer: int, device: torch.device
+) -> Calibrated:
+    """A predictor that is not cut: its counts at threshold 0."""
+    total, on_device = Counts(0, 0, 0, 0), predictor.to(device)
+    for x_TD, active_TF in layer_batches(store, SPLIT, layer, device=device):
+        total = total.plus(count(on_device.logits(x_TD) >= 0, active_TF))
+    return Calibrated(predictor, total, 0.0)

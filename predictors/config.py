@@ -7,12 +7,17 @@ from pathlib import Path
 
 from sparsecast.collect.errors import InputError
 
-DEFAULT_RECALL = 0.94
+DEFAULT_RECALL = 0.95
+DTYPES = ("f16", "q8_0", "q4_0")
+RECIPES = ("default", "reference", "svd")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train one predictor per layer, all layers at once, and calibrate each to an objective."""
+    """Train one predictor per layer, all layers at once, and calibrate each to an objective.
+
+    An interrupted run resumes from its last epoch with the same command.
+    """
 
     activations: Path
     """Folder written by `sparsecast collect`."""
@@ -20,23 +25,46 @@ class TrainConfig:
     out: Path
     """Folder for the predictors; it appears when complete."""
 
+    recipe: str = "default"
+    """default: ours. reference: the public recipe behind ProSparse's numbers. svd: training-free,
+    the whitened truncated SVD of the gate of --model."""
+
+    model: str | None = None
+    """The model that was recorded; for svd and --target-perplexity."""
+
+    predictor_dtype: str | None = None
+    """f16, q8_0 or q4_0: the format that predictors are trained for and stored in; unset: q4_0, or
+    f16 where the hidden size is no multiple of 32 and for the reference recipe."""
+
     rank: int | None = None
-    """Hidden width of each predictor, two units of it a bias; unset: 3/8 of the hidden size."""
+    """Hidden width of each predictor, bias units included; unset: 3/4 of the hidden size in q4_0,
+    a quarter in the reference recipe, else 3/8, in multiples of 32."""
+
+    predictor_budget: float | None = None
+    """Instead of a rank: bytes of all predictors over those of the FFN in f16; ranks are chosen per
+    layer for the least traffic."""
 
     target_recall: float | None = None
-    """Recall each layer is calibrated to; unset: 0.94, if no sparsity is asked for either."""
+    """Recall each layer is calibrated to; unset: 0.95, if nothing else is asked for."""
 
     target_sparsity: float | None = None
-    """Predicted sparsity each layer is calibrated to, instead of a recall."""
+    """Predicted sparsity each layer is calibrated to."""
 
-    epochs: int = 4
-    """Passes over the training tokens."""
+    target_perplexity: float | None = None
+    """Largest relative increase of the calibration documents' perplexity, such as 0.001: all layers
+    get the smallest common recall that keeps it. Needs --model."""
 
-    batch_size: int = 512
-    """Tokens per optimiser step, the same for all layers."""
+    traffic_budget: float | None = None
+    """Mean FFN traffic: the cuts that reach the largest mean recall within it."""
 
-    lr: float = 3e-3
-    """Peak AdamW learning rate."""
+    epochs: int | None = None
+    """Passes over the training tokens; unset: 6, or at most 20 in the reference recipe."""
+
+    batch_size: int | None = None
+    """Tokens per optimiser step, the same for all layers; unset: 512, reference 1024."""
+
+    lr: float | None = None
+    """Peak AdamW learning rate; unset: 3e-3, reference 1e-3."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -45,21 +73,66 @@ class TrainConfig:
     """Of initialisation and data order."""
 
     def __post_init__(self) -> None:
-        if self.target_recall is not None and self.target_sparsity is not None:
-            raise InputError("train: give --target-recall or --target-sparsity, not both")
-        for name in ("target_recall", "target_sparsity"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise InputError(f"--{name.replace('_', '-')}: must be in (0, 1), got {value}")
-        if self.rank is not None and self.rank < 3:
-            raise InputError(f"--rank: must be at least 3 (two units are a bias), got {self.rank}")
-        if self.epochs < 1 or self.lr <= 0:
+        if self.recipe not in RECIPES:
+            raise InputError(f"--recipe: got {self.recipe!r}, expected {', '.join(RECIPES)}")
+        if self.predictor_dtype not in (None, *DTYPES):
+            raise InputError(
+                f"--predictor-dtype: got {self.predictor_dtype!r}, expected {', '.join(DTYPES)}"
+            )
+        self._check_objective()
+        if self.rank is not None and self.predictor_budget is not None:
+            raise InputError("train: give --rank or --predictor-budget, not both")
+        if self.rank is not None and self.rank < 5:
+            raise InputError(f"--rank: must be at least 5 (up to four are a bias), got {self.rank}")
+        if self.steps < 1 or self.peak_lr <= 0:
             raise InputError(f"--epochs {self.epochs}, --lr {self.lr}: must both be positive")
-        if self.batch_size < 32 or self.batch_size % 32:
+        if self.tokens_per_step < 32 or self.tokens_per_step % 32:
             raise InputError(
                 f"--batch-size: must be a multiple of 32, the tokens read together, got "
                 f"{self.batch_size}"
             )
+        if self.model is None and (self.recipe == "svd" or self.target_perplexity):
+            raise InputError(
+                f"train: {'--target-perplexity' if self.target_perplexity else '--recipe'} "
+                "needs the model itself; give --model"
+            )
+
+    def _check_objective(self) -> None:
+        names = ("target_recall", "target_sparsity", "target_perplexity", "traffic_budget")
+        given = {n: v for n in names if (v := getattr(self, n)) is not None}
+        options = [f"--{name.replace('_', '-')}" for name in given]
+        if len(given) > 1:
+            raise InputError(f"train: give {' or '.join(options)}, not both")
+        for name, value in {**given, "predictor_budget": self.predictor_budget}.items():
+            if value is not None and not 0 < value < 1:
+                raise InputError(f"--{name.replace('_', '-')}: must be in (0, 1), got {value}")
+        if self.recipe == "reference" and given:
+            raise InputError(
+                f"train: the reference recipe has its threshold at 0, so {options[0]} cannot be "
+                "met; use another recipe"
+            )
+
+    @property
+    def recall(self) -> float:
+        """The recall that best epochs are chosen for."""
+        return self.target_recall or DEFAULT_RECALL
+
+    @property
+    def steps(self) -> int:
+        """Epochs."""
+        return self.epochs if self.epochs is not None else 20 if self._reference else 6
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size if self.batch_size is not None else 1024 if self._reference else 512
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr if self.lr is not None else 1e-3 if self._reference else 3e-3
+
+    @property
+    def _reference(self) -> bool:
+        return self.recipe == "reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +148,18 @@ class ReportConfig:
     out: Path
     """Folder for the report."""
 
+    against: list[Path] | None = None
+    """Other predictor folders of the same model, as a b or a,b, scored on the same tokens."""
+
     evaluation: Path | None = None
     """JSON written by `sparsecast evaluate --json`, for the change in perplexity."""
 
     json: Path | None = None
     """Also write report.json to this file."""
+
+    def __post_init__(self) -> None:
+        if self.against == []:
+            raise InputError("--against: names no folder, expected predictor folders such as a,b")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.collect.bits import unpack
+from sparsecast.collect.prefetch import prefetch
 from sparsecast.collect.store import ActivationStore
 
 BLOCK = 32
@@ -32,7 +33,7 @@ class LayersBatch(NamedTuple):
 
 
 class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
-    """Batches of one split; shuffled anew by (seed, epoch), or in order."""
+    """Batches of one split; shuffled anew by (seed, `epoch`), or in order."""
 
     def __init__(
         self, store: ActivationStore, split: str, batch_size: int, seed: int | None = None
@@ -56,9 +57,12 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         if self._seed is not None:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
             order = torch.randperm(len(order), generator=generator).tolist()
-            self.epoch += 1
-        for first in range(0, len(order), self._per_batch):
-            yield self._read([self._blocks[i] for i in order[first : first + self._per_batch]])
+        chosen = (
+            [self._blocks[i] for i in order[first : first + self._per_batch]]
+            for first in range(0, len(order), self._per_batch)
+        )
+        # The next batch is read while this one trains.
+        yield from prefetch(map(self._read, chosen))
 
     def _read(self, blocks: list[tuple[int, int, int]]) -> LayersBatch:
         store, split = self._store, self._split
@@ -73,12 +77,16 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
 
 
 def layer_batches(
-    store: ActivationStore, split: str, layer: int, size: int = 1024
+    store: ActivationStore,
+    split: str,
+    layer: int,
+    size: int = 1024,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x (T, D), active (T, F)) of one layer, at most `size` tokens at a time."""
+    """(x (T, D), active (T, F)) of one layer, at most `size` tokens at a time, on `device`."""
     for shard, start, stop in _runs(store, split, size):
         rows = store.rows(split, shard, layer, start, stop)
-        yield rows.x_TD, unpack(rows.mask_TP, store.manifest.ffn_width)
+        yield rows.x_TD.to(device), unpack(rows.mask_TP.to(device), store.manifest.ffn_width)
 
 
 def layer_energies(

@@ -1,21 +1,20 @@
-"""The Lightning module that trains the predictors of all layers together.
+"""The Lightning module of the default recipe: the predictors of all layers together.
 
     p = fc2 @ relu(fc1 @ x_hat),   x_hat = x / rms(x)
 
 Training on RMS-normalised inputs changes no decision at threshold 0, because p is positively
-homogeneous in x. The loss is the plain, calibrated binary cross entropy; which point of the
-recall-sparsity curve to use is chosen afterwards by a cut.
+homogeneous in x. Which point of the recall-sparsity curve to use is chosen afterwards by a cut;
+the bias units of bias.py carry it, and the offsets of single neurons. Quantised predictors are
+trained as they will be exported: weights and inputs of both products rounded, straight through.
 
-PowerInfer's predictor has no bias. Here two of the R hidden units are one: their weights +u and -u
-stay as they are, so relu(u x) + relu(-u x) = |u x|, with u the least-squares solution of
-u x_hat = 1 over the training tokens. The residual stream of a trained transformer has directions
-that hardly change from token to token, so b(x) = |u x| is close to constant, and at threshold 0
+The loss is binary cross entropy with inactive entries weighted by the layer's share of active ones,
+which puts a small predictor's attention where cuts for high recall lie: at p = 0.5 of the weighted
+probabilities, so at about that share of the true ones.
 
-    p(x) - c b(x) >= 0   <=>   p(x) / b(x) >= c   (b > 0)
+Layers of different ranks are padded to the largest with units of zeros, which stay zeros: neither
+a unit nor its column gets a gradient while the other is zero.
 
-is a cut at c of either sign, exact by construction, folded into the two units' columns of fc2.
-
-Shape letters: L layers, B batch, D hidden, F FFN width, R rank, P packed width.
+Shape letters: L layers, B batch, D hidden, F FFN width, R free hidden units, P packed width.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsecast.collect.bits import unpack
-from sparsecast.predictors.bias import fold
-from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
+from sparsecast.predictors.bias import Uncut, assembled
+from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import LayersBatch
+from sparsecast.predictors.formats import straight_through
 from sparsecast.predictors.metrics import ScoreHistogram
-from sparsecast.predictors.mlp import Predictor, rms_normalised
+from sparsecast.predictors.mlp import rms_normalised
 from sparsecast.predictors.warm_start import WarmStart
 
 
@@ -40,36 +40,56 @@ class PredictorModule(L.LightningModule):
 
     Args:
         cfg: Objective and learning rate.
-        start: Initial weights and the bias direction u of every layer.
+        dtype: The format that is trained for.
+        start: Initial weights, the bias direction u and the share of active entries of every layer.
     """
 
     bias_LD: Tensor
+    rate_L: Tensor
+    best_score_L: Tensor
+    best_fc1_LRD: Tensor
+    best_fc2_LFR: Tensor
+    best_offset_LF: Tensor
 
-    def __init__(self, cfg: TrainConfig, start: WarmStart) -> None:
+    def __init__(self, cfg: TrainConfig, dtype: str, start: WarmStart) -> None:
         super().__init__()
         self.cfg = cfg
+        self.stored_as = dtype
         self.register_buffer("bias_LD", start.bias_LD)
+        self.register_buffer("rate_L", start.rate_L)
         self.fc1_LRD = nn.Parameter(start.fc1_LRD)
         self.fc2_LFR = nn.Parameter(start.fc2_LFR)
         self.offset_LF = nn.Parameter(start.offset_LF)
-        layers = len(start.bias_LD)
-        self.best_score = [-1.0] * layers
-        self._best: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * layers
+        # Buffers, so that a checkpoint has them.
+        self.register_buffer("best_score_L", torch.full((len(start.bias_LD),), -1.0))
+        for name, value in (("fc1_LRD", start.fc1_LRD), ("fc2_LFR", start.fc2_LFR)):
+            self.register_buffer(f"best_{name}", value.clone())
+        self.register_buffer("best_offset_LF", start.offset_LF.clone())
         self._histograms: list[ScoreHistogram] = []
 
     def forward(self, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (L, B, F) and b (L, B, 1), both for RMS-normalised inputs."""
-        hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
-        bias_LB1 = torch.bmm(x_LBD, self.bias_LD.unsqueeze(-1)).abs()
-        logits = torch.baddbmm(
-            bias_LB1 * self.offset_LF.unsqueeze(1), hidden_LBR, self.fc2_LFR.transpose(1, 2)
+        if self.stored_as == "f16":
+            hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
+            bias_LB1 = torch.bmm(x_LBD, self.bias_LD.unsqueeze(-1)).abs()
+            logits = torch.baddbmm(
+                bias_LB1 * self.offset_LF.unsqueeze(1), hidden_LBR, self.fc2_LFR.transpose(1, 2)
+            )
+            return logits, bias_LB1
+        fc1, fc2 = assembled(
+            self.fc1_LRD, self.fc2_LFR, self.offset_LF, self.bias_LD, self.stored_as
         )
-        return logits, bias_LB1
+        hidden_LBR = torch.bmm(straight_through(x_LBD, "q8_0"), fc1.transpose(1, 2)).relu()
+        hidden_LBR = straight_through(hidden_LBR, "q8_0")
+        return torch.bmm(hidden_LBR, fc2.transpose(1, 2)), hidden_LBR[..., :2].sum(-1, keepdim=True)
 
     def training_step(self, batch: LayersBatch, _: int) -> Tensor:
         logits_LBF, _bias = self(rms_normalised(batch.x_LBD))
-        fired = unpack(batch.mask_LBP, logits_LBF.shape[-1]).to(logits_LBF.dtype)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits_LBF, fired)
+        fired = unpack(batch.mask_LBP, logits_LBF.shape[-1])
+        weight = torch.where(fired, 1.0, self.rate_L[:, None, None].to(logits_LBF.dtype))
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            logits_LBF, fired.to(logits_LBF.dtype), weight=weight
+        )
         self.log("loss", loss.detach(), prog_bar=True)
         # Layers are independent: a sum over them gives each the step it would take alone.
         return loss * len(logits_LBF)
@@ -87,13 +107,11 @@ class PredictorModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         scores = [self._objective(histogram) for histogram in self._histograms]
         for layer, score in enumerate(scores):
-            if score > self.best_score[layer]:
-                self.best_score[layer] = score
-                self._best[layer] = (
-                    self.fc1_LRD[layer].detach().cpu().clone(),
-                    self.fc2_LFR[layer].detach().cpu().clone(),
-                    self.offset_LF[layer].detach().cpu().clone(),
-                )
+            if score > self.best_score_L[layer]:
+                self.best_score_L[layer] = score
+                self.best_fc1_LRD[layer] = self.fc1_LRD[layer].detach()
+                self.best_fc2_LFR[layer] = self.fc2_LFR[layer].detach()
+                self.best_offset_LF[layer] = self.offset_LF[layer].detach()
         name = "sparsity at target" if self.cfg.target_sparsity is None else "recall at target"
         self.log(name, sum(scores) / len(scores), prog_bar=True)
 
@@ -101,7 +119,7 @@ class PredictorModule(L.LightningModule):
         """The predicted sparsity at the stated recall, or the recall at the stated sparsity."""
         if self.cfg.target_sparsity is not None:
             return histogram.at(histogram.cut_for_sparsity(self.cfg.target_sparsity))[0]
-        return histogram.at(histogram.cut_for_recall(self.cfg.target_recall or DEFAULT_RECALL))[1]
+        return histogram.at(histogram.cut_for_recall(self.cfg.recall))[1]
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
@@ -109,21 +127,26 @@ class PredictorModule(L.LightningModule):
                 {"params": [self.fc1_LRD, self.fc2_LFR], "weight_decay": 0.01},
                 {"params": [self.offset_LF], "weight_decay": 0.0},
             ],
-            lr=self.cfg.lr,
+            lr=self.cfg.peak_lr,
         )
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.cfg.lr, total_steps=total, pct_start=0.1
+            optimizer, self.cfg.peak_lr, total_steps=total, pct_start=0.1
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def predictors(self) -> list[Predictor]:
-        """The best weights of every layer as PowerInfer's predictors, uncut."""
+    def uncut(self, ranks: list[int]) -> list[Uncut]:
+        """The best weights of every layer, without the padding behind its free units."""
         return [
-            fold(*best, self.bias_LD[layer].cpu())
-            for layer, best in enumerate(self._best)
-            if best is not None
+            Uncut(
+                self.best_fc1_LRD[layer, :free].cpu(),
+                self.best_fc2_LFR[layer, :, :free].cpu(),
+                self.best_offset_LF[layer].cpu(),
+                self.bias_LD[layer].cpu(),
+                self.stored_as,
+            )
+            for layer, free in enumerate(ranks)
         ]

@@ -2,112 +2,87 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import asdict
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
-from torch.utils.data import DataLoader
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import pick_device
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
-from sparsecast.predictors.bias import BIAS_UNITS
-from sparsecast.predictors.calibrate import calibrate
+from sparsecast.predictors.calibrate import Calibrated
 from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet, load_predictors
-from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
-from sparsecast.predictors.data import TokenBlocks
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.fit import differing, finish_logs, work_folder
+from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.metrics import Counts
-from sparsecast.predictors.module import PredictorModule
-from sparsecast.predictors.warm_start import warm_start
+from sparsecast.predictors.recipes import RECIPES
+from sparsecast.predictors.sizes import default_dtype, ranks_for
 
 
 def train(cfg: TrainConfig) -> PredictorSet:
     """Train, calibrate and save the predictors of every recorded layer.
 
     Training reads the train split and calibration the calibration split; held-out is not touched.
+    A killed run goes on from its last finished epoch; one whose objective could not be met is asked
+    for another without training again.
 
     Memory: the predictors with gradients, two AdamW moments and the best epoch (20 bytes a
-    weight), one batch of all layers, and one (D, D) matrix; the store is read through memory maps.
+    weight), three batches of all layers, and one (D, D) and one (F, D) matrix; the store is read
+    through memory maps. Rounding to a quantised format takes another 8 bytes a weight.
 
     Raises:
-        InputError: No finished store there, one that does not cover every layer, or a finished
-            predictor folder under `cfg.out` that was made with other options.
+        InputError: No finished store there, one that does not cover every layer, a finished or
+            unfinished run for `cfg.out` that was made with other options, a rank that the format
+            cannot store, or an objective that cannot be met.
     """
     store = ActivationStore(cfg.activations)
-    rank = cfg.rank or -(-store.manifest.hidden_size * 3 // 256) * 32
-    recipe = _recipe(cfg, store, rank)
-    if (cfg.out / "manifest.json").is_file():
-        return _finished(cfg, recipe, store)
     if (layers := store.manifest.layers) != list(range(len(layers))):
         raise InputError(
             f"{cfg.activations}: holds layers {layers}, but PowerInfer needs every layer from 0 "
             "on; collect without --layers"
         )
+    dtype = default_dtype(cfg, store.manifest.hidden_size)
+    recipe = _recipe(cfg, store, dtype)
+    if (cfg.out / "manifest.json").is_file():
+        return _finished(cfg, recipe, store)
+    device = pick_device(cfg.device)
     L.seed_everything(cfg.seed, verbose=False)
-    module = _fit(cfg, store, rank)
-    calibrated = [
-        calibrate(predictor, store, layer, cfg)
-        for layer, predictor in enumerate(module.predictors())
-    ]
+    ranks = ranks_for(cfg, store, dtype, device)
+    for rank in set(ranks):
+        check_widths(dtype, rank=rank, hidden_size=store.manifest.hidden_size)
+    # Another objective needs no other training, unless best epochs are chosen by it.
+    training = {k: v for k, v in recipe.items() if k not in ("target_perplexity", "traffic_budget")}
+    calibrated = RECIPES[cfg.recipe](cfg, store, dtype, ranks, device, training)
     predictors = PredictorSet(
-        [predictor for predictor, _ in calibrated],
-        0.0,
-        _manifest(store, rank, recipe, [counts for _, counts in calibrated]),
+        [layer.predictor for layer in calibrated], 0.0, _manifest(store, recipe, calibrated)
     )
     predictors.save(cfg.out)
-    _summary(cfg, [counts for _, counts in calibrated])
+    finish_logs(work_folder(cfg.out), cfg.out)
+    _summary(cfg, predictors, [layer.counts for layer in calibrated])
     return predictors
 
 
-def _fit(cfg: TrainConfig, store: ActivationStore, rank: int) -> PredictorModule:
-    module = PredictorModule(cfg, warm_start(store, rank - BIAS_UNITS))
-    on_gpu = pick_device(cfg.device).type == "cuda"
-    trainer = L.Trainer(
-        max_epochs=cfg.epochs,
-        accelerator="gpu" if on_gpu else "cpu",
-        devices=1,
-        precision="bf16-mixed" if on_gpu else "32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[RichProgressBar(refresh_rate=5)],
-    )
-    train_data = TokenBlocks(store, "train", cfg.batch_size, cfg.seed)
-    calibration_data = TokenBlocks(store, "calibration", cfg.batch_size)
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit(
-            module,
-            DataLoader(train_data, batch_size=None),
-            DataLoader(calibration_data, batch_size=None),
-        )
-    except SystemExit as stop:  # Lightning's end of an interrupt, with the signal left ignored
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from stop
-    return module
-
-
-def _recipe(cfg: TrainConfig, store: ActivationStore, rank: int) -> dict[str, Any]:
+def _recipe(cfg: TrainConfig, store: ActivationStore, dtype: str) -> dict[str, Any]:
     options = asdict(cfg)
-    for name in ("activations", "out", "device"):
+    for name in ("activations", "out", "device", "model"):
         options.pop(name)
-    if cfg.target_sparsity is None:
-        options["target_recall"] = cfg.target_recall or DEFAULT_RECALL
     return {
         **options,
-        "rank": rank,
+        "predictor_dtype": dtype,
+        "epochs": cfg.steps,
+        "batch_size": cfg.tokens_per_step,
+        "lr": cfg.peak_lr,
         "corpus": store.manifest.corpus,
         "train_tokens": store.manifest.tokens("train"),
         "calibration_tokens": store.manifest.tokens("calibration"),
+        "fingerprint": store.manifest.fingerprint,
     }
 
 
 def _manifest(
-    store: ActivationStore, rank: int, recipe: dict[str, Any], counts: list[Counts]
+    store: ActivationStore, recipe: dict[str, Any], calibrated: list[Calibrated]
 ) -> PredictorManifest:
     made = store.manifest
     return PredictorManifest(
@@ -119,30 +94,27 @@ def _manifest(
         hidden_size=made.hidden_size,
         ffn_width=made.ffn_width,
         ffn_matrices=made.ffn_matrices,
-        dtype="f16",
-        ranks=[rank] * len(counts),
-        calibration=[
-            {
-                "recall": c.recall,
-                "predicted_sparsity": c.predicted_sparsity,
-                "true_sparsity": c.true_sparsity,
-                "precision": c.precision,
-            }
-            for c in counts
-        ],
+        dtypes=[layer.predictor.dtype for layer in calibrated],
+        ranks=[layer.predictor.rank for layer in calibrated],
+        calibration=[_scores(layer.counts) for layer in calibrated],
         recipe=recipe,
     )
+
+
+def _scores(c: Counts) -> dict[str, float]:
+    return {
+        "recall": c.recall,
+        "predicted_sparsity": c.predicted_sparsity,
+        "true_sparsity": c.true_sparsity,
+        "precision": c.precision,
+    }
 
 
 def _finished(cfg: TrainConfig, recipe: dict[str, Any], store: ActivationStore) -> PredictorSet:
     predictors = load_predictors(cfg.out)
     made = predictors.manifest
     assert made is not None
-    changed = [
-        f"{name} was {made.recipe.get(name)!r}, now {value!r}"
-        for name, value in recipe.items()
-        if made.recipe.get(name) != value
-    ]
+    changed = differing(made.recipe, {k: v for k, v in recipe.items() if k != "fingerprint"})
     if made.fingerprint != store.manifest.fingerprint:
         changed.append("the activations come from another model")
     if changed:
@@ -154,10 +126,11 @@ def _finished(cfg: TrainConfig, recipe: dict[str, Any], store: ActivationStore) 
     return predictors
 
 
-def _summary(cfg: TrainConfig, counts: list[Counts]) -> None:
+def _summary(cfg: TrainConfig, predictors: PredictorSet, counts: list[Counts]) -> None:
     recall = sum(c.recall for c in counts) / len(counts)
     sparsity = sum(c.predicted_sparsity for c in counts) / len(counts)
+    nbytes = sum(layer.nbytes for layer in predictors.layers)
     console.print(
-        f"{cfg.out}: {len(counts)} predictors; on the calibration split recall {recall:.2%} at "
-        f"predicted sparsity {sparsity:.2%}"
+        f"{cfg.out}: {len(counts)} predictors, {nbytes / 2**20:,.2f} MiB; on the calibration split "
+        f"recall {recall:.2%} at predicted sparsity {sparsity:.2%}"
     )

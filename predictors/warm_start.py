@@ -8,17 +8,19 @@ relu(z + K u x_hat) is linear as long as z > -K, and K u x_hat goes into the bia
 The linear predictor is reduced-rank regression of the mask on the inputs: with whitened, centred
 inputs x_w = S^(-1/2) (x_hat - m) and C = E[(y - E y) x_w^T], the best rank-r map is C V V^T with
 the top r eigenvectors V of C^T C. The derivative of the logit, 1 / p (1 - p), turns its slopes
-into slopes of logits.
+into slopes of logits. Training weights inactive entries by the layer's share of active ones, so
+that share is added to the offsets as a logit.
 
 Shape letters: L layers, T tokens, D hidden, F FFN width, R free hidden units.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsecast.collect.progress import bar
 from sparsecast.collect.store import ActivationStore
@@ -29,6 +31,9 @@ RIDGE = 1e-3
 """Relative to the mean variance of an input."""
 LINEAR_REACH = 4.0
 """K: how many standard deviations below its mean a hidden unit stays linear."""
+BIAS_SCALE = {"f16": 1.0, "q8_0": 4 * LINEAR_REACH, "q4_0": 4 * LINEAR_REACH}
+"""b relative to u x_hat. The offsets share a quantised block with columns of fc2, and b with other
+hidden units, which are about `LINEAR_REACH`: four times that keeps both in their blocks' range."""
 
 
 class WarmStart(NamedTuple):
@@ -36,8 +41,11 @@ class WarmStart(NamedTuple):
 
     bias_LD: Tensor
     fc1_LRD: Tensor
+    """Zeros behind the units of a layer of smaller rank; so are the columns of fc2."""
     fc2_LFR: Tensor
     offset_LF: Tensor
+    rate_L: Tensor
+    """Share of active entries."""
 
 
 class Moments(NamedTuple):
@@ -50,27 +58,45 @@ class Moments(NamedTuple):
     rate_F: Tensor
 
 
-def warm_start(store: ActivationStore, free_units: int) -> WarmStart:
+def warm_start(
+    store: ActivationStore, free_units: Sequence[int], dtype: str, device: torch.device
+) -> WarmStart:
     """One pass over the train split, layer by layer.
 
-    Memory: a layer's (D, D) and (F, D) moments in float32.
+    Memory: a layer's (D, D) and (F, D) moments in float32 on the device.
+
+    Args:
+        free_units: Of every layer, the bias not counted.
+        dtype: The format the predictors are trained for.
     """
     starts = []
-    with bar("warm start", len(store.manifest.layers)) as progress:
-        for layer in store.manifest.layers:
-            starts.append(reduced_rank(moments(store, layer), free_units))
+    with bar("warm start", len(free_units)) as progress:
+        for layer, free in zip(store.manifest.layers, free_units, strict=True):
+            m = moments(store, layer, device)
+            u_D, fc1_RD, fc2_FR, offset_F = (t.cpu() for t in reduced_rank(m, free))
+            rate = m.rate_F.mean().cpu()
+            scale, spare = BIAS_SCALE[dtype], max(free_units) - free
+            starts.append(
+                (
+                    scale * u_D,
+                    nn.functional.pad(fc1_RD, (0, 0, 0, spare)),
+                    nn.functional.pad(fc2_FR, (0, spare)),
+                    (offset_F - rate.log()) / scale,
+                    rate,
+                )
+            )
             progress.advance()
     return WarmStart(*(torch.stack(parts) for parts in zip(*starts, strict=True)))
 
 
-def moments(store: ActivationStore, layer: int) -> Moments:
+def moments(store: ActivationStore, layer: int, device: torch.device) -> Moments:
     made = store.manifest
-    second = torch.zeros(made.hidden_size, made.hidden_size)
-    mean = torch.zeros(made.hidden_size)
-    cross = torch.zeros(made.ffn_width, made.hidden_size)
-    rate = torch.zeros(made.ffn_width)
+    second = torch.zeros(made.hidden_size, made.hidden_size, device=device)
+    mean = torch.zeros(made.hidden_size, device=device)
+    cross = torch.zeros(made.ffn_width, made.hidden_size, device=device)
+    rate = torch.zeros(made.ffn_width, device=device)
     tokens = made.tokens("train")
-    for x_TD, active_TF in layer_batches(store, "train", layer):
+    for x_TD, active_TF in layer_batches(store, "train", layer, device=device):
         x, y = rms_normalised(x_TD), active_TF.float()
         second += x.T @ x / tokens
         mean += x.sum(0) / tokens
@@ -81,7 +107,7 @@ def moments(store: ActivationStore, layer: int) -> Moments:
 
 def reduced_rank(m: Moments, free_units: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u (D,), fc1 (R, D), fc2 (F, R) and offset (F,) of one layer."""
-    eye = torch.eye(len(m.mean_D))
+    eye = torch.eye(len(m.mean_D), device=m.mean_D.device)
     energy = m.second_DD.diagonal().mean()
     u_D = torch.linalg.solve(m.second_DD + RIDGE * energy * eye, m.mean_D)
     covariance = m.second_DD - torch.outer(m.mean_D, m.mean_D)
@@ -90,11 +116,18 @@ def reduced_rank(m: Moments, free_units: int) -> tuple[Tensor, Tensor, Tensor, T
     whiten_DD = vectors * values.clamp_min(1e-12).rsqrt() @ vectors.T
     cross_FD = (m.cross_FD - torch.outer(m.rate_F, m.mean_D)) @ whiten_DD
     _, basis = torch.linalg.eigh(cross_FD.T @ cross_FD)
-    basis_DR = basis[:, -free_units:]
+    # The strongest first: units that share a block of a quantised row are then alike.
+    basis_DR = basis[:, -min(free_units, basis.shape[1]) :].flip(1)
     # z = V^T S^(-1/2) (x_hat - m), with m written as m u x_hat.
     linear_RD = basis_DR.T @ whiten_DD
     linear_RD = linear_RD - torch.outer(linear_RD @ m.mean_D, u_D)
     rate_F = m.rate_F.clamp(1e-3, 1 - 1e-3)
     fc2_FR = cross_FD @ basis_DR / (rate_F * (1 - rate_F))[:, None]
     offset_F = rate_F.logit() - LINEAR_REACH * fc2_FR.sum(1)
-    return u_D, linear_RD + LINEAR_REACH * u_D, fc2_FR, offset_F
+    fc1_RD = linear_RD + LINEAR_REACH * u_D
+    if (more := free_units - len(fc1_RD)) > 0:
+        # More units than the inputs have dimensions: copies that share the work.
+        fc1_RD = torch.cat([fc1_RD, fc1_RD[:more]])
+        fc2_FR = torch.cat([fc2_FR, fc2_FR[:, :more] / 2], dim=1)
+        fc2_FR[:, :more] /= 2
+    return u_D, fc1_RD, fc2_FR, offset_F

@@ -23,7 +23,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.run import collect
-from sparsecast.predictors.evaluate import exact_ffn
+from sparsecast.predictors.in_loop import exact_ffn
 
 NAMES = [
     "llama",

@@ -69,6 +69,7 @@ def recipe(synthetic, tmp_path_factory) -> TrainConfig:
         activations=synthetic.folder,
         out=tmp_path_factory.mktemp("trained") / "pred",
         rank=32,
+        predictor_dtype="f16",
         target_recall=0.95,
         epochs=3,
         batch_size=128,

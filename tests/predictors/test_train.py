@@ -10,18 +10,22 @@ import torch
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.store import ActivationStore, write_manifest
-from sparsecast.predictors.bias import bias_of, fold, shift
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import BLOCK, TokenBlocks, layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.mlp import Predictor, rms_normalised
 from sparsecast.predictors.module import PredictorModule
+from sparsecast.predictors.reference import ReferenceModule
 from sparsecast.predictors.train import train
 from sparsecast.predictors.warm_start import warm_start
 
 
+def start(synthetic, free: int, dtype: str = "f16"):
+    return warm_start(synthetic, [free] * 2, dtype, torch.device("cpu"))
+
+
 def recount(predictor: Predictor, store, split: str, layer: int) -> Counts:
-    """What the weights of the file decide, in float64 and without the package's own scoring."""
+    """What the weights of an f16 file decide, in float64 and without the package's own scoring."""
     total = Counts(0, 0, 0, 0)
     fc1, fc2 = predictor.fc1_RD.double(), predictor.fc2_FR.double()
     for x_TD, active_TF in layer_batches(store, split, layer):
@@ -68,28 +72,12 @@ def test_decisions_do_not_depend_on_the_norm_of_the_input(trained, synthetic):
     assert (decide(1000 * x_TD.double()) == raw).float().mean() >= 0.9999
 
 
-def test_the_bias_subtracts_the_cut_times_a_positive_number():
-    fc1, fc2 = torch.randn(6, 16), torch.randn(24, 6)
-    offset, u = torch.randn(24), torch.randn(16)
-    x = torch.randn(40, 16)
-    folded = fold(fc1, fc2, offset, u)
-
-    def logits(p: Predictor) -> torch.Tensor:
-        return (x @ p.fc1_RD.T).relu() @ p.fc2_FR.T
-
-    plain = (x @ fc1.T).relu() @ fc2.T + (x @ u).abs()[:, None] * offset
-    torch.testing.assert_close(logits(folded), plain, rtol=1e-4, atol=1e-4)
-    b = bias_of(folded, x)
-    assert (b > 0).all()
-    for cut in (-1.7, 0.0, 2.5):
-        moved = logits(shift(folded, cut))
-        torch.testing.assert_close(moved, logits(folded) - cut * b, rtol=1e-4, atol=1e-4)
-        assert torch.equal(moved >= 0, logits(folded) - cut * b >= 0)
-
-
 def test_an_epoch_holds_every_token_once_and_in_another_order(synthetic):
     blocks = TokenBlocks(synthetic, "train", 11 * BLOCK, seed=1)  # the last batch is one block
-    epochs = [torch.cat([batch.x_LBD[1] for batch in blocks]) for _ in range(2)]
+    epochs = []
+    for epoch in range(2):
+        blocks.epoch = epoch
+        epochs.append(torch.cat([batch.x_LBD[1] for batch in blocks]))
     shards = range(len(synthetic.shards("train")))
     stored = torch.cat([synthetic.rows("train", shard, 1).x_TD for shard in shards])
 
@@ -148,7 +136,7 @@ def test_a_store_that_lacks_a_layer_is_refused(recipe, synthetic, tmp_path):
         train(replace(recipe, activations=tmp_path, out=tmp_path / "pred"))
 
 
-def test_an_interrupt_stops_the_run_and_leaves_no_folder(recipe, tmp_path, monkeypatch):
+def test_an_interrupt_in_the_first_epoch_leaves_nothing(recipe, tmp_path, monkeypatch):
     """Ctrl-C still works afterwards: Lightning would leave it ignored."""
 
     def interrupt(*_: object) -> None:
@@ -156,18 +144,56 @@ def test_an_interrupt_stops_the_run_and_leaves_no_folder(recipe, tmp_path, monke
 
     monkeypatch.setattr(PredictorModule, "on_validation_epoch_end", interrupt)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="nothing is left behind"):
         train(replace(recipe, out=tmp_path / "pred"))
     assert signal.getsignal(signal.SIGINT) is before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"predictor_dtype": "q4_0"}, {"recipe": "reference", "target_recall": None}],
+    ids=["f16", "q4_0", "reference"],
+)
+def test_a_run_killed_in_an_epoch_ends_as_an_uninterrupted_one(
+    recipe, tmp_path, monkeypatch, changes
+):
+    cfg = replace(recipe, out=tmp_path / "whole", batch_size=512, **changes)
+    whole = train(cfg)
+    module = ReferenceModule if changes.get("recipe") else PredictorModule
+    validate, seen = module.on_validation_epoch_end, []
+
+    def die_in_the_third(self) -> None:
+        seen.append(self.current_epoch)
+        if len(seen) == 3:
+            raise OSError("killed")
+        validate(self)
+
+    cfg = replace(cfg, out=tmp_path / "pred")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "on_validation_epoch_end", die_in_the_third)
+        with pytest.raises(OSError, match="killed"):
+            train(cfg)
+    assert not cfg.out.exists()
+    with pytest.raises(InputError, match=r"holds an unfinished run .*batch_size was 512, now 256"):
+        train(replace(cfg, batch_size=256))
+    resumed = train(cfg)
+    assert seen == [0, 1, 2]
+    for one, two in zip(whole.layers, resumed.layers, strict=True):
+        for a, b in zip(one.weights, two.weights, strict=True):
+            assert torch.equal(a, b)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "pred"}
+    for start in range(2):
+        logs = cfg.out / "logs" / f"version_{start}"
+        assert (logs / "metrics.csv").read_text().startswith("epoch")
+        assert len(list(logs.glob("events.out.tfevents.*"))) == 1
 
 
 @pytest.mark.parametrize("objective", [{"target_recall": 0.9}, {"target_sparsity": 0.7}])
 def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monkeypatch):
     """Layer 0 gets worse after the first epoch, layer 1 better; both keep the better weights."""
     module = PredictorModule(
-        replace(recipe, **{"target_recall": None, **objective}),
-        warm_start(synthetic, recipe.rank - 2),
+        replace(recipe, **{"target_recall": None, **objective}), "f16", start(synthetic, 30)
     )
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
 
@@ -185,21 +211,25 @@ def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monk
         module.fc2_LFR[1] = good[1]
         epoch()
     # Recall at a sparsity of 0.7 is nearly 1; no sparsity can be, with 12 % active.
-    for score in module.best_score:
+    for score in module.best_score_L.tolist():
         assert (score > 0.92) == ("target_sparsity" in objective)
-    for layer, predictor in enumerate(module.predictors()):
-        norm = predictor.fc2_FR.norm(dim=0)[2:] / good[layer].norm(dim=0)
-        torch.testing.assert_close(predictor.fc2_FR[:, 2:] / norm, good[layer])
+    for layer, uncut in enumerate(module.uncut([30, 30])):
+        assert torch.equal(uncut.fc2_FR, good[layer])
 
 
-def test_nothing_is_left_behind_by_a_run_that_fails(recipe, tmp_path, monkeypatch):
+def test_a_run_that_cannot_be_written_keeps_its_training(recipe, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
-        raise RuntimeError("disk on fire")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sparsecast.predictors.checkpoint.write_json", fail)
-    with pytest.raises(RuntimeError, match="on fire"):
-        train(replace(recipe, out=tmp_path / "pred", epochs=1))
-    assert list(tmp_path.iterdir()) == []
+    cfg = replace(recipe, out=tmp_path / "pred", epochs=1, batch_size=512)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsecast.predictors.checkpoint.write_json", fail)
+        with pytest.raises(OSError, match="No space left"):
+            train(cfg)
+    assert {path.name for path in tmp_path.iterdir()} == {".pred.train"}
+    monkeypatch.setattr(PredictorModule, "training_step", fail)
+    train(cfg)
+    assert {path.name for path in tmp_path.iterdir()} == {"pred"}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +238,15 @@ def test_nothing_is_left_behind_by_a_run_that_fails(recipe, tmp_path, monkeypatc
         ({"target_recall": 0.9, "target_sparsity": 0.7}, "not both"),
         ({"target_recall": 1.5}, "--target-recall"),
         ({"target_sparsity": 0.0}, "--target-sparsity"),
-        ({"rank": 2}, "--rank"),
+        ({"rank": 4}, "--rank: must be at least 5"),
+        ({"rank": 64, "predictor_budget": 0.1}, "--rank or --predictor-budget"),
+        ({"recipe": "magic"}, "--recipe: got 'magic', expected default, reference, svd"),
+        ({"recipe": "svd"}, "give --model"),
+        ({"recipe": "reference", "target_recall": 0.9}, "its threshold at 0"),
+        ({"predictor_dtype": "q5_0"}, "--predictor-dtype: got 'q5_0', expected f16, q8_0, q4_0"),
+        ({"target_perplexity": 0.001}, "give --model"),
+        ({"traffic_budget": 1.5}, "--traffic-budget"),
+        ({"traffic_budget": 0.3, "target_recall": 0.9}, "not both"),
         ({"epochs": 0}, "--epochs"),
         ({"lr": 0.0}, "--lr"),
         ({"batch_size": 0}, "--batch-size"),
