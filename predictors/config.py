@@ -37,7 +37,7 @@ class TrainConfig:
     f16 where the hidden size is no multiple of 32 and for the reference recipe."""
 
     rank: int | None = None
-    """Hidden width of each predictor, bias units included; unset: 3/4 of the hidden size in q4_0,
+    """Hidden width of each predictor, bias units included; unset: 5/8 of the hidden size in q4_0,
     a quarter in the reference recipe, else 3/8, in multiples of 32."""
 
     predictor_budget: float | None = None

@@ -25,7 +25,7 @@ from sparsecast.predictors.formats import BITS, BLOCK
 from sparsecast.predictors.metrics import ScoreHistogram
 from sparsecast.predictors.warm_start import Moments, moments, reduced_rank
 
-SHARE = {"f16": 3 / 8, "q8_0": 3 / 8, "q4_0": 3 / 4}
+SHARE = {"f16": 3 / 8, "q8_0": 3 / 8, "q4_0": 5 / 8}
 """Of the hidden size, where no rank is given."""
 TRIED = 6
 """Ranks that are scored per layer."""
