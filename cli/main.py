@@ -89,6 +89,11 @@ STAGES = {
         "sparsecast.collect.bench:BenchConfig",
         "sparsecast.collect.bench:bench",
     ),
+    "bench train": Stage(
+        "token-layers/s of training, ours and the public recipe's",
+        "sparsecast.predictors.bench:BenchTrainConfig",
+        "sparsecast.predictors.bench:bench",
+    ),
     "bench predictors": Stage(
         "our predictors against the public recipe's: misses, bytes, traffic at a perplexity",
         "sparsecast.predictors.compare:CompareConfig",

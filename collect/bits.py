@@ -8,6 +8,8 @@ Shape letters: T tokens, F FFN width, P packed width, ceil(F / 8).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,16 @@ def pack(mask_TF: Tensor) -> Tensor:
 
 
 def unpack(packed_TP: Tensor, width: int) -> Tensor:
-    """(T, P) uint8 to (T, width) bool on the same device."""
-    shifts = torch.arange(8, device=packed_TP.device, dtype=torch.uint8)
-    bits = (packed_TP.unsqueeze(-1) >> shifts) & 1
-    return bits.flatten(-2)[..., :width].bool()
+    """(..., P) uint8 to (..., width) bool on the same device."""
+    words = _spread(packed_TP.device)[packed_TP.int()]
+    return words.view(torch.bool)[..., :width]
+
+
+@cache
+def _spread(device: torch.device) -> Tensor:
+    """(256,) int64: the eight bits of a byte as eight 0/1 bytes, lowest first."""
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    return bits.to(torch.uint8).contiguous().view(torch.int64)[:, 0].to(device)
 
 
 def per_token(mask_TF: Tensor) -> Tensor:

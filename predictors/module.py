@@ -30,6 +30,7 @@ from sparsecast.predictors.bias import Uncut, assembled
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import LayersBatch
 from sparsecast.predictors.formats import straight_through
+from sparsecast.predictors.loss import weighted_bce
 from sparsecast.predictors.metrics import ScoreHistogram
 from sparsecast.predictors.mlp import rms_normalised
 from sparsecast.predictors.warm_start import WarmStart
@@ -72,10 +73,9 @@ class PredictorModule(L.LightningModule):
         if self.stored_as == "f16":
             hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
             bias_LB1 = torch.bmm(x_LBD, self.bias_LD.unsqueeze(-1)).abs()
-            logits = torch.baddbmm(
-                bias_LB1 * self.offset_LF.unsqueeze(1), hidden_LBR, self.fc2_LFR.transpose(1, 2)
-            )
-            return logits, bias_LB1
+            units = torch.cat([hidden_LBR, bias_LB1], dim=-1)
+            columns = torch.cat([self.fc2_LFR, self.offset_LF.unsqueeze(-1)], dim=-1)
+            return torch.bmm(units, columns.transpose(1, 2)), bias_LB1
         fc1, fc2 = assembled(
             self.fc1_LRD, self.fc2_LFR, self.offset_LF, self.bias_LD, self.stored_as
         )
@@ -85,11 +85,7 @@ class PredictorModule(L.LightningModule):
 
     def training_step(self, batch: LayersBatch, _: int) -> Tensor:
         logits_LBF, _bias = self(rms_normalised(batch.x_LBD))
-        fired = unpack(batch.mask_LBP, logits_LBF.shape[-1])
-        weight = torch.where(fired, 1.0, self.rate_L[:, None, None].to(logits_LBF.dtype))
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            logits_LBF, fired.to(logits_LBF.dtype), weight=weight
-        )
+        loss = weighted_bce(logits_LBF, unpack(batch.mask_LBP, logits_LBF.shape[-1]), self.rate_L)
         self.log("loss", loss.detach(), prog_bar=True)
         # Layers are independent: a sum over them gives each the step it would take alone.
         return loss * len(logits_LBF)

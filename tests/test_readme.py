@@ -17,7 +17,8 @@ COMMANDS = [
     line for block in BLOCKS for line in block.splitlines() if line.startswith("sparsecast ")
 ]
 COMMANDS += re.findall(
-    r"`(sparsecast (?:sparsify|bench collect|bench predictors) --[^`]*)`", README.replace("\n", " ")
+    r"`(sparsecast (?:sparsify|bench collect|bench predictors|bench train) --[^`]*)`",
+    README.replace("\n", " "),
 )
 
 

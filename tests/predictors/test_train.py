@@ -12,6 +12,7 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.store import ActivationStore, write_manifest
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import BLOCK, TokenBlocks, layer_batches
+from sparsecast.predictors.loss import weighted_bce
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.mlp import Predictor, rms_normalised
 from sparsecast.predictors.module import PredictorModule
@@ -256,3 +257,22 @@ def test_a_run_that_cannot_be_written_keeps_its_training(recipe, tmp_path, monke
 def test_options_out_of_range_are_named(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         TrainConfig(activations=tmp_path, out=tmp_path / "pred", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_losss_gradient_is_torchs_own(dtype):
+    logits = (6 * torch.randn(3, 100, 40)).to(dtype).requires_grad_()
+    fired = torch.rand(3, 100, 40) < torch.tensor([0.0, 0.1, 1.0])[:, None, None]
+    rate = torch.tensor([0.01, 0.2, 0.9])
+
+    def torchs(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        weight = torch.where(y, 1.0, rate[:, None, None])
+        return torch.nn.functional.binary_cross_entropy_with_logits(z.float(), y.float(), weight)
+
+    (want,) = torch.autograd.grad(5 * torchs(logits, fired), logits)
+    loss = weighted_bce(logits, fired, rate)
+    (got,) = torch.autograd.grad(5 * loss, logits)
+
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
+    torch.testing.assert_close(loss, torchs(logits[:, :64], fired[:, :64]))
