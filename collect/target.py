@@ -18,7 +18,7 @@ def target(out: Path) -> Path:
     """The folder to make, links followed.
 
     Raises:
-        InputError: It is no folder, or holds something that is not an activation store.
+        InputError: It is no folder, or holds something that no stage has finished there.
     """
     path = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
     if not path.name or (path.exists() and not path.is_dir()):
@@ -37,8 +37,8 @@ def unfinished(out: Path) -> Path:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep a second collection out of the same folder."""
+def locked(out: Path, work: str = "collection") -> Iterator[None]:
+    """Keep a second run out of the same folder; `work` names its kind."""
     path = out.with_name(f".{out.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def locked(out: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"{out}: another collection is writing it; wait for that one, or choose another --out"
+            f"{out}: another {work} is writing it; wait for that one, or choose another --out"
         ) from error
     except OSError as error:
         raise InputError(
@@ -55,7 +55,7 @@ def locked(out: Path) -> Iterator[None]:
     try:
         if (out / MANIFEST).is_file():
             raise InputError(
-                f"{out}: another collection has just finished it; run the command again to use it"
+                f"{out}: another {work} has just finished it; run the command again to use it"
             )
         yield
     finally:

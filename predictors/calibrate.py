@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from sparsecast.collect.errors import InputError
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.bias import Uncut, bias_of
 from sparsecast.predictors.data import layer_batches
@@ -60,6 +61,11 @@ def calibrate(
     for turn in range(ROUNDS):
         near = at if turn < 2 or off > NEAR else near
         predictor = uncut.cut(at, near)
+        if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
+            raise InputError(
+                f"layer {layer}: its predictor has weights that {uncut.dtype} cannot hold; train "
+                "with a smaller --lr, or choose another --rank"
+            )
         histogram, total = scores(predictor.to(torch.device(device)), store, layer)
         step = cut(histogram)
         # What the objective wants beside what the file gives, as shares of all entries.

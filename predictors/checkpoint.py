@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -101,7 +102,7 @@ def load_predictors(folder: str | Path) -> PredictorSet:
     threshold = 0.0
     if (folder / "config.json").is_file():
         value = read_json(folder / "config.json", "sparse_threshold").get("sparse_threshold", 0.0)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not isfinite(value):
             raise InputError(
                 f"{folder / 'config.json'}: sparse_threshold is {value!r}, not a number"
             )
@@ -114,6 +115,11 @@ def load_predictors(folder: str | Path) -> PredictorSet:
             f"{len(dtypes)}; copy the whole folder again"
         )
     layers = [_read(folder / f"model_{i}.pt", dtypes[i]) for i in sorted(found)]
+    if manifest is not None and manifest.ranks != [layer.rank for layer in layers]:
+        raise InputError(
+            f"{folder / 'manifest.json'}: says ranks {manifest.ranks}, but the files have "
+            f"{[layer.rank for layer in layers]}; copy the whole folder again"
+        )
     return PredictorSet(layers, threshold, manifest)
 
 
@@ -132,6 +138,8 @@ def _read(path: Path, dtype: str) -> Predictor:
         keys = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise InputError(f"{path}: holds {keys}, expected {want}")
     fc1, fc2 = value["fc1.weight"], value["fc2.weight"]
+    if not isinstance(fc1, torch.Tensor) or not isinstance(fc2, torch.Tensor):
+        raise InputError(f"{path}: holds something else than tensors, expected {want}")
     if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1]:
         raise InputError(
             f"{path}: fc1.weight {tuple(fc1.shape)} and fc2.weight {tuple(fc2.shape)} do not fit; "
@@ -146,7 +154,12 @@ def _read(path: Path, dtype: str) -> Predictor:
         raise InputError(
             f"{path}: manifest.json says {dtype}, but {dtype} cannot hold these values; train again"
         )
-    return Predictor(fc1, fc2, dtype)
+    predictor = Predictor(fc1, fc2, dtype).stored()
+    if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
+        raise InputError(
+            f"{path}: holds values beyond 65504, which f16 cannot store; scale fc1 down and fc2 up"
+        )
+    return predictor
 
 
 def _read_manifest(path: Path) -> PredictorManifest | None:
@@ -160,7 +173,12 @@ def _read_manifest(path: Path) -> PredictorManifest | None:
             "train again"
         )
     known = {item.name for item in fields(PredictorManifest)}
-    if set(value) != known or not all(dtype in BITS for dtype in value["dtypes"]):
+    if (
+        set(value) != known
+        or not all(isinstance(value[name], list) for name in ("dtypes", "ranks", "calibration"))
+        or not all(isinstance(dtype, str) and dtype in BITS for dtype in value["dtypes"])
+        or not isinstance(value["recipe"], dict)
+    ):
         raise InputError(f"{path}: damaged, expected {', '.join(sorted(known))}; train again")
     return PredictorManifest(**value)
 

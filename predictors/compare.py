@@ -28,7 +28,7 @@ from sparsecast.predictors.bias import bias_of
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import layer_batches
-from sparsecast.predictors.formats import BITS, BLOCK
+from sparsecast.predictors.formats import BITS, BLOCK, check_widths
 from sparsecast.predictors.in_loop import predicted_ffn
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
 from sparsecast.predictors.objective import recorded_documents
@@ -85,6 +85,7 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     if cfg.json is not None:
         refuse_unwritable(cfg.json, "--json")
     store = ActivationStore(cfg.activations)
+    check_widths("q4_0", rank=BLOCK, hidden_size=store.manifest.hidden_size)
     base = TrainConfig(
         activations=cfg.activations, out=cfg.out / "reference", model=cfg.model, device=cfg.device
     )
@@ -147,9 +148,14 @@ def _misses(
         "rank": predictors.layers[0].rank,
         "bytes": _bytes(predictors),
         "recall": sum(recalls) / len(recalls),
-        "miss_ratio": sum(ours) / sum(theirs_missed),
-        "miss_ratio_layers": [a / b for a, b in zip(ours, theirs_missed, strict=True)],
+        "miss_ratio": _ratio(sum(ours), sum(theirs_missed)),
+        "miss_ratio_layers": [_ratio(a, b) for a, b in zip(ours, theirs_missed, strict=True)],
     }
+
+
+def _ratio(ours: float, theirs: float) -> float | None:
+    """None where the reference misses nothing."""
+    return ours / theirs if theirs else None
 
 
 def _perplexity(
@@ -168,6 +174,11 @@ def _perplexity(
         with predicted_ffn(model, replace(reference, threshold=threshold)):
             return perplexity(model, chosen) <= limit
 
+    if not fits(LOWEST):
+        raise InputError(
+            f"--perplexity: the reference changes it by more than {cfg.perplexity:.3%} even at a "
+            f"threshold of {LOWEST:g}; allow more"
+        )
     low, high = LOWEST, HIGHEST
     for _ in range(SWEEP):
         middle = (low + high) / 2
@@ -237,7 +248,7 @@ def _show(result: dict[str, Any]) -> None:
             row["dtype"],
             f"{row['bytes']:,}",
             f"{row['recall']:.4f}",
-            f"{row['miss_ratio']:.3f}",
+            "-" if row["miss_ratio"] is None else f"{row['miss_ratio']:.3f}",
         )
     console.print(table)
     at = result["perplexity"]

@@ -84,6 +84,8 @@ class TrainConfig:
             raise InputError("train: give --rank or --predictor-budget, not both")
         if self.rank is not None and self.rank < 5:
             raise InputError(f"--rank: must be at least 5 (up to four are a bias), got {self.rank}")
+        if self.seed < 0:
+            raise InputError(f"--seed: must be at least 0, got {self.seed}")
         if self.steps < 1 or self.peak_lr <= 0:
             raise InputError(f"--epochs {self.epochs}, --lr {self.lr}: must both be positive")
         if self.tokens_per_step < 32 or self.tokens_per_step % 32:
@@ -106,6 +108,14 @@ class TrainConfig:
         for name, value in {**given, "predictor_budget": self.predictor_budget}.items():
             if value is not None and not 0 < value < 1:
                 raise InputError(f"--{name.replace('_', '-')}: must be in (0, 1), got {value}")
+        fixed = [f"--{n.replace('_', '-')}" for n in ("predictor_budget",) if getattr(self, n)]
+        if self.predictor_dtype not in (None, "f16"):
+            fixed.append(f"--predictor-dtype {self.predictor_dtype}")
+        if self.recipe == "reference" and fixed:
+            raise InputError(
+                f"train: the reference recipe has one rank in f16, so {fixed[0]} cannot be "
+                "followed; use --rank, or another recipe"
+            )
         if self.recipe == "reference" and given:
             raise InputError(
                 f"train: the reference recipe has its threshold at 0, so {options[0]} cannot be "

@@ -49,6 +49,11 @@ class _Epochs(Callback):
         self._data.epoch = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not all(bool(weight.isfinite().all()) for weight in pl_module.parameters()):
+            raise InputError(
+                f"training diverged in epoch {trainer.current_epoch}: a weight is no number; "
+                "choose a smaller --lr"
+            )
         part = self._path.with_suffix(".part")
         trainer.save_checkpoint(part)
         os.replace(part, self._path)
@@ -72,7 +77,7 @@ def fit(
         KeyboardInterrupt: At Ctrl-C; the checkpoint stays.
     """
     work = work_folder(cfg.out)
-    resume = _begin(work, json.loads(json.dumps(recipe)))
+    resume = _begin(work, recipe)
     train_data = TokenBlocks(store, "train", cfg.tokens_per_step, cfg.seed)
     calibration_data = TokenBlocks(store, "calibration", cfg.tokens_per_step)
     on_gpu = device.type == "cuda"
@@ -120,15 +125,22 @@ def fit(
         ) from stop
 
 
+def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
+    """Whether there is a run to go on with; one that was begun with another recipe is refused."""
+    if not (work / LAST).is_file():
+        return False
+    made = read_json(work / RECIPE, "the recipe of an unfinished `sparsecast train`")
+    if changed := differing(made, json.loads(json.dumps(recipe))):
+        raise InputError(
+            f"{work}: holds an unfinished run made differently ({'; '.join(changed)}); repeat "
+            "the options it was started with, or remove that folder"
+        )
+    return True
+
+
 def _begin(work: Path, recipe: dict[str, Any]) -> Path | None:
     """The checkpoint to go on from; None for a fresh run, whose folder is made."""
-    if (work / LAST).is_file():
-        made = read_json(work / RECIPE, "the recipe of an unfinished `sparsecast train`")
-        if changed := differing(made, recipe):
-            raise InputError(
-                f"{work}: holds an unfinished run made differently ({'; '.join(changed)}); repeat "
-                "the options it was started with, or remove that folder"
-            )
+    if check_unfinished(work, recipe):
         console.print("resuming from the last finished epoch")
         return work / LAST
     shutil.rmtree(work, ignore_errors=True)

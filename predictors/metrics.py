@@ -152,11 +152,12 @@ class ScoreHistogram:
         self.active += both[BINS:]
 
     def cut_for_recall(self, recall: float) -> float:
-        """The largest cut at which at least `recall` of the active entries reach it; that of the
-        lowest score where nothing is active."""
+        """The largest cut at which at least `recall` of the active entries reach it; above all
+        scores where nothing is active."""
         kept = self.active[::-1].cumsum()[::-1]
-        enough = np.flatnonzero(kept >= recall * max(1, kept[0]))
-        return _edge(int(enough[-1] if len(enough) else (self.inactive > 0).argmax()))
+        if not kept[0]:
+            return _edge(1 + int(np.flatnonzero(self.inactive).max(initial=-1)))
+        return _edge(int(np.flatnonzero(kept >= recall * kept[0])[-1]))
 
     def cut_for_sparsity(self, sparsity: float) -> float:
         """The smallest cut below which at least `sparsity` of all entries stay."""

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.perplexity import perplexity
@@ -84,11 +83,6 @@ def _for_traffic(
 ) -> list[Cut]:
     sizes = [share_of_ffn(predictor.cut(0.0).rank, store, predictor.dtype) for predictor in uncut]
     load = budget - sum(sizes) / len(sizes)
-    if load <= 0:
-        raise InputError(
-            f"--traffic-budget: {budget}, but the predictors alone are {budget - load:.4f} of the "
-            "FFN; allow more, or choose a smaller --rank or --predictor-dtype q4_0"
-        )
     curves = []
     for layer, predictor in enumerate(uncut):
         histogram, _ = scores(predictor.cut(0.0).to(device), store, layer)
@@ -119,11 +113,6 @@ def _for_perplexity(
     target = cfg.target_perplexity
     assert cfg.model is not None
     assert target is not None
-    if Checkpoint(cfg.model).fingerprint != store.manifest.fingerprint:
-        raise InputError(
-            f"--model {cfg.model}: is not the model that {cfg.activations} was recorded from "
-            f"({store.manifest.model}); give that one"
-        )
     threshold = store.manifest.activation_threshold
     model, _ = load_model(
         cfg.model,
@@ -157,7 +146,7 @@ def most_misses(change: Callable[[float], float], target: float) -> float | None
     few, many = FEWEST_MISSES, MOST_MISSES
     if change(many) <= target:
         return None
-    if (closest := change(few)) > target:
+    if not (closest := change(few)) <= target:
         return closest
     while many / few > RATIO:
         middle = math.sqrt(few * many)

@@ -45,11 +45,28 @@ def ranks_for(
     made = store.manifest
     if cfg.predictor_budget is not None:
         return _within(cfg, store, dtype, device)
+    if cfg.rank is not None and cfg.rank > (most := 2 * made.hidden_size):
+        raise InputError(
+            f"--rank: got {cfg.rank}, expected at most twice the hidden size, {most}: more units "
+            "than that have nothing to start from"
+        )
     if cfg.rank is not None:
         return [cfg.rank] * len(made.layers)
     share = 1 / 4 if cfg.recipe == "reference" else SHARE[dtype]
     rank = max(BLOCK, round(made.hidden_size * share / BLOCK) * BLOCK)
     return [rank] * len(made.layers)
+
+
+def check_traffic(cfg: TrainConfig, store: ActivationStore, dtype: str, ranks: list[int]) -> None:
+    """Refuse a traffic budget that predictors of these ranks alone exceed."""
+    if cfg.traffic_budget is None:
+        return
+    share = sum(share_of_ffn(rank, store, dtype) for rank in ranks) / len(ranks)
+    if share >= cfg.traffic_budget:
+        raise InputError(
+            f"--traffic-budget: {cfg.traffic_budget}, but the predictors alone are {share:.4f} of "
+            "the FFN; allow more, or choose a smaller --rank or --predictor-dtype q4_0"
+        )
 
 
 def share_of_ffn(rank: int, store: ActivationStore, dtype: str) -> float:

@@ -37,10 +37,15 @@ def svd(
     Memory: the model, and one layer's (D, D) and (F, D) matrices in float32.
 
     Raises:
-        InputError: See `load_model`; a model other than the recorded one.
+        InputError: See `load_model`.
     """
     assert cfg.model is not None
-    model, _ = load_model(cfg.model, device=str(device))
+    made = store.manifest
+    model, _ = load_model(
+        cfg.model,
+        device=str(device),
+        activation_threshold=made.activation_threshold if made.activation == "fatrelu" else None,
+    )
     return [
         whitened(
             moments(store, layer, device),
@@ -96,7 +101,9 @@ def whitened(
     a_RD = right[:linear_rank] @ inverse_DD
     b_FR = left[:, :linear_rank] * strength[:linear_rank]
     dropped_F = (left[:, linear_rank:] * strength[linear_rank:]).square().sum(1).sqrt()
-    scale_F = dropped_F.clamp_min(1e-3 * dropped_F.mean().clamp_min(1e-6)).reciprocal()
+    whole_F = (left * strength).square().sum(1).sqrt()
+    # A row that is kept whole has nothing to divide by but what rounding leaves of it.
+    scale_F = torch.maximum(dropped_F, 1e-2 * whole_F.mean()).clamp_min(1e-6).reciprocal()
     b_FR = b_FR * scale_F[:, None]
     offset_F = (constant_F - threshold) * scale_F
     spare = units - 2 * len(a_RD)

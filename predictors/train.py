@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
 
+from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import pick_device
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
+from sparsecast.collect.target import locked, target
 from sparsecast.predictors.calibrate import Calibrated
 from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet, load_predictors
 from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.fit import differing, finish_logs, work_folder
+from sparsecast.predictors.fit import check_unfinished, differing, finish_logs, work_folder
 from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.metrics import Counts
 from sparsecast.predictors.recipes import RECIPES
-from sparsecast.predictors.sizes import default_dtype, ranks_for
+from sparsecast.predictors.sizes import check_traffic, default_dtype, ranks_for
+
+MISSED = 0.01
 
 
 def train(cfg: TrainConfig) -> PredictorSet:
@@ -37,6 +41,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
             unfinished run for `cfg.out` that was made with other options, a rank that the format
             cannot store, or an objective that cannot be met.
     """
+    cfg = replace(cfg, out=target(cfg.out))
     store = ActivationStore(cfg.activations)
     if (layers := store.manifest.layers) != list(range(len(layers))):
         raise InputError(
@@ -47,13 +52,27 @@ def train(cfg: TrainConfig) -> PredictorSet:
     recipe = _recipe(cfg, store, dtype)
     if (cfg.out / "manifest.json").is_file():
         return _finished(cfg, recipe, store)
+    with locked(cfg.out, "training"):
+        return _train(cfg, store, dtype, recipe)
+
+
+def _train(
+    cfg: TrainConfig, store: ActivationStore, dtype: str, recipe: dict[str, Any]
+) -> PredictorSet:
+    # Another objective needs no other training, unless best epochs are chosen by it.
+    training = {k: v for k, v in recipe.items() if k not in ("target_perplexity", "traffic_budget")}
+    check_unfinished(work_folder(cfg.out), training)
+    if cfg.model and Checkpoint(cfg.model).fingerprint != store.manifest.fingerprint:
+        raise InputError(
+            f"--model {cfg.model}: is not the model that {cfg.activations} was recorded from "
+            f"({store.manifest.model}); give that one"
+        )
     device = pick_device(cfg.device)
     L.seed_everything(cfg.seed, verbose=False)
     ranks = ranks_for(cfg, store, dtype, device)
     for rank in set(ranks):
         check_widths(dtype, rank=rank, hidden_size=store.manifest.hidden_size)
-    # Another objective needs no other training, unless best epochs are chosen by it.
-    training = {k: v for k, v in recipe.items() if k not in ("target_perplexity", "traffic_budget")}
+    check_traffic(cfg, store, dtype, ranks)
     calibrated = RECIPES[cfg.recipe](cfg, store, dtype, ranks, device, training)
     predictors = PredictorSet(
         [layer.predictor for layer in calibrated], 0.0, _manifest(store, recipe, calibrated)
@@ -61,6 +80,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
     predictors.save(cfg.out)
     finish_logs(work_folder(cfg.out), cfg.out)
     _summary(cfg, predictors, [layer.counts for layer in calibrated])
+    _tell_missed(cfg, [layer.counts for layer in calibrated])
     return predictors
 
 
@@ -114,6 +134,8 @@ def _finished(cfg: TrainConfig, recipe: dict[str, Any], store: ActivationStore) 
     predictors = load_predictors(cfg.out)
     made = predictors.manifest
     assert made is not None
+    if made.recipe == recipe:  # ended between its last two steps
+        finish_logs(work_folder(cfg.out), cfg.out)
     changed = differing(made.recipe, {k: v for k, v in recipe.items() if k != "fingerprint"})
     if made.fingerprint != store.manifest.fingerprint:
         changed.append("the activations come from another model")
@@ -124,6 +146,24 @@ def _finished(cfg: TrainConfig, recipe: dict[str, Any], store: ActivationStore) 
         )
     console.print(f"{cfg.out}: already trained, {len(predictors.layers)} layers")
     return predictors
+
+
+def _tell_missed(cfg: TrainConfig, counts: list[Counts]) -> None:
+    """A word where calibration came no nearer to the objective than `MISSED`."""
+    names = {"target_recall": "recall", "target_sparsity": "predicted_sparsity"}
+    for option, name in names.items():
+        wanted = getattr(cfg, option)
+        reached = [getattr(c, name) for c in counts]
+        if wanted is None or all(abs(value - wanted) <= MISSED for value in reached):
+            continue
+        layer = max(range(len(reached)), key=lambda i: abs(reached[i] - wanted))
+        console.print(
+            f"layer {layer} came to a {name.replace('_', ' ')} of {reached[layer]:.4f}, {wanted} "
+            "was asked for: a larger --rank, more --epochs or more tokens bring it nearer",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _summary(cfg: TrainConfig, predictors: PredictorSet, counts: list[Counts]) -> None:

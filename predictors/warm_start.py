@@ -29,6 +29,8 @@ from sparsecast.predictors.mlp import rms_normalised
 
 RIDGE = 1e-3
 """Relative to the mean variance of an input."""
+LEAST_RATE = 1e-3
+"""Of a layer in which hardly anything fires."""
 LINEAR_REACH = 4.0
 """K: how many standard deviations below its mean a hidden unit stays linear."""
 BIAS_SCALE = {"f16": 1.0, "q8_0": 4 * LINEAR_REACH, "q4_0": 4 * LINEAR_REACH}
@@ -74,7 +76,7 @@ def warm_start(
         for layer, free in zip(store.manifest.layers, free_units, strict=True):
             m = moments(store, layer, device)
             u_D, fc1_RD, fc2_FR, offset_F = (t.cpu() for t in reduced_rank(m, free))
-            rate = m.rate_F.mean().cpu()
+            rate = m.rate_F.mean().clamp_min(LEAST_RATE).cpu()
             scale, spare = BIAS_SCALE[dtype], max(free_units) - free
             starts.append(
                 (
@@ -111,9 +113,10 @@ def reduced_rank(m: Moments, free_units: int) -> tuple[Tensor, Tensor, Tensor, T
     energy = m.second_DD.diagonal().mean()
     u_D = torch.linalg.solve(m.second_DD + RIDGE * energy * eye, m.mean_D)
     covariance = m.second_DD - torch.outer(m.mean_D, m.mean_D)
-    covariance += RIDGE * covariance.diagonal().mean() * eye
-    values, vectors = torch.linalg.eigh(covariance)
-    whiten_DD = vectors * values.clamp_min(1e-12).rsqrt() @ vectors.T
+    floor = (RIDGE * covariance.diagonal().mean()).clamp_min(1e-6)
+    values, vectors = torch.linalg.eigh(covariance + floor * eye)
+    # Rounding may leave the smallest below what was added.
+    whiten_DD = vectors * torch.maximum(values, floor / 2).rsqrt() @ vectors.T
     cross_FD = (m.cross_FD - torch.outer(m.rate_F, m.mean_D)) @ whiten_DD
     _, basis = torch.linalg.eigh(cross_FD.T @ cross_FD)
     # The strongest first: units that share a block of a quantised row are then alike.

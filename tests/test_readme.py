@@ -17,7 +17,7 @@ COMMANDS = [
     line for block in BLOCKS for line in block.splitlines() if line.startswith("sparsecast ")
 ]
 COMMANDS += re.findall(
-    r"`(sparsecast (?:sparsify|bench collect|bench predictors|bench train) --[^`]*)`",
+    r"`(sparsecast (?:sparsify|bench \w+) --[^`]*)`",
     README.replace("\n", " "),
 )
 

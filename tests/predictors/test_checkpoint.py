@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 
@@ -104,7 +105,7 @@ def test_an_empty_folder_says_what_was_expected(tmp_path):
         load_predictors(tmp_path)
 
 
-@pytest.mark.parametrize("threshold", ['"0.5"', "true", "null", "[0]"])
+@pytest.mark.parametrize("threshold", ['"0.5"', "true", "null", "[0]", "NaN", "Infinity"])
 def test_a_threshold_that_is_no_number_is_refused(tmp_path, threshold):
     write(tmp_path, weights())
     (tmp_path / "config.json").write_text(f'{{"sparse_threshold": {threshold}}}')
@@ -140,3 +141,38 @@ def test_a_manifest_of_another_version_is_refused(trained, tmp_path):
     PredictorSet(trained.layers, 0.0, newer).save(tmp_path / "pred")
     with pytest.raises(InputError, match="format version 99"):
         load_predictors(tmp_path / "pred")
+
+
+def test_weights_are_scored_as_the_file_will_hold_them(tmp_path):
+    """PowerInfer's converter rounds to f16 whatever the repository has."""
+    fc1 = torch.full((4, 8), 1.0001)
+    write(tmp_path / "p", {"fc1.weight": fc1, "fc2.weight": torch.ones(16, 4)})
+    assert torch.equal(load_predictors(tmp_path / "p").layers[0].fc1_RD, fc1.half())
+    write(tmp_path / "p", {"fc1.weight": 1e5 * fc1, "fc2.weight": torch.ones(16, 4)})
+    with pytest.raises(InputError, match="beyond 65504"):
+        load_predictors(tmp_path / "p")
+    write(tmp_path / "p", {"fc1.weight": [1], "fc2.weight": torch.ones(16, 4)})
+    with pytest.raises(InputError, match="something else than tensors"):
+        load_predictors(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"dtypes": None}, "damaged"),
+        ({"dtypes": [["f16"], "f16"]}, "damaged"),
+        ({"dtypes": ["f16"]}, "manifest.json is of 1"),
+        ({"dtypes": ["q4_0", "q4_0"]}, "q4_0 cannot hold these values"),
+        ({"recipe": None}, "damaged"),
+        ({"ranks": [1, 1]}, r"says ranks \[1, 1\], but the files have"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(trained, recipe, tmp_path, change, match):
+    copy = tmp_path / "p"
+    copy.mkdir()
+    for path in recipe.out.glob("*.*"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    made = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(made | change))
+    with pytest.raises(InputError, match=match):
+        load_predictors(copy)

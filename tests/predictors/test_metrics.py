@@ -123,13 +123,15 @@ def test_a_cut_between_ties_decides_as_its_histogram_counted(scores, seed):
         assert histogram.at(cut) == pytest.approx((got.recall, got.predicted_sparsity))
 
 
-def test_the_cut_where_nothing_is_active_keeps_everything():
+def test_the_cut_where_nothing_is_active_skips_everything():
+    """Any recall is reached there, so the largest cut is above all scores."""
     score = torch.tensor([[-3.0, 2.0]])
     histogram = ScoreHistogram()
     histogram.add(score, torch.zeros(1, 2, dtype=torch.bool))
     cut = histogram.cut_for_recall(0.9)
-    assert cut == pytest.approx(-3, abs=0.01)
-    assert (score >= cut).all()
+    assert cut == pytest.approx(2, abs=0.01)
+    assert (score < cut).all()
+    assert histogram.at(cut) == (1.0, 1.0)
 
 
 @given(sizes, rates, rates, st.integers(0, 2**31))

@@ -280,3 +280,35 @@ def test_bytes_go_where_they_lower_traffic_most():
     assert _spend(gains, tried, 4, unit=0.01) == [1, 2, 1]
     assert _spend(gains, tried, 99, unit=0.01) == [4, 2, 1]
     assert math.isclose(sum(_spend(gains, tried, 3, unit=0.01)), 3)
+
+
+def test_the_svd_wants_the_recorded_model_and_spares_another_run(
+    model_folder, acts, tmp_path, family_like
+):
+    cfg = TrainConfig(
+        activations=acts.folder,
+        out=tmp_path / "p",
+        recipe="svd",
+        model=str(family_like),
+        predictor_dtype="f16",
+        device="cpu",
+    )
+    with pytest.raises(InputError, match=r"is not the model that .* was recorded from"):
+        train(cfg)
+    work = tmp_path / ".p.train"
+    work.mkdir()
+    (work / "last.ckpt").write_bytes(b"hours of work")
+    (work / "recipe.json").write_text('{"recipe": "default"}')
+    with pytest.raises(InputError, match="unfinished run .*recipe was 'default', now 'svd'"):
+        train(replace(cfg, model=str(model_folder)))
+    assert (work / "last.ckpt").read_bytes() == b"hours of work"
+
+
+@pytest.fixture
+def family_like(model_folder, tmp_path):
+    """A model of the same shape with other weights."""
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -w for name, w in weights.items()}, other / "model.safetensors")
+    return other

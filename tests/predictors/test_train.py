@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.store import ActivationStore, write_manifest
@@ -244,6 +247,9 @@ def test_a_run_that_cannot_be_written_keeps_its_training(recipe, tmp_path, monke
         ({"recipe": "magic"}, "--recipe: got 'magic', expected default, reference, svd"),
         ({"recipe": "svd"}, "give --model"),
         ({"recipe": "reference", "target_recall": 0.9}, "its threshold at 0"),
+        ({"recipe": "reference", "predictor_dtype": "q4_0"}, "so --predictor-dtype q4_0 cannot be"),
+        ({"recipe": "reference", "predictor_budget": 0.1}, "so --predictor-budget cannot be"),
+        ({"seed": -1}, "--seed"),
         ({"predictor_dtype": "q5_0"}, "--predictor-dtype: got 'q5_0', expected f16, q8_0, q4_0"),
         ({"target_perplexity": 0.001}, "give --model"),
         ({"traffic_budget": 1.5}, "--traffic-budget"),
@@ -276,3 +282,71 @@ def test_the_losss_gradient_is_torchs_own(dtype):
     assert got.dtype == dtype
     torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
     torch.testing.assert_close(loss, torchs(logits[:, :64], fired[:, :64]))
+
+
+def test_weights_that_are_no_numbers_end_the_run(recipe, tmp_path):
+    with pytest.raises(InputError, match="training diverged in epoch 0: .* a smaller --lr"):
+        train(replace(recipe, out=tmp_path / "pred", lr=1e30, epochs=1))
+    assert not (tmp_path / "pred").exists()
+
+
+def test_a_rank_beyond_what_the_start_can_give_is_refused(recipe, tmp_path):
+    train(replace(recipe, out=tmp_path / "most", rank=128, epochs=1, batch_size=512))
+    with pytest.raises(InputError, match="--rank: got 129, expected at most twice .* 128"):
+        train(replace(recipe, out=tmp_path / "pred", rank=129))
+    assert {path.name for path in tmp_path.iterdir()} == {"most"}
+
+
+def test_a_second_run_and_a_foreign_folder_are_refused_before_any_work(recipe, tmp_path):
+    with (
+        FileLock(tmp_path / ".pred.lock"),
+        pytest.raises(InputError, match="another training is writing it"),
+    ):
+        train(replace(recipe, out=tmp_path / "pred"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        train(replace(recipe, out=tmp_path / "mine"))
+    with pytest.raises(InputError, match="is not a folder"):
+        train(replace(recipe, out=tmp_path / "mine" / "notes.txt"))
+    with pytest.raises(InputError, match="cannot be written"):
+        train(replace(recipe, out=tmp_path / "mine" / "notes.txt" / "x"))
+
+
+def degenerate(synthetic, tmp_path, silent: bool) -> ActivationStore:
+    """Layer 0 silent or always on, and layer 1 with inputs along one direction alone."""
+    shutil.copytree(synthetic.folder, tmp_path / "acts")
+    for split in ("train", "calibration", "held-out"):
+        for path in (tmp_path / "acts").glob(f"{split}-*.safetensors"):
+            tensors = load_file(path)
+            tensors["layer.0.mask"].fill_(0 if silent else 255)
+            ones = torch.ones_like(tensors["layer.1.x"])
+            tensors["layer.1.x"] = ones * torch.linspace(0.5, 2, len(ones))[:, None].half()
+            save_file(tensors, path)
+    return ActivationStore(tmp_path / "acts")
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q4_0"])
+@pytest.mark.parametrize("silent", [True, False])
+def test_layers_with_nothing_to_learn_give_predictors_all_the_same(
+    recipe, synthetic, tmp_path, silent, dtype
+):
+    store = degenerate(synthetic, tmp_path, silent)
+    cfg = replace(
+        recipe,
+        activations=store.folder,
+        out=tmp_path / "pred",
+        epochs=1,
+        batch_size=512,
+        predictor_dtype=dtype,
+    )
+    predictors = train(cfg)
+    for predictor in predictors.layers:
+        assert all(weight.isfinite().all() for weight in predictor.weights)
+    first, second = predictors.manifest.calibration
+    if silent:
+        assert first["recall"] == 1.0
+        assert first["predicted_sparsity"] > 0.99
+    else:
+        assert first["recall"] > 0.94
+    assert second["recall"] > 0.9
