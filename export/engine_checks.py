@@ -1,12 +1,13 @@
 """The engine's binaries against our evaluation of the same file.
 
 Both compute the same arithmetic, but sum in another order; a difference of 1e-7 can turn a
-rounding to f16 over, and that a predictor's decision at the threshold. How far that moves
-probabilities depends on the model, so our own evaluation is made a second time with sums in
-float64. The engine's token must be the choice of one of the two. At 99 % of positions the engine
-may be 3 times as far from ours as the two are from each other, or 1e-3 where that is more; the
-worst position, where a strong neuron may have turned over in one alone, is bounded loosely. (On
-tiny-prosparse float64 moved ours by 0.0036 and the engine was 0.0032 away.)
+rounding to f16 or q8_0 over, and that a predictor's decision at the threshold. How far that moves
+probabilities depends on the model and the format, so our own evaluation is made a second time with
+sums in float64. The engine's token must be the choice of one of the two, but for a few near ties.
+At 99 % of positions the engine may be 3 times as far from ours as the two are from each other, or
+1e-3 where that is more; the worst position, where a strong neuron may have turned over in one
+alone, is bounded loosely. (On tiny-prosparse with predictors in f16, float64 moved ours by 0.0036
+and the engine was 0.0032 away; in q4_0 by 0.021, and 0.026.)
 
 Shape letters: P prompts, S prompt length, V vocabulary.
 """
@@ -33,6 +34,9 @@ from sparsecast.export.reader import GGUFFile
 PERPLEXITY_BOUND = 0.005
 LOGIT_BOUND = 1e-2
 """An engine token that is not our argmax, with sums of either width, may be this far below it."""
+MOVED_SHARE = 0.01
+"""Of positions, may be further below, but not than the width of sums moves our own logits there:
+inputs rounded to q8_0 turn a difference of 1e-7 into one of a whole code."""
 PROBABILITY_BOUND = 1e-3
 PROBABILITY_FACTOR = 3.0
 WORST_BOUND = 0.1
@@ -85,13 +89,14 @@ def check_next_tokens(
         values_PSV[..., file.keys.get("tokenizer.ggml.eos_token_id", 2)] = float("-inf")
     unsayable = [i for i, text in enumerate(texts) if not text or text.startswith("byte: \\x")]
     gaps, worst = [], []
+    moved_PS = (logits_PSV - others_PSV).nan_to_num().abs().amax(-1)
     try:
         with serving(build, file.path, len(texts), unsayable) as server:
             for p, s in _places(prompts_PS):
                 reply = server.next(prompts_PS[p, : s + 1].tolist())
                 gap, distance = compare(reply, logits_PSV[p, s], texts, unsayable)
                 other, _ = compare(reply, others_PSV[p, s], texts, unsayable)
-                gaps.append(min(gap, other))
+                gaps.append((min(gap, other), moved_PS[p, s].item()))
                 worst.append(distance)
     except EngineError as error:
         return [Check("engine tokens", False, str(error))]
@@ -103,16 +108,21 @@ def _places(prompts_PS: Tensor) -> Iterator[tuple[int, int]]:
     yield from ((p, s) for p in range(n_prompts) for s in range(length))
 
 
-def _tokens_check(gaps: list[float]) -> Check:
-    agree = sum(gap == 0 for gap in gaps)
-    far = [gap for gap in gaps if gap > LOGIT_BOUND]
+def _tokens_check(gaps: list[tuple[float, float]]) -> Check:
+    """From how far below our best the engine's token is, and how far sums move logits there."""
+    agree = sum(gap == 0 for gap, _ in gaps)
+    far = [(gap, moved) for gap, moved in gaps if gap > LOGIT_BOUND]
+    wrong = [gap for gap, moved in far if gap > moved]
     detail = (
         f"{len(gaps)} positions: {agree} engine tokens are our argmax, "
         f"{len(gaps) - agree - len(far)} within {LOGIT_BOUND:g} of its logit, {len(far)} further"
     )
     if far:
-        detail += f" (by up to {max(far):.3g})"
-    return Check("engine tokens", not far, detail)
+        detail += (
+            f" (by up to {max(far)[0]:.3g}; {len(far) - len(wrong)} of them by less than another "
+            f"order of sums moves our own logits there, allowed at {MOVED_SHARE:.0%})"
+        )
+    return Check("engine tokens", not wrong and len(far) <= MOVED_SHARE * len(gaps), detail)
 
 
 def _noise(one_PSV: Tensor, other_PSV: Tensor) -> float:
