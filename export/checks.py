@@ -157,6 +157,11 @@ def check_tensors(file: GGUFFile) -> Check:
         types = ("f32",) if len(letters) == 1 else TYPES.get(short, ("f16", "f32"))
         if entry.type.name not in types:
             wrong.append(f"{name} is {entry.type.name}, expected {' or '.join(types)}")
+        if entry.shape[-1] % entry.type.block:
+            wrong.append(
+                f"{name} is {entry.type.name} in rows of {entry.shape[-1]}, expected a multiple of "
+                f"{entry.type.block}: the engine reads rows that share a block wrongly"
+            )
     wrong += [f"{name} is not a tensor of this architecture" for name in file.entries.keys() - want]
     return Check("tensors", not wrong, "; ".join(wrong) or f"{len(want)} tensors")
 

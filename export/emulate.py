@@ -2,9 +2,11 @@
 
 What the engine computes (PowerInfer's llama.cpp and ggml.c at d3ebd7c), reproduced from the file
 alone:
-- a product with f16 weights rounds its input to f16 and sums in float32 or better; with q8_0 and
-  q4_0 weights it rounds it to q8_0; with f32 weights nothing is rounded. ffn_down_t takes
-  relu(gate) * up rounded to f16;
+- a product with f16 weights rounds its input to f16 and sums in float32 or better; with f32
+  weights nothing is rounded. ffn_down_t takes relu(gate) * up rounded to f16;
+- a product with q8_0 or q4_0 weights rounds its input to q8_0 and sums the codes of a block as
+  integers. Terms that cancel leave exactly 0, an active neuron, which float32 misses by a last bit;
+  float64 holds the products and the sum of a block without rounding;
 - rope turns neighbouring pairs, its angle by repeated float32 multiplication;
 - softmax takes exp through an f16 table: argument and result are rounded to f16;
 - the KV cache is float32 (`--memory-f32`);
@@ -28,12 +30,13 @@ from sparsecast.predictors.formats import rounded_input
 class Emulator:
     """The engine's arithmetic on one file.
 
-    Memory: the file is mapped; one matrix at a time is widened to float32, and the activations of
-    the tokens given.
+    Memory: the file is mapped; one matrix at a time is widened to float32 (a quantised one to
+    float64), and the activations of the tokens given.
 
     Args:
-        sums: dtype that products sum in. float64 is the same arithmetic in another order, so the
-            difference between the two is what an order of summation may change.
+        sums: dtype that products with unquantised weights sum in. float64 is the same arithmetic
+            in another order, so the difference between the two is what an order of summation may
+            change.
     """
 
     def __init__(self, file: GGUFFile, sums: torch.dtype = torch.float32) -> None:
@@ -67,12 +70,18 @@ class Emulator:
         logits_TV = self._product(self._norm(x_TD, "output_norm.weight"), "output.weight")
         return logits_TV.view(B, S, -1)
 
+    def predictor_logits(self, x_TD: Tensor, layer: int) -> Tensor:
+        """(T, F) float32 of one layer for float32 inputs, the residual before the FFN norm."""
+        hidden_TR = self._product(x_TD, f"blk.{layer}.fc1.weight").relu_()
+        return self._product(hidden_TR, f"blk.{layer}.fc2.weight")
+
     def _product(self, x_TD: Tensor, name: str) -> Tensor:
         weight = self._file.tensor(name)
-        stored = self._file.entries[name].type.name
-        if stored != "f32":
-            x_TD = rounded_input(x_TD, stored)
-        return (x_TD.to(self._sums) @ weight.to(self._sums).T).float()
+        stored = self._file.entries[name].type
+        if stored.name != "f32":
+            x_TD = rounded_input(x_TD, stored.name)
+        sums = torch.float64 if stored.block > 1 else self._sums
+        return (x_TD.to(sums) @ weight.to(sums).T).float()
 
     def _norm(self, x_TD: Tensor, name: str) -> Tensor:
         mean_T1 = x_TD.square().double().mean(-1, keepdim=True).float()
@@ -116,9 +125,7 @@ class Emulator:
         gate_TF = self._product(normed_TD, f"{block}.ffn_gate.weight")
         x1_TF = gate_TF.relu_() * self._product(normed_TD, f"{block}.ffn_up.weight")
         if not all_active:
-            hidden_TR = self._product(x_TD, f"{block}.fc1.weight").relu_()
-            logits_TF = self._product(hidden_TR, f"{block}.fc2.weight")
-            x1_TF.masked_fill_(logits_TF < self.threshold, 0.0)
+            x1_TF.masked_fill_(self.predictor_logits(x_TD, layer) < self.threshold, 0.0)
         return x1_TF.half().float() @ self._file.tensor(f"{block}.ffn_down_t.weight").float()
 
 

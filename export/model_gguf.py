@@ -37,7 +37,6 @@ from sparsecast.export.hyper import Hyper
 from sparsecast.export.names import Layout, Row, arranged, llama_rows, predictor_names
 from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.formats import check_widths
 
 MAGIC = b"PWRI"
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
@@ -90,8 +89,14 @@ def _load(checkpoint: Checkpoint, hyper: Hyper, row: Row) -> Tensor:
 def _predictor_part(predictors: PredictorSet) -> Iterator[Planned]:
     for i, predictor in enumerate(predictors.layers):
         kind = GGMLQuantizationType[predictor.dtype.upper()]
-        check_widths(predictor.dtype, rank=predictor.rank, hidden_size=predictor.fc1_RD.shape[1])
+        block = GGML_QUANT_SIZES[kind][0]
         for name, weight in zip(predictor_names(i), predictor.weights, strict=True):
+            if weight.shape[1] % block:
+                raise InputError(
+                    f"{name}: is {predictor.dtype}, stored in blocks of {block} along a row, but "
+                    f"its rows hold {weight.shape[1]} weights, which the engine would read "
+                    f"wrongly; train predictors of a rank that is a multiple of {block}, or in f16"
+                )
             yield Planned(name, tuple(weight.shape), kind, partial(_same, weight))
 
 

@@ -20,7 +20,7 @@ import torch
 
 from sparsecast.collect.atomic import new_folder, read_json, write_json
 from sparsecast.collect.errors import InputError
-from sparsecast.predictors.formats import BITS, rounded
+from sparsecast.predictors.formats import BITS, BLOCK, rounded
 from sparsecast.predictors.mlp import Predictor
 
 FORMAT_VERSION = 2
@@ -147,6 +147,11 @@ def _read(path: Path, dtype: str) -> Predictor:
         )
     if not (fc1.isfinite().all() and fc2.isfinite().all()):
         raise InputError(f"{path}: holds NaN or infinity; train again")
+    if dtype != "f16" and (fc1.shape[0] % BLOCK or fc1.shape[1] % BLOCK):
+        raise InputError(
+            f"{path}: manifest.json says {dtype}, whose rows lie in blocks of {BLOCK}, but fc1 is "
+            f"{tuple(fc1.shape)}; train again"
+        )
     if dtype != "f16" and not (
         torch.equal(rounded(fc1, dtype), fc1.float())
         and torch.equal(rounded(fc2, dtype), fc2.float())

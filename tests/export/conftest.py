@@ -66,12 +66,22 @@ def predictors(tmp_path_factory, model_folder) -> Path:
 
 
 @pytest.fixture(scope="session")
-def quantised(tmp_path_factory, model_folder, acts) -> Path:
+def bundle_in(tmp_path_factory, model_folder):
+    """Export a bundle with the given format per layer; not to be written to."""
+
+    def make(*dtypes: str) -> Path:
+        folder = tmp_path_factory.mktemp("formats")
+        predictors = random_predictors(folder / "p", str(model_folder), dtypes=dtypes)
+        cfg = ExportConfig(model=str(model_folder), predictors=predictors, out=folder / "b")
+        return export(cfg).parent
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantised(bundle_in) -> Path:
     """A bundle whose predictors are f16, q8_0 and q4_0; not to be written to."""
-    folder = tmp_path_factory.mktemp("quantised")
-    predictors = random_predictors(folder / "p", str(model_folder), dtypes=("f16", "q8_0", "q4_0"))
-    cfg = ExportConfig(model=str(model_folder), predictors=predictors, out=folder / "b")
-    return export(cfg).parent
+    return Path(bundle_in("f16", "q8_0", "q4_0"))
 
 
 @pytest.fixture(scope="session")

@@ -176,3 +176,14 @@ def test_a_manifest_that_lies_is_refused(trained, recipe, tmp_path, change, matc
     (copy / "manifest.json").write_text(json.dumps(made | change))
     with pytest.raises(InputError, match=match):
         load_predictors(copy)
+
+
+def test_a_manifest_whose_format_cannot_have_these_rows_is_refused(trained, recipe, tmp_path):
+    for path in recipe.out.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    made = json.loads((tmp_path / "manifest.json").read_text())
+    made |= {"dtypes": ["q8_0", "f16"], "ranks": [16, 32]}
+    (tmp_path / "manifest.json").write_text(json.dumps(made))
+    write(tmp_path, {"fc1.weight": torch.ones(16, 64), "fc2.weight": torch.ones(200, 16)})
+    with pytest.raises(InputError, match=r"in blocks of 32, but fc1 is \(16, 64\)"):
+        load_predictors(tmp_path)
