@@ -16,8 +16,7 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -26,13 +25,20 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sparsecast.collect.atomic import refuse_unwritable, write_json
+from sparsecast.collect.bench_runs import (
+    bare,
+    empty,
+    recipe,
+    recipe_share,
+    recording,
+    timed,
+    write_rate,
+)
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.fill import Filler
 from sparsecast.collect.models import (
     check_length,
     embedding_rows,
@@ -43,7 +49,6 @@ from sparsecast.collect.models import (
 )
 from sparsecast.collect.plan import Unit, units
 from sparsecast.collect.progress import bar, console
-from sparsecast.collect.recorder import Recorder
 from sparsecast.collect.shard import SHARD_BYTES, Image, Shape
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import Sequence, sequences
@@ -57,9 +62,6 @@ SHAPES = {
 parameters in the decoder layers."""
 HEAD_DIM = 128
 VOCAB = 32_000
-RECIPE_BYTES = 2 * 2**30
-"""The recipe runs on as many batches as give about this much, at least one."""
-MIN_WRITE_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,31 +203,31 @@ def _rounds(
     sink: _Sink,
 ) -> dict[str, Any]:
     tokens = sum(unit.tokens for unit in plan)
-    recipe_units, recipe_tokens = _recipe_share(shape, plan)
+    recipe_units, recipe_tokens = recipe_share(shape, plan)
     seconds: dict[str, list[float]] = {}
     with bar("bench", 5 * (cfg.rounds + 1)) as progress, torch.inference_mode():
         for number in range(cfg.rounds + 1):
             sink.clear()
-            timed = {"bare": _timed(model, lambda: _bare(model, plan)) / 2}
+            took = {"bare": timed(model, lambda: bare(model, plan)) / 2}
             progress.advance()
-            timed["recording"] = _timed(model, lambda: _recording(model, shape, plan, writer))
+            took["recording"] = timed(model, lambda: recording(model, shape, plan, writer))
             progress.advance()
-            timed["bare"] += _timed(model, lambda: _bare(model, plan)) / 2
+            took["bare"] += timed(model, lambda: bare(model, plan)) / 2
             progress.advance()
             if cfg.sink == "disk":
-                _empty(folder)
-                timed["write"] = _write_rate(folder, sink.written)
+                empty(folder)
+                took["write"] = write_rate(folder, sink.written)
             progress.advance()
-            timed["recipe"] = _timed(
-                model, lambda: _recipe(model, shape, recipe_units, folder, disk=cfg.sink == "disk")
+            took["recipe"] = timed(
+                model, lambda: recipe(model, shape, recipe_units, folder, disk=cfg.sink == "disk")
             )
-            _empty(folder)
+            empty(folder)
             progress.advance()
             if number:
-                for name, value in timed.items():
+                for name, value in took.items():
                     seconds.setdefault(name, []).append(value)
-    bare = seconds["bare"]
-    kept = [b / r for b, r in zip(bare, seconds["recording"], strict=True)]
+    bares = seconds["bare"]
+    kept = [b / r for b, r in zip(bares, seconds["recording"], strict=True)]
     rate = {"bare": tokens, "recording": tokens, "recipe": recipe_tokens}
     values: dict[str, Any] = {
         "kept": statistics.median(kept),
@@ -244,109 +246,10 @@ def _rounds(
     if "write" in seconds:
         written = [sink.written / 1e6 / s for s in seconds["write"]]
         values["write_mb_per_s"] = statistics.median(written)
-        slower = [max(pair) for pair in zip(bare, seconds["write"], strict=True)]
+        slower = [max(pair) for pair in zip(bares, seconds["write"], strict=True)]
         limit = [b / r for b, r in zip(slower, seconds["recording"], strict=True)]
         values["kept_of_limit"] = statistics.median(limit)
     return values
-
-
-def _timed(model: PreTrainedModel, run: Callable[[], None]) -> float:
-    _synchronise(model)
-    start = time.perf_counter()
-    run()
-    _synchronise(model)
-    return time.perf_counter() - start
-
-
-def _synchronise(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-
-
-def _bare(model: PreTrainedModel, plan: list[Unit]) -> None:
-    for unit in plan:
-        for batch in unit.batches:
-            model.base_model(batch.to(model.device).ids_BS, use_cache=False)
-
-
-def _recording(model: PreTrainedModel, shape: Shape, plan: list[Unit], writer: Writer) -> None:
-    filler = Filler(model, shape)
-    with Recorder(model, filler):
-        for unit in plan:
-            filler.begin(unit, writer.image())
-            for batch in unit.batches:
-                filler.batch(batch)
-                model.base_model(batch.to(model.device).ids_BS, use_cache=False)
-            writer.submit(filler.end())
-    writer.drain()
-
-
-def _recipe_share(shape: Shape, plan: list[Unit]) -> tuple[list[Unit], int]:
-    """The first batches that give about `RECIPE_BYTES`, and their tokens."""
-    per_token = 2 * (shape.hidden_size + shape.ffn_width) * len(shape.layers)
-    chosen: list[Unit] = []
-    tokens = 0
-    for unit in plan:
-        for batch in unit.batches:
-            if tokens and (tokens + batch.tokens) * per_token > RECIPE_BYTES:
-                return chosen, tokens
-            chosen.append(Unit(unit.split, len(chosen), [batch]))
-            tokens += batch.tokens
-    return chosen, tokens
-
-
-def _recipe(
-    model: PreTrainedModel, shape: Shape, plan: list[Unit], folder: Path, *, disk: bool
-) -> None:
-    """Two float16 matrices a layer: inputs and x1."""
-    tokens = sum(unit.tokens for unit in plan)
-    widths = {"x": shape.hidden_size, "x1": shape.ffn_width}
-    matrices: dict[tuple[str, int], Any] = {}
-    for layer in shape.layers:
-        for name, width in widths.items():
-            size = (tokens, width)
-            matrices[name, layer] = (
-                np.memmap(folder / f"{name}-{layer}.mmap", np.float16, "w+", shape=size)
-                if disk
-                else np.empty(size, np.float16)
-            )
-    kept_N = torch.zeros(0, dtype=torch.bool)
-    row = 0
-
-    def keep(layer: int, x_ND: Tensor, x1_NF: Tensor) -> None:
-        for name, value in (("x", x_ND), ("x1", x1_NF)):
-            part = value[kept_N.to(value.device)].half().cpu().numpy()
-            matrices[name, layer][row : row + len(part)] = part
-
-    with Recorder(model, keep):
-        for unit in plan:
-            for batch in unit.batches:
-                kept_N = batch.keep_BS.flatten()
-                model.base_model(batch.to(model.device).ids_BS, use_cache=False)
-                row += batch.tokens
-    if disk:
-        for matrix in matrices.values():
-            matrix.flush()
-
-
-def _write_rate(folder: Path, n_bytes: int) -> float:
-    """Seconds to write and sync `n_bytes` as shards of random bytes, in sequence."""
-    total = max(n_bytes, MIN_WRITE_BYTES)
-    block = np.random.default_rng(0).bytes(SHARD_BYTES)
-    start = time.perf_counter()
-    for number in range(-(-total // SHARD_BYTES)):
-        size = min(SHARD_BYTES, total - number * SHARD_BYTES)
-        with (folder / f"write-{number}").open("wb", buffering=0) as file:
-            file.write(block[:size])
-            os.fsync(file.fileno())
-    seconds = time.perf_counter() - start
-    _empty(folder)
-    return seconds * n_bytes / total
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
 
 
 def _subject(cfg: BenchConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:

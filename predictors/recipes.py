@@ -6,7 +6,7 @@ Adding a recipe is adding a function to `RECIPES`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,51 +21,44 @@ from sparsecast.predictors.reference import ReferenceModule
 from sparsecast.predictors.svd import svd
 from sparsecast.predictors.warm_start import warm_start
 
-Recipe = Callable[
-    [TrainConfig, ActivationStore, str, list[int], torch.device, dict[str, Any]], list[Calibrated]
-]
-"""(options, store, format, rank of every layer, device, what a resumed run must share)."""
+
+class Job(NamedTuple):
+    """What a recipe is asked for."""
+
+    cfg: TrainConfig
+    store: ActivationStore
+    dtype: str
+    """The format of the predictors."""
+    ranks: list[int]
+    """Of every layer, bias units included."""
+    device: torch.device
+    shared: dict[str, Any]
+    """What a resumed run must share."""
 
 
-def default(
-    cfg: TrainConfig,
-    store: ActivationStore,
-    dtype: str,
-    ranks: list[int],
-    device: torch.device,
-    recipe: dict[str, Any],
-) -> list[Calibrated]:
+Recipe = Callable[[Job], list[Calibrated]]
+
+
+def default(job: Job) -> list[Calibrated]:
     """Reduced-rank regression, then training for the format it ships in; see module.py."""
-    free = [rank - bias_units(dtype) for rank in ranks]
-    module = PredictorModule(cfg, dtype, warm_start(store, free, dtype, device))
-    fit(cfg, store, module, device, recipe)
-    return operate(cfg, module.uncut(free), store, device)
+    free = [rank - bias_units(job.dtype) for rank in job.ranks]
+    start = warm_start(job.store, free, job.dtype, job.device)
+    module = PredictorModule(job.cfg, job.dtype, start)
+    fit(job.cfg, job.store, module, job.device, job.shared)
+    return operate(job.cfg, module.uncut(free), job.store, job.device)
 
 
-def reference(
-    cfg: TrainConfig,
-    store: ActivationStore,
-    dtype: str,
-    ranks: list[int],
-    device: torch.device,
-    recipe: dict[str, Any],
-) -> list[Calibrated]:
+def reference(job: Job) -> list[Calibrated]:
     """The public recipe; see reference.py."""
-    module = ReferenceModule(cfg, store, ranks[0])
-    fit(cfg, store, module, device, recipe)
-    return [at_zero(layer, store, i, device) for i, layer in enumerate(module.predictors())]
+    module = ReferenceModule(job.cfg, job.store, job.ranks[0])
+    fit(job.cfg, job.store, module, job.device, job.shared)
+    return [at_zero(layer, job.store, i, job.device) for i, layer in enumerate(module.predictors())]
 
 
-def training_free(
-    cfg: TrainConfig,
-    store: ActivationStore,
-    dtype: str,
-    ranks: list[int],
-    device: torch.device,
-    recipe: dict[str, Any],
-) -> list[Calibrated]:
+def training_free(job: Job) -> list[Calibrated]:
     """The gate's whitened truncated SVD; see svd.py."""
-    return operate(cfg, svd(cfg, store, dtype, ranks, device), store, device)
+    uncut = svd(job.cfg, job.store, job.dtype, job.ranks, job.device)
+    return operate(job.cfg, uncut, job.store, job.device)
 
 
 RECIPES: dict[str, Recipe] = {

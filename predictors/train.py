@@ -19,7 +19,7 @@ from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.fit import check_unfinished, differing, finish_logs, work_folder
 from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.metrics import Counts
-from sparsecast.predictors.recipes import RECIPES
+from sparsecast.predictors.recipes import RECIPES, Job
 from sparsecast.predictors.sizes import check_traffic, default_dtype, ranks_for
 
 MISSED = 0.01
@@ -73,7 +73,7 @@ def _train(
     for rank in set(ranks):
         check_widths(dtype, rank=rank, hidden_size=store.manifest.hidden_size)
     check_traffic(cfg, store, dtype, ranks)
-    calibrated = RECIPES[cfg.recipe](cfg, store, dtype, ranks, device, training)
+    calibrated = RECIPES[cfg.recipe](Job(cfg, store, dtype, ranks, device, training))
     predictors = PredictorSet(
         [layer.predictor for layer in calibrated], 0.0, _manifest(store, recipe, calibrated)
     )

@@ -35,17 +35,16 @@ main.main(["collect", *json.loads(sys.argv[1])])
 """The command with shards so small that there are about forty."""
 
 
+OPTIONS = {"tokens": 20_000, "seq_len": 128, "batch_size": 2, "energy": True, "device": "cpu"}
+
+
 @pytest.fixture
 def cfg(model_folder, corpus, tmp_path) -> CollectConfig:
     return CollectConfig(
         model=str(model_folder),
         corpus=str(corpus),
         out=tmp_path / "acts",
-        tokens=20_000,
-        seq_len=128,
-        batch_size=2,
-        energy=True,
-        device="cpu",
+        **OPTIONS,
     )
 
 
@@ -109,11 +108,7 @@ def uninterrupted(model_folder, corpus, tmp_path_factory):
         model=str(model_folder),
         corpus=str(corpus),
         out=tmp_path / "acts",
-        tokens=20_000,
-        seq_len=128,
-        batch_size=2,
-        energy=True,
-        device="cpu",
+        **OPTIONS,
     )
     process = start(whole, tmp_path)
     _, error = process.communicate(timeout=300)
