@@ -28,7 +28,7 @@ KINDS = {
     "int": "a whole number",
     "float": "a number",
     "list[int]": "numbers such as 0,2,5",
-    "list[Path]": "paths such as a,b",
+    "list[Literal['sign'] | Path]": "paths such as a,b",
 }
 """Types of options in words."""
 
@@ -196,7 +196,7 @@ def _parse(name: str, config_type: Any, positional: str | None, args: list[str])
         kind, following = kinds.get(option, ""), (dashed[place + 1 :] or ["--"])[0]
         if kind == "bool" and not equals and following.startswith("--"):
             dashed[place] = f"{arg}=true"
-        if "list[Path]" in kind:
+        if "list[" in kind and "Path" in kind:
             dashed[place:] = _paths_joined(dashed[place:])
         elif "list[" in kind and re.fullmatch(r"[\w.,+-]+", given if equals else following):
             dashed[place + (not equals)] = f"{option}=[{given}]" if equals else f"[{following}]"

@@ -3,6 +3,7 @@
     store       the default recipe's step on all layers together, batches read from the memory maps
                 of an activation store while the last one trains
     resident    the same with the packed batches already on the device
+    read        the store's batches alone, read and copied to the device
     reference   the public recipe layer by layer: rows of float16 matrices through a DataLoader, one
                 optimiser a layer, its own weighted loss
 
@@ -50,7 +51,6 @@ from sparsecast.collect.store import (
 )
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder
-from sparsecast.predictors.bias import bias_units
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import LayersBatch, TokenBlocks
 from sparsecast.predictors.module import PredictorModule
@@ -117,9 +117,10 @@ def bench(cfg: BenchTrainConfig) -> dict[str, Any]:
     device = pick_device(cfg.device)
     with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as folder:
         store = random_store(Path(folder), d, f, layers, cfg.batch_size * cfg.steps)
-        runs = {
+        runs: dict[str, Callable[[int], None]] = {
             "store": _ours(cfg, store, rank, device, resident=False),
             "resident": _ours(cfg, store, rank, device, resident=True),
+            "read": partial(_read, _blocks(cfg, store, device), device),
             "reference": _reference(cfg, store, rank, device),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -131,7 +132,7 @@ def bench(cfg: BenchTrainConfig) -> dict[str, Any]:
                     seconds[name].append(_timed(partial(run, cfg.steps), device))
                     progress.advance()
     tokens = cfg.batch_size * cfg.steps
-    worked = {"store": layers, "resident": layers, "reference": 1}
+    worked = {name: 1 if name == "reference" else layers for name in runs}
     rate = {name: tokens * worked[name] / statistics.median(s) for name, s in seconds.items()}
     peak = _matmul_rate(device)
     per_token_layer = 6 * rank * (d + f)
@@ -146,9 +147,12 @@ def bench(cfg: BenchTrainConfig) -> dict[str, Any]:
         "speedup": rate["store"] / rate["reference"],
         "mfu": rate["resident"] * per_token_layer / peak,
         "store_mfu": rate["store"] * per_token_layer / peak,
+        "store_of_limit": rate["store"] / min(rate["resident"], rate["read"]),
         "matmul_tflops": peak / 1e12,
         "extrapolated_minutes": {
-            name: PAPER_TOKENS * PAPER_EPOCHS * layers / value / 60 for name, value in rate.items()
+            name: PAPER_TOKENS * PAPER_EPOCHS * layers / value / 60
+            for name, value in rate.items()
+            if name != "read"
         },
     }
     _show(values, layers)
@@ -198,12 +202,11 @@ def _ours(
     resident: bool,
 ) -> Callable[[int], None]:
     d, f, layers = SHAPES[cfg.shape]
-    free = rank - bias_units("f16")
     train = TrainConfig(activations=store.folder, out=store.folder, batch_size=cfg.batch_size)
-    module = PredictorModule(train, "f16", _random_start(d, f, layers, free)).to(device)
+    module = PredictorModule(train, "f16", _random_start(d, f, layers, rank)).to(device)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.01)
-    blocks = TokenBlocks(store, "train", cfg.batch_size, seed=0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    blocks = _blocks(cfg, store, device)
     kept = [_to(batch, device) for batch in blocks] if resident else []
 
     def run(steps: int) -> None:
@@ -218,14 +221,19 @@ def _ours(
     return run
 
 
-def _random_start(d: int, f: int, layers: int, free: int) -> WarmStart:
-    return WarmStart(
-        torch.randn(layers, d) / d,
-        torch.randn(layers, free, d) / d**0.5,
-        torch.randn(layers, f, free) / free**0.5,
-        torch.zeros(layers, f),
-        torch.full((layers,), ACTIVE),
-    )
+def _blocks(cfg: BenchTrainConfig, store: ActivationStore, device: torch.device) -> TokenBlocks:
+    return TokenBlocks(store, "train", cfg.batch_size, seed=0, for_gpu=device.type == "cuda")
+
+
+def _read(blocks: TokenBlocks, device: torch.device, steps: int) -> None:
+    for batch in islice(_endless(blocks), steps):
+        _to(batch, device)
+
+
+def _random_start(d: int, f: int, layers: int, rank: int) -> WarmStart:
+    fc1_LRD = torch.randn(layers, rank, d) / d**0.5
+    fc2_LFR = torch.randn(layers, f, rank) / rank**0.5
+    return WarmStart(None, fc1_LRD, fc2_LFR, None, torch.full((layers,), ACTIVE))
 
 
 def _reference(
@@ -324,13 +332,14 @@ def _show(values: dict[str, Any], layers: int) -> None:
     for name in ("", "token-layers/s", "minutes, extrapolated"):
         table.add_column(name, justify="right" if name else "left")
     for name, rate in values["token_layers_per_s"].items():
-        minutes = values["extrapolated_minutes"][name]
-        table.add_row(name, f"{rate:,.0f}", f"{minutes:,.0f}")
+        minutes = values["extrapolated_minutes"].get(name)
+        table.add_row(name, f"{rate:,.0f}", "" if minutes is None else f"{minutes:,.0f}")
     console.print(table)
     console.print(
         f"from the store {values['speedup']:.2f} times the reference; resident batches reach "
-        f"{values['mfu']:.1%} of the matrix rate, the store {values['store_mfu']:.1%}. Minutes are "
-        f"for {PAPER_TOKENS:,} tokens, {PAPER_EPOCHS} epochs and {layers} layers",
+        f"{values['mfu']:.1%} of the matrix rate, the store {values['store_mfu']:.1%}, "
+        f"{values['store_of_limit']:.1%} of the slower of resident batches and reading. Minutes "
+        f"are for {PAPER_TOKENS:,} tokens, {PAPER_EPOCHS} epochs and {layers} layers",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,6 +1,6 @@
 """Choose each layer's operating point on the calibration split, with the weights as exported.
 
-Shape letters: T tokens, D hidden, F FFN width.
+Shape letters: T tokens, D hidden, F FFN width, R rank.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.bias import Uncut, bias_of
 from sparsecast.predictors.data import layer_batches
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.mlp import Predictor, rms
 
 SPLIT = "calibration"
 CLOSE = 2e-4
 """A cut this near to the objective, in predicted sparsity, is not moved again."""
 NEAR = 1e-2
 ROUNDS = 8
+RIDGE = 1e-4
+"""Relative to the mean square of a hidden unit."""
 
 Cut = Callable[[ScoreHistogram], float]
 """From the scores p / b of one layer to where to cut them."""
@@ -66,7 +69,8 @@ def calibrate(
                 f"layer {layer}: its predictor has weights that {uncut.dtype} cannot hold; train "
                 "with a smaller --lr, or choose another --rank"
             )
-        histogram, total = scores(predictor.to(torch.device(device)), store, layer)
+        on_device = predictor.to(torch.device(device))
+        histogram, total = scores(on_device, uncut.constant_R, store, layer)
         step = cut(histogram)
         # What the objective wants beside what the file gives, as shares of all entries.
         wanted = histogram.at(step)[1]
@@ -80,16 +84,32 @@ def calibrate(
 
 
 def scores(
-    predictor: Predictor, store: ActivationStore, layer: int
+    predictor: Predictor, constant_R: Tensor, store: ActivationStore, layer: int
 ) -> tuple[ScoreHistogram, Counts]:
-    """Of a predictor with bias units on the calibration split: p / b, and counts at threshold 0."""
+    """Of a predictor on the calibration split: p / b, and counts at threshold 0."""
     histogram, total = ScoreHistogram(), Counts(0, 0, 0, 0)
     device = predictor.fc1_RD.device
     for x_TD, active_TF in layer_batches(store, SPLIT, layer, device=device):
         logits_TF = predictor.logits(x_TD)
-        histogram.add(logits_TF / bias_of(predictor, x_TD).clamp_min(1e-6), active_TF)
+        histogram.add(logits_TF / bias_of(predictor, constant_R, x_TD), active_TF)
         total = total.plus(count(logits_TF >= 0, active_TF))
     return histogram, total
+
+
+def constant_of(predictor: Predictor, store: ActivationStore, layer: int) -> Tensor:
+    """(R,) float32: the combination of hidden units that is nearest to rms(x), by least squares on
+    the calibration split."""
+    device = predictor.fc1_RD.device
+    second_RR = torch.zeros(predictor.rank, predictor.rank, device=device)
+    mean_R = torch.zeros(predictor.rank, device=device)
+    for x_TD, _ in layer_batches(store, SPLIT, layer, device=device):
+        hidden_TR = predictor.hidden(x_TD) / rms(x_TD)
+        second_RR += hidden_TR.T @ hidden_TR
+        mean_R += hidden_TR.sum(0)
+    ridge = (RIDGE * second_RR.diagonal().mean()).clamp_min(1e-12)
+    second_RR += ridge * torch.eye(len(mean_R), device=device)
+    constant_R: Tensor = torch.linalg.solve(second_RR, mean_R)
+    return constant_R
 
 
 def at_zero(

@@ -20,11 +20,12 @@ from rich.table import Table
 
 from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model, pick_device
+from sparsecast.collect.models import pick_device
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.bias import bias_of
+from sparsecast.predictors.calibrate import constant_of
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import layer_batches
@@ -32,6 +33,7 @@ from sparsecast.predictors.formats import BITS, BLOCK, check_widths
 from sparsecast.predictors.in_loop import predicted_ffn
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
 from sparsecast.predictors.objective import recorded_documents
+from sparsecast.predictors.recorded import load_recorded
 from sparsecast.predictors.train import train
 
 HELD_OUT = "held-out"
@@ -137,8 +139,9 @@ def _misses(
     recalls = []
     for layer, theirs in enumerate(reference):
         predictor, histogram = predictors.layers[layer], ScoreHistogram()
+        constant_R = constant_of(predictor, store, layer)
         for x_TD, active_TF in layer_batches(store, HELD_OUT, layer):
-            score_TF = predictor.logits(x_TD) / bias_of(predictor, x_TD).clamp_min(1e-6)
+            score_TF = predictor.logits(x_TD) / bias_of(predictor, constant_R, x_TD)
             histogram.add(score_TF, active_TF)
         recalls.append(histogram.at(histogram.cut_for_sparsity(theirs.predicted_sparsity))[0])
     ours = [1 - recall for recall in recalls]
@@ -161,12 +164,7 @@ def _ratio(ours: float, theirs: float) -> float | None:
 def _perplexity(
     cfg: CompareConfig, store: ActivationStore, reference: PredictorSet, ours: PredictorSet
 ) -> dict[str, Any]:
-    made = store.manifest
-    model, _ = load_model(
-        cfg.model,
-        device=str(pick_device(cfg.device)),
-        activation_threshold=made.activation_threshold if made.activation == "fatrelu" else None,
-    )
+    model = load_recorded(cfg.model, store, pick_device(cfg.device))
     chosen, held = recorded_documents(store), recorded_documents(store, HELD_OUT)
     limit = (1 + cfg.perplexity) * perplexity(model, chosen)
 
@@ -187,7 +185,7 @@ def _perplexity(
     dense = perplexity(model, held)
     result: dict[str, Any] = {"limit": cfg.perplexity}
     for name, predictors in (("reference", swept), ("ours", ours)):
-        counts = [_reference_counts(predictors, store, layer) for layer in made.layers]
+        counts = [_reference_counts(predictors, store, layer) for layer in store.manifest.layers]
         with predicted_ffn(model, predictors):
             change = perplexity(model, held) / dense - 1
         result[name] = {

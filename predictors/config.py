@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sparsecast.collect.errors import InputError
 
@@ -158,8 +159,13 @@ class ReportConfig:
     out: Path
     """Folder for the report."""
 
-    against: list[Path] | None = None
-    """Other predictor folders of the same model, as a b or a,b, scored on the same tokens."""
+    against: list[Literal["sign"] | Path] | None = None
+    """Other predictor folders of the same model, as a b or a,b, scored on the same tokens; sign is
+    SparseInfer's rule, without training, at the recall of --predictors on calibration tokens. A
+    folder of that name is ./sign."""
+
+    model: str | None = None
+    """The model that was recorded; for --against sign."""
 
     evaluation: Path | None = None
     """JSON written by `sparsecast evaluate --json`, for the change in perplexity."""
@@ -170,6 +176,11 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.against == []:
             raise InputError("--against: names no folder, expected predictor folders such as a,b")
+        if self.model is None and "sign" in (self.against or []):
+            raise InputError(
+                "--against sign: needs the model that was recorded; give --model, or ./sign for a "
+                "folder of that name"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,16 @@
 Tokens are shuffled in blocks of `BLOCK` neighbours, and a batch is made of blocks from all over
 the split: near enough to a full shuffle, at the reading pattern of a few large slices.
 
-Memory: one batch; the store stays on disk.
+Memory: four batches; the store stays on disk.
 
 Shape letters: L layers, B batch, T tokens, D hidden, F FFN width, P packed width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ from sparsecast.collect.prefetch import prefetch
 from sparsecast.collect.store import ActivationStore
 
 BLOCK = 32
+READERS = 8
+"""Threads that read a batch for a GPU; the CPU has better things to do."""
 
 
 class LayersBatch(NamedTuple):
@@ -33,14 +37,33 @@ class LayersBatch(NamedTuple):
 
 
 class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
-    """Batches of one split; shuffled anew by (seed, `epoch`), or in order."""
+    """Batches of one split; shuffled anew by (seed, `epoch`), or in order.
+
+    Args:
+        layers: Those that a batch holds; all that are recorded unless given.
+        for_gpu: Read with several threads into pinned memory, which copies to a GPU while it
+            computes.
+        share: (i, n): the i-th of every n batches alone; what is left behind the last n is not
+            seen, so that all shares are equally long.
+    """
 
     def __init__(
-        self, store: ActivationStore, split: str, batch_size: int, seed: int | None = None
+        self,
+        store: ActivationStore,
+        split: str,
+        batch_size: int,
+        seed: int | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        for_gpu: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._store = store
         self._split = split
         self._seed = seed
+        self._layers = list(store.manifest.layers if layers is None else layers)
+        self._pinned = for_gpu
+        self._share = share
         self._per_batch = batch_size // BLOCK
         self._blocks = [
             (shard, start, min(start + BLOCK, tokens))
@@ -50,30 +73,48 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self._blocks) // self._per_batch)
+        batches = -(-len(self._blocks) // self._per_batch)
+        return batches if self._share[1] == 1 else batches // self._share[1]
 
     def __iter__(self) -> Iterator[LayersBatch]:
         order = list(range(len(self._blocks)))
         if self._seed is not None:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
             order = torch.randperm(len(order), generator=generator).tolist()
+        place, of = self._share
+        firsts = range(0, len(order), self._per_batch)
         chosen = (
             [self._blocks[i] for i in order[first : first + self._per_batch]]
-            for first in range(0, len(order), self._per_batch)
+            for first in firsts[place::of][: len(self)]
         )
-        # The next batch is read while this one trains.
-        yield from prefetch(map(self._read, chosen))
+        workers = min(READERS, os.cpu_count() or 1) if self._pinned else 1
+        with ThreadPoolExecutor(workers, "read") as pool:
+            # The next batch is read while this one trains.
+            yield from prefetch(self._read(blocks, pool) for blocks in chosen)
 
-    def _read(self, blocks: list[tuple[int, int, int]]) -> LayersBatch:
-        store, split = self._store, self._split
-        layers = [
-            [store.rows(split, shard, layer, start, stop) for shard, start, stop in blocks]
-            for layer in store.manifest.layers
-        ]
-        return LayersBatch(
-            torch.stack([torch.cat([rows.x_TD for rows in layer]) for layer in layers]),
-            torch.stack([torch.cat([rows.mask_TP for rows in layer]) for layer in layers]),
+    def _read(self, blocks: list[tuple[int, int, int]], pool: ThreadPoolExecutor) -> LayersBatch:
+        tokens = sum(stop - start for _, start, stop in blocks)
+        one = self._store.rows(self._split, 0, self._layers[0], 0, 1)
+        x_LBD, mask_LBP = (
+            torch.empty(
+                len(self._layers),
+                tokens,
+                part.shape[1],
+                dtype=part.dtype,
+                pin_memory=self._pinned,
+            )
+            for part in one
         )
+
+        def read(place: int) -> None:
+            layer = self._layers[place]
+            rows = [self._store.rows(self._split, shard, layer, *run) for shard, *run in blocks]
+            torch.cat([part.x_TD for part in rows], out=x_LBD[place])
+            torch.cat([part.mask_TP for part in rows], out=mask_LBP[place])
+
+        for _ in pool.map(read, range(len(self._layers))):
+            pass
+        return LayersBatch(x_LBD, mask_LBP)
 
 
 def layer_batches(

@@ -78,9 +78,9 @@ def fit(
     """
     work = work_folder(cfg.out)
     resume = _begin(work, recipe)
-    train_data = TokenBlocks(store, "train", cfg.tokens_per_step, cfg.seed)
-    calibration_data = TokenBlocks(store, "calibration", cfg.tokens_per_step)
     on_gpu = device.type == "cuda"
+    train_data = TokenBlocks(store, "train", cfg.tokens_per_step, cfg.seed, for_gpu=on_gpu)
+    calibration_data = TokenBlocks(store, "calibration", cfg.tokens_per_step, for_gpu=on_gpu)
     start = len(list((work / LOGS).glob("version_*")))
     trainer = L.Trainer(
         max_epochs=cfg.steps,

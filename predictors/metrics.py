@@ -97,9 +97,26 @@ def traffic(
         matrices: m, 3 gated and 2 not.
         predictor_bits: Stored bits per predictor weight: f16 16, q8_0 8.5, q4_0 4.5.
     """
-    m, fired = matrices, 1.0 - true_sparsity
     size = rank * (hidden_size + ffn_width) * predictor_bits
-    predictor = size / (m * hidden_size * ffn_width * 16.0)
+    return traffic_beside(
+        size / (matrices * hidden_size * ffn_width * 16.0),
+        matrices=matrices,
+        recall=recall,
+        predicted_sparsity=predicted_sparsity,
+        true_sparsity=true_sparsity,
+    )
+
+
+def traffic_beside(
+    predictor: float,
+    *,
+    matrices: int,
+    recall: float,
+    predicted_sparsity: float,
+    true_sparsity: float,
+) -> Traffic:
+    """The same beside a predictor of any kind, from its share of the FFN's bytes."""
+    m, fired = matrices, 1.0 - true_sparsity
     load = 1.0 - predicted_sparsity
     return Traffic(
         traffic=predictor + load,

@@ -4,7 +4,7 @@
 
 Training on RMS-normalised inputs changes no decision at threshold 0, because p is positively
 homogeneous in x. Which point of the recall-sparsity curve to use is chosen afterwards by a cut;
-the bias units of bias.py carry it, and the offsets of single neurons. Quantised predictors are
+bias.py says what carries it. Quantised predictors are
 trained as they will be exported: weights and inputs of both products rounded, straight through.
 
 The loss is binary cross entropy with inactive entries weighted by the layer's share of active ones,
@@ -19,6 +19,7 @@ Shape letters: L layers, B batch, D hidden, F FFN width, R free hidden units, P 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -26,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsecast.collect.bits import unpack
-from sparsecast.predictors.bias import Uncut, assembled
+from sparsecast.predictors.bias import BiasUnits, Spread, Uncut, assembled, unit_rows
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import LayersBatch
 from sparsecast.predictors.formats import straight_through
 from sparsecast.predictors.loss import weighted_bce
 from sparsecast.predictors.metrics import ScoreHistogram
-from sparsecast.predictors.mlp import rms_normalised
+from sparsecast.predictors.mlp import Predictor, rms_normalised
 from sparsecast.predictors.warm_start import WarmStart
 
 
@@ -42,15 +43,17 @@ class PredictorModule(L.LightningModule):
     Args:
         cfg: Objective and learning rate.
         dtype: The format that is trained for.
-        start: Initial weights, the bias direction u and the share of active entries of every layer.
+        start: Initial weights, the share of active entries and, unless in f16, the bias direction
+            u and an offset per neuron of every layer.
     """
 
-    bias_LD: Tensor
+    bias_LD: Tensor | None
+    offset_LF: nn.Parameter | None
     rate_L: Tensor
     best_score_L: Tensor
     best_fc1_LRD: Tensor
     best_fc2_LFR: Tensor
-    best_offset_LF: Tensor
+    best_offset_LF: Tensor | None
 
     def __init__(self, cfg: TrainConfig, dtype: str, start: WarmStart) -> None:
         super().__init__()
@@ -60,22 +63,19 @@ class PredictorModule(L.LightningModule):
         self.register_buffer("rate_L", start.rate_L)
         self.fc1_LRD = nn.Parameter(start.fc1_LRD)
         self.fc2_LFR = nn.Parameter(start.fc2_LFR)
-        self.offset_LF = nn.Parameter(start.offset_LF)
+        self.offset_LF = None if start.offset_LF is None else nn.Parameter(start.offset_LF)
         # Buffers, so that a checkpoint has them.
-        self.register_buffer("best_score_L", torch.full((len(start.bias_LD),), -1.0))
-        for name, value in (("fc1_LRD", start.fc1_LRD), ("fc2_LFR", start.fc2_LFR)):
-            self.register_buffer(f"best_{name}", value.clone())
-        self.register_buffer("best_offset_LF", start.offset_LF.clone())
+        self.register_buffer("best_score_L", torch.full((len(start.rate_L),), -1.0))
+        for name in ("fc1_LRD", "fc2_LFR", "offset_LF"):
+            value: Tensor | None = getattr(start, name)
+            self.register_buffer(f"best_{name}", None if value is None else value.clone())
         self._histograms: list[ScoreHistogram] = []
 
     def forward(self, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (L, B, F) and b (L, B, 1), both for RMS-normalised inputs."""
-        if self.stored_as == "f16":
+        """Logits (L, B, F) and b (L, B, 1), or its stand-in 1, both for RMS-normalised inputs."""
+        if self.bias_LD is None or self.offset_LF is None:
             hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
-            bias_LB1 = torch.bmm(x_LBD, self.bias_LD.unsqueeze(-1)).abs()
-            units = torch.cat([hidden_LBR, bias_LB1], dim=-1)
-            columns = torch.cat([self.fc2_LFR, self.offset_LF.unsqueeze(-1)], dim=-1)
-            return torch.bmm(units, columns.transpose(1, 2)), bias_LB1
+            return torch.bmm(hidden_LBR, self.fc2_LFR.transpose(1, 2)), x_LBD.new_ones(1, 1, 1)
         fc1, fc2 = assembled(
             self.fc1_LRD, self.fc2_LFR, self.offset_LF, self.bias_LD, self.stored_as
         )
@@ -85,13 +85,13 @@ class PredictorModule(L.LightningModule):
 
     def training_step(self, batch: LayersBatch, _: int) -> Tensor:
         logits_LBF, _bias = self(rms_normalised(batch.x_LBD))
-        loss = weighted_bce(logits_LBF, unpack(batch.mask_LBP, logits_LBF.shape[-1]), self.rate_L)
+        loss = weighted_bce(logits_LBF, batch.mask_LBP, self.rate_L)
         self.log("loss", loss.detach(), prog_bar=True)
         # Layers are independent: a sum over them gives each the step it would take alone.
         return loss * len(logits_LBF)
 
     def on_validation_epoch_start(self) -> None:
-        self._histograms = [ScoreHistogram() for _ in range(len(self.bias_LD))]
+        self._histograms = [ScoreHistogram() for _ in range(len(self.rate_L))]
 
     def validation_step(self, batch: LayersBatch, _: int) -> None:
         logits_LBF, bias_LB1 = self(rms_normalised(batch.x_LBD))
@@ -107,7 +107,8 @@ class PredictorModule(L.LightningModule):
                 self.best_score_L[layer] = score
                 self.best_fc1_LRD[layer] = self.fc1_LRD[layer].detach()
                 self.best_fc2_LFR[layer] = self.fc2_LFR[layer].detach()
-                self.best_offset_LF[layer] = self.offset_LF[layer].detach()
+                if self.best_offset_LF is not None and self.offset_LF is not None:
+                    self.best_offset_LF[layer] = self.offset_LF[layer].detach()
         name = "sparsity at target" if self.cfg.target_sparsity is None else "recall at target"
         self.log(name, sum(scores) / len(scores), prog_bar=True)
 
@@ -118,13 +119,10 @@ class PredictorModule(L.LightningModule):
         return histogram.at(histogram.cut_for_recall(self.cfg.recall))[1]
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.fc1_LRD, self.fc2_LFR], "weight_decay": 0.01},
-                {"params": [self.offset_LF], "weight_decay": 0.0},
-            ],
-            lr=self.cfg.peak_lr,
-        )
+        groups = [{"params": [self.fc1_LRD, self.fc2_LFR], "weight_decay": 0.01}]
+        if self.offset_LF is not None:
+            groups.append({"params": [self.offset_LF], "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=self.cfg.peak_lr, fused=True)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.cfg.peak_lr, total_steps=total, pct_start=0.1
@@ -134,15 +132,22 @@ class PredictorModule(L.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def uncut(self, ranks: list[int]) -> list[Uncut]:
-        """The best weights of every layer, without the padding behind its free units."""
-        return [
-            Uncut(
-                self.best_fc1_LRD[layer, :free].cpu(),
-                self.best_fc2_LFR[layer, :, :free].cpu(),
-                self.best_offset_LF[layer].cpu(),
-                self.bias_LD[layer].cpu(),
-                self.stored_as,
-            )
-            for layer, free in enumerate(ranks)
-        ]
+    def uncut(
+        self, free_units: list[int], constant_of: Callable[[int, Predictor], Tensor]
+    ) -> list[Uncut]:
+        """The best weights of every layer, without the padding behind its free units.
+
+        Args:
+            constant_of: From a layer and its predictor in f16 to the `Spread.constant_R`.
+        """
+        done: list[Uncut] = []
+        for layer, free in enumerate(free_units):
+            fc1_RD = self.best_fc1_LRD[layer, :free].cpu()
+            fc2_FR = self.best_fc2_LFR[layer, :, :free].cpu()
+            if self.best_offset_LF is None or self.bias_LD is None:
+                weights = unit_rows(fc1_RD, fc2_FR)
+                done.append(Spread(*weights, constant_of(layer, Predictor(*weights).stored())))
+            else:
+                offset_F, u_D = self.best_offset_LF[layer].cpu(), self.bias_LD[layer].cpu()
+                done.append(BiasUnits(fc1_RD, fc2_FR, offset_F, u_D, self.stored_as))
+        return done

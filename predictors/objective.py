@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
@@ -35,6 +34,7 @@ from sparsecast.predictors.calibrate import (
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.in_loop import predicted_ffn
+from sparsecast.predictors.recorded import load_recorded
 from sparsecast.predictors.sizes import share_of_ffn
 
 MOST_MISSES, FEWEST_MISSES = 0.3, 1e-4
@@ -85,7 +85,7 @@ def _for_traffic(
     load = budget - sum(sizes) / len(sizes)
     curves = []
     for layer, predictor in enumerate(uncut):
-        histogram, _ = scores(predictor.cut(0.0).to(device), store, layer)
+        histogram, _ = scores(predictor.cut(0.0).to(device), predictor.constant_R, store, layer)
         curves.append(np.array(histogram.curve(2000)))
     low, high = 0.0, 1e3
     for _ in range(60):
@@ -113,12 +113,7 @@ def _for_perplexity(
     target = cfg.target_perplexity
     assert cfg.model is not None
     assert target is not None
-    threshold = store.manifest.activation_threshold
-    model, _ = load_model(
-        cfg.model,
-        device=str(device),
-        activation_threshold=threshold if store.manifest.activation == "fatrelu" else None,
-    )
+    model = load_recorded(cfg.model, store, device)
     data = recorded_documents(store)
     dense = perplexity(model, data)
     kept: list[list[Calibrated]] = []

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.bias import bias_units
-from sparsecast.predictors.calibrate import Calibrated, at_zero
+from sparsecast.predictors.calibrate import Calibrated, at_zero, constant_of
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.fit import fit
+from sparsecast.predictors.mlp import Predictor
 from sparsecast.predictors.module import PredictorModule
 from sparsecast.predictors.objective import operate
 from sparsecast.predictors.reference import ReferenceModule
@@ -41,11 +43,16 @@ Recipe = Callable[[Job], list[Calibrated]]
 
 def default(job: Job) -> list[Calibrated]:
     """Reduced-rank regression, then training for the format it ships in; see module.py."""
-    free = [rank - bias_units(job.dtype) for rank in job.ranks]
+    taken = 0 if job.dtype == "f16" else bias_units(job.dtype)
+    free = [rank - taken for rank in job.ranks]
     start = warm_start(job.store, free, job.dtype, job.device)
     module = PredictorModule(job.cfg, job.dtype, start)
     fit(job.cfg, job.store, module, job.device, job.shared)
-    return operate(job.cfg, module.uncut(free), job.store, job.device)
+
+    def constant(layer: int, predictor: Predictor) -> Tensor:
+        return constant_of(predictor.to(job.device), job.store, layer).cpu()
+
+    return operate(job.cfg, module.uncut(free, constant), job.store, job.device)
 
 
 def reference(job: Job) -> list[Calibrated]:

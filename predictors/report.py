@@ -19,7 +19,9 @@ from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_p
 from sparsecast.predictors.config import ReportConfig
 from sparsecast.predictors.html import page
 from sparsecast.predictors.plots import curves, data_needed, recall_and_sparsity, traffic_bars
+from sparsecast.predictors.recorded import check_recorded
 from sparsecast.predictors.score import SPLIT, LayerScore, means, score_layers, times_oracle
+from sparsecast.predictors.sign import score_sign, sign_nbytes
 
 Rows = list[list[str]]
 """A table as text, header first."""
@@ -48,26 +50,34 @@ DATA_NEEDED = ("recall", "recall_p5", "predicted_sparsity", "traffic")
 def report(cfg: ReportConfig) -> dict[str, Any]:
     """Score and write; an earlier report under `cfg.out` is replaced.
 
-    Memory: see `score_layers`, and the predictors of `cfg.predictors` and of one other folder.
+    Memory: see `score_layers`, and the predictors of `cfg.predictors` and of one other folder; for
+    sign, see `score_sign`.
 
     Raises:
-        InputError: No predictors or activations there, or they belong to different models.
+        InputError: No predictors, activations or model there, or they belong to different models.
     """
     store = ActivationStore(cfg.activations)
     predictors = _predictors(cfg.predictors, store)
-    others = {path.resolve(): path for path in cfg.against or []}
+    others = {item if item == "sign" else item.resolve(): item for item in cfg.against or []}
     others.pop(cfg.predictors.resolve(), None)
-    for path in others.values():
-        _predictors(path, store, layers=len(predictors.layers))
+    for item in others.values():
+        if item == "sign":
+            assert cfg.model is not None
+            check_recorded(cfg.model, store)
+        else:
+            _predictors(item, store, layers=len(predictors.layers))
     change = _perplexity_change(cfg.evaluation)
     scores = score_layers(predictors, store, str(cfg.predictors))
     result = summarise(scores, predictors, store, change)
     if cfg.against is not None:
         result["against"] = [_entry(cfg.predictors, predictors, result["mean"])]
-        for path in others.values():
-            other = _predictors(path, store)
-            mean = means(score_layers(other, store, str(path)))
-            result["against"].append(_entry(path, other, mean))
+        for item in others.values():
+            if item == "sign":
+                entry = _sign_entry(cfg, predictors, store)
+            else:
+                other = _predictors(item, store)
+                entry = _entry(item, other, means(score_layers(other, store, str(item))))
+            result["against"].append(entry)
     _write(cfg, result, [score.curve for score in scores])
     _show(result)
     return result
@@ -115,6 +125,22 @@ def _entry(path: Path, predictors: PredictorSet, mean: dict[str, Any]) -> dict[s
         "train_tokens": made.recipe.get("train_tokens") if made else None,
         "predictor_bytes": _nbytes(predictors),
         "mean": mean,
+    }
+
+
+def _sign_entry(
+    cfg: ReportConfig, predictors: PredictorSet, store: ActivationStore
+) -> dict[str, Any]:
+    """The rule that no folder can hold."""
+    assert cfg.model is not None
+    return {
+        "name": "sign",
+        "recipe": "sign",
+        "rank": None,
+        "dtype": "1 bit",
+        "train_tokens": None,
+        "predictor_bytes": len(predictors.layers) * sign_nbytes(store),
+        "mean": means(score_sign(cfg.model, predictors, store)),
     }
 
 
@@ -202,7 +228,7 @@ def _side_rows(against: Sequence[dict[str, Any]]) -> Rows:
             [
                 entry["name"],
                 entry["recipe"] or "-",
-                f"{entry['rank']:g}",
+                "-" if entry["rank"] is None else f"{entry['rank']:g}",
                 entry["dtype"],
                 "-" if tokens is None else f"{tokens:,}",
                 f"{entry['predictor_bytes'] / 1e6:.3g}",

@@ -5,7 +5,7 @@ Shape letters: T tokens, D hidden, F FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,20 @@ from sparsecast.collect.progress import bar
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.data import layer_batches, layer_energies
-from sparsecast.predictors.formats import BITS
 from sparsecast.predictors.metrics import (
     Counts,
     ScoreHistogram,
     TokenRecalls,
-    Traffic,
     count,
-    traffic,
+    traffic_beside,
 )
 from sparsecast.predictors.mlp import Predictor, rms
 
 SPLIT = "held-out"
 BATCH = 1024
+
+Rule = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From raw inputs (T, D): the predicted neurons (T, F), and scores (T, F) that rank them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ def score_layers(predictors: PredictorSet, store: ActivationStore, where: str) -
     scores = []
     with bar("report", len(layers)) as progress:
         for layer in layers:
-            scores.append(_score(predictors.layers[layer], predictors.threshold, store, layer))
+            predictor = predictors.layers[layer]
+            rule = _rule(predictor, predictors.threshold)
+            scores.append(
+                score_layer(rule, store, layer, rank=predictor.rank, nbytes=predictor.nbytes)
+            )
             progress.advance()
     return scores
 
@@ -79,14 +84,31 @@ def times_oracle(mean: dict[str, Any]) -> float | None:
     return mean["traffic"] / mean["oracle"] if mean["oracle"] else None
 
 
-def _score(
-    predictor: Predictor, threshold: float, store: ActivationStore, layer: int
+def _rule(predictor: Predictor, threshold: float) -> Rule:
+    size = _size(predictor)
+
+    def rule(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        logits_TF = predictor.logits(x_TD)
+        # At threshold 0 the norm of x decides nothing, so it must not rank one token over another.
+        norm = rms(x_TD) if threshold == 0 else 1.0
+        return logits_TF >= threshold, logits_TF / (norm * size)
+
+    return rule
+
+
+def score_layer(
+    rule: Rule, store: ActivationStore, layer: int, *, rank: int | None, nbytes: int
 ) -> LayerScore:
+    """One layer by any rule.
+
+    Args:
+        rank: Only reported.
+        nbytes: What the rule reads per token.
+    """
     made = store.manifest
     histogram, tokens = ScoreHistogram(), TokenRecalls()
     counts = first = Counts(0, 0, 0, 0)
     hit = energy = 0.0
-    size = _size(predictor)
     runs = zip(
         layer_batches(store, SPLIT, layer, BATCH),
         layer_energies(store, SPLIT, layer, BATCH),
@@ -94,8 +116,7 @@ def _score(
         strict=True,
     )
     for (x_TD, active_TF), energy_TF, position_T in runs:
-        logits_TF = predictor.logits(x_TD)
-        predicted_TF = logits_TF >= threshold
+        predicted_TF, score_TF = rule(x_TD)
         counts = counts.plus(count(predicted_TF, active_TF))
         tokens.add(predicted_TF, active_TF)
         first_T = position_T == 0
@@ -103,12 +124,10 @@ def _score(
         if energy_TF is not None:
             hit += (energy_TF * predicted_TF).sum(dtype=torch.float64).item()
             energy += energy_TF.sum(dtype=torch.float64).item()
-        # At threshold 0 the norm of x decides nothing, so it must not rank one token over another.
-        norm = rms(x_TD) if threshold == 0 else 1.0
-        histogram.add(logits_TF / (norm * size), active_TF)
+        histogram.add(score_TF, active_TF)
     values = {
         "layer": layer,
-        "rank": predictor.rank,
+        "rank": rank,
         "recall": counts.recall,
         "recall_p5": tokens.percentile(5),
         "recall_first_token": first.recall if first.total else None,
@@ -118,7 +137,13 @@ def _score(
         "energy_recall": (hit / energy if energy else 1.0) if made.energy else None,
         "roc_auc": histogram.roc_auc(),
         "average_precision": histogram.average_precision(),
-        **_traffic(predictor, counts, store)._asdict(),
+        **traffic_beside(
+            nbytes / (made.ffn_matrices * made.hidden_size * made.ffn_width * 2),
+            matrices=made.ffn_matrices,
+            recall=counts.recall,
+            predicted_sparsity=counts.predicted_sparsity,
+            true_sparsity=counts.true_sparsity,
+        )._asdict(),
     }
     return LayerScore(values, histogram.curve())
 
@@ -135,17 +160,3 @@ def _positions(store: ActivationStore) -> Iterator[Tensor]:
         _, position_T = store.tokens(SPLIT, shard)
         for start in range(0, len(position_T), BATCH):
             yield position_T[start : start + BATCH]
-
-
-def _traffic(predictor: Predictor, counts: Counts, store: ActivationStore) -> Traffic:
-    made = store.manifest
-    return traffic(
-        rank=predictor.rank,
-        hidden_size=made.hidden_size,
-        ffn_width=made.ffn_width,
-        matrices=made.ffn_matrices,
-        recall=counts.recall,
-        predicted_sparsity=counts.predicted_sparsity,
-        true_sparsity=counts.true_sparsity,
-        predictor_bits=BITS[predictor.dtype],
-    )

@@ -18,7 +18,7 @@ import torch
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
-from sparsecast.predictors.bias import Uncut, bias_of, bias_units
+from sparsecast.predictors.bias import BiasUnits, bias_of, bias_units
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import layer_batches
 from sparsecast.predictors.formats import BITS, BLOCK
@@ -134,9 +134,10 @@ def _sparsity(
 ) -> float:
     """Predicted sparsity of the untrained start at the objective's recall, on calibration."""
     u_D, fc1_RD, fc2_FR, offset_F = reduced_rank(m, rank - bias_units(dtype))
-    predictor = Uncut(fc1_RD, fc2_FR, offset_F, u_D, "f16").cut(0.0).to(device)
+    uncut = BiasUnits(fc1_RD, fc2_FR, offset_F, u_D, "f16")
+    predictor = uncut.cut(0.0).to(device)
     histogram = ScoreHistogram()
     for x_TD, active_TF in layer_batches(store, "calibration", layer, device=device):
-        score_TF = predictor.logits(x_TD) / bias_of(predictor, x_TD).clamp_min(1e-6)
+        score_TF = predictor.logits(x_TD) / bias_of(predictor, uncut.constant_R, x_TD)
         histogram.add(score_TF, active_TF)
     return histogram.at(histogram.cut_for_recall(cfg.recall))[1]

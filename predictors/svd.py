@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsecast.collect.families import family_of
-from sparsecast.collect.models import load_model
 from sparsecast.collect.store import ActivationStore
-from sparsecast.predictors.bias import Uncut, bias_units
+from sparsecast.predictors.bias import BiasUnits, Uncut, bias_units
 from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.recorded import load_recorded
 from sparsecast.predictors.warm_start import BIAS_SCALE, RIDGE, Moments, moments
 
 
@@ -40,12 +40,7 @@ def svd(
         InputError: See `load_model`.
     """
     assert cfg.model is not None
-    made = store.manifest
-    model, _ = load_model(
-        cfg.model,
-        device=str(device),
-        activation_threshold=made.activation_threshold if made.activation == "fatrelu" else None,
-    )
+    model = load_recorded(cfg.model, store, device)
     return [
         whitened(
             moments(store, layer, device),
@@ -89,7 +84,7 @@ def whitened(
     linear_rank: int,
     units: int,
     dtype: str,
-) -> Uncut:
+) -> BiasUnits:
     """One layer's predictor with `linear_rank` dimensions, padded to `units` hidden units."""
     eye = torch.eye(len(m.mean_D), device=m.mean_D.device)
     second_DD = m.second_DD + RIDGE * m.second_DD.diagonal().mean() * eye
@@ -107,7 +102,7 @@ def whitened(
     b_FR = b_FR * scale_F[:, None]
     offset_F = (constant_F - threshold) * scale_F
     spare = units - 2 * len(a_RD)
-    return Uncut(
+    return BiasUnits(
         torch.nn.functional.pad(torch.cat([a_RD, -a_RD]), (0, 0, 0, spare)).cpu(),
         torch.nn.functional.pad(torch.cat([b_FR, -b_FR], dim=1), (0, spare)).cpu(),
         (offset_F / BIAS_SCALE[dtype]).cpu(),

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 
-from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import pick_device
 from sparsecast.collect.progress import console
@@ -20,6 +19,7 @@ from sparsecast.predictors.fit import check_unfinished, differing, finish_logs, 
 from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.metrics import Counts
 from sparsecast.predictors.recipes import RECIPES, Job
+from sparsecast.predictors.recorded import check_recorded
 from sparsecast.predictors.sizes import check_traffic, default_dtype, ranks_for
 
 MISSED = 0.01
@@ -62,11 +62,8 @@ def _train(
     # Another objective needs no other training, unless best epochs are chosen by it.
     training = {k: v for k, v in recipe.items() if k not in ("target_perplexity", "traffic_budget")}
     check_unfinished(work_folder(cfg.out), training)
-    if cfg.model and Checkpoint(cfg.model).fingerprint != store.manifest.fingerprint:
-        raise InputError(
-            f"--model {cfg.model}: is not the model that {cfg.activations} was recorded from "
-            f"({store.manifest.model}); give that one"
-        )
+    if cfg.model:
+        check_recorded(cfg.model, store)
     device = pick_device(cfg.device)
     L.seed_everything(cfg.seed, verbose=False)
     ranks = ranks_for(cfg, store, dtype, device)

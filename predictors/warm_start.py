@@ -11,6 +11,10 @@ the top r eigenvectors V of C^T C. The derivative of the logit, 1 / p (1 - p), t
 into slopes of logits. Training weights inactive entries by the layer's share of active ones, so
 that share is added to the offsets as a logit.
 
+In f16 no unit is kept for the offsets (bias.py): with z of unit variance the combination of hidden
+units nearest to 1 has the coefficient K / (1 + K^2 R) on each of R of them, so that much of the
+offset goes into every column.
+
 Shape letters: L layers, T tokens, D hidden, F FFN width, R free hidden units.
 """
 
@@ -39,13 +43,13 @@ hidden units, which are about `LINEAR_REACH`: four times that keeps both in thei
 
 
 class WarmStart(NamedTuple):
-    """Weights of all layers' predictors before training."""
+    """Weights of all layers' predictors before training; in f16 without bias and offset."""
 
-    bias_LD: Tensor
+    bias_LD: Tensor | None
     fc1_LRD: Tensor
     """Zeros behind the units of a layer of smaller rank; so are the columns of fc2."""
     fc2_LFR: Tensor
-    offset_LF: Tensor
+    offset_LF: Tensor | None
     rate_L: Tensor
     """Share of active entries."""
 
@@ -68,7 +72,7 @@ def warm_start(
     Memory: a layer's (D, D) and (F, D) moments in float32 on the device.
 
     Args:
-        free_units: Of every layer, the bias not counted.
+        free_units: Of every layer, bias units not counted.
         dtype: The format the predictors are trained for.
     """
     starts = []
@@ -77,18 +81,22 @@ def warm_start(
             m = moments(store, layer, device)
             u_D, fc1_RD, fc2_FR, offset_F = (t.cpu() for t in reduced_rank(m, free))
             rate = m.rate_F.mean().clamp_min(LEAST_RATE).cpu()
-            scale, spare = BIAS_SCALE[dtype], max(free_units) - free
+            offset_F -= rate.log()
+            if dtype == "f16":
+                fc2_FR += LINEAR_REACH / (1 + LINEAR_REACH**2 * free) * offset_F[:, None]
+            spare = max(free_units) - free
             starts.append(
                 (
-                    scale * u_D,
+                    BIAS_SCALE[dtype] * u_D,
                     nn.functional.pad(fc1_RD, (0, 0, 0, spare)),
                     nn.functional.pad(fc2_FR, (0, spare)),
-                    (offset_F - rate.log()) / scale,
+                    offset_F / BIAS_SCALE[dtype],
                     rate,
                 )
             )
             progress.advance()
-    return WarmStart(*(torch.stack(parts) for parts in zip(*starts, strict=True)))
+    start = WarmStart(*(torch.stack(parts) for parts in zip(*starts, strict=True)))
+    return start._replace(bias_LD=None, offset_LF=None) if dtype == "f16" else start
 
 
 def moments(store: ActivationStore, layer: int, device: torch.device) -> Moments:

@@ -44,7 +44,10 @@ def test_bench_train_says_what_it_measured(tmp_path, monkeypatch):
     values = bench(cfg)
     assert json.loads((tmp_path / "b.json").read_text()) == values
     rates = values["token_layers_per_s"]
-    assert set(rates) == {"store", "resident", "reference"}
+    assert set(rates) == {"store", "resident", "read", "reference"}
+    assert values["store_of_limit"] == pytest.approx(
+        rates["store"] / min(rates["resident"], rates["read"])
+    )
     assert all(math.isfinite(rate) and rate > 0 for rate in rates.values())
     assert values["speedup"] == pytest.approx(rates["store"] / rates["reference"])
     assert values["extrapolated_minutes"]["store"] == pytest.approx(

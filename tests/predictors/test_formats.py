@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecast.collect.errors import InputError
-from sparsecast.predictors.bias import Uncut, assembled, bias_of, bias_units
+from sparsecast.predictors.bias import (
+    BiasUnits,
+    Spread,
+    Uncut,
+    assembled,
+    bias_of,
+    bias_units,
+    unit_rows,
+)
 from sparsecast.predictors.formats import (
     BITS,
     check_widths,
@@ -83,7 +91,7 @@ def test_logits_round_the_input_of_both_products(dtype):
     assert (np.abs(got - want) < 1e-4 * np.abs(want).max(1, keepdims=True)).mean() > 0.99
 
 
-def uncut(dtype: str, offset_scale: float = 1.0) -> tuple[Uncut, torch.Tensor]:
+def with_units(dtype: str, offset_scale: float = 1.0) -> tuple[BiasUnits, torch.Tensor]:
     """A predictor with 60 or 62 units, and inputs along which u x_hat is about 1."""
     free = 64 - bias_units(dtype)
     mean = torch.randn(96)
@@ -91,13 +99,24 @@ def uncut(dtype: str, offset_scale: float = 1.0) -> tuple[Uncut, torch.Tensor]:
     u = mean / mean.square().sum() * 8
     fc1 = torch.randn(free, 96) / 96**0.5
     fc2 = torch.randn(200, free) / 8
-    return Uncut(fc1, fc2, offset_scale * torch.randn(200), u, dtype), x
+    return BiasUnits(fc1, fc2, offset_scale * torch.randn(200), u, dtype), x
+
+
+def uncut(dtype: str) -> tuple[Uncut, torch.Tensor]:
+    """As the default recipe makes them: in f16 with the constant in 64 units' least squares."""
+    made, x = with_units(dtype)
+    if dtype != "f16":
+        return made, x
+    mean = x.mean(0) / x.mean(0).norm()
+    fc1, fc2 = unit_rows(torch.randn(64, 96) / 96**0.5 + mean, torch.randn(200, 64) / 8)
+    hidden = (rms_normalised(x) @ fc1.T).relu()
+    return Spread(fc1, fc2, torch.linalg.lstsq(hidden, torch.ones(50, 1)).solution[:, 0]), x
 
 
 @pytest.mark.parametrize("cut", [-1.7, 0.0, 2.5])
 def test_the_bias_subtracts_the_cut_times_a_positive_number(cut):
     """Before rounding to f16 the identity is exact."""
-    made, x = uncut("f16")
+    made, x = with_units("f16")
     fc1, fc2 = assembled(made.fc1_RD, made.fc2_FR, made.offset_F - cut, made.bias_D, "f16")
     moved = (x @ fc1.T).relu() @ fc2.T
     b = (x @ made.bias_D).abs()[:, None]
@@ -109,7 +128,7 @@ def test_the_bias_subtracts_the_cut_times_a_positive_number(cut):
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 def test_offsets_have_two_digits(dtype):
     """One column of codes would be off by half a step of the whole block; the pair is not."""
-    made, _ = uncut(dtype, offset_scale=0.1)
+    made, _ = with_units(dtype, offset_scale=0.1)
     _, fc2 = assembled(made.fc1_RD, made.fc2_FR, made.offset_F, made.bias_D, dtype, gradient=False)
     kept = fc2[:, 0] + fc2[:, 2] / 8
     one_digit = (fc2[:, 0] - made.offset_F).abs()
@@ -136,7 +155,7 @@ def test_moving_the_cut_moves_decisions_where_it_says(dtype):
     """p / b of the uncut file against c, and the sign of the file cut at c."""
     made, x = uncut(dtype)
     base = made.cut(0.0)
-    ratio = base.logits(x) / bias_of(base, x)
+    ratio = base.logits(x) / bias_of(base, made.constant_R, x)
     for c in (-1.0, 0.5):
         moved = made.cut(c).logits(x) >= 0
         sure = (ratio - c).abs() > {"f16": 0.01, "q8_0": 0.05, "q4_0": 0.4}[dtype]

@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from sparsecast.collect.bits import pack
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.store import ActivationStore, write_manifest
 from sparsecast.predictors.config import TrainConfig
@@ -197,7 +198,9 @@ def test_a_run_killed_in_an_epoch_ends_as_an_uninterrupted_one(
 def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monkeypatch):
     """Layer 0 gets worse after the first epoch, layer 1 better; both keep the better weights."""
     module = PredictorModule(
-        replace(recipe, **{"target_recall": None, **objective}), "f16", start(synthetic, 30)
+        replace(recipe, **{"target_recall": None, **objective}),
+        "q8_0",
+        start(synthetic, 28, "q8_0"),
     )
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
 
@@ -217,7 +220,7 @@ def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monk
     # Recall at a sparsity of 0.7 is nearly 1; no sparsity can be, with 12 % active.
     for score in module.best_score_L.tolist():
         assert (score > 0.92) == ("target_sparsity" in objective)
-    for layer, uncut in enumerate(module.uncut([30, 30])):
+    for layer, uncut in enumerate(module.uncut([28, 28], lambda *_: pytest.fail("not in q8_0"))):
         assert torch.equal(uncut.fc2_FR, good[layer])
 
 
@@ -276,7 +279,8 @@ def test_the_losss_gradient_is_torchs_own(dtype):
         return torch.nn.functional.binary_cross_entropy_with_logits(z.float(), y.float(), weight)
 
     (want,) = torch.autograd.grad(5 * torchs(logits, fired), logits)
-    loss = weighted_bce(logits, fired, rate)
+    packed = torch.stack([pack(layer) for layer in fired])
+    loss = weighted_bce(logits, packed, rate)
     (got,) = torch.autograd.grad(5 * loss, logits)
 
     assert got.dtype == dtype

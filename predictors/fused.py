@@ -1,0 +1,45 @@
+"""Chains of small tensor operations as one kernel on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsecast.collect.progress import console
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fused(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` through torch.compile for a first argument on a GPU; as it stands on the CPU, and
+    where nothing can be compiled, such as without a C compiler. Results agree up to rounding.
+
+    A large intermediate result is then never written: that, not arithmetic, is what bounds them.
+    """
+    compiled: Any = torch.compile(function)
+    broken = False
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal broken
+        first = args[0]
+        if broken or not (isinstance(first, Tensor) and first.is_cuda):
+            return function(*args, **kwargs)
+        try:
+            result: R = compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            broken = True
+            console.print(
+                f"torch.compile failed ({str(error).splitlines()[0]}); training goes on without "
+                "it, slower",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return function(*args, **kwargs)
+        return result
+
+    return call

@@ -1,0 +1,56 @@
+"""What runs otherwise on a GPU: one compiled kernel for the loss, bf16 training, pinned batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsecast.collect.bits import pack
+from sparsecast.predictors.data import TokenBlocks, layer_batches
+from sparsecast.predictors.loss import weighted_bce
+from sparsecast.predictors.metrics import Counts, count
+from sparsecast.predictors.train import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 70, 201), (1, 1, 8), (2, 64, 1024)])
+def test_the_compiled_gradient_is_that_of_the_plain_loss(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(shape, generator=generator)).to(dtype)
+    fired = torch.rand(shape, generator=generator) < 0.2
+    rate = torch.rand(shape[0], generator=generator)
+    z = logits.clone().requires_grad_()
+    weight = torch.where(fired, 1.0, rate[:, None, None])
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(z.float(), fired.float(), weight)
+    (want,) = torch.autograd.grad(3 * loss, z)
+    packed = torch.stack([pack(layer) for layer in fired]).cuda()
+    z = logits.cuda().requires_grad_()
+    (got,) = torch.autograd.grad(3 * weighted_bce(z, packed, rate.cuda()), z)
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got.cpu(), want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9
+    )
+
+
+def test_pinned_batches_hold_what_plain_ones_do(synthetic):
+    pinned = TokenBlocks(synthetic, "train", 128, seed=3, for_gpu=True)
+    plain = TokenBlocks(synthetic, "train", 128, seed=3)
+    for one, two in zip(pinned, plain, strict=True):
+        assert one.x_LBD.is_pinned()
+        assert torch.equal(one.x_LBD, two.x_LBD)
+        assert torch.equal(one.mask_LBP, two.mask_LBP)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
+def test_predictors_trained_in_bf16_meet_the_target_as_stored(recipe, synthetic, tmp_path, dtype):
+    cfg = replace(recipe, out=tmp_path / "pred", device="cuda", predictor_dtype=dtype)
+    for layer, predictor in enumerate(train(cfg).layers):
+        total = Counts(0, 0, 0, 0)
+        for x_TD, active_TF in layer_batches(synthetic, "calibration", layer):
+            total = total.plus(count(predictor.logits(x_TD) >= 0, active_TF))
+        assert total.recall == pytest.approx(0.95, abs=0.004)
+        assert total.predicted_sparsity > total.true_sparsity - 0.12
