@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import distributed
 
 from sparsecast.collect.errors import InputError
@@ -30,6 +31,12 @@ class Team:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device of this process where the user has named none of several GPUs."""
+        if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return name
 
     def wait(self) -> None:
         """Return when every rank has come here."""
@@ -69,15 +76,23 @@ def _quiet_loss() -> Iterator[None]:
 
 @contextmanager
 def team() -> Iterator[Team]:
-    """The ranks that torchrun has set up, or this process alone."""
+    """The ranks that torchrun has set up, or this process alone; one stage may run another."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Team()
+        return
+    if distributed.is_initialized():
+        yield _this()
         return
     # A rank may have a day more to do than another, or wait for its model's download.
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     console.quiet = distributed.get_rank() > 0
     try:
-        yield Team(distributed.get_rank(), size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+        yield _this()
     finally:
         distributed.destroy_process_group()
+
+
+def _this() -> Team:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Team(distributed.get_rank(), distributed.get_world_size(), local_rank)

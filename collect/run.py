@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,13 +59,16 @@ from sparsecast.collect.tokens import quotas, sequences
 from sparsecast.collect.writer import Writer, to_folder
 
 
-def collect(cfg: CollectConfig) -> ActivationStore:
+def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> ActivationStore:
     """Record `cfg.tokens` tokens; a finished store made with the same options is kept.
 
     Killed at any moment and run again on the machine, it ends with the bytes that an uninterrupted
     run would have written. Under torchrun the ranks share the work, and the store is that of one
     rank: the same tokens in the same shards, and the same bytes at the same number of CPU threads,
     which torchrun sets to 1.
+
+    Args:
+        shares: Tokens per split, instead of 90/5/5 of `cfg.tokens`.
 
     Memory beyond the model, whatever `cfg.tokens`: one layer's activations of a batch on the
     device; on the host 3 shards, each the larger of 128 MiB and what one batch records
@@ -99,7 +102,8 @@ def collect(cfg: CollectConfig) -> ActivationStore:
         manifest = replace(manifest, threads=read_manifest(part).threads)
         try:
             with _threads(manifest.threads):
-                plan = _record(cfg, model, tokenizer, manifest.shape, part, ranks, stop)
+                wanted = shares or quotas(cfg.tokens, cfg.count_tokens)
+                plan = _record(cfg, model, tokenizer, wanted, manifest.shape, part, ranks, stop)
         except BaseException as error:
             kept = len(shards(part))
             if ranks.leads and not kept:
@@ -140,6 +144,7 @@ def _record(
     cfg: CollectConfig,
     model: PreTrainedModel,
     tokenizer: Tokenizer,
+    wanted: Mapping[str, int],
     shape: Shape,
     part: Path,
     ranks: Team,
@@ -148,7 +153,6 @@ def _record(
     """Write this rank's share of the shards; (split, tokens, file) of all, and what went in."""
     full, largest = token_limit(cfg, shape)
     tally = Tally()
-    wanted = quotas(cfg.tokens, cfg.count_tokens)
     docs = stop.until(assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
     rows = sequences(docs, tokenizer, wanted, cfg.seq_len, vocabulary=embedding_rows(model))
     plan = units(
@@ -159,7 +163,7 @@ def _record(
     planned = []
     with (
         Writer(shape, shape.nbytes(largest), to_folder(part), pinned=on_gpu) as writer,
-        bar("collect", cfg.tokens + cfg.count_tokens, visible=ranks.leads) as progress,
+        bar("collect", sum(wanted.values()), visible=ranks.leads) as progress,
         torch.inference_mode(),
     ):
         for number, unit in enumerate(prefetch(plan, waiting=stop.check)):
@@ -204,9 +208,7 @@ def _on_its_device(cfg: CollectConfig, ranks: Team) -> CollectConfig:
             f"--device-map {cfg.device_map}: spreads one copy of the model over every device, but "
             f"{ranks.size} ranks want a copy each; use it without torchrun"
         )
-    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
-        return replace(cfg, device=f"cuda:{ranks.local_rank % torch.cuda.device_count()}")
-    return cfg
+    return replace(cfg, device=ranks.device(cfg.device))
 
 
 def _describe(

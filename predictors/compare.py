@@ -63,7 +63,7 @@ class CompareConfig:
     """Relative change of perplexity that both may cost."""
 
     epochs: int | None = None
-    """Passes over the training tokens of ours; unset: what `sparsecast train` takes."""
+    """Passes over the training tokens of ours; unset: --reference-epochs."""
 
     reference_epochs: int = 20
     """At most so many of the reference's."""
@@ -93,7 +93,7 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     )
     reference = train(replace(base, recipe="reference", epochs=cfg.reference_epochs))
     rank = reference.layers[0].rank
-    ours = replace(base, epochs=cfg.epochs)
+    ours = replace(base, epochs=cfg.epochs or cfg.reference_epochs)
     same_rank = train(replace(ours, out=cfg.out / "f16", predictor_dtype="f16", rank=rank))
     fits = int(rank * BITS["f16"] / BITS["q4_0"]) // BLOCK * BLOCK
     same_bytes = train(replace(ours, out=cfg.out / "q4_0", predictor_dtype="q4_0", rank=fits))

@@ -17,21 +17,44 @@ RECIPES = ("default", "reference", "svd")
 class TrainConfig:
     """Train one predictor per layer, all layers at once, and calibrate each to an objective.
 
-    An interrupted run resumes from its last epoch with the same command.
+    Reads recorded activations (--activations), or a running model (--model with --corpus). An
+    interrupted run resumes from its last epoch with the same command. `torchrun --nproc-per-node N
+    -m sparsecast.cli.main train ...` shares the layers over N processes.
     """
-
-    activations: Path
-    """Folder written by `sparsecast collect`."""
 
     out: Path
     """Folder for the predictors; it appears when complete."""
+
+    activations: Path | None = None
+    """Folder written by `sparsecast collect`."""
+
+    corpus: str | None = None
+    """Instead of --activations: what --model reads while predictors train, as in `sparsecast
+    collect`; of the training text nothing is stored."""
+
+    tokens: int | None = None
+    """Training tokens of --corpus, each read once while the corpus lasts; unset: 2,000,000."""
+
+    seq_len: int | None = None
+    """Documents of --corpus are cut at this many tokens; unset: 512."""
+
+    dtype: str = "auto"
+    """Of --model with --corpus: auto (float32 on the CPU, else the checkpoint's), float32, float16
+    or bfloat16."""
+
+    activation_threshold: float | None = None
+    """FATReLU threshold of --model with --corpus, where its config has lost it."""
 
     recipe: str = "default"
     """default: ours. reference: the public recipe behind ProSparse's numbers. svd: training-free,
     the whitened truncated SVD of the gate of --model."""
 
     model: str | None = None
-    """The model that was recorded; for svd and --target-perplexity."""
+    """The model that was recorded; for svd, --target-perplexity and --corpus."""
+
+    clip_labels: float | None = None
+    """Of the reference recipe: train on the largest activations of a token alone, at most this
+    share of the neurons, such as 0.15. Needs --model, and activations with energies."""
 
     predictor_dtype: str | None = None
     """f16, q8_0 or q4_0: the format that predictors are trained for and stored in; unset: q4_0, or
@@ -59,7 +82,8 @@ class TrainConfig:
     """Mean FFN traffic: the cuts that reach the largest mean recall within it."""
 
     epochs: int | None = None
-    """Passes over the training tokens; unset: 6, or at most 20 in the reference recipe."""
+    """Passes over recorded training tokens, or parts that --tokens are read in; unset: 6, or at
+    most 20 in the reference recipe."""
 
     batch_size: int | None = None
     """Tokens per optimiser step, the same for all layers; unset: 512, reference 1024."""
@@ -73,7 +97,12 @@ class TrainConfig:
     seed: int = 0
     """Of initialisation and data order."""
 
+    data_parallel: bool = False
+    """Under torchrun: every process trains all layers, with a batch of --batch-size each, instead
+    of some of the layers."""
+
     def __post_init__(self) -> None:
+        self._check_source()
         if self.recipe not in RECIPES:
             raise InputError(f"--recipe: got {self.recipe!r}, expected {', '.join(RECIPES)}")
         if self.predictor_dtype not in (None, *DTYPES):
@@ -81,6 +110,8 @@ class TrainConfig:
                 f"--predictor-dtype: got {self.predictor_dtype!r}, expected {', '.join(DTYPES)}"
             )
         self._check_objective()
+        if self.clip_labels is not None:
+            self._check_clipping(self.clip_labels)
         if self.rank is not None and self.predictor_budget is not None:
             raise InputError("train: give --rank or --predictor-budget, not both")
         if self.rank is not None and self.rank < 5:
@@ -98,6 +129,53 @@ class TrainConfig:
             raise InputError(
                 f"train: {'--target-perplexity' if self.target_perplexity else '--recipe'} "
                 "needs the model itself; give --model"
+            )
+
+    def _check_source(self) -> None:
+        if (self.activations is None) == (self.corpus is None):
+            raise InputError(
+                "train: give --activations, or --model with --corpus to train from the running "
+                "model"
+            )
+        if self.corpus is None:
+            online = ("tokens", "seq_len", "activation_threshold")
+            given = [n for n in online if getattr(self, n) is not None]
+            if self.dtype != "auto":
+                given.append("dtype")
+            if given:
+                option = given[0].replace("_", "-")
+                raise InputError(
+                    f"--{option}: belongs to --corpus; recorded activations have their own"
+                )
+            return
+        if self.model is None:
+            raise InputError("--corpus: needs the model that reads it; give --model")
+        if self.corpus == "-":
+            raise InputError("--corpus -: text is read more than once; save it to a file")
+        if self.recipe == "svd" or self.predictor_budget is not None:
+            what = "--recipe svd" if self.recipe == "svd" else "--predictor-budget"
+            raise InputError(
+                f"{what}: needs recorded activations; run sparsecast collect, then give "
+                "--activations"
+            )
+        for name, value, least in (
+            ("tokens", self.train_tokens, 1000),
+            ("seq-len", self.document_len, 2),
+        ):
+            if value < least:
+                raise InputError(f"--{name}: must be at least {least}, got {value}")
+
+    def _check_clipping(self, share: float) -> None:
+        if not 0 < share <= 1:
+            raise InputError(f"--clip-labels: must be in (0, 1], got {share}")
+        if self.recipe != "reference":
+            raise InputError(
+                f"--clip-labels: belongs to --recipe reference, not {self.recipe}; leave it out"
+            )
+        if self.model is None or self.activations is None:
+            raise InputError(
+                "--clip-labels: needs --activations with energies and the model that was recorded, "
+                "for the norms of its down projections; give both"
             )
 
     def _check_objective(self) -> None:
@@ -122,6 +200,16 @@ class TrainConfig:
                 f"train: the reference recipe has its threshold at 0, so {options[0]} cannot be "
                 "met; use another recipe"
             )
+
+    @property
+    def train_tokens(self) -> int:
+        """Of a running model."""
+        return 2_000_000 if self.tokens is None else self.tokens
+
+    @property
+    def document_len(self) -> int:
+        """Of a running model."""
+        return 512 if self.seq_len is None else self.seq_len
 
     @property
     def recall(self) -> float:

@@ -1,9 +1,10 @@
-"""Run a Lightning module over an activation store: logs, checkpoints, and resumption.
+"""Run a Lightning module over a source of batches: logs, checkpoints, and resumption.
 
 While a run is under way its folder has a hidden sibling, `.<name>.train`, with the last epoch's
 checkpoint and, for every start, logs/version_<n>: metrics.csv and TensorBoard's event file. A
 killed run goes on from the last finished epoch; since the order of the data follows from seed and
 epoch alone, it ends as an uninterrupted one would have. The logs move into the finished folder.
+Processes that share the layers out have a checkpoint each; the logs are the leading one's.
 """
 
 from __future__ import annotations
@@ -13,24 +14,38 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import console
-from sparsecast.collect.store import ActivationStore
+from sparsecast.collect.ranks import Team
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import TokenBlocks
+from sparsecast.predictors.source import Batches, Source
 
 RECIPE = "recipe.json"
 LOGS = "logs"
-LAST = "last.ckpt"
+LAST = "last*.ckpt"
+
+
+class Run(NamedTuple):
+    """Where a recipe runs, and with whom."""
+
+    layers: list[int]
+    """That this process trains."""
+    device: torch.device
+    team: Team
+    shared: dict[str, Any]
+    """What a resumed run must share."""
 
 
 def work_folder(out: Path) -> Path:
@@ -41,7 +56,7 @@ def work_folder(out: Path) -> Path:
 class _Epochs(Callback):
     """Tell the data which epoch begins, and put a checkpoint in place, whole, when it ends."""
 
-    def __init__(self, data: TokenBlocks, path: Path) -> None:
+    def __init__(self, data: Batches, path: Path) -> None:
         self._data = data
         self._path = path
 
@@ -56,50 +71,52 @@ class _Epochs(Callback):
             )
         part = self._path.with_suffix(".part")
         trainer.save_checkpoint(part)
-        os.replace(part, self._path)
+        if trainer.is_global_zero:
+            os.replace(part, self._path)
 
 
-def fit(
-    cfg: TrainConfig,
-    store: ActivationStore,
-    module: L.LightningModule,
-    device: torch.device,
-    recipe: dict[str, Any],
-    callbacks: list[Callback] | None = None,
-) -> None:
-    """Train `module` in place, from its last checkpoint where `cfg.out` has an unfinished run.
-
-    Args:
-        recipe: What a resumed run must share.
+def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -> None:
+    """Train `module`, the predictors of `run.layers`, in place, from its last checkpoint where
+    `cfg.out` has an unfinished run.
 
     Raises:
         InputError: An unfinished run that was begun with another recipe.
         KeyboardInterrupt: At Ctrl-C; the checkpoint stays.
     """
+    team, device = run.team, run.device
     work = work_folder(cfg.out)
-    resume = _begin(work, recipe)
+    with team.together():
+        if team.leads:
+            _begin(work, run.shared)
+    split = team.size > 1 and not cfg.data_parallel
+    last = work / (f"last-{team.rank}.ckpt" if split else "last.ckpt")
+    resume = last if last.is_file() else None
     on_gpu = device.type == "cuda"
-    train_data = TokenBlocks(store, "train", cfg.tokens_per_step, cfg.seed, for_gpu=on_gpu)
-    calibration_data = TokenBlocks(store, "calibration", cfg.tokens_per_step, for_gpu=on_gpu)
+    share = (team.rank, team.size) if cfg.data_parallel else (0, 1)
+    train_data: Any = source.batches(
+        cfg.tokens_per_step, cfg.seed, cfg.steps, run.layers, device, share
+    )
+    calibration_data = TokenBlocks(
+        source.store, "calibration", cfg.tokens_per_step, layers=run.layers, for_gpu=on_gpu
+    )
     start = len(list((work / LOGS).glob("version_*")))
+    progress = [RichProgressBar(refresh_rate=5)] if team.leads else []
     trainer = L.Trainer(
         max_epochs=cfg.steps,
-        accelerator="gpu" if on_gpu else "cpu",
-        devices=1,
         precision="bf16-mixed" if on_gpu else "32-true",
         logger=[
             CSVLogger(work, name=LOGS, version=start),
             TensorBoardLogger(work, name=LOGS, version=start),
-        ],
+        ]
+        if team.leads
+        else False,
         log_every_n_steps=10,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=team.leads,
         num_sanity_val_steps=0,
-        callbacks=[
-            RichProgressBar(refresh_rate=5),
-            _Epochs(train_data, work / LAST),
-            *(callbacks or []),
-        ],
+        callbacks=[*progress, _Epochs(train_data, last)],
+        **_placed(device, team, cfg.data_parallel),
     )
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -112,8 +129,8 @@ def fit(
         )
     except SystemExit as stop:  # Lightning's end of an interrupt, with the signal left ignored
         signal.signal(signal.SIGINT, handler)
-        kept = (work / LAST).is_file()
-        if not kept:
+        kept = any(work.glob(LAST))
+        if not kept and team.leads:
             shutil.rmtree(work, ignore_errors=True)
         raise KeyboardInterrupt(
             f"{cfg.out}: interrupted; "
@@ -125,9 +142,30 @@ def fit(
         ) from stop
 
 
+def _placed(device: torch.device, team: Team, data_parallel: bool) -> dict[str, Any]:
+    """Trainer arguments: one device, or all processes on shares of the same batches."""
+    on_gpu = device.type == "cuda"
+    accelerator = "gpu" if on_gpu else "cpu"
+    if team.size > 1 and data_parallel:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", team.size))
+        group = None
+        if on_gpu:  # the team itself talks on gloo
+            torch.cuda.set_device(device)
+            group = torch.distributed.new_group(backend="nccl")
+        return {
+            "accelerator": accelerator,
+            "strategy": DDPStrategy(process_group=group),
+            "devices": here,
+            "num_nodes": team.size // here,
+        }
+    if on_gpu:
+        return {"accelerator": accelerator, "devices": [device.index or 0]}
+    return {"strategy": SingleDeviceStrategy(device, accelerator=CPUAccelerator())}
+
+
 def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
     """Whether there is a run to go on with; one that was begun with another recipe is refused."""
-    if not (work / LAST).is_file():
+    if not any(work.glob(LAST)):
         return False
     made = read_json(work / RECIPE, "the recipe of an unfinished `sparsecast train`")
     if changed := differing(made, json.loads(json.dumps(recipe))):
@@ -138,15 +176,16 @@ def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
     return True
 
 
-def _begin(work: Path, recipe: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from; None for a fresh run, whose folder is made."""
+def _begin(work: Path, recipe: dict[str, Any]) -> None:
+    """Make the folder of a fresh run, or accept the one of an interrupted run."""
     if check_unfinished(work, recipe):
         console.print("resuming from the last finished epoch")
-        return work / LAST
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work / LOGS, ignore_errors=True)
+    for leftover in (*work.glob("*.part"), *work.glob("layer-*.pt")):
+        leftover.unlink()
     write_json(work / RECIPE, recipe)
-    return None
 
 
 def differing(made: dict[str, Any], asked: dict[str, Any]) -> list[str]:

@@ -14,10 +14,13 @@ Shape letters: N rows, K columns, a multiple of 32 for q8_0 and q4_0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparsecast.collect.errors import InputError
+from sparsecast.predictors.fused import fused
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 """Stored bits per weight."""
@@ -41,8 +44,27 @@ def rounded(weight_NK: Tensor, dtype: str) -> Tensor:
 
 
 def straight_through(weight_NK: Tensor, dtype: str) -> Tensor:
-    """`rounded`, with the gradient of the identity (Bengio et al., arXiv 1308.3432)."""
-    return weight_NK + (rounded(weight_NK.detach(), dtype) - weight_NK.detach())
+    """`rounded`, with the gradient of the identity (Bengio et al., arXiv 1308.3432).
+
+    On a GPU a code may differ where two are equally near.
+    """
+    apply: Any = _StraightThrough.apply
+    values: Tensor = apply(weight_NK, dtype)
+    return values
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_NK: Tensor, dtype: str) -> Tensor:
+        ctx.dtype = weight_NK.dtype
+        return _rounded(weight_NK, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, outer_NK: Tensor) -> tuple[Tensor, None]:
+        return outer_NK.to(ctx.dtype), None
+
+
+_rounded = fused(rounded)
 
 
 def rounded_input(x_NK: Tensor, dtype: str) -> Tensor:

@@ -20,14 +20,16 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
     A large intermediate result is then never written: that, not arithmetic, is what bounds them.
     """
-    compiled: Any = torch.compile(function)
+    compiled: Any = None
     broken = False
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal broken
+        nonlocal broken, compiled
         first = args[0]
         if broken or not (isinstance(first, Tensor) and first.is_cuda):
             return function(*args, **kwargs)
+        if compiled is None:
+            compiled = torch.compile(function)
         try:
             result: R = compiled(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:

@@ -1,8 +1,20 @@
-"""Binary cross entropy with weighted inactive entries, and its gradient without a chain of copies.
+"""The gradients that predictors are trained by, without a chain of copies.
+
+First that of binary cross entropy with weighted inactive entries,
 
     loss = -mean(y log s(z) + r (1 - y) log(1 - s(z))),    dloss/dz = (s(z) - y) (y + r (1 - y)) / n
 
-with s the logistic function and r the layer's share of active entries. A predictor's logits are the
+with s the logistic function and r the layer's share of active entries; then that of a smoothed
+count of wrong decisions at z = 0,
+
+    loss = 4 mean(-y s(z) + r (1 - y) s(z))
+
+An entry far from zero has no more weight in it, whatever its label, so that a predictor too small
+for all of them can give up those it would miss anyway. By the first loss z is the logit of
+p / (p + r (1 - p)) for an entry that is active with probability p: at z = 0 the odds of p are r,
+which is where the second one wants the cut.
+
+A predictor's logits are the
 largest tensor of a training step by far, and a step needs the gradient alone: it takes a logistic
 function, two products and a choice, where torch's own loss makes a dozen tensors of that size. On a
 GPU one kernel reads the logits and the packed masks, and writes the gradient.
@@ -25,25 +37,35 @@ SHOWN = 64
 """Tokens of a batch whose loss is computed, to be shown."""
 
 
-def weighted_bce(logits_LBF: Tensor, mask_LBP: Tensor, rate_L: Tensor) -> Tensor:
-    """The loss, a float32 scalar whose gradient is that of the whole batch.
+def weighted_loss(
+    logits_LBF: Tensor, mask_LBP: Tensor, rate_L: Tensor, *, counting: bool = False
+) -> Tensor:
+    """A float32 scalar whose gradient is that of the whole batch.
 
-    Its value is the loss of the first `SHOWN` tokens: a fair sample, for whoever watches.
+    Its value is the cross entropy of the first `SHOWN` tokens: a fair sample, for whoever watches.
 
     Args:
         mask_LBP: uint8, packed; see collect.bits.
         rate_L: Weight of a layer's inactive entries.
+        counting: Take the gradient of the smoothed count.
     """
-    apply: Any = _WeightedBCE.apply
-    loss: Tensor = apply(logits_LBF, mask_LBP, rate_L)
+    apply: Any = _Weighted.apply
+    loss: Tensor = apply(logits_LBF, mask_LBP, rate_L, counting)
     return loss
 
 
-class _WeightedBCE(torch.autograd.Function):
+class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_LBF: Tensor, mask_LBP: Tensor, rate_L: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits_LBF: Tensor,
+        mask_LBP: Tensor,
+        rate_L: Tensor,
+        counting: bool,
+    ) -> Tensor:
         rate_L11 = rate_L[:, None, None]
         ctx.save_for_backward(logits_LBF, mask_LBP, rate_L11)
+        ctx.counting = counting
         fired = unpack(mask_LBP[:, :SHOWN], logits_LBF.shape[-1])
         return nn.functional.binary_cross_entropy_with_logits(
             logits_LBF[:, :SHOWN].float(),
@@ -53,22 +75,36 @@ class _WeightedBCE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
         logits_LBF, mask_LBP, rate_L11 = ctx.saved_tensors
         scale = outer / logits_LBF.numel()
-        if logits_LBF.is_cuda:
-            return _gradient(logits_LBF, mask_LBP, rate_L11, scale), None, None
-        gradient = torch.sigmoid(logits_LBF.float())
-        inactive = gradient * rate_L11
-        fired_LBF = unpack(mask_LBP, logits_LBF.shape[-1])
-        torch.where(fired_LBF, gradient.sub_(1), inactive, out=gradient)
-        return gradient.mul_(scale).to(logits_LBF.dtype), None, None
+        gradient = _on_gpu if logits_LBF.is_cuda else _on_cpu
+        return gradient(logits_LBF, mask_LBP, rate_L11, scale, ctx.counting), None, None, None
 
 
 @fused
-def _gradient(logits_LBF: Tensor, mask_LBP: Tensor, rate_L11: Tensor, scale: Tensor) -> Tensor:
+def _on_gpu(
+    logits_LBF: Tensor, mask_LBP: Tensor, rate_L11: Tensor, scale: Tensor, counting: bool
+) -> Tensor:
     neuron_F = torch.arange(logits_LBF.shape[-1], device=logits_LBF.device)
     fired_LBF = ((mask_LBP[..., neuron_F // 8] >> (neuron_F % 8)) & 1).bool()
     s = torch.sigmoid(logits_LBF.float())
-    gradient = torch.where(fired_LBF, s - 1, s * rate_L11) * scale
-    return gradient.to(logits_LBF.dtype)
+    if counting:
+        gradient = 4 * s * (1 - s) * torch.where(fired_LBF, -1.0, rate_L11)
+    else:
+        gradient = torch.where(fired_LBF, s - 1, s * rate_L11)
+    return (gradient * scale).to(logits_LBF.dtype)
+
+
+def _on_cpu(
+    logits_LBF: Tensor, mask_LBP: Tensor, rate_L11: Tensor, scale: Tensor, counting: bool
+) -> Tensor:
+    fired_LBF = unpack(mask_LBP, logits_LBF.shape[-1])
+    gradient = torch.sigmoid(logits_LBF.float())
+    if counting:
+        gradient.addcmul_(gradient, gradient, value=-1)
+        gradient.mul_(torch.where(fired_LBF, -4.0, 4 * rate_L11))
+    else:
+        inactive = gradient * rate_L11
+        torch.where(fired_LBF, gradient.sub_(1), inactive, out=gradient)
+    return gradient.mul_(scale).to(logits_LBF.dtype)

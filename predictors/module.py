@@ -9,7 +9,9 @@ trained as they will be exported: weights and inputs of both products rounded, s
 
 The loss is binary cross entropy with inactive entries weighted by the layer's share of active ones,
 which puts a small predictor's attention where cuts for high recall lie: at p = 0.5 of the weighted
-probabilities, so at about that share of the true ones.
+probabilities, so at about that share of the true ones. In f16, where the rank is what there is too
+little of, the second half of the epochs counts wrong decisions instead (loss.py), unless a recall
+above `DEFAULT_RECALL` is wanted; that, and larger ranks, it makes a little worse.
 
 Layers of different ranks are padded to the largest with units of zeros, which stay zeros: neither
 a unit nor its column gets a gradient while the other is zero.
@@ -28,10 +30,10 @@ from torch import Tensor, nn
 
 from sparsecast.collect.bits import unpack
 from sparsecast.predictors.bias import BiasUnits, Spread, Uncut, assembled, unit_rows
-from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
 from sparsecast.predictors.data import LayersBatch
 from sparsecast.predictors.formats import straight_through
-from sparsecast.predictors.loss import weighted_bce
+from sparsecast.predictors.loss import weighted_loss
 from sparsecast.predictors.metrics import ScoreHistogram
 from sparsecast.predictors.mlp import Predictor, rms_normalised
 from sparsecast.predictors.warm_start import WarmStart
@@ -61,6 +63,8 @@ class PredictorModule(L.LightningModule):
         self.stored_as = dtype
         self.register_buffer("bias_LD", start.bias_LD)
         self.register_buffer("rate_L", start.rate_L)
+        counts = dtype == "f16" and cfg.recall <= DEFAULT_RECALL
+        self._counting_from = max(1, -(-cfg.steps // 2)) if counts else cfg.steps
         self.fc1_LRD = nn.Parameter(start.fc1_LRD)
         self.fc2_LFR = nn.Parameter(start.fc2_LFR)
         self.offset_LF = None if start.offset_LF is None else nn.Parameter(start.offset_LF)
@@ -85,7 +89,8 @@ class PredictorModule(L.LightningModule):
 
     def training_step(self, batch: LayersBatch, _: int) -> Tensor:
         logits_LBF, _bias = self(rms_normalised(batch.x_LBD))
-        loss = weighted_bce(logits_LBF, batch.mask_LBP, self.rate_L)
+        counting = self.current_epoch >= self._counting_from
+        loss = weighted_loss(logits_LBF, batch.mask_LBP, self.rate_L, counting=counting)
         self.log("loss", loss.detach(), prog_bar=True)
         # Layers are independent: a sum over them gives each the step it would take alone.
         return loss * len(logits_LBF)

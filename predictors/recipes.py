@@ -1,25 +1,29 @@
-"""The recipes of `sparsecast train`: from a store to calibrated predictors, behind one signature.
+"""The recipes of `sparsecast train`: from a source of batches to calibrated predictors, behind one
+signature.
 
-Adding a recipe is adding a function to `RECIPES`.
+Adding a recipe is adding a function to `RECIPES`. Under torchrun every process runs it; the
+leading one gets the predictors of all layers, the others None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from sparsecast.collect.store import ActivationStore
-from sparsecast.predictors.bias import bias_units
+from sparsecast.predictors.bias import Uncut, bias_units
 from sparsecast.predictors.calibrate import Calibrated, at_zero, constant_of
+from sparsecast.predictors.clip import ClippedStore
 from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.fit import fit
+from sparsecast.predictors.fit import Run, fit, work_folder
 from sparsecast.predictors.mlp import Predictor
 from sparsecast.predictors.module import PredictorModule
 from sparsecast.predictors.objective import operate
+from sparsecast.predictors.recorded import load_recorded
 from sparsecast.predictors.reference import ReferenceModule
+from sparsecast.predictors.share import gathered
+from sparsecast.predictors.source import Recorded, Source
 from sparsecast.predictors.svd import svd
 from sparsecast.predictors.warm_start import warm_start
 
@@ -28,44 +32,58 @@ class Job(NamedTuple):
     """What a recipe is asked for."""
 
     cfg: TrainConfig
-    store: ActivationStore
+    source: Source
     dtype: str
     """The format of the predictors."""
     ranks: list[int]
-    """Of every layer, bias units included."""
-    device: torch.device
-    shared: dict[str, Any]
-    """What a resumed run must share."""
+    """Of every layer's predictor, bias units included."""
+    run: Run
+    """Where and with whom."""
 
 
-Recipe = Callable[[Job], list[Calibrated]]
+Recipe = Callable[[Job], list[Calibrated] | None]
 
 
-def default(job: Job) -> list[Calibrated]:
+def default(job: Job) -> list[Calibrated] | None:
     """Reduced-rank regression, then training for the format it ships in; see module.py."""
+    store, run = job.source.store, job.run
     taken = 0 if job.dtype == "f16" else bias_units(job.dtype)
-    free = [rank - taken for rank in job.ranks]
-    start = warm_start(job.store, free, job.dtype, job.device)
+    free = [job.ranks[layer] - taken for layer in run.layers]
+    start = warm_start(job.source.moments(run.layers, run.device), free, job.dtype)
     module = PredictorModule(job.cfg, job.dtype, start)
-    fit(job.cfg, job.store, module, job.device, job.shared)
+    fit(job.cfg, job.source, module, run)
 
-    def constant(layer: int, predictor: Predictor) -> Tensor:
-        return constant_of(predictor.to(job.device), job.store, layer).cpu()
+    def constant(place: int, predictor: Predictor) -> Tensor:
+        return constant_of(predictor.to(run.device), store, run.layers[place]).cpu()
 
-    return operate(job.cfg, module.uncut(free, constant), job.store, job.device)
+    mine: dict[int, Uncut] = dict(zip(run.layers, module.uncut(free, constant), strict=True))
+    uncut = gathered(mine, work_folder(job.cfg.out), run.team, job.cfg.data_parallel)
+    return None if uncut is None else operate(job.cfg, uncut, store, run.device)
 
 
-def reference(job: Job) -> list[Calibrated]:
+def reference(job: Job) -> list[Calibrated] | None:
     """The public recipe; see reference.py."""
-    module = ReferenceModule(job.cfg, job.store, job.ranks[0])
-    fit(job.cfg, job.store, module, job.device, job.shared)
-    return [at_zero(layer, job.store, i, job.device) for i, layer in enumerate(module.predictors())]
+    store, run, source = job.source.store, job.run, job.source
+    if job.cfg.clip_labels is not None:
+        assert job.cfg.model is not None
+        model = load_recorded(job.cfg.model, store, "cpu")
+        source = Recorded(ClippedStore(store, model, job.cfg.clip_labels))
+    module = ReferenceModule(job.cfg, store, job.ranks[0], run.layers)
+    fit(job.cfg, source, module, run)
+    mine = dict(zip(run.layers, module.predictors(), strict=True))
+    done = gathered(mine, work_folder(job.cfg.out), run.team, job.cfg.data_parallel)
+    if done is None:
+        return None
+    return [at_zero(layer, store, i, run.device) for i, layer in enumerate(done)]
 
 
-def training_free(job: Job) -> list[Calibrated]:
+def training_free(job: Job) -> list[Calibrated] | None:
     """The gate's whitened truncated SVD; see svd.py."""
-    uncut = svd(job.cfg, job.store, job.dtype, job.ranks, job.device)
-    return operate(job.cfg, uncut, job.store, job.device)
+    if not job.run.team.leads:
+        return None
+    store, device = job.source.store, job.run.device
+    uncut = svd(job.cfg, store, job.dtype, job.ranks, device)
+    return operate(job.cfg, uncut, store, device)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -13,6 +13,8 @@ Shape letters: L layers, B batch, D hidden, F FFN width, R rank, P packed width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -30,24 +32,35 @@ ENOUGH = 0.99
 
 
 class ReferenceModule(L.LightningModule):
-    """Stacked predictors of one rank; bests are buffers, so that a checkpoint has them."""
+    """Stacked predictors of one rank; bests are buffers, so that a checkpoint has them.
+
+    Args:
+        chosen: The layers to train; all of them unless given.
+    """
 
     best_recall_L: Tensor
     best_epoch_L: Tensor
     best_fc1_LRD: Tensor
     best_fc2_LFR: Tensor
 
-    def __init__(self, cfg: TrainConfig, store: ActivationStore, rank: int) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        store: ActivationStore,
+        rank: int,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.cfg = cfg
-        layers, d, f = (
-            len(store.manifest.layers),
-            store.manifest.hidden_size,
-            store.manifest.ffn_width,
-        )
+        made = store.manifest
+        chosen = made.layers if chosen is None else chosen
+        layers, d, f = len(chosen), made.hidden_size, made.ffn_width
         fc1_LRD, fc2_LFR = torch.empty(layers, rank, d), torch.empty(layers, f, rank)
-        for weight in (fc1_LRD, fc2_LFR):  # as nn.Linear starts
-            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+        for place, layer in enumerate(chosen):
+            generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + layer)
+            for weight in (fc1_LRD[place], fc2_LFR[place]):  # as nn.Linear starts
+                bound = weight.shape[-1] ** -0.5
+                nn.init.uniform_(weight, -bound, bound, generator=generator)
         self.fc1_LRD, self.fc2_LFR = nn.Parameter(fc1_LRD), nn.Parameter(fc2_LFR)
         self.register_buffer("best_fc1_LRD", fc1_LRD.clone())
         self.register_buffer("best_fc2_LFR", fc2_LFR.clone())

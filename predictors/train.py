@@ -1,76 +1,114 @@
-"""The stage: an activation store to a folder of calibrated predictors."""
+"""The stage: an activation store, or a running model, to a folder of calibrated predictors."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
+from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import pick_device
 from sparsecast.collect.progress import console
+from sparsecast.collect.ranks import Team, team
 from sparsecast.collect.store import ActivationStore
 from sparsecast.collect.target import locked, target
 from sparsecast.predictors.calibrate import Calibrated
 from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet, load_predictors
 from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.fit import check_unfinished, differing, finish_logs, work_folder
+from sparsecast.predictors.fit import Run, check_unfinished, differing, finish_logs, work_folder
 from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.metrics import Counts
+from sparsecast.predictors.online import running
 from sparsecast.predictors.recipes import RECIPES, Job
 from sparsecast.predictors.recorded import check_recorded
+from sparsecast.predictors.share import share_of
 from sparsecast.predictors.sizes import check_traffic, default_dtype, ranks_for
+from sparsecast.predictors.source import Recorded, Source
 
 MISSED = 0.01
 
 
 def train(cfg: TrainConfig) -> PredictorSet:
-    """Train, calibrate and save the predictors of every recorded layer.
+    """Train, calibrate and save the predictors of every layer.
 
     Training reads the train split and calibration the calibration split; held-out is not touched.
     A killed run goes on from its last finished epoch; one whose objective could not be met is asked
-    for another without training again.
+    for another without training again. Under torchrun the processes share the layers, or with
+    `cfg.data_parallel` the batches, and all of them return the same predictors.
 
-    Memory: the predictors with gradients, two AdamW moments and the best epoch (20 bytes a
-    weight), three batches of all layers, and one (D, D) and one (F, D) matrix; the store is read
-    through memory maps. Rounding to a quantised format takes another 8 bytes a weight.
+    Memory: the predictors of a process's layers with gradients, two AdamW moments and the best
+    epoch (20 bytes a weight), four batches of these layers, and one (D, D) and one (F, D) matrix;
+    the store is read through memory maps. Rounding to a quantised format takes another 8 bytes a
+    weight. The leading process holds the trained predictors of all layers at the end. For a
+    running model see online.py.
 
     Raises:
         InputError: No finished store there, one that does not cover every layer, a finished or
             unfinished run for `cfg.out` that was made with other options, a rank that the format
             cannot store, or an objective that cannot be met.
     """
-    cfg = replace(cfg, out=target(cfg.out))
-    store = ActivationStore(cfg.activations)
-    if (layers := store.manifest.layers) != list(range(len(layers))):
-        raise InputError(
-            f"{cfg.activations}: holds layers {layers}, but PowerInfer needs every layer from 0 "
-            "on; collect without --layers"
-        )
+    with team() as processes, ExitStack() as held:
+        with processes.together():
+            cfg = replace(cfg, out=target(cfg.out), device=processes.device(cfg.device))
+            device = pick_device(cfg.device)
+            store = None if cfg.activations is None else _every_layer(cfg.activations)
+            if (cfg.out / "manifest.json").is_file():
+                return _finished(cfg, store)
+            if processes.leads:
+                held.enter_context(locked(cfg.out, "training"))
+        source = running(cfg) if store is None else Recorded(store)
+        with processes.together():
+            job, recipe = _prepare(cfg, source, device, processes)
+        calibrated = RECIPES[cfg.recipe](job)
+        with processes.together():
+            if calibrated is not None:
+                _finish(cfg, source.store, recipe, calibrated)
+        return load_predictors(cfg.out)
+
+
+def _prepare(
+    cfg: TrainConfig, source: Source, device: torch.device, processes: Team
+) -> tuple[Job, dict[str, Any]]:
+    """Everything that can be refused before training."""
+    store = source.store
     dtype = default_dtype(cfg, store.manifest.hidden_size)
-    recipe = _recipe(cfg, store, dtype)
-    if (cfg.out / "manifest.json").is_file():
-        return _finished(cfg, recipe, store)
-    with locked(cfg.out, "training"):
-        return _train(cfg, store, dtype, recipe)
-
-
-def _train(
-    cfg: TrainConfig, store: ActivationStore, dtype: str, recipe: dict[str, Any]
-) -> PredictorSet:
+    recipe = _recipe(cfg, dtype, store.manifest.fingerprint, store)
     # Another objective needs no other training, unless best epochs are chosen by it.
     training = {k: v for k, v in recipe.items() if k not in ("target_perplexity", "traffic_budget")}
+    training["processes"] = processes.size
     check_unfinished(work_folder(cfg.out), training)
-    if cfg.model:
+    if cfg.model and cfg.activations:
         check_recorded(cfg.model, store)
-    device = pick_device(cfg.device)
+    layers = share_of(store.manifest.layers, processes, cfg.data_parallel)
     L.seed_everything(cfg.seed, verbose=False)
     ranks = ranks_for(cfg, store, dtype, device)
     for rank in set(ranks):
         check_widths(dtype, rank=rank, hidden_size=store.manifest.hidden_size)
     check_traffic(cfg, store, dtype, ranks)
-    calibrated = RECIPES[cfg.recipe](Job(cfg, store, dtype, ranks, device, training))
+    return Job(cfg, source, dtype, ranks, Run(layers, device, processes, training)), recipe
+
+
+def _every_layer(folder: Path) -> ActivationStore:
+    store = ActivationStore(folder)
+    if (layers := store.manifest.layers) != list(range(len(layers))):
+        raise InputError(
+            f"{folder}: holds layers {layers}, but PowerInfer needs every layer from 0 on; "
+            "collect without --layers"
+        )
+    return store
+
+
+def _finish(
+    cfg: TrainConfig,
+    store: ActivationStore,
+    recipe: dict[str, Any],
+    calibrated: list[Calibrated],
+) -> None:
     predictors = PredictorSet(
         [layer.predictor for layer in calibrated], 0.0, _manifest(store, recipe, calibrated)
     )
@@ -78,24 +116,37 @@ def _train(
     finish_logs(work_folder(cfg.out), cfg.out)
     _summary(cfg, predictors, [layer.counts for layer in calibrated])
     _tell_missed(cfg, [layer.counts for layer in calibrated])
-    return predictors
 
 
-def _recipe(cfg: TrainConfig, store: ActivationStore, dtype: str) -> dict[str, Any]:
+def _recipe(
+    cfg: TrainConfig, dtype: str, fingerprint: str, store: ActivationStore | None
+) -> dict[str, Any]:
+    """What two runs must share to be the same.
+
+    Args:
+        store: None where a running model's calibration documents are not recorded any more.
+    """
     options = asdict(cfg)
-    for name in ("activations", "out", "device", "model"):
+    for name in ("activations", "out", "device", "model", "tokens", "seq_len"):
         options.pop(name)
-    return {
+    recipe = {
         **options,
         "predictor_dtype": dtype,
         "epochs": cfg.steps,
         "batch_size": cfg.tokens_per_step,
         "lr": cfg.peak_lr,
-        "corpus": store.manifest.corpus,
-        "train_tokens": store.manifest.tokens("train"),
-        "calibration_tokens": store.manifest.tokens("calibration"),
-        "fingerprint": store.manifest.fingerprint,
+        "fingerprint": fingerprint,
     }
+    if cfg.activations is None:
+        recipe |= {"train_tokens": cfg.train_tokens, "seq_len": cfg.document_len}
+    if store is not None:
+        recipe["calibration_tokens"] = store.manifest.tokens("calibration")
+    if store is not None and cfg.activations is not None:
+        recipe |= {
+            "corpus": store.manifest.corpus,
+            "train_tokens": store.manifest.tokens("train"),
+        }
+    return recipe
 
 
 def _manifest(
@@ -127,15 +178,23 @@ def _scores(c: Counts) -> dict[str, float]:
     }
 
 
-def _finished(cfg: TrainConfig, recipe: dict[str, Any], store: ActivationStore) -> PredictorSet:
+def _finished(cfg: TrainConfig, store: ActivationStore | None) -> PredictorSet:
     predictors = load_predictors(cfg.out)
     made = predictors.manifest
     assert made is not None
-    if made.recipe == recipe:  # ended between its last two steps
+    if store is not None:
+        fingerprint = store.manifest.fingerprint
+    else:
+        assert cfg.model is not None
+        fingerprint = Checkpoint(cfg.model).fingerprint
+    recipe = _recipe(cfg, default_dtype(cfg, made.hidden_size), fingerprint, store)
+    if not differing(made.recipe, recipe):  # ended between its last two steps
         finish_logs(work_folder(cfg.out), cfg.out)
     changed = differing(made.recipe, {k: v for k, v in recipe.items() if k != "fingerprint"})
-    if made.fingerprint != store.manifest.fingerprint:
-        changed.append("the activations come from another model")
+    if made.fingerprint != fingerprint:
+        changed.append(
+            "the activations come from another model" if store else "--model is another one"
+        )
     if changed:
         raise InputError(
             f"{cfg.out}: holds finished predictors made differently ({'; '.join(changed)}); choose "

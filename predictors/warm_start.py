@@ -20,7 +20,7 @@ Shape letters: L layers, T tokens, D hidden, F FFN width, R free hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,21 +64,17 @@ class Moments(NamedTuple):
     rate_F: Tensor
 
 
-def warm_start(
-    store: ActivationStore, free_units: Sequence[int], dtype: str, device: torch.device
-) -> WarmStart:
-    """One pass over the train split, layer by layer.
-
-    Memory: a layer's (D, D) and (F, D) moments in float32 on the device.
+def warm_start(of_layers: Iterable[Moments], free_units: Sequence[int], dtype: str) -> WarmStart:
+    """Of all layers, one after the other.
 
     Args:
+        of_layers: The moments of every layer's training tokens, taken one at a time.
         free_units: Of every layer, bias units not counted.
         dtype: The format the predictors are trained for.
     """
     starts = []
     with bar("warm start", len(free_units)) as progress:
-        for layer, free in zip(store.manifest.layers, free_units, strict=True):
-            m = moments(store, layer, device)
+        for m, free in zip(of_layers, free_units, strict=True):
             u_D, fc1_RD, fc2_FR, offset_F = (t.cpu() for t in reduced_rank(m, free))
             rate = m.rate_F.mean().clamp_min(LEAST_RATE).cpu()
             offset_F -= rate.log()
@@ -99,20 +95,38 @@ def warm_start(
     return start._replace(bias_LD=None, offset_LF=None) if dtype == "f16" else start
 
 
-def moments(store: ActivationStore, layer: int, device: torch.device) -> Moments:
-    made = store.manifest
-    second = torch.zeros(made.hidden_size, made.hidden_size, device=device)
-    mean = torch.zeros(made.hidden_size, device=device)
-    cross = torch.zeros(made.ffn_width, made.hidden_size, device=device)
-    rate = torch.zeros(made.ffn_width, device=device)
-    tokens = made.tokens("train")
-    for x_TD, active_TF in layer_batches(store, "train", layer, device=device):
+class MomentSums:
+    """`Moments` on their way. Memory: (D, D) and (F, D) in float32 on the device."""
+
+    def __init__(self, hidden_size: int, ffn_width: int, device: torch.device) -> None:
+        self._tokens = 0
+        self._sums = [
+            torch.zeros(shape, device=device)
+            for shape in (
+                (hidden_size, hidden_size),
+                (hidden_size,),
+                (ffn_width, hidden_size),
+                (ffn_width,),
+            )
+        ]
+
+    def add(self, x_TD: Tensor, active_TF: Tensor) -> None:
+        """Raw inputs and their mask."""
         x, y = rms_normalised(x_TD), active_TF.float()
-        second += x.T @ x / tokens
-        mean += x.sum(0) / tokens
-        cross += y.T @ x / tokens
-        rate += y.sum(0) / tokens
-    return Moments(second, mean, cross, rate)
+        self._tokens += len(x)
+        for total, more in zip(self._sums, (x.T @ x, x.sum(0), y.T @ x, y.sum(0)), strict=True):
+            total += more
+
+    def mean(self) -> Moments:
+        return Moments(*(total / max(1, self._tokens) for total in self._sums))
+
+
+def moments(store: ActivationStore, layer: int, device: torch.device) -> Moments:
+    """Of the train split of one layer."""
+    sums = MomentSums(store.manifest.hidden_size, store.manifest.ffn_width, device)
+    for x_TD, active_TF in layer_batches(store, "train", layer, device=device):
+        sums.add(x_TD, active_TF)
+    return sums.mean()
 
 
 def reduced_rank(m: Moments, free_units: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,27 +9,27 @@ import torch
 
 from sparsecast.collect.bits import pack
 from sparsecast.predictors.data import TokenBlocks, layer_batches
-from sparsecast.predictors.loss import weighted_bce
+from sparsecast.predictors.loss import weighted_loss
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.mark.parametrize("counting", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 70, 201), (1, 1, 8), (2, 64, 1024)])
-def test_the_compiled_gradient_is_that_of_the_plain_loss(shape, dtype):
+def test_the_compiled_gradient_is_that_of_the_cpu(shape, dtype, counting):
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(shape, generator=generator)).to(dtype)
     fired = torch.rand(shape, generator=generator) < 0.2
     rate = torch.rand(shape[0], generator=generator)
+    packed = torch.stack([pack(layer) for layer in fired])
     z = logits.clone().requires_grad_()
-    weight = torch.where(fired, 1.0, rate[:, None, None])
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(z.float(), fired.float(), weight)
-    (want,) = torch.autograd.grad(3 * loss, z)
-    packed = torch.stack([pack(layer) for layer in fired]).cuda()
+    (want,) = torch.autograd.grad(3 * weighted_loss(z, packed, rate, counting=counting), z)
     z = logits.cuda().requires_grad_()
-    (got,) = torch.autograd.grad(3 * weighted_bce(z, packed, rate.cuda()), z)
+    loss = weighted_loss(z, packed.cuda(), rate.cuda(), counting=counting)
+    (got,) = torch.autograd.grad(3 * loss, z)
     assert got.dtype == dtype
     torch.testing.assert_close(
         got.cpu(), want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9

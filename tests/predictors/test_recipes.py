@@ -32,6 +32,10 @@ from sparsecast.predictors.warm_start import moments, warm_start
 CPU = torch.device("cpu")
 
 
+def start(store, free_units: list[int], dtype: str):
+    return warm_start((moments(store, layer, CPU) for layer in (0, 1)), free_units, dtype)
+
+
 def recount(predictor, store, split: str, layer: int) -> Counts:
     total = Counts(0, 0, 0, 0)
     for x_TD, active_TF in layer_batches(store, split, layer):
@@ -66,7 +70,7 @@ def test_a_module_computes_what_the_file_will(synthetic, recipe):
     """Logits in training, rounded straight through, are those of the exported predictor."""
     for dtype in ("f16", "q8_0", "q4_0"):
         free = 32 - (0 if dtype == "f16" else 4)
-        module = PredictorModule(recipe, dtype, warm_start(synthetic, [free] * 2, dtype, CPU))
+        module = PredictorModule(recipe, dtype, start(synthetic, [free] * 2, dtype))
         x_TD = synthetic.rows("calibration", 0, 1).x_TD
         x_LBD = rms_normalised(x_TD)[None].expand(2, -1, -1)
         logits_LBF, bias_LB1 = module(x_LBD)
@@ -88,9 +92,9 @@ def test_a_module_computes_what_the_file_will(synthetic, recipe):
 
 
 def test_padding_of_smaller_ranks_stays_nothing(synthetic, recipe):
-    start = warm_start(synthetic, [28, 12], "q4_0", CPU)
-    assert not start.fc1_LRD[1, 12:].any()
-    module = PredictorModule(recipe, "q4_0", start)
+    made = start(synthetic, [28, 12], "q4_0")
+    assert not made.fc1_LRD[1, 12:].any()
+    module = PredictorModule(recipe, "q4_0", made)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     x_LBD = torch.stack([synthetic.rows("train", 0, layer).x_TD[:64] for layer in (0, 1)])
     for _ in range(3):

@@ -16,17 +16,18 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.store import ActivationStore, write_manifest
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import BLOCK, TokenBlocks, layer_batches
-from sparsecast.predictors.loss import weighted_bce
+from sparsecast.predictors.loss import weighted_loss
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.mlp import Predictor, rms_normalised
 from sparsecast.predictors.module import PredictorModule
 from sparsecast.predictors.reference import ReferenceModule
 from sparsecast.predictors.train import train
-from sparsecast.predictors.warm_start import warm_start
+from sparsecast.predictors.warm_start import moments, warm_start
 
 
 def start(synthetic, free: int, dtype: str = "f16"):
-    return warm_start(synthetic, [free] * 2, dtype, torch.device("cpu"))
+    of_layers = (moments(synthetic, layer, torch.device("cpu")) for layer in (0, 1))
+    return warm_start(of_layers, [free] * 2, dtype)
 
 
 def recount(predictor: Predictor, store, split: str, layer: int) -> Counts:
@@ -280,12 +281,27 @@ def test_the_losss_gradient_is_torchs_own(dtype):
 
     (want,) = torch.autograd.grad(5 * torchs(logits, fired), logits)
     packed = torch.stack([pack(layer) for layer in fired])
-    loss = weighted_bce(logits, packed, rate)
+    loss = weighted_loss(logits, packed, rate)
     (got,) = torch.autograd.grad(5 * loss, logits)
 
     assert got.dtype == dtype
     torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
     torch.testing.assert_close(loss, torchs(logits[:, :64], fired[:, :64]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counting_the_gradient_is_that_of_smoothed_errors(dtype):
+    """By autograd, on the formula of loss.py."""
+    logits = (6 * torch.randn(3, 100, 40)).to(dtype).requires_grad_()
+    fired = torch.rand(3, 100, 40) < torch.tensor([0.0, 0.1, 1.0])[:, None, None]
+    rate = torch.tensor([0.01, 0.2, 0.9])
+    chosen = torch.sigmoid(logits.float())
+    weight = torch.where(fired, -1.0, rate[:, None, None])
+    (want,) = torch.autograd.grad(5 * 4 * (weight * chosen).mean(), logits)
+    packed = torch.stack([pack(layer) for layer in fired])
+    (got,) = torch.autograd.grad(5 * weighted_loss(logits, packed, rate, counting=True), logits)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-9)
 
 
 def test_weights_that_are_no_numbers_end_the_run(recipe, tmp_path):
