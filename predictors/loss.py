@@ -24,6 +24,7 @@ Shape letters: L layers, B batch, F FFN width, P packed width.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ SHOWN = 64
 def weighted_loss(
     logits_LBF: Tensor, mask_LBP: Tensor, rate_L: Tensor, *, counting: bool = False
 ) -> Tensor:
-    """A float32 scalar whose gradient is that of the whole batch.
+    """A float32 scalar whose gradient is that of the whole batch; asked for, it may take the place
+    of the logits.
 
     Its value is the cross entropy of the first `SHOWN` tokens: a fair sample, for whoever watches.
 
@@ -99,12 +101,29 @@ def _on_gpu(
 def _on_cpu(
     logits_LBF: Tensor, mask_LBP: Tensor, rate_L11: Tensor, scale: Tensor, counting: bool
 ) -> Tensor:
-    fired_LBF = unpack(mask_LBP, logits_LBF.shape[-1])
-    gradient = torch.sigmoid(logits_LBF.float())
-    if counting:
-        gradient.addcmul_(gradient, gradient, value=-1)
-        gradient.mul_(torch.where(fired_LBF, -4.0, 4 * rate_L11))
-    else:
-        inactive = gradient * rate_L11
-        torch.where(fired_LBF, gradient.sub_(1), inactive, out=gradient)
-    return gradient.mul_(scale).to(logits_LBF.dtype)
+    """In place, layer by layer: what fits a cache is not written to memory in between, and a fresh
+    tensor of the size of all logits would cost more in page faults than in arithmetic."""
+    gradient_LBF = logits_LBF.detach()
+    if gradient_LBF.dtype != torch.float32:
+        gradient_LBF = gradient_LBF.float()
+    width = logits_LBF.shape[-1]
+    y_N8 = torch.empty(mask_LBP[0].numel(), 8)
+    weight_N8 = torch.empty_like(y_N8)
+    y_BF, weight_BF = (t.view(len(mask_LBP[0]), -1)[:, :width] for t in (y_N8, weight_N8))
+    for g_BF, mask_BP, rate in zip(gradient_LBF, mask_LBP, rate_L11.flatten(), strict=True):
+        torch.index_select(_bits(), 0, mask_BP.flatten().int(), out=y_N8)
+        g_BF.sigmoid_()
+        if counting:
+            g_BF.addcmul_(g_BF, g_BF, value=-1)
+            torch.mul(y_N8, -4 * scale * (1 + rate), out=weight_N8).add_(4 * scale * rate)
+            g_BF.mul_(weight_BF)
+        else:
+            torch.mul(y_N8, scale * (1 - rate), out=weight_N8).add_(scale * rate)
+            g_BF.mul_(weight_BF).sub_(y_BF.mul_(scale))
+    return gradient_LBF.to(logits_LBF.dtype)
+
+
+@cache
+def _bits() -> Tensor:
+    """(256, 8) float32: the bits of a byte, lowest first."""
+    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).float()
