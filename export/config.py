@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparsecast.collect.errors import InputError
 
-DTYPES = ("f16", "f32")
+DTYPES = ("f16", "f32", "q4_0")
 SUFFIX = ".powerinfer.gguf"
 
 
@@ -28,11 +28,13 @@ class ExportConfig:
     """Folder written by `sparsecast collect`; gives the hot/cold files for a GPU build."""
 
     dtype: str = "f16"
-    """f16, or f32 for comparisons (the down projection stays f16, the engine reads no other)."""
+    """f16; q4_0, the model in 4.5 bits a weight and its output matrix in 8.5; or f32 for
+    comparisons (the down projection then stays f16). Predictors keep the format that they were
+    trained for, see --predictor-dtype of `sparsecast train`."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise InputError(f"--dtype: got {self.dtype!r}, expected {' or '.join(DTYPES)}")
+            raise InputError(f"--dtype: got {self.dtype!r}, expected {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,16 @@
 """Write a llama with its predictors as PowerInfer's GGUF file.
 
-A PowerInfer file is a GGUF version 3 file, alignment 32, whose first four bytes are "PWRI". 2-D
-tensors are f16 (or f32), those of predictors f16, q8_0 or q4_0, 1-D tensors f32, ffn_down_t f16
-always: for f32 there the engine gives NaN without an error. A tensor that its architecture does not
-use makes loading fail, so nothing else is written. The threshold must be an f32. (PowerInfer's
-llama.cpp and ggml.h at d3ebd7c.)
+A PowerInfer file is a GGUF version 3 file, alignment 32, whose first four bytes are "PWRI". 1-D
+tensors are f32. Matrices are f16, f32 or q4_0; in a q4_0 file output.weight is q8_0, as
+PowerInfer's `quantize` has it where rows are no multiples of 256, and in an f32 file ffn_down_t is
+f16: for anything but f16 and q4_0 there the engine gives NaN without an error. Predictors are f16,
+q8_0 or q4_0 whatever the model is. A tensor that its architecture does not use makes loading fail,
+so nothing else is written. The threshold must be an f32. (PowerInfer's llama.cpp and ggml.h at
+d3ebd7c.)
 
 Memory: one tensor at a time, as the source's memory map, at most one rearranged copy (q and k) and
-the converted one; the header holds the vocabulary and the names.
+the converted one, quantised without a float32 copy of the whole (stored.py); the header holds the
+vocabulary and the names.
 """
 
 from __future__ import annotations
@@ -17,43 +20,35 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from gguf import (
     GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
     RopeScalingType,
 )
-from gguf.quants import quantize
 from torch import Tensor
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.names import Layout, Row, arranged, llama_rows, predictor_names
+from sparsecast.export.stored import Planned, stored
 from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.formats import BLOCK
 
 MAGIC = b"PWRI"
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
-
-
-class Planned(NamedTuple):
-    """A tensor of the file before it is read."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    load: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[self.kind]
-        return int(np.prod(self.shape)) // block * size
+FILE_TYPES = {
+    "f16": LlamaFileType.MOSTLY_F16,
+    "f32": LlamaFileType.ALL_F32,
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
+}
 
 
 def plan(
@@ -62,24 +57,46 @@ def plan(
     """The tensors in file order; nothing is read yet.
 
     Args:
-        dtype: "f16" or "f32", of the model's matrices; predictors have formats of their own.
+        dtype: "f16", "f32" or "q4_0", of the model's matrices; predictors have formats of their
+            own.
 
     Raises:
-        InputError: A quantised predictor whose rows do not divide into blocks.
+        InputError: A size that does not divide into the blocks of a quantised tensor.
     """
-    matrix = GGMLQuantizationType.F16 if dtype == "f16" else GGMLQuantizationType.F32
-    return [*_model_part(checkpoint, hyper, matrix), *_predictor_part(predictors)]
+    if dtype == "q4_0":
+        _check_blocks(hyper)
+    return [*_model_part(checkpoint, hyper, dtype), *_predictor_part(predictors)]
 
 
-def _model_part(
-    checkpoint: Checkpoint, hyper: Hyper, matrix: GGMLQuantizationType
-) -> Iterator[Planned]:
+def _check_blocks(hyper: Hyper) -> None:
+    """Every matrix has rows of the hidden size; the input of ffn_down_t is rounded in blocks along
+    the FFN. The engine checks neither and computes nonsense or NaN."""
+    for name, width in (("hidden size", hyper.hidden), ("FFN width", hyper.ffn)):
+        if width % BLOCK:
+            raise InputError(
+                f"--dtype q4_0: weights and inputs are stored in blocks of {BLOCK}, but the "
+                f"{name} is {width}, not a multiple, which the engine would read wrongly; export "
+                "in f16"
+            )
+
+
+def _model_part(checkpoint: Checkpoint, hyper: Hyper, dtype: str) -> Iterator[Planned]:
     for row in llama_rows(hyper.layers, hyper.tied):
         shape = hyper.shape(row.shape)
-        stored = GGMLQuantizationType.F32 if len(shape) == 1 else matrix
         if row.layout is Layout.TRANSPOSED:
-            shape, stored = shape[::-1], GGMLQuantizationType.F16
-        yield Planned(row.target, shape, stored, partial(_load, checkpoint, hyper, row))
+            shape = shape[::-1]
+        kind = _kind(row, dtype)
+        yield Planned(row.target, shape, kind, partial(_load, checkpoint, hyper, row))
+
+
+def _kind(row: Row, dtype: str) -> GGMLQuantizationType:
+    if len(row.shape) == 1:
+        return GGMLQuantizationType.F32
+    if dtype == "f32" and row.layout is Layout.TRANSPOSED:
+        return GGMLQuantizationType.F16
+    if dtype == "q4_0" and row.target == "output.weight":
+        return GGMLQuantizationType.Q8_0
+    return GGMLQuantizationType[dtype.upper()]
 
 
 def _load(checkpoint: Checkpoint, hyper: Hyper, row: Row) -> Tensor:
@@ -122,7 +139,7 @@ def write_model(
         wrote: Called with the bytes of each tensor.
 
     Raises:
-        InputError: A value that f16 cannot hold.
+        InputError: A value that its tensor's format cannot hold.
         OSError: The disk is full, or `path` cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
@@ -169,8 +186,9 @@ def _add_header(
     if hyper.rope_factor != 1.0:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(hyper.rope_factor)
-    f16 = dtype == "f16"
-    writer.add_file_type(LlamaFileType.MOSTLY_F16 if f16 else LlamaFileType.ALL_F32)
+    writer.add_file_type(FILE_TYPES[dtype])
+    if dtype == "q4_0":
+        writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_float32(KEY_THRESHOLD, threshold)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(vocabulary.tokens)
@@ -193,25 +211,9 @@ def _write_data(writer: GGUFWriter, tensors: list[Planned], wrote: Callable[[int
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
     for t in tensors:
-        file.write(_stored(t).data)
+        file.write(stored(t).data)
         writer.write_padding(file, t.nbytes)
         wrote(t.nbytes)
-
-
-def _stored(planned: Planned) -> np.ndarray[Any, Any]:
-    source = planned.load()
-    dtype = torch.float16 if planned.kind is GGMLQuantizationType.F16 else torch.float32
-    stored = torch.empty(planned.shape, dtype=dtype).copy_(source)
-    if not bool(stored.isfinite().all()):
-        largest = source.abs().max().item()
-        raise InputError(
-            f"{planned.name}: holds {largest:g}, which {dtype} cannot store (NaN, infinity "
-            "or beyond 65504); the engine would compute NaN from it, so it cannot be exported"
-        )
-    array: np.ndarray[Any, Any] = stored.numpy()
-    if GGML_QUANT_SIZES[planned.kind][0] > 1:
-        array = np.ascontiguousarray(quantize(array, planned.kind))
-    return array
 
 
 def _finish(path: Path) -> None:
