@@ -5,11 +5,14 @@ from __future__ import annotations
 from statistics import fmean
 
 from sparsecast.export.hyper import Hyper
+from sparsecast.export.traffic import Traffic
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.formats import BITS
-from sparsecast.predictors.metrics import traffic
-from sparsecast.predictors.mlp import Predictor
 
+FORMATS = {
+    "f16": "f16",
+    "f32": "f32 (the down projection in f16)",
+    "q4_0": "q4_0 (the output matrix in q8_0)",
+}
 RELU_NOTE = (
     "The model computes {rule}; PowerInfer computes plain ReLU, so neurons whose gate lies between "
     "0 and {threshold:g} also contribute there. `sparsecast evaluate` gives the perplexity of both "
@@ -18,14 +21,21 @@ RELU_NOTE = (
 
 
 def model_card(
-    file: str, model: str, hyper: Hyper, predictors: PredictorSet, *, dtype: str, hot_cold: bool
+    file: str,
+    model: str,
+    hyper: Hyper,
+    predictors: PredictorSet,
+    *,
+    dtype: str,
+    traffic: Traffic | None,
+    hot_cold: bool,
 ) -> str:
     """Markdown; `file` is the GGUF's name, `hot_cold` whether activation/ was written."""
     parts = [
         f"# {file.removesuffix('.powerinfer.gguf')} for PowerInfer",
         f"`{model}` ({hyper.layers} layers, hidden size {hyper.hidden}, FFN {hyper.ffn}) with one "
-        f"activation predictor per layer, written by `sparsecast export` in {dtype}. A neuron is "
-        f"computed when its predictor's output is at least {predictors.threshold:g}.",
+        f"activation predictor per layer, written by `sparsecast export` in {FORMATS[dtype]}. A "
+        f"neuron is computed when its predictor's output is at least {predictors.threshold:g}.",
         "## Run it",
         f'```\nmain -m {file} -t 1 -n 64 --temp 0 --repeat-penalty 1.0 -p " ..."\n```',
         "`main` is PowerInfer's binary. One thread, because its CPU down projection adds the "
@@ -34,7 +44,7 @@ def model_card(
     ]
     if hyper.activation.threshold > 0:
         parts += ["## Activation", relu_note(hyper)]
-    parts += ["## Predictors", *_scores(hyper, predictors, dtype), "## Hot and cold neurons"]
+    parts += ["## Predictors", *_scores(predictors, traffic), "## Hot and cold neurons"]
     parts.append(
         "`activation/activation_<i>.pt` counts how often each neuron fired; a GPU build of "
         "PowerInfer decides by it which neurons to keep in GPU memory."
@@ -51,21 +61,22 @@ def relu_note(hyper: Hyper) -> str:
     return RELU_NOTE.format(rule=hyper.activation, threshold=hyper.activation.threshold)
 
 
-def _scores(hyper: Hyper, predictors: PredictorSet, dtype: str) -> list[str]:
+def _scores(predictors: PredictorSet, traffic: Traffic | None) -> list[str]:
     manifest = predictors.manifest
-    if manifest is None:
+    if manifest is None or traffic is None:
         ranks = [predictor.rank for predictor in predictors.layers]
         return [f"Ranks {ranks}. They came without scores; `sparsecast report` measures them."]
-    rows = []
-    for predictor, scores in zip(predictors.layers, manifest.calibration, strict=True):
-        recall, sparsity = scores["recall"], scores["predicted_sparsity"]
-        traffic_ = _traffic(hyper, predictor, recall, sparsity)
-        rows.append((predictor.rank, recall, sparsity, traffic_))
+    rows = [
+        (predictor.rank, scores["recall"], scores["predicted_sparsity"], share)
+        for predictor, scores, share in zip(
+            predictors.layers, manifest.calibration, traffic.reported, strict=True
+        )
+    ]
     formats = "/".join(sorted({predictor.dtype for predictor in predictors.layers}))
     means = [fmean(column) for column in zip(*rows, strict=True)]
     lines = ["| layer | rank | recall | predicted sparsity | traffic |", "|---|---|---|---|---|"]
-    for i, (rank, recall, sparsity, traffic_) in enumerate(rows):
-        lines.append(f"| {i} | {rank} | {recall:.4f} | {sparsity:.4f} | {traffic_:.4f} |")
+    for i, (rank, recall, sparsity, share) in enumerate(rows):
+        lines.append(f"| {i} | {rank} | {recall:.4f} | {sparsity:.4f} | {share:.4f} |")
     lines.append(f"| mean | {means[0]:g} | {means[1]:.4f} | {means[2]:.4f} | {means[3]:.4f} |")
     text = [
         "\n".join(lines),
@@ -74,24 +85,9 @@ def _scores(hyper: Hyper, predictors: PredictorSet, dtype: str) -> list[str]:
         f"weights in f16 and predictors in {formats}: predictor share + 1 - predicted sparsity; "
         "lower is better, 1 is dense.",
     ]
-    if dtype == "f32":
-        # Gate and up take 4 bytes a weight and down 2: 10 bytes where f16 has 6.
-        share = 0.6 * (means[3] - 1 + means[2])
+    if not traffic.in_f16:
         text.append(
-            f"Of the types in this file (gate and up f32, down f16, predictors {formats}) the mean "
-            f"traffic is {share + 1 - means[2]:.4f}."
+            f"Of the types in this file ({traffic.types}) the mean traffic is "
+            f"{fmean(traffic.own):.4f}."
         )
     return text
-
-
-def _traffic(hyper: Hyper, predictor: Predictor, recall: float, predicted_sparsity: float) -> float:
-    return traffic(
-        rank=predictor.rank,
-        hidden_size=hyper.hidden,
-        ffn_width=hyper.ffn,
-        matrices=3,
-        recall=recall,
-        predicted_sparsity=predicted_sparsity,
-        true_sparsity=0.0,  # only the figures of other schemes depend on it
-        predictor_bits=BITS[predictor.dtype],
-    ).traffic

@@ -17,6 +17,8 @@ from sparsecast.export.card import model_card, relu_note
 from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.hyper import Hyper, read_hyper
 from sparsecast.export.model_gguf import plan, write_model
+from sparsecast.export.stored import Planned
+from sparsecast.export.traffic import Traffic, traffic_of
 from sparsecast.export.vocab import read_vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
 
@@ -39,6 +41,7 @@ def export(cfg: ExportConfig) -> Path:
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
     total = sum(t.nbytes for t in tensors)
     _check_space(cfg.out, total)
+    traffic = _traffic(tensors, predictors)
 
     file = file_name(checkpoint.source)
     with new_folder(cfg.out, replaces=f"*{SUFFIX}") as folder:
@@ -58,12 +61,20 @@ def export(cfg: ExportConfig) -> Path:
         if counts is not None:
             _write_counts(folder / "activation", counts)
         card = model_card(
-            file, cfg.model, hyper, predictors, dtype=cfg.dtype, hot_cold=counts is not None
+            file,
+            cfg.model,
+            hyper,
+            predictors,
+            dtype=cfg.dtype,
+            traffic=traffic,
+            hot_cold=counts is not None,
         )
         write_text(folder / "README.md", card)
     if hyper.activation.threshold > 0:
         console.print(relu_note(hyper), style="yellow", highlight=False)
-    console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights")
+    console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
+    if traffic is not None:
+        console.print(f"FFN traffic by the calibration split: {traffic}", highlight=False)
     return cfg.out / file
 
 
@@ -87,6 +98,14 @@ def _predictors(cfg: ExportConfig, checkpoint: Checkpoint, hyper: Hyper) -> Pred
         model=cfg.model,
     )
     return predictors
+
+
+def _traffic(tensors: list[Planned], predictors: PredictorSet) -> Traffic | None:
+    """None where the predictors came without scores."""
+    if predictors.manifest is None:
+        return None
+    stored = {t.name: (t.kind.name.lower(), t.shape) for t in tensors}
+    return traffic_of(stored, predictors.manifest.calibration)
 
 
 def _counts(folder: Path, checkpoint: Checkpoint, hyper: Hyper) -> list[torch.Tensor]:

@@ -1,0 +1,77 @@
+"""FFN traffic of a file: in f16, as every report has it, and of the types that the file has.
+
+Decoding reads the predictor whole and the rows of the three FFN matrices that it lets through:
+
+    traffic = predictor bytes / FFN bytes + 1 - predicted sparsity
+
+In reports the FFN counts 2 bytes a weight, so that figures compare. Beside smaller FFN weights the
+same predictor weighs more, and the second figure is the larger one: a share of fewer bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from statistics import fmean
+
+from sparsecast.predictors.formats import BITS
+
+FFN = ("ffn_gate", "ffn_up", "ffn_down_t")
+PREDICTOR = ("fc1", "fc2")
+FILE_BITS = {**BITS, "f32": 32.0}
+
+Stored = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Type and shape of a file's tensors."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Per layer, from the calibration split."""
+
+    reported: list[float]
+    """With the FFN in f16."""
+    own: list[float]
+    """With the file's types."""
+    types: str
+    """The file's types in words."""
+
+    @property
+    def in_f16(self) -> bool:
+        """The two are the same."""
+        return self.types.startswith("FFN f16,")
+
+    def __str__(self) -> str:
+        mean = f"mean {fmean(self.reported):.4f} with the FFN counted in f16, as in every report"
+        return f"{mean}; {fmean(self.own):.4f} with the types of this file ({self.types})"
+
+
+def traffic_of(tensors: Stored, calibration: Sequence[Mapping[str, float]]) -> Traffic:
+    """Both figures of a llama's file.
+
+    Args:
+        calibration: Of every layer, with `predicted_sparsity`.
+    """
+    reported, own = [], []
+    for i, scores in enumerate(calibration):
+        ffn = [tensors[f"blk.{i}.{name}.weight"] for name in FFN]
+        predictor = sum(_bits(*tensors[f"blk.{i}.{name}.weight"]) for name in PREDICTOR)
+        load = 1 - scores["predicted_sparsity"]
+        reported.append(predictor / sum(_bits("f16", shape) for _, shape in ffn) + load)
+        own.append(predictor / sum(_bits(*tensor) for tensor in ffn) + load)
+    return Traffic(reported, own, f"{_ffn_types(tensors)}, predictors {_types(tensors, PREDICTOR)}")
+
+
+def _bits(dtype: str, shape: tuple[int, ...]) -> float:
+    return prod(shape) * FILE_BITS[dtype]
+
+
+def _ffn_types(tensors: Stored) -> str:
+    every, down = _types(tensors, FFN), _types(tensors, FFN[2:])
+    first = _types(tensors, FFN[:2])
+    return f"FFN {every}" if first == down else f"gate and up {first}, down {down}"
+
+
+def _types(tensors: Stored, names: Sequence[str]) -> str:
+    ends = tuple(f".{name}.weight" for name in names)
+    return "/".join(sorted({dtype for name, (dtype, _) in tensors.items() if name.endswith(ends)}))
