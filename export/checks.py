@@ -1,9 +1,7 @@
-"""What a llama bundle must look like, checked on the file alone.
+"""What a llama bundle must look like, checked on the file alone: header, vocabulary, folders.
 
-This table is written from PowerInfer's llama.cpp a second time and shares nothing with the
-exporter's: one table for both would confirm its own mistakes.
-
-Shape letters: V vocabulary, D hidden, K key/value width, F FFN width, R predictor rank.
+The tables here and in tensors.py are written from PowerInfer's llama.cpp a second time and share
+nothing with the exporter's: one table for both would confirm its own mistakes.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from sparsecast.collect.errors import InputError
 from sparsecast.export.reader import FLOAT32, STRING, UINT32, GGUFFile
+from sparsecast.export.traffic import traffic_of
 from sparsecast.predictors.checkpoint import load_predictors
 
 
@@ -50,28 +49,9 @@ OPTIONAL = {
     "llama.rope.scaling.type": STRING,
     "llama.rope.scaling.factor": FLOAT32,
     "general.file_type": UINT32,
+    "general.quantization_version": UINT32,
     **{f"tokenizer.ggml.{kind}_token_id": UINT32 for kind in ("bos", "eos", "unknown", "padding")},
 }
-GLOBAL = {"token_embd.weight": "VD", "output_norm.weight": "D", "output.weight": "VD"}
-BLOCK = {
-    "attn_norm": "D",
-    "attn_q": "DD",
-    "attn_k": "KD",
-    "attn_v": "KD",
-    "attn_output": "DD",
-    "ffn_norm": "D",
-    "ffn_gate": "FD",
-    "ffn_up": "FD",
-    "ffn_down_t": "FD",
-    "fc1": "RD",
-    "fc2": "FR",
-}
-TYPES = {
-    "ffn_down_t": ("f16",),
-    "fc1": ("f16", "q8_0", "q4_0"),
-    "fc2": ("f16", "q8_0", "q4_0"),
-}
-"""Types of matrices that may not be f16 or f32."""
 
 
 def check_metadata(file: GGUFFile) -> Check:
@@ -141,53 +121,6 @@ def check_vocabulary(file: GGUFFile) -> Check:
     return Check("vocabulary", not wrong, "; ".join(wrong) or f"{len(tokens)} tokens")
 
 
-def check_tensors(file: GGUFFile) -> Check:
-    """Names, shapes and types, nothing missing and nothing more."""
-    want, wrong = expected_shapes(file), []
-    for name, letters in want.items():
-        if name not in file.entries:
-            wrong.append(f"{name} is missing")
-            continue
-        entry = file.entries[name]
-        shape = _sizes(file, name, letters)
-        if entry.shape != shape:
-            hint = " (transposed)" if entry.shape == shape[::-1] else ""
-            wrong.append(f"{name} is {entry.shape}, expected {shape}{hint}")
-        short = name.removesuffix(".weight").rpartition(".")[2]
-        types = ("f32",) if len(letters) == 1 else TYPES.get(short, ("f16", "f32"))
-        if entry.type.name not in types:
-            wrong.append(f"{name} is {entry.type.name}, expected {' or '.join(types)}")
-        if entry.shape[-1] % entry.type.block:
-            wrong.append(
-                f"{name} is {entry.type.name} in rows of {entry.shape[-1]}, expected a multiple of "
-                f"{entry.type.block}: the engine reads rows that share a block wrongly"
-            )
-    wrong += [f"{name} is not a tensor of this architecture" for name in file.entries.keys() - want]
-    return Check("tensors", not wrong, "; ".join(wrong) or f"{len(want)} tensors")
-
-
-def expected_shapes(file: GGUFFile) -> dict[str, str]:
-    """Every tensor name that belongs in the file, with its shape letters."""
-    blocks = range(file.keys["llama.block_count"])
-    inner = {f"blk.{i}.{name}.weight": s for i in blocks for name, s in BLOCK.items()}
-    return {**GLOBAL, **inner}
-
-
-def _sizes(file: GGUFFile, name: str, letters: str) -> tuple[int, ...]:
-    keys = file.keys
-    hidden, heads = keys["llama.embedding_length"], keys["llama.attention.head_count"]
-    sizes = {
-        "V": len(keys["tokenizer.ggml.tokens"]),
-        "D": hidden,
-        "K": hidden // heads * keys.get("llama.attention.head_count_kv", heads),
-        "F": keys["llama.feed_forward_length"],
-    }
-    # The rank is whatever fc1 has; fc2 must have the same.
-    fc1 = file.entries.get(name.replace("fc2", "fc1"))
-    sizes["R"] = fc1.shape[0] if fc1 is not None else 0
-    return tuple(sizes[letter] for letter in letters)
-
-
 def check_finite(file: GGUFFile) -> Check:
     """No NaN and no infinity in any tensor."""
     wrong = [name for name in file.entries if not bool(file.tensor(name).isfinite().all())]
@@ -217,6 +150,18 @@ def check_predictor_folder(file: GGUFFile, folder: Path) -> Check:
     if torch.tensor(predictors.threshold, dtype=torch.float32).item() != threshold:
         wrong.append(f"threshold is {threshold:g}, config.json has {predictors.threshold:g}")
     return Check("predictor folder", not wrong, "; ".join(wrong) or f"{layers} predictors equal")
+
+
+def check_traffic(file: GGUFFile, folder: Path) -> list[Check]:
+    """What the file's predictors save, by their own scores; nothing where they have none."""
+    try:
+        manifest = load_predictors(folder).manifest
+    except InputError:
+        return []
+    if manifest is None or len(manifest.calibration) != file.keys["llama.block_count"]:
+        return []
+    stored = {name: (entry.type.name, entry.shape) for name, entry in file.entries.items()}
+    return [Check("traffic", True, str(traffic_of(stored, manifest.calibration)))]
 
 
 def check_activation_folder(file: GGUFFile, folder: Path) -> Check:

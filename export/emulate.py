@@ -3,7 +3,7 @@
 What the engine computes (PowerInfer's llama.cpp and ggml.c at d3ebd7c), reproduced from the file
 alone:
 - a product with f16 weights rounds its input to f16 and sums in float32 or better; with f32
-  weights nothing is rounded. ffn_down_t takes relu(gate) * up rounded to f16;
+  weights nothing is rounded. ffn_down_t is such a product: relu(gate) * up is its input;
 - a product with q8_0 or q4_0 weights rounds its input to q8_0 and sums the codes of a block as
   integers. Terms that cancel leave exactly 0, an active neuron, which float32 misses by a last bit;
   float64 holds the products and the sum of a block without rounding;
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.export.reader import GGUFFile
-from sparsecast.predictors.formats import rounded_input
+from sparsecast.predictors.formats import BLOCK
 
 
 class Emulator:
@@ -34,15 +34,14 @@ class Emulator:
     float64), and the activations of the tokens given.
 
     Args:
-        sums: dtype that products with unquantised weights sum in. float64 is the same arithmetic
-            in another order, so the difference between the two is what an order of summation may
-            change.
+        coarse: False rounds the inputs of quantised products to f16, like those of f16: the noise
+            of q8_0 would hide what else is wrong.
     """
 
-    def __init__(self, file: GGUFFile, sums: torch.dtype = torch.float32) -> None:
-        self._sums = sums
+    def __init__(self, file: GGUFFile, *, coarse: bool = True) -> None:
+        self._coarse = coarse
         keys: dict[str, Any] = file.keys
-        self._file = file
+        self.file = file
         self.layers: int = keys["llama.block_count"]
         self.heads: int = keys["llama.attention.head_count"]
         self.kv_heads: int = keys.get("llama.attention.head_count_kv", self.heads)
@@ -61,7 +60,7 @@ class Emulator:
             all_active: Compute every neuron, as the engine does at a threshold of -1e30.
         """
         B, S = ids_BS.shape
-        x_TD = self._file.tensor("token_embd.weight")[ids_BS.flatten()].float()
+        x_TD = self.file.tensor("token_embd.weight")[ids_BS.flatten()].float()
         cos_SE, sin_SE = self._rope_table(S)
         for i in range(self.layers):
             normed_TD = self._norm(x_TD, f"blk.{i}.attn_norm.weight")
@@ -76,16 +75,18 @@ class Emulator:
         return self._product(hidden_TR, f"blk.{layer}.fc2.weight")
 
     def _product(self, x_TD: Tensor, name: str) -> Tensor:
-        weight = self._file.tensor(name)
-        stored = self._file.entries[name].type
+        """x times a matrix whose rows are outputs; those of ffn_down_t are inputs."""
+        weight = self.file.tensor(name)
+        stored = self.file.entries[name].type
         if stored.name != "f32":
-            x_TD = rounded_input(x_TD, stored.name)
-        sums = torch.float64 if stored.block > 1 else self._sums
-        return (x_TD.to(sums) @ weight.to(sums).T).float()
+            x_TD = rounded_input(x_TD, stored.name if self._coarse else "f16")
+        sums = torch.float64 if stored.block > 1 else torch.float32
+        weight = weight.to(sums)
+        return (x_TD.to(sums) @ (weight if ".ffn_down_t." in name else weight.T)).float()
 
     def _norm(self, x_TD: Tensor, name: str) -> Tensor:
         mean_T1 = x_TD.square().double().mean(-1, keepdim=True).float()
-        return x_TD * (1 / (mean_T1 + self.eps).sqrt()) * self._file.tensor(name)
+        return x_TD * (1 / (mean_T1 + self.eps).sqrt()) * self.file.tensor(name)
 
     def _rope_table(self, length: int) -> tuple[Tensor, Tensor]:
         """(S, E / 2) cosines and sines."""
@@ -126,7 +127,24 @@ class Emulator:
         x1_TF = gate_TF.relu_() * self._product(normed_TD, f"{block}.ffn_up.weight")
         if not all_active:
             x1_TF.masked_fill_(self.predictor_logits(x_TD, layer) < self.threshold, 0.0)
-        return x1_TF.half().float() @ self._file.tensor(f"{block}.ffn_down_t.weight").float()
+        return self._product(x1_TF, f"{block}.ffn_down_t.weight")
+
+
+def rounded_input(x_TD: Tensor, dtype: str) -> Tensor:
+    """What the engine multiplies weights of this format by, float32.
+
+    Codes of q8_0 are x (127 / max), as its vector code has it: the same codes at 5 million of 5
+    million random inputs. x (1 / (max / 127)), as the reference code and so formats.py have it,
+    gives another at one of a million, and so does 127 times a reciprocal, as torch divides a number
+    by a tensor.
+    """
+    if dtype == "f16":
+        return x_TD.half().float()
+    blocks = x_TD.reshape(len(x_TD), -1, BLOCK)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(largest, 127).div(largest)
+    codes = (blocks * torch.where(largest == 0, 0.0, inverse)).round()
+    return (codes * (largest / 127).half().float()).flatten(1)
 
 
 def _turned(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """The bundle evaluated as the engine would, against the model.
 
-With every neuron active the two differ by rounding alone: the engine rounds weights and the
-inputs of products to f16. How much that moves the logits depends on the model (depth, scale,
-saturation), so it is measured on the same tokens rather than guessed: d0 is the difference that
-transformers itself shows between float32 and the same model with f16 weights and f16 inputs to
-every linear layer. Two realisations of rounding noise of one size differ from float32 by about the
-same; the engine adds the f16 table in softmax. The check allows 3 times d0 in the mean and 6 times
-at the worst logit; a right bundle of a random 3-layer model measured 1.1 and 1.2, a lost rope base
-480, unpermuted rows of q in one layer 120, one lost gate row 13 and 65.
+With every neuron active the two differ by rounding alone. Weights are rounded to the types of the
+file; values.py compares them exactly, so here the model computes with such weights too. Inputs of
+products are rounded to f16, those of quantised weights to q8_0; the latter would hide an error (in
+a q4_0 file swapped rows of q moved the mean from 1.0 to 1.2 times its noise), so this check rounds
+all to f16, and q8_0 is left to the engine's own answer. How much that moves the logits depends on
+the model (depth, scale, saturation), so it is measured on the same tokens rather than guessed: d0
+is the difference that transformers itself shows with and without f16 inputs to every linear layer.
+Two realisations of rounding noise of one size differ from float32 by about the same; the engine
+adds the f16 table in softmax. The check allows 3 times d0 in the mean and 6 times at the worst
+logit. Measured on tiny-prosparse in f16 and in q4_0: a right bundle 1.0 in the mean and 1.0 and 1.5
+at the worst, one lost gate row 8 and 10 in the mean, two swapped rows of q in one layer 22 and 23,
+a wrong rope base 610 and 620.
 
 Shape letters: N chunks, S chunk length, V vocabulary.
 """
@@ -15,6 +19,7 @@ Shape letters: N chunks, S chunk length, V vocabulary.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +31,10 @@ from sparsecast.collect.models import set_activation
 from sparsecast.export.checks import Check
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.protocol import perplexity
+from sparsecast.export.reader import GGUFFile
+from sparsecast.export.tensors import expected_shapes
+from sparsecast.export.values import module_of
+from sparsecast.predictors.formats import rounded
 
 MEAN_FACTOR, MAX_FACTOR = 3.0, 6.0
 FLOOR = 1e-5
@@ -37,11 +46,12 @@ LOGIT_CHUNKS = 4
 def check_logits(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> Check:
     """Everything active against `model`, a float32 model on the CPU that computes ReLU."""
     ids_NS = ids_NS[:LOGIT_CHUNKS]
-    ours_NSV = emulator.logits(ids_NS, all_active=True)
+    types = linear_types(emulator.file)
+    ours_NSV = Emulator(emulator.file, coarse=False).logits(ids_NS, all_active=True)
     if reason := degenerate(ours_NSV):
         return Check("logits", False, reason)
-    exact_NSV = model_logits(model, ids_NS)
-    d0_NSV = (model_logits(rounded(model), ids_NS) - exact_NSV).abs()
+    exact_NSV = model_logits(as_stored(model, types), ids_NS)
+    d0_NSV = (model_logits(as_stored(model, types, inputs=True), ids_NS) - exact_NSV).abs()
     diff_NSV = (ours_NSV - exact_NSV).abs()
     floor = FLOOR * exact_NSV.std().item()
     mean, mean_bound = diff_NSV.mean().item(), MEAN_FACTOR * d0_NSV.mean().item() + floor
@@ -97,14 +107,32 @@ def with_relu(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def rounded(model: PreTrainedModel) -> PreTrainedModel:
-    """A twin that rounds weights and inputs of every linear layer to f16; shares the weights."""
+def linear_types(file: GGUFFile) -> dict[str, str]:
+    """Type of the file by name of the model's module, for its matrices."""
+    types = {}
+    for name in expected_shapes(file):
+        source, entry = module_of(name), file.entries[name]
+        if source is not None and len(entry.shape) == 2:
+            types[source] = entry.type.name
+    return types
+
+
+def as_stored(
+    model: PreTrainedModel, types: dict[str, str], *, inputs: bool = False
+) -> PreTrainedModel:
+    """A twin that computes with weights as a file of these types holds them; shares the weights.
+
+    Args:
+        inputs: Also round the input of every linear layer to f16.
+    """
     twin = _twin(model)
-    for module in twin.modules():
+    for name, module in twin.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(_rounded_linear)
+            # The down projection is stored, and so divided into blocks, transposed.
+            hook = partial(_linear, types[name], name.endswith(".down_proj"), inputs)
+            module.register_forward_hook(hook)
         elif isinstance(module, nn.Embedding):
-            module.register_forward_hook(_rounded_output)
+            module.register_forward_hook(partial(_rows, types[name]))
     return twin
 
 
@@ -113,10 +141,17 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def _rounded_linear(module: nn.Linear, args: tuple[Tensor], _: Tensor) -> Tensor:
-    weight = module.weight.half().float()
-    return nn.functional.linear(args[0].half().float(), weight, module.bias)
+def _linear(
+    dtype: str, flipped: bool, inputs: bool, module: nn.Linear, args: tuple[Tensor], _: Tensor
+) -> Tensor:
+    weight = _weight(module.weight.T, dtype).T if flipped else _weight(module.weight, dtype)
+    x = args[0].half().float() if inputs else args[0]
+    return nn.functional.linear(x, weight, module.bias)
 
 
-def _rounded_output(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
-    return output.half().float()
+def _rows(dtype: str, _: nn.Embedding, __: tuple[Tensor], output: Tensor) -> Tensor:
+    return _weight(output, dtype)
+
+
+def _weight(weight: Tensor, dtype: str) -> Tensor:
+    return weight if dtype == "f32" else rounded(weight, dtype)

@@ -193,7 +193,10 @@ class GGUFFile:
         kind, offset = self._scalar("I"), self._scalar("Q")
         if kind not in TYPES:
             known = ", ".join(f"{i} ({t.name})" for i, t in TYPES.items())
-            raise InputError(f"{self.path}: tensor {name} has type id {kind}, expected {known}")
+            raise InputError(
+                f"{self.path}: tensor {name} has type id {kind}, expected {known}; `sparsecast "
+                "export` writes no others"
+            )
         return name, shape, TYPES[kind], offset
 
     def _add(self, name: str, entry: Entry, offset: int) -> None:

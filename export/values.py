@@ -2,7 +2,8 @@
 
 Written without the exporter's code: rows of q and k by index arithmetic instead of swapped axes,
 the config from config.json as it stands instead of transformers' object, the pieces from
-sentencepiece's processor instead of its protobuf.
+sentencepiece's processor instead of its protobuf. Quantised tensors are compared by value, as our
+own reader dequantises them, with what the gguf package makes of the model's.
 
 Shape letters: V vocabulary, D hidden, F FFN width; stored tensors are (rows, columns).
 """
@@ -15,12 +16,15 @@ from typing import Any
 
 import sentencepiece
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from sparsecast.collect.atomic import read_json
 from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.export.checks import Check, expected_shapes, same
-from sparsecast.export.reader import GGUFFile
+from sparsecast.export.checks import Check, same
+from sparsecast.export.reader import GGUFFile, TensorType
+from sparsecast.export.tensors import expected_shapes
 
 SOURCES = {
     "token_embd": "model.embed_tokens",
@@ -50,22 +54,32 @@ class Source:
 
     def raw(self, name: str) -> Tensor:
         """The source's tensor as the checkpoint stores it, for a name of the file."""
-        block, short = _parts(name)
-        if short == "output" and self.config.get("tie_word_embeddings"):
-            short = "token_embd"
-        inner = SOURCES[short] if block is None else f"model.layers.{block}.{SOURCES[short]}"
-        return self.checkpoint.tensor(f"{inner}.weight")
+        if name == "output.weight" and self.config.get("tie_word_embeddings"):
+            name = "token_embd.weight"
+        return self.checkpoint.tensor(f"{module_of(name)}.weight")
 
-    def expected(self, name: str) -> Tensor:
-        """(rows, columns) of the file, in the file's dtype for that tensor."""
+    def arranged(self, name: str) -> Tensor:
+        """(rows, columns) of the file, in the source's dtype."""
         raw, short = self.raw(name), _parts(name)[1]
         if short == "ffn_down_t":
-            raw = raw.t()
+            return raw.t()
         if short in ("attn_q", "attn_k"):
-            raw = raw[
-                interleaved_rows(len(raw), self.heads if short == "attn_q" else self.kv_heads)
-            ]
-        return raw.float().to(self.file.entries[name].type.dtype)
+            heads = self.heads if short == "attn_q" else self.kv_heads
+            return raw[interleaved_rows(len(raw), heads)]
+        return raw
+
+    def expected(self, name: str) -> Tensor:
+        """What our reader should give for the tensor, see `rounded`."""
+        return rounded(self.arranged(name), self.file.entries[name].type)
+
+
+def rounded(values: Tensor, kind: TensorType) -> Tensor:
+    """What a file of this type holds for `values`: in its dtype, float32 where it is quantised."""
+    if kind.block == 1:
+        return values.float().to(kind.dtype)
+    type_ = GGMLQuantizationType[kind.name.upper()]
+    packed = quantize(values.float().contiguous().numpy(), type_)
+    return torch.from_numpy(dequantize(packed, type_)).view(values.shape)
 
 
 def interleaved_rows(rows: int, heads: int) -> Tensor:
@@ -79,7 +93,7 @@ def interleaved_rows(rows: int, heads: int) -> Tensor:
 def check_values(source: Source) -> list[Check]:
     """Every tensor of the model, exactly; one check per kind, its detail names what differs."""
     failed: dict[str, list[str]] = {}
-    names = [name for name in expected_shapes(source.file) if _parts(name)[1] in SOURCES]
+    names = [name for name in expected_shapes(source.file) if module_of(name) is not None]
     for name in names:
         wrong = failed.setdefault(f"values {_parts(name)[1]}", [])
         want, got = source.expected(name), source.file.tensor(name)
@@ -97,7 +111,9 @@ def _cause(source: Source, name: str, want: Tensor, got: Tensor) -> str:
         return f"is {tuple(got.shape)}, the model makes it {tuple(want.shape)}"
     if not bool(got.isfinite().all()):
         return f"holds {int((~got.isfinite()).sum())} NaN or infinite values"
-    if got.dim() == 2 and torch.equal(want.t().contiguous().view_as(got), got):
+    kind = source.file.entries[name].type
+    flipped = source.arranged(name).t().contiguous().view(got.shape)
+    if got.dim() == 2 and torch.equal(rounded(flipped, kind), got):
         return "transposed: its bytes are those of the transpose"
     if _parts(name)[1] in ("attn_q", "attn_k") and (cause := _row_order(source, name, want, got)):
         return cause
@@ -113,7 +129,7 @@ def _cause(source: Source, name: str, want: Tensor, got: Tensor) -> str:
 
 
 def _row_order(source: Source, name: str, want: Tensor, got: Tensor) -> str | None:
-    raw = source.raw(name).float().to(got.dtype)
+    raw = rounded(source.raw(name), source.file.entries[name].type)
     if same(raw, got):
         return "permuted wrongly: rows are in the model's order, not interleaved per head"
     for heads in {source.heads, source.kv_heads}:
@@ -205,6 +221,14 @@ def check_pieces(source: Source) -> Check:
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     detail = "; ".join(wrong[:3]) + more
     return Check("pieces", not wrong, detail or f"{len(model)} as in tokenizer.model")
+
+
+def module_of(name: str) -> str | None:
+    """The model's module whose weight a tensor of the file holds; None for a predictor's."""
+    block, short = _parts(name)
+    if short not in SOURCES:
+        return None
+    return SOURCES[short] if block is None else f"model.layers.{block}.{SOURCES[short]}"
 
 
 def _parts(name: str) -> tuple[int | None, str]:

@@ -20,7 +20,7 @@ from sparsecast.export.checks import (
     check_finite,
     check_metadata,
     check_predictor_folder,
-    check_tensors,
+    check_traffic,
     check_vocabulary,
 )
 from sparsecast.export.config import SUFFIX, VerifyConfig
@@ -34,6 +34,7 @@ from sparsecast.export.engine_checks import (
 from sparsecast.export.numerics import check_logits, check_perplexity, degenerate, with_relu
 from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
 from sparsecast.export.reader import GGUFFile
+from sparsecast.export.tensors import check_tensors
 from sparsecast.export.values import Source, check_header, check_pieces, check_values
 
 
@@ -126,6 +127,7 @@ def _run(
         if not checks[-1].ok:
             return
     checks.append(check_predictor_folder(file, file.path.parent / "predictor"))
+    checks += check_traffic(file, file.path.parent / "predictor")
     checks.append(check_activation_folder(file, file.path.parent / "activation"))
     if checkpoint is None:
         checks.append(Check("values", True, f"not checked: {unchecked}"))
