@@ -26,6 +26,7 @@ from sparsecast.export.protocol import CHUNK
 PERPLEXITY_TIMEOUT = 3600
 START_TIMEOUT = 180
 REPLY_TIMEOUT = 300
+THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
 OPTIONS = ["-t", "1", "-tb", "1", "-c", str(CHUNK), "-b", str(CHUNK), "--memory-f32"]
 
 
@@ -55,8 +56,13 @@ def binary(build: Path, name: str) -> Path:
     )
 
 
-def engine_perplexity(build: Path, model: Path, text: str, chunks: int) -> float:
+def engine_perplexity(
+    build: Path, model: Path, text: str, chunks: int, *, all_active: bool = False
+) -> float:
     """What `perplexity` prints for `text`; NaN and infinity included.
+
+    Args:
+        all_active: Compute every neuron, whatever the predictors say.
 
     Raises:
         EngineError: It failed, took too long or printed no estimate.
@@ -68,7 +74,7 @@ def engine_perplexity(build: Path, model: Path, text: str, chunks: int) -> float
             done = subprocess.run(
                 [*command, *OPTIONS, "--chunks", str(chunks)],
                 cwd=scratch,
-                env=_environment(),
+                env=_environment() | ({THRESHOLD: "-1e30"} if all_active else {}),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=PERPLEXITY_TIMEOUT,
@@ -194,7 +200,7 @@ def _free_port() -> int:
 
 
 def _environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "LLAMA_SPARSE_PRED_THRESHOLD"}
+    return {k: v for k, v in os.environ.items() if k != THRESHOLD}
 
 
 def _last(output: str) -> str:

@@ -2,21 +2,26 @@
 
 Both compute the same arithmetic, but sum in another order; a difference of 1e-7 can turn a
 rounding to f16 or q8_0 over, and that a predictor's decision at the threshold. How far that moves
-probabilities depends on the model and the format, so our own evaluation is made a second time with
-sums in float64. The engine's token must be the choice of one of the two, but for a few near ties.
-At 99 % of positions the engine may be 3 times as far from ours as the two are from each other, or
-1e-3 where that is more; the worst position, where a strong neuron may have turned over in one
-alone, is bounded loosely. (On tiny-prosparse with predictors in f16, float64 moved ours by 0.0036
-and the engine was 0.0032 away; in q4_0 by 0.021, and 0.026.)
+probabilities depends on the model and the formats, and a single evaluation of ours says little
+about it: a few positions take most of it. So our own evaluation is made `EVALUATIONS` times with
+products nudged by their last bits (nudged.py), and the engine must be one more of them:
+- at the median of positions and pairs its distance from ours is at most `FACTOR` times ours from
+  each other;
+- at 90 % of positions the nearest of ours is as near to it, up to `FACTOR`, as the nearest other
+  one is to one of ours. A turn that the engine alone takes shows from that position to the end of
+  the prompt, so the last 10 % say little;
+- its token is the choice of one of ours, or within `LOGIT_BOUND`, but for a few near ties. Prompts
+  where it is not are evaluated again, up to `MOST` times.
+Measured with everything in q4_0, 512 positions: on tiny-prosparse the engine is 0.92 times as far
+from ours as they are from each other, 3.5e-3 against 3.8e-3 at the median; on a random model of 3
+layers 0.3 times. An evaluation that rounds inputs to f16 instead of q8_0 is 43 and 63 times as far,
+one that leaves the scales of inputs in float32 2.1 and 4.1 times.
 
-Shape letters: P prompts, S prompt length, V vocabulary.
+Shape letters: N evaluations, P prompts, S prompt length, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from itertools import count
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -26,22 +31,23 @@ from torch import Tensor
 
 from sparsecast.export.checks import Check
 from sparsecast.export.emulate import Emulator
-from sparsecast.export.engine import EngineError, Next, engine_perplexity, serving
+from sparsecast.export.engine import EngineError, engine_perplexity, serving
+from sparsecast.export.engine_reply import Reply, Spelling, texts_of
+from sparsecast.export.nudged import Nudged
 from sparsecast.export.numerics import degenerate
 from sparsecast.export.protocol import perplexity
 from sparsecast.export.reader import GGUFFile
 
 PERPLEXITY_BOUND = 0.005
+EVALUATIONS, MOST = 8, 24
 LOGIT_BOUND = 1e-2
-"""An engine token that is not our argmax, with sums of either width, may be this far below it."""
+"""An engine token that is the argmax of none of ours may be this far below one of them."""
 MOVED_SHARE = 0.01
-"""Of positions, may be further below, but not than the width of sums moves our own logits there:
-inputs rounded to q8_0 turn a difference of 1e-7 into one of a whole code."""
-PROBABILITY_BOUND = 1e-3
-PROBABILITY_FACTOR = 3.0
-WORST_BOUND = 0.1
+"""Of positions, may be further below, but not than our own logits move there."""
+FACTOR = 2.0
+MEDIAN_FLOOR, NEAREST_FLOOR = 1e-4, 1e-3
+"""Of a probability: this near is near enough, whatever ours do."""
 PROMPTS, PROMPT_LENGTH = 8, 64
-NORMAL, UNKNOWN, BYTE = 1, 2, 6
 
 
 class EnginePerplexity(NamedTuple):
@@ -79,107 +85,113 @@ def check_next_tokens(
     """Next-token distributions after every prefix of 8 prompts of 64 tokens, teacher-forced."""
     rows = torch.linspace(0, len(ids_NS) - 1, min(PROMPTS, len(ids_NS))).long()
     prompts_PS = ids_NS[rows, :PROMPT_LENGTH]
-    logits_PSV = emulator.logits(prompts_PS)
-    if reason := degenerate(logits_PSV):
+    if reason := degenerate(emulator.logits(prompts_PS)):
         return [Check("engine tokens", False, f"ours: {reason}")]
-    texts = texts_of(file)
-    others_PSV = Emulator(file, sums=torch.float64).logits(prompts_PS)
-    noise = _noise(logits_PSV, others_PSV)
-    for values_PSV in (logits_PSV, others_PSV):
-        values_PSV[..., file.keys.get("tokenizer.ggml.eos_token_id", 2)] = float("-inf")
-    unsayable = [i for i, text in enumerate(texts) if not text or text.startswith("byte: \\x")]
-    gaps, worst = [], []
-    moved_PS = (logits_PSV - others_PSV).nan_to_num().abs().amax(-1)
+    logits_NPSV = [Nudged(file, seed).logits(prompts_PS) for seed in range(EVALUATIONS)]
+    spelling = Spelling(texts_of(file), file.keys.get("tokenizer.ggml.eos_token_id", 2))
+    positions = []
     try:
-        with serving(build, file.path, len(texts), unsayable) as server:
-            for p, s in _places(prompts_PS):
-                reply = server.next(prompts_PS[p, : s + 1].tolist())
-                gap, distance = compare(reply, logits_PSV[p, s], texts, unsayable)
-                other, _ = compare(reply, others_PSV[p, s], texts, unsayable)
-                gaps.append((min(gap, other), moved_PS[p, s].item()))
-                worst.append(distance)
+        with serving(build, file.path, len(spelling.texts), spelling.unsayable) as server:
+            for p, prompt_S in enumerate(prompts_PS):
+                prefixes = [prompt_S[: s + 1].tolist() for s in range(len(prompt_S))]
+                replies = [spelling.read(server.next(prefix)) for prefix in prefixes]
+                logits_NSV = torch.stack([logits_PSV[p] for logits_PSV in logits_NPSV])
+                positions += _positions(file, spelling, prompt_S, replies, logits_NSV)
     except EngineError as error:
         return [Check("engine tokens", False, str(error))]
-    return [_tokens_check(gaps), _probability_check(worst, noise)]
+    return [tokens_check(positions), probability_check(positions)]
 
 
-def _places(prompts_PS: Tensor) -> Iterator[tuple[int, int]]:
-    n_prompts, length = prompts_PS.shape
-    yield from ((p, s) for p in range(n_prompts) for s in range(length))
+def _positions(
+    file: GGUFFile, spelling: Spelling, prompt_S: Tensor, replies: list[Reply], logits_NSV: Tensor
+) -> list[Position]:
+    """Of one prompt; while one of its tokens is far from ours, evaluated once more."""
+    found = [
+        position(spelling, reply, logits_NV)
+        for reply, logits_NV in zip(replies, logits_NSV.unbind(1), strict=True)
+    ]
+    low_SV, high_SV = logits_NSV.amin(0), logits_NSV.amax(0)
+    for seed in range(EVALUATIONS, MOST):
+        if all(place.gap <= LOGIT_BOUND for place in found):
+            break
+        logits_SV = Nudged(file, seed).logits(prompt_S[None])[0]
+        low_SV, high_SV = low_SV.minimum(logits_SV), high_SV.maximum(logits_SV)
+        moved = (high_SV - low_SV).amax(-1).tolist()
+        gaps = [spelling.compare(*pair)[0] for pair in zip(replies, logits_SV, strict=True)]
+        found = [
+            place._replace(gap=min(place.gap, gap), moved=far)
+            for place, gap, far in zip(found, gaps, moved, strict=True)
+        ]
+    return found
 
 
-def _tokens_check(gaps: list[tuple[float, float]]) -> Check:
-    """From how far below our best the engine's token is, and how far sums move logits there."""
-    agree = sum(gap == 0 for gap, _ in gaps)
-    far = [(gap, moved) for gap, moved in gaps if gap > LOGIT_BOUND]
-    wrong = [gap for gap, moved in far if gap > moved]
+class Position(NamedTuple):
+    """The engine beside our evaluations of one position."""
+
+    gap: float
+    """How far our logit of its token is below our best, in the evaluation where that is least."""
+    moved: float
+    """How far our own logits move from one evaluation to another, at most."""
+    theirs: list[float]
+    """From each of ours to the engine: the largest difference of a probability."""
+    ours: list[float]
+    """The same from each of ours to each other one, row by row."""
+
+    @property
+    def nearest(self) -> list[float]:
+        """From each of ours to the nearest other one."""
+        others = len(self.theirs) - 1
+        return [min(self.ours[k : k + others]) for k in range(0, len(self.ours), others)]
+
+
+def position(spelling: Spelling, reply: Reply, logits_NV: Tensor) -> Position:
+    """Compare one reply with our logits of that position."""
+    compared = [spelling.compare(reply, logits_V) for logits_V in logits_NV]
+    probs_NV = torch.stack([spelling.distribution(logits_V) for logits_V in logits_NV])
+    apart_NN = torch.stack([(probs_NV - probs_V).abs().amax(-1) for probs_V in probs_NV])
+    other_NN = ~torch.eye(len(probs_NV), dtype=torch.bool)
+    return Position(
+        gap=min(gap for gap, _ in compared),
+        moved=(logits_NV.amax(0) - logits_NV.amin(0)).max().item(),
+        theirs=[distance for _, distance in compared],
+        ours=apart_NN[other_NN].tolist(),
+    )
+
+
+def tokens_check(positions: list[Position]) -> Check:
+    """The engine's tokens are ours, or near ties."""
+    n = len(positions)
+    agree = sum(p.gap == 0 for p in positions)
+    far = [p for p in positions if p.gap > LOGIT_BOUND]
+    wrong = [p for p in far if p.gap > p.moved]
     detail = (
-        f"{len(gaps)} positions: {agree} engine tokens are our argmax, "
-        f"{len(gaps) - agree - len(far)} within {LOGIT_BOUND:g} of its logit, {len(far)} further"
+        f"{n} positions: {agree} engine tokens are the argmax of one of our evaluations, "
+        f"{n - agree - len(far)} within {LOGIT_BOUND:g} of its logit, {len(far)} further"
     )
     if far:
         detail += (
-            f" (by up to {max(far)[0]:.3g}; {len(far) - len(wrong)} of them by less than another "
-            f"order of sums moves our own logits there, allowed at {MOVED_SHARE:.0%})"
+            f" (by up to {max(p.gap for p in far):.3g}; {len(far) - len(wrong)} of them by less "
+            "than another order of sums moves our own logits there, allowed at "
+            f"{MOVED_SHARE:.0%})"
         )
-    return Check("engine tokens", not wrong and len(far) <= MOVED_SHARE * len(gaps), detail)
+    return Check("engine tokens", not wrong and len(far) <= MOVED_SHARE * n, detail)
 
 
-def _noise(one_PSV: Tensor, other_PSV: Tensor) -> float:
-    """What 99 % of positions stay below: the largest difference of a probability."""
-    diff_PSV = one_PSV.double().softmax(-1) - other_PSV.double().softmax(-1)
-    return diff_PSV.abs().amax(-1).flatten().quantile(0.99).item()
-
-
-def _probability_check(worst: list[float], noise: float) -> Check:
-    bound = max(PROBABILITY_BOUND, PROBABILITY_FACTOR * noise)
-    tight = torch.tensor(worst, dtype=torch.float64).quantile(0.99).item()
-    ok = tight <= bound and max(worst) <= WORST_BOUND
+def probability_check(positions: list[Position]) -> Check:
+    """The engine is as far from our evaluations as they are from each other."""
+    theirs = _quantile([p.theirs for p in positions], 0.5)
+    ours = _quantile([p.ours for p in positions], 0.5)
+    nearest = _quantile([[min(p.theirs)] for p in positions], 0.9)
+    own_nearest = _quantile([p.nearest for p in positions], 0.9)
+    bound = max(MEDIAN_FLOOR, FACTOR * ours)
+    nearest_bound = max(NEAREST_FLOOR, FACTOR * own_nearest)
     detail = (
-        f"largest difference of a probability {max(worst):.2e} (bound {WORST_BOUND:g}), at 99 % of "
-        f"positions at most {tight:.2e} (bound {bound:.2g}; our own float64 sums: {noise:.2e})"
+        f"largest difference of a probability from {EVALUATIONS} evaluations of ours: median "
+        f"{theirs:.2e} (ours from each other {ours:.2e}, bound {bound:.2e}), from the nearest at "
+        f"90 % of positions {nearest:.2e} (ours {own_nearest:.2e}, bound {nearest_bound:.2e})"
     )
-    return Check("engine probabilities", ok, detail)
+    return Check("engine probabilities", theirs <= bound and nearest <= nearest_bound, detail)
 
 
-def compare(
-    reply: Next, logits_V: Tensor, texts: list[str], unsayable: list[int]
-) -> tuple[float, float]:
-    """(how far our logit of the engine's token is below our best, largest probability difference).
-
-    The engine names tokens by text, and several may share one: the k-th of a text in its list is
-    taken for our k-th of that text.
-    """
-    best = logits_V.max().item()
-    if reply.banned:
-        gap = best - logits_V[unsayable].max().item()
-        logits_V = logits_V.index_fill(0, torch.tensor(unsayable), float("-inf"))
-    else:
-        same_text = [i for i, text in enumerate(texts) if text == reply.token]
-        gap = best - max((logits_V[i].item() for i in same_text), default=float("-inf"))
-    probs_V = logits_V.double().softmax(-1)
-    ours: dict[str, list[float]] = defaultdict(list)
-    for i in probs_V.argsort(descending=True).tolist():
-        ours[texts[i]].append(probs_V[i].item())
-    seen: dict[str, Iterator[int]] = defaultdict(count)
-    largest = 0.0
-    for text, prob in reply.probs:
-        mine, k = ours.get(text, []), next(seen[text])
-        largest = max(largest, abs(prob - mine[k]) if k < len(mine) else 1.0)
-    return gap, largest
-
-
-def texts_of(file: GGUFFile) -> list[str]:
-    """What the server prints for each token (llama_token_to_piece and the server's format)."""
-    tokens, types = (file.keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
-    texts = []
-    for token, kind in zip(tokens, types, strict=True):
-        if kind == NORMAL:
-            text = token.replace("\u2581", " ")
-        elif kind == BYTE:
-            byte = int(token[3:5], 16)
-            text = chr(byte) if byte < 128 else f"byte: \\x{byte:x}"
-        else:
-            text = "\u2585" if kind == UNKNOWN else ""
-        texts.append(text)
-    return texts
+def _quantile(distances: list[list[float]], share: float) -> float:
+    return torch.tensor(distances, dtype=torch.float64).flatten().quantile(share).item()

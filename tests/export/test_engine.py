@@ -10,11 +10,13 @@ from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import EngineError, Next, engine_perplexity, serving
 from sparsecast.export.engine_checks import (
-    _tokens_check,
+    Position,
     check_engine_perplexity,
-    compare,
-    texts_of,
+    position,
+    probability_check,
+    tokens_check,
 )
+from sparsecast.export.engine_reply import Spelling, texts_of
 from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
@@ -105,38 +107,43 @@ def test_nan_from_the_engine_fails(engine, bundle, corpus):
     assert numbers.perplexity is None
 
 
-TEXTS = ["<unk>", "", "a", "b", "a", "byte: \\x80"]
+SPELLING = Spelling(["<unk>", "", "a", "b", "a", "byte: \\x80"], eos=1)
+LOGITS_V = torch.tensor([-5.0, 9.0, 1.0, 2.0, 0.5, -1.0])
 
 
 def reply(logits_V: torch.Tensor, token: str) -> Next:
-    probs_V = logits_V.double().softmax(-1)
+    probs_V = logits_V.double().index_fill(0, torch.tensor(1), float("-inf")).softmax(-1)
     order = probs_V.argsort(descending=True).tolist()
-    return Next(token, [(TEXTS[i], probs_V[i].item()) for i in order], False)
+    return Next(token, [(SPELLING.texts[i], probs_V[i].item()) for i in order], False)
 
 
 def test_equal_distributions_differ_by_nothing():
-    logits_V = torch.tensor([-5.0, -4.0, 1.0, 2.0, 0.5, -1.0])
+    gap, largest = SPELLING.compare(SPELLING.read(reply(LOGITS_V, "b")), LOGITS_V)
 
-    assert compare(reply(logits_V, "b"), logits_V, TEXTS, [5]) == (0.0, 0.0)
+    assert gap == 0
+    assert largest < 1e-7
+
+
+def test_tokens_of_one_text_are_told_apart_by_their_order():
+    swapped_V = LOGITS_V[[0, 1, 4, 3, 2, 5]]  # the two that read "a"
+
+    for theirs_V, ours_V in ((swapped_V, LOGITS_V), (LOGITS_V, swapped_V)):
+        assert SPELLING.compare(SPELLING.read(reply(theirs_V, "b")), ours_V)[1] < 1e-7
 
 
 def test_another_distribution_is_seen_even_with_the_same_sorted_values():
-    logits_V = torch.tensor([-5.0, -4.0, 1.0, 2.0, 0.5, -1.0])
-    other_V = logits_V[[0, 1, 3, 2, 4, 5]]
+    other_V = LOGITS_V[[0, 1, 3, 2, 4, 5]]
 
-    gap, largest = compare(reply(other_V, "a"), logits_V, TEXTS, [5])
+    gap, largest = SPELLING.compare(SPELLING.read(reply(other_V, "a")), LOGITS_V)
 
     assert gap == pytest.approx(1.0)
     assert largest > 0.3
 
 
 def test_a_token_we_do_not_know_is_infinitely_far():
-    logits_V = torch.zeros(6)
+    strange = SPELLING.read(Next("zebra", [("zebra", 0.5)], False))
 
-    assert compare(Next("zebra", [("zebra", 0.5)], False), logits_V, TEXTS, []) == (
-        float("inf"),
-        1.0,
-    )
+    assert SPELLING.compare(strange, torch.zeros(6)) == (float("inf"), 1.0)
 
 
 def test_texts_are_what_the_server_prints(made):
@@ -161,4 +168,44 @@ def test_texts_are_what_the_server_prints(made):
     ],
 )
 def test_tokens_may_differ_where_our_own_sums_decide_and_seldom(gaps, ok):
-    assert _tokens_check(gaps).ok == ok
+    assert tokens_check([Position(gap, moved, [0.0], [0.0]) for gap, moved in gaps]).ok == ok
+
+
+@pytest.mark.parametrize(
+    ("share", "times", "ok"),
+    [
+        (1.0, 1.0, True),
+        (1.0, 4.0, False),  # systematically further: the median sees it
+        (0.3, 8.0, False),  # at some positions: the nearest of ours does
+        (0.05, 50.0, True),  # the engine alone took a turn late in a prompt
+    ],
+)
+def test_the_engine_is_one_more_of_our_evaluations(share, times, ok):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(400, 5, generator=generator) * 1e-2
+    positions = []
+    for k, (engine, *ours) in enumerate(points.tolist()):
+        factor = times if k < share * len(points) else 1.0
+        theirs = [factor * abs(engine - a) + (factor - 1) * 2e-3 for a in ours]
+        apart = [abs(a - b) for i, a in enumerate(ours) for j, b in enumerate(ours) if i != j]
+        positions.append(Position(0.0, 0.0, theirs, apart))
+
+    assert probability_check(positions).ok == ok
+
+
+@pytest.mark.parametrize(("distance", "ok"), [(5e-5, True), (5e-4, False)])
+def test_where_ours_hardly_differ_the_engine_may_hardly_differ(distance, ok):
+    positions = [Position(0.0, 0.0, [distance] * 3, [1e-6] * 6)] * 10
+
+    assert probability_check(positions).ok == ok
+
+
+def test_a_position_takes_the_evaluation_nearest_to_the_engine():
+    other_V = LOGITS_V[[0, 1, 3, 2, 4, 5]]
+
+    found = position(SPELLING, SPELLING.read(reply(other_V, "a")), torch.stack([LOGITS_V, other_V]))
+
+    assert found.gap == 0
+    assert found.moved == pytest.approx(1.0)
+    assert found.theirs[0] == pytest.approx(found.ours[0])
+    assert found.theirs[1] < 1e-7

@@ -14,15 +14,17 @@ from gguf.quants import dequantize
 
 from sparsecast.collect.errors import InputError
 from sparsecast.export import emulate
-from sparsecast.export.checks import check_tensors
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import serving
-from sparsecast.export.engine_checks import compare, texts_of
-from sparsecast.export.model_gguf import _predictor_part, _stored
+from sparsecast.export.engine_reply import Spelling, texts_of
+from sparsecast.export.model_gguf import _predictor_part
+from sparsecast.export.nudged import Nudged
 from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
 from sparsecast.export.reader import GGUFFile, _values
 from sparsecast.export.run import export
+from sparsecast.export.stored import stored
+from sparsecast.export.tensors import check_tensors
 from sparsecast.export.verify import bundle_file, verify
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.mlp import Predictor
@@ -59,7 +61,7 @@ def test_a_block_is_laid_out_as_ggml_does(dtype):
     codes, golden, zeros = GOLDEN[dtype]
     weight = 0.5 * torch.tensor([codes, [0] * 32], dtype=torch.float32)
 
-    written = _stored(plan(Predictor(weight, torch.zeros(32, 32), dtype))[0])
+    written = stored(plan(Predictor(weight, torch.zeros(32, 32), dtype))[0])
 
     assert written.tobytes() == golden + zeros
     blocks = torch.frombuffer(bytearray(golden), dtype=torch.uint8)[None]
@@ -82,11 +84,11 @@ def test_any_block_is_read_as_the_gguf_package_does(dtype):
 def test_what_a_predictor_holds_is_written_without_another_loss(dtype, size):
     """Equal values; only the sign of a zero may differ. Scales of all sizes, down to those that
     f16 keeps with few bits or not at all."""
-    stored = Predictor(size * torch.randn(96, 64), size * torch.randn(200, 96), dtype).stored()
-    stored.fc1_RD[3] = 0
+    kept = Predictor(size * torch.randn(96, 64), size * torch.randn(200, 96), dtype).stored()
+    kept.fc1_RD[3] = 0
 
-    for planned, want in zip(plan(stored), stored.weights, strict=True):
-        got = dequantize(_stored(planned).view(np.uint8), planned.kind)
+    for planned, want in zip(plan(kept), kept.weights, strict=True):
+        got = dequantize(stored(planned).view(np.uint8), planned.kind)
         assert np.array_equal(got.reshape(want.shape), want.float().numpy())
 
 
@@ -275,46 +277,26 @@ def test_the_card_names_the_formats(quantised, model_folder, tmp_path):
     assert text in (cfg.out / "README.md").read_text()
 
 
-class Nudged(Emulator):
-    """The engine's arithmetic with products off by a last bit or two, as by another order of sums.
-
-    Where such a bit turns a rounding over, the position and those after it differ by whole
-    decisions, so any one evaluation may be far from the engine at some positions.
-    """
-
-    def __init__(self, file: GGUFFile, seed: int) -> None:
-        super().__init__(file)
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def _product(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
-        y_TN = super()._product(x_TD, name)
-        if ".fc" in name:
-            return y_TN
-        noise_TN = torch.randn(y_TN.shape, generator=self._generator)
-        return y_TN + 3e-7 * y_TN.square().mean(-1, keepdim=True).sqrt() * noise_TN
-
-
 @pytest.mark.engine
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 def test_the_engine_computes_a_format_as_we_do(dtype, engine, bundle_in, corpus, monkeypatch):
     """At every position the engine's distribution is that of one of 16 nudged evaluations, to
     1e-4; with inputs rounded to f16, as for f16 weights, at little more than half of them."""
     file = GGUFFile(bundle_file(bundle_in(dtype, dtype, dtype)))
-    tokenizer, texts = tokenizer_of(file), texts_of(file)
+    tokenizer = tokenizer_of(file)
+    spelling = Spelling(texts_of(file), file.keys["tokenizer.ggml.eos_token_id"])
     text = held_out_text(str(corpus), tokenizer, 512)
     ids_NS = chunks_of(text, tokenizer, 1, 512)[:, :48]
-    unsayable = [i for i, t in enumerate(texts) if not t or t.startswith("byte: \\x")]
     places = [(n, s) for n in range(len(ids_NS)) for s in range(ids_NS.shape[1])]
-    with serving(engine, file.path, len(texts), unsayable) as server:
-        replies = [server.next(ids_NS[n, : s + 1].tolist()) for n, s in places]
+    with serving(engine, file.path, len(spelling.texts), spelling.unsayable) as server:
+        replies = [spelling.read(server.next(ids_NS[n, : s + 1].tolist())) for n, s in places]
 
     def share_near() -> float:
         nearest = [1.0] * len(places)
         for seed in range(16):
             logits_NSV = Nudged(file, seed).logits(ids_NS)
-            logits_NSV[..., file.keys["tokenizer.ggml.eos_token_id"]] = float("-inf")
             for k, (n, s) in enumerate(places):
-                _, largest = compare(replies[k], logits_NSV[n, s], texts, unsayable)
+                _, largest = spelling.compare(replies[k], logits_NSV[n, s])
                 nearest[k] = min(nearest[k], largest)
         return sum(distance <= 1e-4 for distance in nearest) / len(nearest)
 

@@ -1,0 +1,114 @@
+"""What the engine's server says of a next token, in our token ids.
+
+It names tokens by text, and several may share one: the k-th of a text in its list is taken for the
+k-th most probable of ours with that text.
+
+Shape letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.export.engine import Next
+from sparsecast.export.reader import GGUFFile
+
+NORMAL, UNKNOWN, BYTE = 1, 2, 6
+
+
+class Reply(NamedTuple):
+    """One distribution of the engine's."""
+
+    tokens: list[int]
+    """Ours with the text of its most probable one."""
+    slots: Tensor
+    """Of each probability: the place of its token in `Vocabulary.by_text`."""
+    probs: Tensor
+    strangers: bool
+    """It names a text that none of ours has left."""
+    banned: bool
+    """The most probable token cannot be said; this is the distribution without those."""
+
+
+class Spelling:
+    """The texts of a file's tokens, and places for them in which the order of equals is settled.
+
+    Args:
+        texts: Of every token, see `texts_of`.
+        eos: Excluded from every distribution.
+    """
+
+    def __init__(self, texts: list[str], eos: int) -> None:
+        self.texts = texts
+        self.eos = eos
+        self.unsayable = [
+            i for i, text in enumerate(texts) if not text or text.startswith("byte: \\x")
+        ]
+        """Tokens whose probabilities the server drops: half a character, or no text at all."""
+        self._members: dict[str, list[int]] = defaultdict(list)
+        for i, text in enumerate(texts):
+            self._members[text].append(i)
+        self._shared = [torch.tensor(ids) for ids in self._members.values() if len(ids) > 1]
+
+    def read(self, reply: Next) -> Reply:
+        """The engine's answer with our ids for its texts."""
+        used: dict[str, int] = defaultdict(int)
+        slots, probs, strangers = [], [], False
+        for text, prob in reply.probs:
+            ids, k = self._members.get(text, []), used[text]
+            used[text] += 1
+            strangers |= k >= len(ids)
+            if k < len(ids):
+                slots.append(ids[k])
+                probs.append(prob)
+        tokens = self.unsayable if reply.banned else self._members.get(reply.token, [])
+        return Reply(
+            tokens,
+            torch.tensor(slots, dtype=torch.long),
+            torch.tensor(probs),
+            strangers,
+            reply.banned,
+        )
+
+    def distribution(self, logits_V: Tensor, *, banned: bool = False) -> Tensor:
+        """(V,) float64 probabilities without EOS; those of one text stand in falling order.
+
+        Args:
+            banned: Also without what cannot be said.
+        """
+        out = [self.eos, *(self.unsayable if banned else [])]
+        probs_V = logits_V.double().index_fill(0, torch.tensor(out), float("-inf")).softmax(-1)
+        for ids in self._shared:
+            probs_V[ids] = probs_V[ids].sort(descending=True).values
+        return probs_V
+
+    def compare(self, reply: Reply, logits_V: Tensor) -> tuple[float, float]:
+        """(how far our logit of the engine's token is below our best, largest difference of a
+        probability)."""
+        said_V = logits_V.index_fill(0, torch.tensor(self.eos), float("-inf"))
+        theirs = said_V[reply.tokens].max().item() if reply.tokens else float("-inf")
+        gap = said_V.max().item() - theirs
+        if reply.strangers:
+            return gap, 1.0
+        ours_V = self.distribution(logits_V, banned=reply.banned)
+        return gap, (ours_V[reply.slots] - reply.probs).abs().max().item()
+
+
+def texts_of(file: GGUFFile) -> list[str]:
+    """What the server prints for each token (llama_token_to_piece and the server's format)."""
+    tokens, types = (file.keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    texts = []
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == NORMAL:
+            text = token.replace("\u2581", " ")
+        elif kind == BYTE:
+            byte = int(token[3:5], 16)
+            text = chr(byte) if byte < 128 else f"byte: \\x{byte:x}"
+        else:
+            text = "\u2585" if kind == UNKNOWN else ""
+        texts.append(text)
+    return texts
