@@ -67,12 +67,15 @@ def predictors(tmp_path_factory, model_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle_in(tmp_path_factory, model_folder):
-    """Export a bundle with the given format per layer; not to be written to."""
+    """Export a bundle with predictors in the given format per layer and a model in f16 unless told
+    otherwise; not to be written to."""
 
-    def make(*dtypes: str) -> Path:
+    def make(*dtypes: str, dtype: str = "f16") -> Path:
         folder = tmp_path_factory.mktemp("formats")
         predictors = random_predictors(folder / "p", str(model_folder), dtypes=dtypes)
-        cfg = ExportConfig(model=str(model_folder), predictors=predictors, out=folder / "b")
+        cfg = ExportConfig(
+            model=str(model_folder), predictors=predictors, out=folder / "b", dtype=dtype
+        )
         return export(cfg).parent
 
     return make
