@@ -99,6 +99,11 @@ STAGES = {
         "sparsecast.predictors.compare:CompareConfig",
         "sparsecast.predictors.compare:compare",
     ),
+    "bench engine": Stage(
+        "tokens/s of PowerInfer's engine with predictors, with everything active, and dense",
+        "sparsecast.export.bench:BenchEngineConfig",
+        "sparsecast.export.bench:bench",
+    ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",
         "sparsecast.sparsify.config:SparsifyConfig",
