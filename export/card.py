@@ -81,7 +81,8 @@ def _hot_cold(file: str, cfg: ExportConfig, split: Split | None) -> list[str]:
             f"`{file}{SUFFIX}` is that decision, made for `--vram-budget {cfg.vram_budget:g} -c "
             f"{cfg.vram_context}`. {split_note(split)}. The engine takes it where at least so much "
             "memory is free for neurons, even if more is: export again for another budget. Where "
-            "less is, or with `--reset-gpu-index`, it decides again by its own solver."
+            "less is, or with `--reset-gpu-index`, it decides again by its own solver. Unless "
+            "every layer is whole on the GPU, it refuses to run with one thread; give it `-t 2`."
         )
     return parts
 

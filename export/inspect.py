@@ -83,7 +83,7 @@ def _predictor_values(path: Path) -> dict[str, Any]:
 
 def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
     layer, made = predictors.layers[i], predictors.manifest
-    scores = made.calibration[i] if made is not None and i < len(made.calibration) else {}
+    scores: Any = made.calibration[i] if made is not None and i < len(made.calibration) else {}
     return {
         "layer": i,
         "rank": layer.rank,
@@ -91,15 +91,21 @@ def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
         "ffn_width": layer.fc2_FR.shape[0],
         "dtype": layer.dtype,
         "bytes": layer.nbytes,
-        **{name: scores.get(name) for name in SCORES},
+        **{name: _score(scores, name) for name in SCORES},
     }
+
+
+def _score(scores: Any, name: str) -> float | None:
+    """A share, or None for whatever else an edited manifest holds."""
+    value = scores.get(name) if isinstance(scores, dict) else None
+    return value if isinstance(value, (int, float)) and 0 <= value <= 1 else None
 
 
 def _show_predictors(values: dict[str, Any]) -> None:
     console.print(f"[bold]{escape(values['path'])}", soft_wrap=True)
     facts = {"threshold": f"{values['threshold']:g}", "size": size(values["bytes"])}
     if values["model"] is not None:
-        rule = f"{values['activation']} {values['activation_threshold']:g}"
+        rule = f"{values['activation']} {values['activation_threshold']}"
         facts |= {
             "model": f"{values['model']} (fingerprint {values['fingerprint']})",
             "activation": f"{rule}, input: {values['convention']}",

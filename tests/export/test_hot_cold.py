@@ -185,6 +185,8 @@ def test_everything_fits_into_a_large_budget(exported):
     made = exported(vram_budget=8.0)
 
     assert made.hot == [list(range(1280))] * 3
+    assert "`--vram-budget 8 -c 512`" in made.card
+    assert "give it `-t 2`" in made.card
     assert made.keys["split.vram_capacity"] == 3 * 1280 * NEURON
     assert "3,840 of 3,840 neurons" in made.card
     assert "with 100.0% of the recorded activations" in made.card

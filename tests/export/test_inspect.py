@@ -73,6 +73,18 @@ def test_predictors_without_a_manifest_have_no_scores(shown, predictors, tmp_pat
     assert "│ 1 │ 16 │ f16 │ 43,008 │ │ │" in text
 
 
+def test_scores_that_are_none_are_left_out(shown, predictors, tmp_path):
+    folder = Path(shutil.copytree(predictors, tmp_path / "edited"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    odd = [{"recall": "high", "predicted_sparsity": float("nan")}, 7, {"recall": 0.25}]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "calibration": odd}))
+
+    values, _ = shown(folder)
+
+    assert [row["recall"] for row in values["layers"]] == [None, None, 0.25]
+    assert [row["predicted_sparsity"] for row in values["layers"]] == [None] * 3
+
+
 def test_a_model_file_is_shown_without_its_long_arrays(shown, made):
     path = bundle_file(made)
     values, text = shown(path)
