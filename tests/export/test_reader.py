@@ -67,9 +67,15 @@ def test_a_damaged_header_never_raises_anything_else(data, whole, tmp_path_facto
     path = tmp_path_factory.mktemp("bad") / "bad.gguf"
     path.write_bytes(header)
 
-    with pytest.raises(InputError) as caught:
-        GGUFFile(path)
-    assert "\n" not in str(caught.value)
+    entries, refused = {}, ""
+    try:
+        entries = GGUFFile(path).entries
+    except InputError as error:
+        refused = str(error)
+
+    assert "\n" not in refused
+    # A header that now claims fewer tensors, or none, may be whole.
+    assert all(entry.start + entry.nbytes <= len(header) for entry in entries.values())
 
 
 def header(*, tensors=0, keys=0, magic=b"PWRI", version=3, rest=b"") -> bytes:
