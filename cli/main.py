@@ -79,9 +79,9 @@ STAGES = {
         positional="bundle",
     ),
     "inspect": Stage(
-        "what an activation store holds, and whether it is intact",
+        "what a folder or file of any stage holds, and whether activations are intact",
         "sparsecast.collect.inspect:InspectConfig",
-        "sparsecast.collect.inspect:inspect",
+        "sparsecast.export.inspect:inspect",
         positional="path",
     ),
     "bench collect": Stage(
