@@ -177,7 +177,8 @@ def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
     if not any(work.glob(LAST)):
         return False
     made = read_json(work / RECIPE, "the recipe of an unfinished `sparsecast train`")
-    if (was := made.get("processes")) != (now := recipe.get("processes", was)):
+    now = recipe.get("processes")
+    if (was := made.get("processes", now)) != now:
         raise InputError(
             f"{work}: holds an unfinished run of {was} processes, but there are {now}; start it "
             f"with torchrun --nproc-per-node {was} again, or remove that folder"
