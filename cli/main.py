@@ -79,9 +79,9 @@ STAGES = {
         positional="bundle",
     ),
     "inspect": Stage(
-        "what an activation store holds, and whether it is intact",
+        "what a folder or file of any stage holds, and whether activations are intact",
         "sparsecast.collect.inspect:InspectConfig",
-        "sparsecast.collect.inspect:inspect",
+        "sparsecast.export.inspect:inspect",
         positional="path",
     ),
     "bench collect": Stage(
@@ -98,6 +98,11 @@ STAGES = {
         "our predictors against the public recipe's: misses, bytes, traffic at a perplexity",
         "sparsecast.predictors.compare:CompareConfig",
         "sparsecast.predictors.compare:compare",
+    ),
+    "bench engine": Stage(
+        "tokens/s of PowerInfer's engine with predictors, with everything active, and dense",
+        "sparsecast.export.bench:BenchEngineConfig",
+        "sparsecast.export.bench:bench",
     ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",

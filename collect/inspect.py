@@ -20,13 +20,14 @@ from sparsecast.collect.tokens import COUNTED
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show an activation store: manifest, sparsity per layer, and an integrity check."""
+    """Show what activations (with an integrity check), predictors, a bundle or a file hold."""
 
     path: Path
-    """Folder written by `sparsecast collect`."""
+    """Folder written by `sparsecast collect`, `train` or `export`, or a PWRI, GGUF or gpuidx
+    file."""
 
     check: bool = True
-    """Read every shard and compare its checksum."""
+    """Of activations, read every shard and compare its checksum."""
 
     json: Path | None = None
     """Write the numbers to this file."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from sparsecast.export.config import ExportConfig
+from sparsecast.export.gpuidx import SUFFIX
+from sparsecast.export.hot_cold import BLOCK, Split
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.traffic import Traffic
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -22,15 +25,14 @@ RELU_NOTE = (
 
 def model_card(
     file: str,
-    model: str,
     hyper: Hyper,
     predictors: PredictorSet,
-    *,
-    dtype: str,
+    cfg: ExportConfig,
+    split: Split | None,
     traffic: Traffic | None,
-    hot_cold: bool,
 ) -> str:
-    """Markdown; `file` is the GGUF's name, `hot_cold` whether activation/ was written."""
+    """Markdown; `file` is the GGUF's name."""
+    model, dtype = cfg.model, cfg.dtype
     parts = [
         f"# {file.removesuffix('.powerinfer.gguf')} for PowerInfer",
         f"`{model}` ({hyper.layers} layers, hidden size {hyper.hidden}, FFN {hyper.ffn}) with one "
@@ -45,20 +47,52 @@ def model_card(
     if hyper.activation.threshold > 0:
         parts += ["## Activation", relu_note(hyper)]
     parts += ["## Predictors", *_scores(predictors, traffic), "## Hot and cold neurons"]
-    parts.append(
-        "`activation/activation_<i>.pt` counts how often each neuron fired; a GPU build of "
-        "PowerInfer decides by it which neurons to keep in GPU memory."
-        if hot_cold
-        else "No `activation/` folder: it was exported without `--activations`, so a GPU build of "
-        "PowerInfer keeps the whole FFN on the CPU. A CPU build does not use these files."
-    )
+    parts += _hot_cold(file, cfg, split)
     parts += ["## Check it", "```\nsparsecast verify . --engine PATH_TO_POWERINFER_BUILD\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def split_note(split: Split) -> str:
+    """What a GPU build will keep on the GPU."""
+    budget, total = split.budget, split.width * len(split.hot)
+    if split.neurons:
+        return (
+            f"On the GPU: {split.neurons:,} of {total:,} neurons, {split.nbytes / 2**20:,.1f} MiB, "
+            f"with {split.share:.1%} of the recorded activations"
+        )
+    need = budget.before + 2 * budget.half_cache + BLOCK * budget.neuron
+    return (
+        "On the GPU: no neuron, the FFN stays on the CPU. Attention, predictors, norms and output "
+        f"take {budget.before / 2**30:.3g} GiB, the KV cache {2 * budget.half_cache / 2**30:.3g}, "
+        f"a block of {BLOCK} neurons {BLOCK * budget.neuron / 2**30:.3g}: it takes a --vram-budget "
+        f"of {need / 2**30:.3g}, {budget.given / 2**30:.3g} were given"
+    )
 
 
 def relu_note(hyper: Hyper) -> str:
     """What a FATReLU model becomes in the engine."""
     return RELU_NOTE.format(rule=hyper.activation, threshold=hyper.activation.threshold)
+
+
+def _hot_cold(file: str, cfg: ExportConfig, split: Split | None) -> list[str]:
+    if cfg.activations is None:
+        return [
+            "No `activation/` folder: it was exported without `--activations`, so a GPU build of "
+            "PowerInfer keeps the whole FFN on the CPU. A CPU build does not use these files."
+        ]
+    parts = [
+        "`activation/activation_<i>.pt` counts how often each neuron fired; a GPU build of "
+        "PowerInfer decides by it which neurons to keep in GPU memory."
+    ]
+    if split is not None:
+        parts.append(
+            f"`{file}{SUFFIX}` is that decision, made for `--vram-budget {cfg.vram_budget:g} -c "
+            f"{cfg.vram_context}`. {split_note(split)}. The engine takes it where at least so much "
+            "memory is free for neurons, even if more is: export again for another budget. Where "
+            "less is, or with `--reset-gpu-index`, it decides again by its own solver. Unless "
+            "every layer is whole on the GPU, it refuses to run with one thread; give it `-t 2`."
+        )
+    return parts
 
 
 def _scores(predictors: PredictorSet, traffic: Traffic | None) -> list[str]:

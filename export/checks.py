@@ -165,7 +165,7 @@ def check_traffic(file: GGUFFile, folder: Path) -> list[Check]:
 
 
 def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
-    """activation_<i>.pt per layer, 1-D float32 of the FFN's width, counts."""
+    """activation_<i>.pt per layer, 1-D float32 or float64 of the FFN's width, counts."""
     if not folder.is_dir():
         return Check("hot and cold", True, "no activation folder: exported without activations")
     wrong = []
@@ -181,8 +181,8 @@ def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
         except Exception as error:  # torch and pickle raise many kinds for a damaged file
             wrong.append(f"{name} cannot be read ({type(error).__name__})")
             continue
-        if not isinstance(counts, Tensor) or counts.dtype != torch.float32:
-            wrong.append(f"{name} is no float32 tensor")
+        if not isinstance(counts, Tensor) or counts.dtype not in (torch.float32, torch.float64):
+            wrong.append(f"{name} is no float32 or float64 tensor")
         elif counts.shape != (width,):
             wrong.append(f"{name} has shape {tuple(counts.shape)}, expected ({width},)")
         elif not bool((counts >= 0).all()) or not bool(counts.isfinite().all()):

@@ -27,12 +27,29 @@ class ExportConfig:
     activations: Path | None = None
     """Folder written by `sparsecast collect`; gives the hot/cold files for a GPU build."""
 
+    vram_budget: float | None = None
+    """GiB of GPU memory, as PowerInfer's option of that name: also choose the neurons that stay on
+    the GPU and write the file that a GPU build takes them from; needs --activations."""
+
+    vram_context: int = 512
+    """Tokens of context (PowerInfer's -c) whose KV cache shares the --vram-budget."""
+
     dtype: str = "f16"
     """f16; q4_0, the model in 4.5 bits a weight and its output matrix in 8.5; or f32 for
     comparisons (the down projection then stays f16). Predictors keep the format that they were
     trained for, see --predictor-dtype of `sparsecast train`."""
 
     def __post_init__(self) -> None:
+        if self.vram_budget is not None and not 0 < self.vram_budget < 2**20:
+            raise InputError(
+                f"--vram-budget: got {self.vram_budget:g}, expected GiB of GPU memory, above 0"
+            )
+        if self.vram_budget is not None and self.activations is None:
+            raise InputError(
+                "--vram-budget: chooses neurons by how often they fired; give --activations too"
+            )
+        if self.vram_context < 1:
+            raise InputError(f"--vram-context: must be at least 1, got {self.vram_context}")
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype: got {self.dtype!r}, expected {', '.join(DTYPES)}")
 

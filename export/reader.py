@@ -8,8 +8,8 @@ Layout (PowerInfer's ggml.c, `gguf_init_from_file`; little endian):
     padding to the alignment, then the data; offsets count from here
 
 A string is a u64 length and bytes; an array is a u32 element type, a u64 count and the elements.
-Type numbers are the old table, in which 16 to 18 are integers. Nothing in the file is trusted:
-every length is compared with what is left before it is used.
+Types of tensors are those of `tensor_types`. Nothing in the file is trusted: every length is
+compared with what is left before it is used.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from sparsecast.collect.errors import InputError
+from sparsecast.export.tensor_types import DECODED, TYPES, TensorType
 
-MAGICS = (b"PWRI", b"GGUF")
 SCALARS = {
     0: "B",
     1: "b",
@@ -40,25 +40,7 @@ SCALARS = {
     12: "d",
 }
 STRING, ARRAY = 8, 9
-UINT32, FLOAT32 = 4, 6
-
-
-class TensorType(NamedTuple):
-    """How a type id stores `block` elements in `nbytes` bytes."""
-
-    name: str
-    block: int
-    nbytes: int
-    dtype: torch.dtype
-    """Of the values that a reader gets."""
-
-
-TYPES = {
-    0: TensorType("f32", 1, 4, torch.float32),
-    1: TensorType("f16", 1, 2, torch.float16),
-    2: TensorType("q4_0", 32, 18, torch.float32),
-    8: TensorType("q8_0", 32, 34, torch.float32),
-}
+UINT32, FLOAT32, UINT64 = 4, 6, 10
 
 
 class Entry(NamedTuple):
@@ -92,8 +74,8 @@ class GGUFFile:
             raise InputError(f"{path}: cannot be read ({error}), expected a GGUF file") from error
         self._at = 0
         self.magic = self._take(4)
-        if self.magic not in MAGICS:
-            raise InputError(f"{path}: begins with {self.magic!r}, expected {MAGICS}")
+        if self.magic not in TYPES:
+            raise InputError(f"{path}: begins with {self.magic!r}, expected {tuple(TYPES)}")
         self.version: int = self._scalar("I")
         if self.version != 3:
             raise InputError(f"{path}: is of GGUF version {self.version}, expected 3")
@@ -114,7 +96,11 @@ class GGUFFile:
         """A view of the mapped file in its stored dtype; pages are read when it is used. The values
         of a quantised tensor, in float32."""
         entry = self.entries[name]
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=entry.type.dtype)
         if entry.type.block > 1:
+            if entry.type.name not in DECODED:
+                raise InputError(f"{self.path}: tensor {name} is {entry.type.name}, not read here")
             raw = torch.frombuffer(
                 self._data, dtype=torch.uint8, count=entry.nbytes, offset=entry.start
             )
@@ -191,19 +177,19 @@ class GGUFFile:
             raise self._broken(f"tensor {name} has {n_dims} dimensions, expected 1 to 4")
         shape = tuple(self._scalar("Q") for _ in range(n_dims))[::-1]
         kind, offset = self._scalar("I"), self._scalar("Q")
-        if kind not in TYPES:
-            known = ", ".join(f"{i} ({t.name})" for i, t in TYPES.items())
-            raise InputError(
-                f"{self.path}: tensor {name} has type id {kind}, expected {known}; `sparsecast "
-                "export` writes no others"
-            )
-        return name, shape, TYPES[kind], offset
+        types = TYPES[self.magic]
+        if kind not in types:
+            known = ", ".join(f"{i} ({t.name})" for i, t in types.items())
+            raise InputError(f"{self.path}: tensor {name} has type id {kind}, expected {known}")
+        return name, shape, types[kind], offset
 
     def _add(self, name: str, entry: Entry, offset: int) -> None:
         if name in self.entries:
             raise self._broken(f"has the tensor {name} twice")
-        # As the engine does: rows may straddle blocks here, see `checks.check_tensors`.
-        if not prod(entry.shape) or prod(entry.shape) % entry.type.block:
+        # As the engine does: rows may straddle blocks here, see `checks.check_tensors`. A layer
+        # without neurons on the GPU has a list of none.
+        empty = not prod(entry.shape) and (entry.type.name != "i32" or len(entry.shape) > 1)
+        if empty or prod(entry.shape) % entry.type.block:
             raise self._broken(f"tensor {name} has the shape {entry.shape}")
         if offset % self.alignment:
             raise self._broken(f"tensor {name} begins at {offset}, not at {self.alignment} n")
@@ -216,7 +202,8 @@ class GGUFFile:
 
     def _check_overlap(self) -> None:
         end, before = self.data_start, ""
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
+        places = sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].nbytes))
+        for name, entry in places:
             if entry.start < end:
                 raise self._broken(f"tensors {before} and {name} overlap")
             end, before = entry.start + entry.nbytes, name

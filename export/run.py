@@ -13,14 +13,21 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
-from sparsecast.export.card import model_card, relu_note
+from sparsecast.export.card import model_card, relu_note, split_note
 from sparsecast.export.config import SUFFIX, ExportConfig
+from sparsecast.export.gpuidx import SUFFIX as GPUIDX
+from sparsecast.export.gpuidx import write_gpuidx
+from sparsecast.export.hot_cold import check_width, split_for
 from sparsecast.export.hyper import Hyper, read_hyper
 from sparsecast.export.model_gguf import plan, write_model
 from sparsecast.export.stored import Planned
 from sparsecast.export.traffic import Traffic, traffic_of
 from sparsecast.export.vocab import read_vocabulary
+from sparsecast.export.vram import budget_for
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
+
+EXACT = 2**24
+"""float32 holds every whole number up to here."""
 
 
 def export(cfg: ExportConfig) -> Path:
@@ -30,7 +37,8 @@ def export(cfg: ExportConfig) -> Path:
 
     Raises:
         InputError: See `read_hyper`, `read_vocabulary`, `load_predictors` and `check_belongs`;
-            activations of another model; too little space on the disk.
+            activations of another model; too little space on the disk; an FFN that does not
+            divide into the blocks of --vram-budget.
         OSError: The disk filled up meanwhile; nothing is left behind.
     """
     checkpoint = Checkpoint(cfg.model)
@@ -39,6 +47,11 @@ def export(cfg: ExportConfig) -> Path:
     predictors = _predictors(cfg, checkpoint, hyper)
     counts = None if cfg.activations is None else _counts(cfg.activations, checkpoint, hyper)
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
+    split = None
+    if cfg.vram_budget is not None and counts is not None:
+        check_width(hyper.ffn)
+        budget = budget_for(cfg.vram_budget, cfg.vram_context, tensors, hyper)
+        split = split_for(budget, counts)
     total = sum(t.nbytes for t in tensors)
     _check_space(cfg.out, total)
     traffic = _traffic(tensors, predictors)
@@ -60,21 +73,17 @@ def export(cfg: ExportConfig) -> Path:
         predictors.write_into(folder / "predictor")
         if counts is not None:
             _write_counts(folder / "activation", counts)
-        card = model_card(
-            file,
-            cfg.model,
-            hyper,
-            predictors,
-            dtype=cfg.dtype,
-            traffic=traffic,
-            hot_cold=counts is not None,
-        )
-        write_text(folder / "README.md", card)
+        if split is not None:
+            write_gpuidx(folder / (file + GPUIDX), split)
+        write_text(folder / "README.md", model_card(file, hyper, predictors, cfg, split, traffic))
     if hyper.activation.threshold > 0:
         console.print(relu_note(hyper), style="yellow", highlight=False)
     console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
     if traffic is not None:
         console.print(f"FFN traffic by the calibration split: {traffic}", highlight=False)
+    if split is not None:
+        style = None if split.neurons else "yellow"
+        console.print(split_note(split), style=style, highlight=False)
     return cfg.out / file
 
 
@@ -109,7 +118,7 @@ def _traffic(tensors: list[Planned], predictors: PredictorSet) -> Traffic | None
 
 
 def _counts(folder: Path, checkpoint: Checkpoint, hyper: Hyper) -> list[torch.Tensor]:
-    """Per layer (F,) float32: on how many recorded tokens each neuron fired."""
+    """Per layer (F,) int64: on how many recorded tokens each neuron fired."""
     store = ActivationStore(folder)
     manifest = store.manifest
     if manifest.fingerprint != checkpoint.fingerprint:
@@ -124,14 +133,19 @@ def _counts(folder: Path, checkpoint: Checkpoint, hyper: Hyper) -> list[torch.Te
         )
     stats = store.stats()
     seen = [split for split in stats.splits() if split != "held-out"]
-    # PowerInfer's solver sums blocks of counts in the file's dtype; float16 would overflow.
-    return [stats.fired(layer, seen).float() for layer in manifest.layers]
+    return [stats.fired(layer, seen) for layer in manifest.layers]
 
 
 def _write_counts(folder: Path, counts: list[torch.Tensor]) -> None:
+    """In float32, which is exact up to 2^24; in float64 where a layer's neuron fired more often.
+
+    PowerInfer's solver sums blocks of counts in the file's dtype: float16 would overflow, and it
+    turns int64 into float32.
+    """
     folder.mkdir()
-    for i, count in enumerate(counts):
-        torch.save(count, folder / f"activation_{i}.pt")
+    for i, count_F in enumerate(counts):
+        dtype = torch.float32 if int(count_F.max()) <= EXACT else torch.float64
+        torch.save(count_F.to(dtype), folder / f"activation_{i}.pt")
 
 
 def _check_space(out: Path, need: int) -> None:

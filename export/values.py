@@ -23,7 +23,8 @@ from torch import Tensor
 from sparsecast.collect.atomic import read_json
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.export.checks import Check, same
-from sparsecast.export.reader import GGUFFile, TensorType
+from sparsecast.export.reader import GGUFFile
+from sparsecast.export.tensor_types import TensorType
 from sparsecast.export.tensors import expected_shapes
 
 SOURCES = {

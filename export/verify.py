@@ -34,6 +34,7 @@ from sparsecast.export.engine_checks import (
 from sparsecast.export.numerics import check_logits, check_perplexity, degenerate, with_relu
 from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
 from sparsecast.export.reader import GGUFFile
+from sparsecast.export.split_checks import check_gpu_split
 from sparsecast.export.tensors import check_tensors
 from sparsecast.export.values import Source, check_header, check_pieces, check_values
 
@@ -129,6 +130,7 @@ def _run(
     checks.append(check_predictor_folder(file, file.path.parent / "predictor"))
     checks += check_traffic(file, file.path.parent / "predictor")
     checks.append(check_activation_folder(file, file.path.parent / "activation"))
+    checks += check_gpu_split(file, file.path.parent)
     if checkpoint is None:
         checks.append(Check("values", True, f"not checked: {unchecked}"))
     else:

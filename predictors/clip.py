@@ -34,7 +34,7 @@ class ClippedStore(ActivationStore):
                 f"--clip-labels: {store.folder} has no energies to tell large activations by; "
                 "collect with --energy true"
             )
-        self._most = max(1, int(share * self.manifest.ffn_width))
+        self._most = max(1, round(share * self.manifest.ffn_width))
         family = family_of(model.config, str(model.config.name_or_path))
         self._squared_norms = []
         for block in family.decoder_layers(model):

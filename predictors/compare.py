@@ -63,7 +63,8 @@ class CompareConfig:
     """Relative change of perplexity that both may cost."""
 
     epochs: int | None = None
-    """Passes over the training tokens of ours; unset: --reference-epochs."""
+    """Passes over the training tokens of ours; unset: as many as the reference may take at its own
+    rank and format, else what `sparsecast train` takes."""
 
     reference_epochs: int = 20
     """At most so many of the reference's."""
@@ -93,8 +94,10 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     )
     reference = train(replace(base, recipe="reference", epochs=cfg.reference_epochs))
     rank = reference.layers[0].rank
-    ours = replace(base, epochs=cfg.epochs or cfg.reference_epochs)
-    same_rank = train(replace(ours, out=cfg.out / "f16", predictor_dtype="f16", rank=rank))
+    ours = replace(base, epochs=cfg.epochs)
+    epochs = cfg.epochs or cfg.reference_epochs
+    alike = replace(ours, epochs=epochs, predictor_dtype="f16", rank=rank)
+    same_rank = train(replace(alike, out=cfg.out / "f16"))
     fits = int(rank * BITS["f16"] / BITS["q4_0"]) // BLOCK * BLOCK
     same_bytes = train(replace(ours, out=cfg.out / "q4_0", predictor_dtype="q4_0", rank=fits))
     at_change = train(replace(ours, out=cfg.out / "perplexity", target_perplexity=cfg.perplexity))

@@ -33,7 +33,8 @@ class TrainConfig:
     collect`; of the training text nothing is stored."""
 
     tokens: int | None = None
-    """Training tokens of --corpus, each read once while the corpus lasts; unset: 2,000,000."""
+    """Training tokens of --corpus, in whole batches, read one after the other while the corpus
+    lasts, and then again; before that at most 65,536 of them for a start. Unset: 2,000,000."""
 
     seq_len: int | None = None
     """Documents of --corpus are cut at this many tokens; unset: 512."""
@@ -102,7 +103,6 @@ class TrainConfig:
     of some of the layers."""
 
     def __post_init__(self) -> None:
-        self._check_source()
         if self.recipe not in RECIPES:
             raise InputError(f"--recipe: got {self.recipe!r}, expected {', '.join(RECIPES)}")
         if self.predictor_dtype not in (None, *DTYPES):
@@ -125,6 +125,7 @@ class TrainConfig:
                 f"--batch-size: must be a multiple of 32, the tokens read together, got "
                 f"{self.batch_size}"
             )
+        self._check_source()
         if self.model is None and (self.recipe == "svd" or self.target_perplexity):
             raise InputError(
                 f"train: {'--target-perplexity' if self.target_perplexity else '--recipe'} "
@@ -158,12 +159,9 @@ class TrainConfig:
                 f"{what}: needs recorded activations; run sparsecast collect, then give "
                 "--activations"
             )
-        for name, value, least in (
-            ("tokens", self.train_tokens, 1000),
-            ("seq-len", self.document_len, 2),
-        ):
-            if value < least:
-                raise InputError(f"--{name}: must be at least {least}, got {value}")
+        if self.document_len < 2:
+            raise InputError(f"--seq-len: must be at least 2, got {self.document_len}")
+        self.steps_per_epoch(1)
 
     def _check_clipping(self, share: float) -> None:
         if not 0 < share <= 1:
@@ -210,6 +208,17 @@ class TrainConfig:
     def document_len(self) -> int:
         """Of a running model."""
         return 512 if self.seq_len is None else self.seq_len
+
+    def steps_per_epoch(self, processes: int) -> int:
+        """Of a running model, by every one of the processes that share batches."""
+        one = self.steps * self.tokens_per_step * processes
+        if self.train_tokens < one:
+            raise InputError(
+                f"--tokens: must be at least {one:,}, a batch in each of {self.steps} epochs"
+                f"{f' for {processes} processes' if processes > 1 else ''}, got "
+                f"{self.train_tokens:,}"
+            )
+        return self.train_tokens // one
 
     @property
     def recall(self) -> float:

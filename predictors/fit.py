@@ -88,8 +88,7 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
     with team.together():
         if team.leads:
             _begin(work, run.shared)
-    split = team.size > 1 and not cfg.data_parallel
-    last = work / (f"last-{team.rank}.ckpt" if split else "last.ckpt")
+    last = checkpoint_of(cfg, run)
     resume = last if last.is_file() else None
     on_gpu = device.type == "cuda"
     share = (team.rank, team.size) if cfg.data_parallel else (0, 1)
@@ -129,9 +128,7 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
         )
     except SystemExit as stop:  # Lightning's end of an interrupt, with the signal left ignored
         signal.signal(signal.SIGINT, handler)
-        kept = any(work.glob(LAST))
-        if not kept and team.leads:
-            shutil.rmtree(work, ignore_errors=True)
+        kept = last.is_file()
         raise KeyboardInterrupt(
             f"{cfg.out}: interrupted; "
             + (
@@ -140,6 +137,18 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
                 else "no epoch was finished yet, nothing is left behind"
             )
         ) from stop
+
+
+def checkpoint_of(cfg: TrainConfig, run: Run) -> Path:
+    """Where this process puts its last epoch."""
+    split = run.team.size > 1 and not cfg.data_parallel
+    return work_folder(cfg.out) / (f"last-{run.team.rank}.ckpt" if split else "last.ckpt")
+
+
+def clear_unfinished(out: Path) -> None:
+    """Remove what a run has left that has not finished an epoch."""
+    if not any(work_folder(out).glob(LAST)):
+        shutil.rmtree(work_folder(out), ignore_errors=True)
 
 
 def _placed(device: torch.device, team: Team, data_parallel: bool) -> dict[str, Any]:
@@ -168,6 +177,12 @@ def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
     if not any(work.glob(LAST)):
         return False
     made = read_json(work / RECIPE, "the recipe of an unfinished `sparsecast train`")
+    now = recipe.get("processes")
+    if (was := made.get("processes", now)) != now:
+        raise InputError(
+            f"{work}: holds an unfinished run of {was} processes, but there are {now}; start it "
+            f"with torchrun --nproc-per-node {was} again, or remove that folder"
+        )
     if changed := differing(made, json.loads(json.dumps(recipe))):
         raise InputError(
             f"{work}: holds an unfinished run made differently ({'; '.join(changed)}); repeat "

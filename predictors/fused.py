@@ -10,13 +10,16 @@ from torch import Tensor
 
 from sparsecast.collect.progress import console
 
+LARGE = 1 << 24
+"""Elements of the first argument from which compiling, which takes seconds, pays."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` through torch.compile for a first argument on a GPU; as it stands on the CPU, and
-    where nothing can be compiled, such as without a C compiler. Results agree up to rounding.
+    """`function` through torch.compile for a large first argument on a GPU; as it stands otherwise,
+    also where nothing can be compiled, such as without a C compiler. Results agree up to rounding.
 
     A large intermediate result is then never written: that, not arithmetic, is what bounds them.
     """
@@ -26,7 +29,8 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal broken, compiled
         first = args[0]
-        if broken or not (isinstance(first, Tensor) and first.is_cuda):
+        large = isinstance(first, Tensor) and first.is_cuda and first.numel() >= LARGE
+        if broken or not large:
             return function(*args, **kwargs)
         if compiled is None:
             compiled = torch.compile(function)

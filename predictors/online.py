@@ -1,12 +1,15 @@
 """Training batches from a running model: nothing of the training text is ever stored.
 
-Every epoch takes the next documents, so each token is seen once while the corpus lasts; where it
+Every epoch takes the next documents, so each token trains once while the corpus lasts; where it
 ends it begins again. A few batches' worth of tokens, from many documents, are pooled and shuffled.
-Only the calibration documents are recorded, to a store beside the unfinished predictors that goes
-when they are finished, because calibration passes over them several times.
+The warm start takes the moments of the first `WARM_TOKENS` in a pass of its own. Only the
+calibration documents are recorded, to a store beside the unfinished predictors that goes when they
+are finished, because calibration passes over them several times; `collect` loads the model for them
+before it is loaded for training.
 
-Memory: the model; `POOL` batches of all layers on the device, at 2 D + F / 8 bytes a token and
-layer; before training, (D, D) and (F, D) moments of every layer in float32.
+Memory: the model; on the device, at 2 D + F / 8 bytes a token and layer, twice `POOL` batches and
+one forward pass of `DOCUMENTS` documents; before training, (D, D) and (F, D) moments of every layer
+in float32.
 
 Shape letters: L layers, N places of a batch, T tokens, D hidden, F FFN width, P packed width.
 """
@@ -61,6 +64,7 @@ class Running:
         self._model = model
         self._tokenizer = tokenizer
         self._cfg = cfg
+        self._told = False
         self._x_dtype = INPUT_DTYPES[store.manifest.x_dtype]
 
     def batches(
@@ -72,7 +76,7 @@ class Running:
         device: torch.device,
         share: tuple[int, int],
     ) -> ModelBatches:
-        per_epoch = max(1, self._cfg.train_tokens // (epochs * batch_size * share[1]))
+        per_epoch = self._cfg.steps_per_epoch(share[1])
         return ModelBatches(self, per_epoch, batch_size, seed, layers, share)
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
@@ -110,6 +114,15 @@ class Running:
                 yield batch
             if not read:
                 raise InputError(f"{made.corpus}: no training document; give more text")
+            if not self._told:
+                self._told = True
+                console.print(
+                    f"{made.corpus}: has {read:,} training tokens, fewer than --tokens "
+                    f"{cfg.train_tokens:,}, so it is read again",
+                    style="yellow",
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
     def forward(self, text: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(L, T, D) inputs as a store keeps them and (L, T, P) packed masks, on the device.
@@ -173,15 +186,17 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
                 pooled.append(self._running.forward(next(self._text), self._layers))
                 continue
             x_LTD, mask_LTP = (torch.cat(parts, dim=1) for parts in zip(*pooled, strict=True))
+            pooled.clear()
             order = torch.randperm(held, generator=generator).to(mask_LTP.device)
             steps = min(left, held // self._batch_size)
             for step in range(steps):
                 rows = order[step * self._batch_size : (step + 1) * self._batch_size]
+                left -= 1
+                if not left:  # nobody need ask for what comes after the last one
+                    self._next = self.epoch + 1
                 yield LayersBatch(x_LTD[:, rows], mask_LTP[:, rows])
             rest = order[steps * self._batch_size :]
-            pooled = [(x_LTD[:, rest], mask_LTP[:, rest])]
-            left -= steps
-        self._next = self.epoch + 1
+            pooled.append((x_LTD[:, rest], mask_LTP[:, rest]))
 
     def _rewind(self) -> None:
         """Pass over the text of the epochs before this one."""
@@ -198,23 +213,27 @@ def running(cfg: TrainConfig) -> Running:
 
     Raises:
         InputError: See `collect`.
+        KeyboardInterrupt: At Ctrl-C.
     """
     assert cfg.model is not None
     assert cfg.corpus is not None
-    calibration = max(2, min(CALIBRATION_TOKENS, cfg.train_tokens // 10))
-    store = collect(
-        CollectConfig(
-            model=cfg.model,
-            corpus=cfg.corpus,
-            out=work_folder(cfg.out) / STORE,
-            tokens=max(60, calibration),
-            seq_len=cfg.document_len,
-            device=cfg.device,
-            dtype=cfg.dtype,
-            activation_threshold=cfg.activation_threshold,
-        ),
-        shares={"train": 2, "calibration": calibration, "held-out": 2},
+    calibration = max(60, min(CALIBRATION_TOKENS, cfg.train_tokens // 10))
+    asked = CollectConfig(
+        model=cfg.model,
+        corpus=cfg.corpus,
+        out=work_folder(cfg.out) / STORE,
+        tokens=calibration,
+        seq_len=cfg.document_len,
+        device=cfg.device,
+        dtype=cfg.dtype,
+        activation_threshold=cfg.activation_threshold,
     )
+    try:
+        store = collect(asked, {"train": 2, "calibration": calibration, "held-out": 2})
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{cfg.out}: interrupted before training began, nothing is left behind"
+        ) from None
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,

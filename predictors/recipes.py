@@ -16,7 +16,7 @@ from sparsecast.predictors.bias import Uncut, bias_units
 from sparsecast.predictors.calibrate import Calibrated, at_zero, constant_of
 from sparsecast.predictors.clip import ClippedStore
 from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.fit import Run, fit, work_folder
+from sparsecast.predictors.fit import Run, checkpoint_of, fit, work_folder
 from sparsecast.predictors.mlp import Predictor
 from sparsecast.predictors.module import PredictorModule
 from sparsecast.predictors.objective import operate
@@ -25,7 +25,7 @@ from sparsecast.predictors.reference import ReferenceModule
 from sparsecast.predictors.share import gathered
 from sparsecast.predictors.source import Recorded, Source
 from sparsecast.predictors.svd import svd
-from sparsecast.predictors.warm_start import warm_start
+from sparsecast.predictors.warm_start import no_start, warm_start
 
 
 class Job(NamedTuple):
@@ -49,7 +49,10 @@ def default(job: Job) -> list[Calibrated] | None:
     store, run = job.source.store, job.run
     taken = 0 if job.dtype == "f16" else bias_units(job.dtype)
     free = [job.ranks[layer] - taken for layer in run.layers]
-    start = warm_start(job.source.moments(run.layers, run.device), free, job.dtype)
+    if checkpoint_of(job.cfg, run).is_file():
+        start = no_start(store.manifest.hidden_size, store.manifest.ffn_width, free, job.dtype)
+    else:
+        start = warm_start(job.source.moments(run.layers, run.device), free, job.dtype)
     module = PredictorModule(job.cfg, job.dtype, start)
     fit(job.cfg, job.source, module, run)
 
@@ -57,7 +60,8 @@ def default(job: Job) -> list[Calibrated] | None:
         return constant_of(predictor.to(run.device), store, run.layers[place]).cpu()
 
     mine: dict[int, Uncut] = dict(zip(run.layers, module.uncut(free, constant), strict=True))
-    uncut = gathered(mine, work_folder(job.cfg.out), run.team, job.cfg.data_parallel)
+    work, layers = work_folder(job.cfg.out), store.manifest.layers
+    uncut = gathered(mine, layers, work, run.team, job.cfg.data_parallel)
     return None if uncut is None else operate(job.cfg, uncut, store, run.device)
 
 
@@ -71,7 +75,8 @@ def reference(job: Job) -> list[Calibrated] | None:
     module = ReferenceModule(job.cfg, store, job.ranks[0], run.layers)
     fit(job.cfg, source, module, run)
     mine = dict(zip(run.layers, module.predictors(), strict=True))
-    done = gathered(mine, work_folder(job.cfg.out), run.team, job.cfg.data_parallel)
+    work, layers = work_folder(job.cfg.out), store.manifest.layers
+    done = gathered(mine, layers, work, run.team, job.cfg.data_parallel)
     if done is None:
         return None
     return [at_zero(layer, store, i, run.device) for i, layer in enumerate(done)]

@@ -8,6 +8,7 @@ its share of the batches, and gradients are averaged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -42,17 +43,31 @@ def share_of(layers: Sequence[int], team: Team, data_parallel: bool) -> list[int
 
 
 def gathered(
-    mine: dict[int, Trained], work: Path, team: Team, data_parallel: bool
+    mine: dict[int, Trained], layers: Sequence[int], work: Path, team: Team, data_parallel: bool
 ) -> list[Trained] | None:
-    """The trained layers of all processes, in order; None but on the leading one."""
+    """The trained `layers` of all processes, in order; None but on the leading one.
+
+    Raises:
+        InputError: A layer has not come, because the processes do not share the folder.
+    """
     if data_parallel or team.size == 1:
-        return [mine[layer] for layer in sorted(mine)] if team.leads else None
+        return [mine[layer] for layer in layers] if team.leads else None
     for layer, trained in mine.items():
         state = {field.name: getattr(trained, field.name) for field in fields(trained)}
-        torch.save({"kind": type(trained).__name__, **state}, work / f"layer-{layer}.pt")
+        part = work / f"layer-{layer}.part"
+        torch.save({"kind": type(trained).__name__, **state}, part)
+        os.replace(part, _file(work, layer))
     team.wait()
     if not team.leads:
         return None
-    saved = sorted(work.glob("layer-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
-    states = [torch.load(path, weights_only=True) for path in saved]
+    if absent := [layer for layer in layers if not _file(work, layer).is_file()]:
+        raise InputError(
+            f"{work}: has nothing of layers {absent}, which other processes have trained; they "
+            "must all see one --out: put it on a disk that the machines share"
+        )
+    states = [torch.load(_file(work, layer), weights_only=True) for layer in layers]
     return [KINDS[state.pop("kind")](**state) for state in states]
+
+
+def _file(work: Path, layer: int) -> Path:
+    return work / f"layer-{layer}.pt"

@@ -20,7 +20,14 @@ from sparsecast.collect.target import locked, target
 from sparsecast.predictors.calibrate import Calibrated
 from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet, load_predictors
 from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.fit import Run, check_unfinished, differing, finish_logs, work_folder
+from sparsecast.predictors.fit import (
+    Run,
+    check_unfinished,
+    clear_unfinished,
+    differing,
+    finish_logs,
+    work_folder,
+)
 from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.metrics import Counts
 from sparsecast.predictors.online import running
@@ -58,17 +65,49 @@ def train(cfg: TrainConfig) -> PredictorSet:
             device = pick_device(cfg.device)
             store = None if cfg.activations is None else _every_layer(cfg.activations)
             if (cfg.out / "manifest.json").is_file():
-                return _finished(cfg, store)
+                return _finished(cfg, store, processes)
             if processes.leads:
                 held.enter_context(locked(cfg.out, "training"))
-        source = running(cfg) if store is None else Recorded(store)
-        with processes.together():
-            job, recipe = _prepare(cfg, source, device, processes)
-        calibrated = RECIPES[cfg.recipe](job)
-        with processes.together():
-            if calibrated is not None:
-                _finish(cfg, source.store, recipe, calibrated)
+            if store is None:
+                _check_running(cfg, processes)
+        try:
+            source = running(cfg) if store is None else Recorded(store)
+            with processes.together():
+                job, recipe = _prepare(cfg, source, device, processes)
+            calibrated = RECIPES[cfg.recipe](job)
+            with processes.together():
+                if calibrated is not None:
+                    _finish(cfg, source.store, recipe, calibrated)
+        except (InputError, KeyboardInterrupt):
+            if processes.leads:
+                clear_unfinished(cfg.out)
+            raise
         return load_predictors(cfg.out)
+
+
+def _check_running(cfg: TrainConfig, processes: Team) -> None:
+    """What can be refused before a running model's calibration documents are recorded."""
+    assert cfg.model is not None
+    checkpoint = Checkpoint(cfg.model)
+    config: Any = checkpoint.config
+    dtype = default_dtype(cfg, config.hidden_size)
+    if cfg.rank is not None:
+        check_widths(dtype, rank=cfg.rank, hidden_size=config.hidden_size)
+    share_of(range(config.num_hidden_layers), processes, cfg.data_parallel)
+    recipe = _recipe(cfg, dtype, checkpoint.fingerprint, None, processes)
+    check_unfinished(work_folder(cfg.out), _training(recipe, processes))
+    if processes.leads:
+        clear_unfinished(cfg.out)
+
+
+def _training(recipe: dict[str, Any], processes: Team) -> dict[str, Any]:
+    """What a resumed run must share: another objective needs no other training, unless best epochs
+    are chosen by it."""
+    free = ("target_perplexity", "traffic_budget")
+    return {
+        **{name: value for name, value in recipe.items() if name not in free},
+        "processes": processes.size,
+    }
 
 
 def _prepare(
@@ -77,14 +116,13 @@ def _prepare(
     """Everything that can be refused before training."""
     store = source.store
     dtype = default_dtype(cfg, store.manifest.hidden_size)
-    recipe = _recipe(cfg, dtype, store.manifest.fingerprint, store)
-    # Another objective needs no other training, unless best epochs are chosen by it.
-    training = {k: v for k, v in recipe.items() if k not in ("target_perplexity", "traffic_budget")}
-    training["processes"] = processes.size
+    recipe = _recipe(cfg, dtype, store.manifest.fingerprint, store, processes)
+    training = _training(recipe, processes)
     check_unfinished(work_folder(cfg.out), training)
     if cfg.model and cfg.activations:
         check_recorded(cfg.model, store)
-    layers = share_of(store.manifest.layers, processes, cfg.data_parallel)
+    alone = cfg.data_parallel or cfg.recipe == "svd"
+    layers = share_of(store.manifest.layers, processes, alone)
     L.seed_everything(cfg.seed, verbose=False)
     ranks = ranks_for(cfg, store, dtype, device)
     for rank in set(ranks):
@@ -119,7 +157,11 @@ def _finish(
 
 
 def _recipe(
-    cfg: TrainConfig, dtype: str, fingerprint: str, store: ActivationStore | None
+    cfg: TrainConfig,
+    dtype: str,
+    fingerprint: str,
+    store: ActivationStore | None,
+    processes: Team,
 ) -> dict[str, Any]:
     """What two runs must share to be the same.
 
@@ -138,7 +180,9 @@ def _recipe(
         "fingerprint": fingerprint,
     }
     if cfg.activations is None:
-        recipe |= {"train_tokens": cfg.train_tokens, "seq_len": cfg.document_len}
+        steps = cfg.steps_per_epoch(processes.size if cfg.data_parallel else 1) * cfg.steps
+        tokens = steps * cfg.tokens_per_step * (processes.size if cfg.data_parallel else 1)
+        recipe |= {"train_tokens": tokens, "seq_len": cfg.document_len}
     if store is not None:
         recipe["calibration_tokens"] = store.manifest.tokens("calibration")
     if store is not None and cfg.activations is not None:
@@ -178,7 +222,7 @@ def _scores(c: Counts) -> dict[str, float]:
     }
 
 
-def _finished(cfg: TrainConfig, store: ActivationStore | None) -> PredictorSet:
+def _finished(cfg: TrainConfig, store: ActivationStore | None, processes: Team) -> PredictorSet:
     predictors = load_predictors(cfg.out)
     made = predictors.manifest
     assert made is not None
@@ -187,7 +231,7 @@ def _finished(cfg: TrainConfig, store: ActivationStore | None) -> PredictorSet:
     else:
         assert cfg.model is not None
         fingerprint = Checkpoint(cfg.model).fingerprint
-    recipe = _recipe(cfg, default_dtype(cfg, made.hidden_size), fingerprint, store)
+    recipe = _recipe(cfg, default_dtype(cfg, made.hidden_size), fingerprint, store, processes)
     if not differing(made.recipe, recipe):  # ended between its last two steps
         finish_logs(work_folder(cfg.out), cfg.out)
     changed = differing(made.recipe, {k: v for k, v in recipe.items() if k != "fingerprint"})

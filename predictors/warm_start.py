@@ -95,6 +95,18 @@ def warm_start(of_layers: Iterable[Moments], free_units: Sequence[int], dtype: s
     return start._replace(bias_LD=None, offset_LF=None) if dtype == "f16" else start
 
 
+def no_start(hidden_size: int, ffn_width: int, free_units: Sequence[int], dtype: str) -> WarmStart:
+    """Zeros where a checkpoint has the weights."""
+    layers, units, quantised = len(free_units), max(free_units), dtype != "f16"
+    return WarmStart(
+        torch.zeros(layers, hidden_size) if quantised else None,
+        torch.zeros(layers, units, hidden_size),
+        torch.zeros(layers, ffn_width, units),
+        torch.zeros(layers, ffn_width) if quantised else None,
+        torch.zeros(layers),
+    )
+
+
 class MomentSums:
     """`Moments` on their way. Memory: (D, D) and (F, D) in float32 on the device."""
 

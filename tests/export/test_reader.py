@@ -9,12 +9,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecast.collect.errors import InputError
 from sparsecast.export.reader import GGUFFile
+from sparsecast.export.tensor_types import TYPES
 from sparsecast.export.verify import bundle_file
 
 
@@ -65,9 +67,15 @@ def test_a_damaged_header_never_raises_anything_else(data, whole, tmp_path_facto
     path = tmp_path_factory.mktemp("bad") / "bad.gguf"
     path.write_bytes(header)
 
-    with pytest.raises(InputError) as caught:
-        GGUFFile(path)
-    assert "\n" not in str(caught.value)
+    entries, refused = {}, ""
+    try:
+        entries = GGUFFile(path).entries
+    except InputError as error:
+        refused = str(error)
+
+    assert "\n" not in refused
+    # A header that now claims fewer tensors, or none, may be whole.
+    assert all(entry.start + entry.nbytes <= len(header) for entry in entries.values())
 
 
 def header(*, tensors=0, keys=0, magic=b"PWRI", version=3, rest=b"") -> bytes:
@@ -148,3 +156,41 @@ def test_quantised_tensors_take_the_bytes_of_their_blocks(kind, size, tmp_path):
     assert file.tensor("v").shape == (2, 16)
     assert not file.tensor("w").any()
     assert (file.tensor("v") == {2: 2.0 * (1 - 8), 8: 2.0 * 0x11}[kind]).all()
+
+
+def test_types_are_those_of_the_gguf_package():
+    """Names and blocks of every id; from 16 on a PowerInfer file has integers of its own."""
+    known = {int(kind): (kind.name.lower(), *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
+
+    for ids in TYPES.values():
+        ours = {i: (t.name.lower(), t.block, t.nbytes) for i, t in ids.items() if i < 16}
+        assert ours == {i: known[i] for i in ours}
+    assert all(
+        (t.name, t.block, t.nbytes) == known[i] for i, t in TYPES[b"GGUF"].items() if i >= 16
+    )
+    integers = {i: (t.name, t.nbytes) for i, t in TYPES[b"PWRI"].items() if i >= 16}
+    assert integers == {16: ("i8", 1), 17: ("i16", 2), 18: ("i32", 4)}
+
+
+@pytest.mark.parametrize(("magic", "kind"), [(b"PWRI", 18), (b"GGUF", 26)])
+def test_integers_and_empty_lists_are_read(magic, kind, tmp_path):
+    path = tmp_path / "lists.gguf"
+    infos = info("none", (0,), kind, 0) + info("two", (2,), kind, 0) + info("no", (0,), kind, 32)
+    head = header(tensors=3, magic=magic, rest=infos)
+    path.write_bytes(head.ljust(-(-len(head) // 32) * 32, b"\0") + struct.pack("<ii24x", 7, -1))
+
+    file = GGUFFile(path)
+
+    assert [file.tensor(name).tolist() for name in ("none", "two", "no")] == [[], [7, -1], []]
+    assert file.tensor("none").dtype == torch.int32
+
+
+def test_a_type_that_is_not_decoded_is_placed_but_not_read(tmp_path):
+    path = tmp_path / "k.gguf"
+    path.write_bytes(header(tensors=1, rest=info("w", (2, 256), 14, 0)).ljust(96 + 2 * 210, b"\0"))
+
+    file = GGUFFile(path)
+
+    assert file.entries["w"].nbytes == 420
+    with pytest.raises(InputError, match="tensor w is q6_K, not read here"):
+        file.tensor("w")

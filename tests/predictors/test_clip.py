@@ -56,7 +56,7 @@ def test_the_largest_activations_are_kept(store, model_folder):
                 for r in (whole, rows)
             )
             assert not (kept & ~fired).any()
-            least = np.minimum(fired.sum(1), int(share * width))
+            least = np.minimum(fired.sum(1), round(share * width))
             assert (kept.sum(1) >= least).all()
             # Energies are rounded to 1/8 of an octave, so some may tie.
             assert kept.sum(1).mean() < 1.2 * least.mean()

@@ -101,7 +101,68 @@ def test_an_epoch_is_the_same_after_a_restart(cfg):
     assert not torch.equal(first[0].x_LBD, second[0].x_LBD)
 
 
-def test_a_corpus_that_ends_begins_again(cfg, whole):
+def test_shares_of_the_text_are_disjoint(cfg):
+    source = running(cfg)
+    layers = source.store.manifest.layers[:1]
+    seen = []
+    for place in range(2):
+        share = source.batches(64, 0, 2, layers, CPU, (place, 2))
+        assert len(share) == 4_000 // (2 * 128 * 2)
+        seen.append({row.numpy().tobytes() for batch in share for row in batch.x_LBD[0]})
+    assert len(seen[0] & seen[1]) < 0.03 * len(seen[0])  # BOS looks alike everywhere
+
+
+def test_text_is_read_from_its_beginning_once(cfg, monkeypatch):
+    """Nobody asks a generator for more than the batches it has announced."""
+    begun = []
+    text = online.Running.text
+
+    def counted(self):
+        begun.append(1)
+        return text(self)
+
+    monkeypatch.setattr(online.Running, "text", counted)
+    train(replace(cfg, epochs=4))
+    assert len(begun) == 2  # for the moments, and for all epochs
+
+
+def test_a_refused_run_leaves_nothing_and_does_not_bind_the_next(cfg, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--predictor-dtype q4_0: stores rows in blocks"):
+        train(replace(cfg, predictor_dtype="q4_0", rank=40))
+    assert list(tmp_path.iterdir()) == []
+
+    def fail(*_: object) -> None:
+        raise InputError("refused late")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsecast.predictors.recipes.warm_start", fail)
+        with pytest.raises(InputError, match="refused late"):
+            train(cfg)
+    assert list(tmp_path.iterdir()) == []
+
+    def killed(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsecast.predictors.recipes.warm_start", killed)
+        with pytest.raises(OSError, match="killed"):
+            train(cfg)
+    assert [path.name for path in tmp_path.iterdir()] == [".pred.train"]
+    train(replace(cfg, tokens=3_000, epochs=1))  # its calibration documents are other ones
+    assert {path.name for path in tmp_path.iterdir()} == {"pred"}
+
+
+def test_an_interrupt_before_training_leaves_nothing(cfg, tmp_path, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsecast.collect.run._forward", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="before training began, nothing is left behind"):
+        train(cfg)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_that_ends_begins_again(cfg, whole, capsys):
     source = running(cfg)
     text = source.text()
     tokens = whole.manifest.tokens("train")
@@ -111,6 +172,8 @@ def test_a_corpus_that_ends_begins_again(cfg, whole):
         held += next(text).tokens
     assert held == tokens
     assert torch.equal(next(text).ids_BS, first.ids_BS)
+    told = capsys.readouterr().err
+    assert f"has {tokens:,} training tokens, fewer than --tokens 4,000, so it is read again" in told
 
 
 def test_moments_are_those_of_the_store(cfg, whole, monkeypatch):
@@ -126,7 +189,7 @@ def test_moments_are_those_of_the_store(cfg, whole, monkeypatch):
 def test_predictors_meet_the_target_and_nothing_is_left(cfg, whole, tmp_path):
     predictors = train(cfg)
     made = predictors.manifest
-    assert made.recipe["train_tokens"] == 4_000
+    assert made.recipe["train_tokens"] == 15 * 2 * 128  # whole batches of 4,000
     assert made.recipe["corpus"] == cfg.corpus
     for layer, predictor in enumerate(predictors.layers):
         total = Counts(0, 0, 0, 0)
@@ -135,7 +198,7 @@ def test_predictors_meet_the_target_and_nothing_is_left(cfg, whole, tmp_path):
         assert total.recall == pytest.approx(0.95, abs=0.01)
     assert {path.name for path in tmp_path.iterdir()} == {"pred"}
     assert train(cfg).manifest == made  # kept, not trained again
-    with pytest.raises(InputError, match="train_tokens was 4000, now 5000"):
+    with pytest.raises(InputError, match="train_tokens was 3840, now 4864"):
         train(replace(cfg, tokens=5_000))
 
 
@@ -170,7 +233,7 @@ def test_a_killed_run_goes_on_with_the_text_it_has_not_read(cfg, tmp_path, monke
         ({"corpus": "-"}, "save it to a file"),
         ({"recipe": "svd"}, "--recipe svd: needs recorded activations"),
         ({"predictor_budget": 0.1, "rank": None}, "--predictor-budget: needs recorded"),
-        ({"tokens": 10}, "--tokens: must be at least 1000, got 10"),
+        ({"tokens": 200}, "--tokens: must be at least 256, a batch in each of 2 epochs, got 200"),
         ({"corpus": None, "activations": "acts"}, "--tokens: belongs to --corpus"),
         (
             {

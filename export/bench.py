@@ -1,0 +1,156 @@
+"""`sparsecast bench engine`: tokens per second of PowerInfer's engine on a bundle.
+
+    predictors   the bundle as it is
+    all active   the same file with a threshold below every logit
+    dense        the same model without predictors, as a plain GGUF of the same types (dense.py)
+
+Each generates the same number of tokens from the same prompt, in turn, round by round; medians of
+the engine's own timing of generation are reported. More than one thread is for speed alone: the
+CPU down projection of PowerInfer's engine adds the threads' partial sums without a lock.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sparsecast.collect.atomic import refuse_unwritable, write_json
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.progress import bar, console
+from sparsecast.export.config import SUFFIX
+from sparsecast.export.dense import write_dense
+from sparsecast.export.engine import EngineError, binary
+from sparsecast.export.reader import GGUFFile
+
+THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
+EVERYTHING = "-1e30"
+TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
+PROMPT = " def"
+TIMEOUT = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEngineConfig:
+    """Tokens per second of the engine with predictors, with everything active, and dense."""
+
+    bundle: Path
+    """Folder written by `sparsecast export`."""
+
+    engine: Path
+    """Build folder of PowerInfer (or its bin folder)."""
+
+    tokens: int = 200
+    """Tokens to generate in every run."""
+
+    rounds: int = 5
+    """Runs of each kind."""
+
+    threads: int = 1
+    """CPU threads of the engine."""
+
+    json: Path | None = None
+    """Write the numbers to this file."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 2), ("rounds", 1), ("threads", 1)):
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"--{name}: must be at least {least}, got {value}")
+
+
+def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
+    """Run it; the dense file goes to a temporary folder, as large as the model.
+
+    Raises:
+        InputError: No bundle, no engine there, or see `write_dense`.
+        EngineError: The engine failed.
+    """
+    if cfg.json is not None:
+        refuse_unwritable(cfg.json, "--json")
+    program = binary(cfg.engine, "main")
+    models = sorted(cfg.bundle.glob(f"*{SUFFIX}"))
+    if len(models) != 1:
+        raise InputError(
+            f"{cfg.bundle}: holds {len(models)} files *{SUFFIX}, expected one; give a folder "
+            "written by `sparsecast export`"
+        )
+    file = GGUFFile(models[0])
+    with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as scratch:
+        dense = Path(scratch, "dense.gguf")
+        write_dense(file, dense)
+        kinds: dict[str, tuple[Path, dict[str, str]]] = {
+            "predictors": (models[0].absolute(), {}),
+            "all_active": (models[0].absolute(), {THRESHOLD: EVERYTHING}),
+            "dense": (dense, {}),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in kinds}
+        with bar("bench", cfg.rounds * len(kinds)) as progress:
+            for _ in range(cfg.rounds):
+                for name, (model, extra) in kinds.items():
+                    rates[name].append(
+                        _rate(program, model, extra, cfg.threads, cfg.tokens, scratch)
+                    )
+                    progress.advance()
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    values = {
+        "bundle": str(cfg.bundle),
+        "tokens": cfg.tokens,
+        "threads": cfg.threads,
+        "tokens_per_s": median,
+        "over_all_active": median["predictors"] / median["all_active"],
+        "over_dense": median["predictors"] / median["dense"],
+        "runs": rates,
+    }
+    _show(values)
+    if cfg.json is not None:
+        write_json(cfg.json, values)
+    return values
+
+
+def _rate(
+    program: Path, model: Path, extra: dict[str, str], threads: int, tokens: int, scratch: str
+) -> float:
+    context = str(max(512, -(-(tokens + 32) // 256) * 256))
+    options = ["-t", str(threads), "-tb", str(threads), "-c", context, "-b", context]
+    options += ["-n", str(tokens)]
+    command = [str(program), "-m", str(model), *options, "-p", PROMPT, "--temp", "0"]
+    command += ["--repeat-penalty", "1.0", "--ignore-eos", "--log-disable", "--simple-io"]
+    clean = {k: v for k, v in os.environ.items() if k != THRESHOLD}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=scratch,
+            env=clean | extra,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"main took more than {TIMEOUT} s") from error
+    said = done.stderr.decode(errors="replace")
+    found = TIMING.findall(said)
+    if done.returncode or not found:
+        last = (said.strip().splitlines() or ["it printed nothing"])[-1][:200]
+        raise EngineError(f"main gave no timing (exit {done.returncode}): {last}")
+    return float(found[-1])
+
+
+def _show(values: dict[str, Any]) -> None:
+    table = Table(title=f"{values['tokens']} tokens, {values['threads']} thread(s)")
+    for name in ("", "tokens/s"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, rate in values["tokens_per_s"].items():
+        table.add_row(name.replace("_", " "), f"{rate:,.1f}")
+    console.print(table)
+    console.print(
+        f"with predictors {values['over_all_active']:.2f} times everything active, "
+        f"{values['over_dense']:.2f} times dense",
+        highlight=False,
+    )

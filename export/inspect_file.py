@@ -1,0 +1,136 @@
+"""What one PWRI, GGUF or gpuidx file holds: its keys, its tensors, and the neurons of a split."""
+
+from __future__ import annotations
+
+import re
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.progress import console
+from sparsecast.export.gpuidx import ARCHITECTURE, SUFFIX
+from sparsecast.export.reader import Entry, GGUFFile
+from sparsecast.export.vram import LIST_BYTES, ROWS
+
+SHORT_ARRAY = 8
+SHORT_TEXT = 100
+
+
+def file_values(path: Path) -> dict[str, Any]:
+    """Everything but the tensors' values and the long arrays.
+
+    Raises:
+        InputError: Not such a file, truncated, or damaged.
+    """
+    file = GGUFFile(path)
+    values: dict[str, Any] = {
+        "kind": "gpu split" if file.keys.get("general.architecture") == ARCHITECTURE else "model",
+        "path": str(path),
+        "magic": file.magic.decode(),
+        "version": file.version,
+        "alignment": file.alignment,
+        "bytes": path.stat().st_size,
+        "keys": {key: _value(value) for key, value in file.keys.items()},
+        "tensors": [
+            {"name": name, "shape": list(e.shape), "type": e.type.name, "bytes": e.nbytes}
+            for name, e in file.entries.items()
+        ],
+    }
+    if values["kind"] == "gpu split":
+        values["layers"] = _layers(file)
+    return values
+
+
+def _value(value: Any) -> Any:
+    """As JSON holds it; of a long array its length alone."""
+    if isinstance(value, list):
+        if len(value) > SHORT_ARRAY:
+            return {"length": len(value)}
+        return [_value(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _layers(split: GGUFFile) -> list[dict[str, Any]]:
+    """Neurons on the GPU, and their bytes where the model lies beside the split."""
+    matrices = _matrices(split.path)
+    rows = []
+    for name, entry in split.entries.items():
+        if not (found := re.fullmatch(r"blk\.(\d+)\.gpu_bucket", name)):
+            continue
+        layer, neurons = int(found[1]), entry.shape[0]
+        index = split.entries.get(f"blk.{layer}.gpu_idx")
+        here = [matrices.get(f"blk.{layer}.{row}.weight") for row in ROWS]
+        sizes = [e.nbytes // e.shape[0] for e in here if e is not None]
+        rows.append(
+            {
+                "layer": layer,
+                "neurons": neurons,
+                "width": index.shape[0] if index is not None else None,
+                "bytes": neurons * (sum(sizes) + LIST_BYTES) if len(sizes) == len(ROWS) else None,
+            }
+        )
+    return rows
+
+
+def _matrices(path: Path) -> dict[str, Entry]:
+    try:
+        return GGUFFile(path.with_name(path.name.removesuffix(SUFFIX))).entries
+    except InputError:
+        return {}
+
+
+def show_file(values: dict[str, Any]) -> None:
+    """A split by layer, any other file by keys and tensors."""
+    console.print(f"[bold]{escape(values['path'])}", soft_wrap=True)
+    head = f"{values['magic']} version {values['version']}, alignment {values['alignment']}"
+    console.print(f"  {head}, {size(values['bytes'])}", soft_wrap=True, highlight=False)
+    keys = Table(title="keys", title_justify="left", show_header=False)
+    for key, value in values["keys"].items():
+        keys.add_row(plain(key), _told(value))
+    console.print(keys)
+    console.print(_split_table(values) if "layers" in values else _tensor_table(values))
+
+
+def _tensor_table(values: dict[str, Any]) -> Table:
+    tensors = values["tensors"]
+    total = size(sum(tensor["bytes"] for tensor in tensors))
+    table = Table(title=f"{len(tensors)} tensors, {total}", title_justify="left")
+    table.add_column("name", overflow="fold")
+    for name in ("shape", "type", "bytes"):
+        table.add_column(name, justify="right")
+    for tensor in tensors:
+        shape = " x ".join(map(str, tensor["shape"]))
+        table.add_row(plain(tensor["name"]), shape, tensor["type"], f"{tensor['bytes']:,}")
+    return table
+
+
+def _split_table(values: dict[str, Any]) -> Table:
+    layers = values["layers"]
+    total = sum(layer["neurons"] for layer in layers)
+    table = Table(title=f"{total:,} neurons on the GPU", title_justify="left")
+    for name in ("layer", "neurons", "of", "bytes"):
+        table.add_column(name, justify="right")
+    for layer in layers:
+        told = ("?" if v is None else f"{v:,}" for v in (layer["width"], layer["bytes"]))
+        table.add_row(str(layer["layer"]), f"{layer['neurons']:,}", *told)
+    return table
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['length']:,} values"
+    text = plain(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= SHORT_TEXT else f"{text[:SHORT_TEXT]}... ({len(text):,} characters)"
+
+
+def plain(text: str) -> str:
+    """Without control characters, and not taken for rich's markup."""
+    return escape(text if text.isprintable() else repr(text))
+
+
+def size(nbytes: int) -> str:
+    return f"{nbytes:,} bytes" if nbytes < 2**20 else f"{nbytes / 2**20:,.1f} MiB"

@@ -1,0 +1,93 @@
+"""The dense file against the bundle it comes from, and what the benchmark makes of an engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsecast.collect.errors import InputError
+from sparsecast.export.bench import BenchEngineConfig, bench
+from sparsecast.export.dense import write_dense
+from sparsecast.export.engine import EngineError
+from sparsecast.export.reader import GGUFFile
+from sparsecast.export.verify import bundle_file
+
+FAKE = """#!/bin/sh
+echo "x: prompt eval time = 6.61 ms / 3 tokens ( 2.2 ms per token, 9999.0 tokens per second)" >&2
+case "$2" in *dense.gguf) rate=30;; *) rate=20;; esac
+[ -n "$LLAMA_SPARSE_PRED_THRESHOLD" ] && rate=10
+echo "$@" >> ENGINE_LOG
+echo "x:  eval time =  110.31 ms /   199 runs (0.55 ms per token, $rate.50 tokens per second)" >&2
+"""
+
+
+def fake_engine(folder: Path, script: str = FAKE) -> Path:
+    (folder / "bin").mkdir(parents=True)
+    program = folder / "bin" / "main"
+    program.write_text(script.replace("ENGINE_LOG", str(folder / "calls")))
+    program.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("source", ["made", "quantised"])
+def test_the_dense_file_is_the_bundle_without_its_predictors(request, source, tmp_path):
+    sparse = GGUFFile(bundle_file(request.getfixturevalue(source)))
+    write_dense(sparse, tmp_path / "dense.gguf")
+    dense = GGUFFile(tmp_path / "dense.gguf")
+    assert dense.magic == b"GGUF"
+    missing = {key for key in sparse.keys if dense.keys.get(key) != sparse.keys[key]}
+    assert missing == {"powerinfer.sparse_threshold"}
+    assert all(dense.key_types[key] == sparse.key_types[key] for key in dense.keys)
+    for name in sparse.entries:
+        if ".fc1." in name or ".fc2." in name:
+            assert name not in dense.entries
+        elif "ffn_down_t" in name:
+            down = dense.tensor(name.replace("ffn_down_t", "ffn_down"))
+            assert torch.equal(down, sparse.tensor(name).T)
+        else:
+            assert torch.equal(dense.tensor(name), sparse.tensor(name))
+            assert dense.entries[name].type == sparse.entries[name].type
+    with pytest.raises(InputError, match="is a dense GGUF"):
+        write_dense(dense, tmp_path / "again.gguf")
+
+
+def test_rates_are_the_engines_own_and_the_runs_what_they_say(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_SPARSE_PRED_THRESHOLD", "7")
+    engine = fake_engine(tmp_path / "build")
+    cfg = BenchEngineConfig(
+        bundle=made, engine=engine, tokens=600, rounds=2, threads=3, json=tmp_path / "b.json"
+    )
+    values = bench(cfg)
+    assert json.loads(cfg.json.read_text()) == values
+    assert values["tokens_per_s"] == {"predictors": 20.5, "all_active": 10.5, "dense": 30.5}
+    assert values["over_dense"] == pytest.approx(20.5 / 30.5)
+    calls = (engine / "calls").read_text().splitlines()
+    assert len(calls) == 6
+    for call in calls:
+        assert "-t 3 " in call
+        assert "-n 600 " in call
+        assert "-c 768 -b 768 " in call
+    assert sum("dense.gguf" in call for call in calls) == 2
+
+
+def test_an_engine_that_fails_and_folders_without_a_bundle_are_told(made, tmp_path):
+    broken = fake_engine(tmp_path / "broken", "#!/bin/sh\necho oh dear >&2\nexit 3\n")
+    cfg = BenchEngineConfig(bundle=made, engine=broken, rounds=1)
+    with pytest.raises(EngineError, match=r"main gave no timing \(exit 3\): oh dear"):
+        bench(cfg)
+    with pytest.raises(InputError, match="holds 0 files"):
+        bench(replace(cfg, bundle=tmp_path))
+    with pytest.raises(InputError, match="no executable bin/main"):
+        bench(replace(cfg, engine=tmp_path))
+    with pytest.raises(InputError, match="--tokens: must be at least 2, got 1"):
+        replace(cfg, tokens=1)
+
+
+@pytest.mark.engine
+def test_the_engine_runs_all_three(engine, made):
+    values = bench(BenchEngineConfig(bundle=made, engine=engine, tokens=20, rounds=1))
+    assert min(values["tokens_per_s"].values()) > 1
