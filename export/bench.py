@@ -11,10 +11,8 @@ CPU down projection of PowerInfer's engine adds the threads' partial sums withou
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +25,11 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar, console
 from sparsecast.export.config import SUFFIX
 from sparsecast.export.dense import write_dense
-from sparsecast.export.engine import EngineError, binary
+from sparsecast.export.engine import EngineError, binary, finished, last_words
 from sparsecast.export.reader import GGUFFile
 
-THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
-EVERYTHING = "-1e30"
 TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
 PROMPT = " def"
-TIMEOUT = 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +80,17 @@ def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as scratch:
         dense = Path(scratch, "dense.gguf")
         write_dense(file, dense)
-        kinds: dict[str, tuple[Path, dict[str, str]]] = {
-            "predictors": (models[0].absolute(), {}),
-            "all_active": (models[0].absolute(), {THRESHOLD: EVERYTHING}),
-            "dense": (dense, {}),
+        kinds = {
+            "predictors": (models[0].absolute(), False),
+            "all_active": (models[0].absolute(), True),
+            "dense": (dense, False),
         }
         rates: dict[str, list[float]] = {name: [] for name in kinds}
         with bar("bench", cfg.rounds * len(kinds)) as progress:
             for _ in range(cfg.rounds):
-                for name, (model, extra) in kinds.items():
-                    rates[name].append(
-                        _rate(program, model, extra, cfg.threads, cfg.tokens, scratch)
-                    )
+                for name, (model, all_active) in kinds.items():
+                    command = _command(cfg, program, model)
+                    rates[name].append(_rate(command, scratch, all_active=all_active))
                     progress.advance()
     median = {name: statistics.median(values) for name, values in rates.items()}
     values = {
@@ -114,31 +108,19 @@ def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
     return values
 
 
-def _rate(
-    program: Path, model: Path, extra: dict[str, str], threads: int, tokens: int, scratch: str
-) -> float:
-    context = str(max(512, -(-(tokens + 32) // 256) * 256))
-    options = ["-t", str(threads), "-tb", str(threads), "-c", context, "-b", context]
-    options += ["-n", str(tokens)]
+def _command(cfg: BenchEngineConfig, program: Path, model: Path) -> list[str]:
+    threads, tokens = str(cfg.threads), str(cfg.tokens)
+    context = str(max(512, -(-(cfg.tokens + 32) // 256) * 256))
+    options = ["-t", threads, "-tb", threads, "-c", context, "-b", context, "-n", tokens]
     command = [str(program), "-m", str(model), *options, "-p", PROMPT, "--temp", "0"]
-    command += ["--repeat-penalty", "1.0", "--ignore-eos", "--log-disable", "--simple-io"]
-    clean = {k: v for k, v in os.environ.items() if k != THRESHOLD}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=scratch,
-            env=clean | extra,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=TIMEOUT,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EngineError(f"main took more than {TIMEOUT} s") from error
-    said = done.stderr.decode(errors="replace")
-    found = TIMING.findall(said)
-    if done.returncode or not found:
-        last = (said.strip().splitlines() or ["it printed nothing"])[-1][:200]
-        raise EngineError(f"main gave no timing (exit {done.returncode}): {last}")
+    return [*command, "--repeat-penalty", "1.0", "--ignore-eos", "--log-disable", "--simple-io"]
+
+
+def _rate(command: list[str], scratch: str, *, all_active: bool) -> float:
+    code, _, err = finished(command, scratch, all_active=all_active)
+    found = TIMING.findall(err)
+    if code or not found:
+        raise EngineError(f"main gave no timing (exit {code}): {last_words(err)}")
     return float(found[-1])
 
 

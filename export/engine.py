@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from sparsecast.collect.errors import InputError
 from sparsecast.export.protocol import CHUNK
 
-PERPLEXITY_TIMEOUT = 3600
+TIMEOUT = 3600
 START_TIMEOUT = 180
 REPLY_TIMEOUT = 300
 THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
@@ -70,22 +70,33 @@ def engine_perplexity(
     command = [str(binary(build, "perplexity")), "-m", str(model.absolute()), "-f", "text.txt"]
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "text.txt").write_text(text, encoding="utf-8", newline="")
-        try:
-            done = subprocess.run(
-                [*command, *OPTIONS, "--chunks", str(chunks)],
-                cwd=scratch,
-                env=_environment() | ({THRESHOLD: "-1e30"} if all_active else {}),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=PERPLEXITY_TIMEOUT,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise EngineError(f"perplexity took more than {PERPLEXITY_TIMEOUT} s") from error
-    out, err = (stream.decode(errors="replace") for stream in (done.stdout, done.stderr))
+        command += [*OPTIONS, "--chunks", str(chunks)]
+        code, out, err = finished(command, scratch, all_active=all_active)
     found = re.search(r"PPL = (\S+)", out)
-    if done.returncode or not found:
-        raise EngineError(f"perplexity gave no estimate (exit {done.returncode}): {_last(err)}")
+    if code or not found:
+        raise EngineError(f"perplexity gave no estimate (exit {code}): {last_words(err)}")
     return float(found[1])
+
+
+def finished(command: list[str], folder: str, *, all_active: bool = False) -> tuple[int, str, str]:
+    """Run a binary in `folder` to its end: exit code, standard output and standard error.
+
+    Raises:
+        EngineError: It took more than `TIMEOUT` seconds.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=_environment() | ({THRESHOLD: "-1e30"} if all_active else {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"{Path(command[0]).name} took more than {TIMEOUT} s") from error
+    out, err = (stream.decode(errors="replace") for stream in (done.stdout, done.stderr))
+    return done.returncode, out, err
 
 
 class Server:
@@ -182,7 +193,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            last = _last(log.read_text(errors="replace"))
+            last = last_words(log.read_text(errors="replace"))
             raise EngineError(f"server did not start (exit {process.returncode}): {last}")
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -203,6 +214,6 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != THRESHOLD}
 
 
-def _last(output: str) -> str:
+def last_words(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it printed nothing"

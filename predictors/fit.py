@@ -92,9 +92,7 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
     resume = last if last.is_file() else None
     on_gpu = device.type == "cuda"
     share = (team.rank, team.size) if cfg.data_parallel else (0, 1)
-    train_data: Any = source.batches(
-        cfg.tokens_per_step, cfg.seed, cfg.steps, run.layers, device, share
-    )
+    train_data: Any = source.batches(cfg, run.layers, device, share)
     calibration_data = TokenBlocks(
         source.store, "calibration", cfg.tokens_per_step, layers=run.layers, for_gpu=on_gpu
     )

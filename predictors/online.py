@@ -69,15 +69,13 @@ class Running:
 
     def batches(
         self,
-        batch_size: int,
-        seed: int,
-        epochs: int,
+        cfg: TrainConfig,
         layers: Sequence[int],
         device: torch.device,
         share: tuple[int, int],
     ) -> ModelBatches:
-        per_epoch = self._cfg.steps_per_epoch(share[1])
-        return ModelBatches(self, per_epoch, batch_size, seed, layers, share)
+        per_epoch = cfg.steps_per_epoch(share[1])
+        return ModelBatches(self, per_epoch, cfg.tokens_per_step, cfg.seed, layers, share)
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
         made = self.store.manifest

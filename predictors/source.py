@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from sparsecast.collect.store import ActivationStore
+from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import LayersBatch, TokenBlocks
 from sparsecast.predictors.warm_start import Moments, moments
 
@@ -35,9 +36,7 @@ class Source(Protocol):
 
     def batches(
         self,
-        batch_size: int,
-        seed: int,
-        epochs: int,
+        cfg: TrainConfig,
         layers: Sequence[int],
         device: torch.device,
         share: tuple[int, int],
@@ -56,9 +55,7 @@ class Recorded:
 
     def batches(
         self,
-        batch_size: int,
-        seed: int,
-        epochs: int,
+        cfg: TrainConfig,
         layers: Sequence[int],
         device: torch.device,
         share: tuple[int, int],
@@ -66,8 +63,8 @@ class Recorded:
         return TokenBlocks(
             self.store,
             "train",
-            batch_size,
-            seed,
+            cfg.tokens_per_step,
+            cfg.seed,
             layers=layers,
             for_gpu=device.type == "cuda",
             share=share,

@@ -121,8 +121,8 @@ def _prepare(
     check_unfinished(work_folder(cfg.out), training)
     if cfg.model and cfg.activations:
         check_recorded(cfg.model, store)
-    alone = cfg.data_parallel or cfg.recipe == "svd"
-    layers = share_of(store.manifest.layers, processes, alone)
+    all_of_them = cfg.data_parallel or cfg.recipe == "svd"
+    layers = share_of(store.manifest.layers, processes, all_of_them)
     L.seed_everything(cfg.seed, verbose=False)
     ranks = ranks_for(cfg, store, dtype, device)
     for rank in set(ranks):

@@ -65,7 +65,7 @@ def rows_of(store, layer: int) -> set[bytes]:
 def test_batches_are_tokens_that_collect_would_have_stored(cfg, whole):
     source = running(cfg)
     layers = source.store.manifest.layers
-    batches = source.batches(128, 0, 2, layers, CPU, (0, 1))
+    batches = source.batches(cfg, layers, CPU, (0, 1))
     assert len(batches) == 4_000 // (2 * 128)
     known = {layer: rows_of(whole, layer) for layer in layers}
     seen: dict[int, list[bytes]] = {layer: [] for layer in layers}
@@ -89,11 +89,11 @@ def test_batches_are_tokens_that_collect_would_have_stored(cfg, whole):
 def test_an_epoch_is_the_same_after_a_restart(cfg):
     source = running(cfg)
     layers = source.store.manifest.layers[:1]
-    straight = source.batches(128, 0, 2, layers, CPU, (0, 1))
+    straight = source.batches(cfg, layers, CPU, (0, 1))
     first = list(straight)
     straight.epoch = 1
     second = list(straight)
-    fresh = source.batches(128, 0, 2, layers, CPU, (0, 1))
+    fresh = source.batches(cfg, layers, CPU, (0, 1))
     fresh.epoch = 1
     for one, two in zip(second, fresh, strict=True):
         assert torch.equal(one.x_LBD, two.x_LBD)
@@ -106,7 +106,7 @@ def test_shares_of_the_text_are_disjoint(cfg):
     layers = source.store.manifest.layers[:1]
     seen = []
     for place in range(2):
-        share = source.batches(64, 0, 2, layers, CPU, (place, 2))
+        share = source.batches(cfg, layers, CPU, (place, 2))
         assert len(share) == 4_000 // (2 * 128 * 2)
         seen.append({row.numpy().tobytes() for batch in share for row in batch.x_LBD[0]})
     assert len(seen[0] & seen[1]) < 0.03 * len(seen[0])  # BOS looks alike everywhere

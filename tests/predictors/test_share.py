@@ -38,6 +38,20 @@ def run(cfg, processes: int) -> subprocess.CompletedProcess[str]:
     )
 
 
+def same_by_one_and_two(cfg, tmp_path):
+    """Train into "one" by one process and "two" by two; the latter's run."""
+    alone, shared = run(cfg, 1), run(replace(cfg, out=tmp_path / "two"), 2)
+    assert alone.returncode == 0, alone.stderr
+    assert shared.returncode == 0, shared.stderr
+    one, two = (load_predictors(tmp_path / name) for name in ("one", "two"))
+    assert one.manifest == two.manifest
+    for a, b in zip(one.layers, two.layers, strict=True):
+        for x, y in zip(a.weights, b.weights, strict=True):
+            assert torch.equal(x, y)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    return shared
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -48,15 +62,7 @@ def run(cfg, processes: int) -> subprocess.CompletedProcess[str]:
 )
 def test_two_processes_train_the_layers_that_one_does(recipe, tmp_path, changes):
     cfg = replace(recipe, epochs=2, out=tmp_path / "one", **changes)
-    alone, shared = run(cfg, 1), run(replace(cfg, out=tmp_path / "two"), 2)
-    assert alone.returncode == 0, alone.stderr
-    assert shared.returncode == 0, shared.stderr
-    one, two = (load_predictors(tmp_path / name) for name in ("one", "two"))
-    assert one.manifest == two.manifest
-    for a, b in zip(one.layers, two.layers, strict=True):
-        for x, y in zip(a.weights, b.weights, strict=True):
-            assert torch.equal(x, y)
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    shared = same_by_one_and_two(cfg, tmp_path)
     assert (tmp_path / "two" / "logs" / "version_0" / "metrics.csv").is_file()
     assert " ".join(shared.stderr.split()).count("on the calibration split recall") == 1
 
@@ -114,15 +120,7 @@ def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corp
         rank=32,
         device="cpu",
     )
-    alone, shared = run(cfg, 1), run(replace(cfg, out=tmp_path / "two"), 2)
-    assert alone.returncode == 0, alone.stderr
-    assert shared.returncode == 0, shared.stderr
-    one, two = (load_predictors(tmp_path / name) for name in ("one", "two"))
-    assert one.manifest == two.manifest
-    for a, b in zip(one.layers, two.layers, strict=True):
-        for x, y in zip(a.weights, b.weights, strict=True):
-            assert torch.equal(x, y)
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    same_by_one_and_two(cfg, tmp_path)
 
 
 def test_every_layer_has_one_process():
