@@ -42,15 +42,29 @@ def read_set(mask, n_words, WORDS: tl.constexpr):
 @triton.jit
 def kth(word_W, upto_W, k_K):
     """(K,) int32: the neurons at the places `k_K` of a set; nonsense beyond its end."""
-    WORDS: tl.constexpr = word_W.shape[0]
-    before_KW = upto_W[None, :] <= k_K[:, None]
-    w_K = tl.sum(before_KW.to(tl.int32), 1)
-    skipped_K = tl.max(tl.where(before_KW, upto_W[None, :], 0), 1)
-    here_KW = tl.arange(0, WORDS)[None, :] == w_K[:, None]
-    word_K = tl.sum(tl.where(here_KW, word_W[None, :], 0), 1)
+    w = tl.arange(0, word_W.shape[0])
+    before_W = upto_W - _ones(word_W)
+    here_KW = (before_W[None, :] <= k_K[:, None]) & (k_K[:, None] < upto_W[None, :])
+    # One sum over the words brings all of it: reductions across a program are what costs here.
+    found_KW = ((w << 16) | word_W).to(tl.int64)[None, :] << 32
+    found_KW |= (k_K[:, None] - before_W[None, :]).to(tl.int64)
+    found_K = tl.sum(tl.where(here_KW, found_KW, 0), 1)
+    word_K = (found_K >> 32).to(tl.int32) & 0xFFFF
     upto_bit = (2 << tl.arange(0, 16)) - 1
-    below_K16 = _ones(word_K[:, None] & upto_bit[None, :]) <= (k_K - skipped_K)[:, None]
-    return w_K * 16 + tl.sum(below_K16.to(tl.int32), 1)
+    passed_K16 = _ones(word_K[:, None] & upto_bit[None, :]) <= found_K.to(tl.int32)[:, None]
+    return (found_K >> 48).to(tl.int32) * 16 + tl.sum(passed_K16.to(tl.int32), 1)
+
+
+@triton.jit
+def tile_of(mask, word_W, upto_W, tile, n_words, TILE: tl.constexpr):
+    """TILE words of a set: (TILE, 16) neurons, whether they are in the set, and at which place."""
+    w = tile * TILE + tl.arange(0, TILE)
+    bit = tl.arange(0, 16)
+    word = tl.load(mask + w, mask=w < n_words, other=0).to(tl.int32)
+    on = (word[:, None] >> bit[None, :]) & 1
+    before = tl.sum(tl.where(tl.arange(0, word_W.shape[0]) < tile * TILE, _ones(word_W), 0), 0)
+    place = before + tl.reshape(tl.cumsum(tl.reshape(on, (TILE * 16,)), 0), (TILE, 16)) - 1
+    return w[:, None] * 16 + bit[None, :], on != 0, place
 
 
 @triton.jit

@@ -21,8 +21,8 @@ from sparsecast.kernels.products import dot, rounded
 from sparsecast.kernels.rows import Rows
 
 CONFIGS = {
-    1: {"BLOCK_K": 8, "BLOCK_D": 512, "num_warps": 4},
-    16: {"BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4},
+    1: {"BLOCK_K": 16, "BLOCK_D": 512, "STAGES": 1, "num_warps": 4},
+    16: {"BLOCK_K": 32, "BLOCK_D": 128, "STAGES": 5, "num_warps": 4},
 }
 """By padded tokens."""
 GROUPS = {1: 32, 16: 16}
@@ -53,6 +53,7 @@ def _kernel(
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     after_previous(PDL)
@@ -68,7 +69,7 @@ def _kernel(
         acc_KD = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     else:
         acc_TD = tl.zeros((T, BLOCK_D), tl.float32)
-    for start in range(group * BLOCK_K, total, groups * BLOCK_K):
+    for start in tl.range(group * BLOCK_K, total, groups * BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         n_K = tl.load(row + k, mask=k < total, other=0).to(tl.int64)
         x1_TK = tl.load(

@@ -30,6 +30,26 @@ def after_previous(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+@triton.jit
+def prefetch(weight, tile, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, n_rows):
+    """Ask for a tile of weight rows before `after_previous`: they come while the last kernel ends.
+
+    Weights may be asked for because nobody writes them; data goes no further than the L2, which
+    later writes would still reach.
+    """
+    LINES: tl.constexpr = triton.next_power_of_2((ROWS * ROW_BYTES + 127) // 128)
+    end = n_rows.to(tl.int64) * ROW_BYTES - 1
+    byte = tile.to(tl.int64) * (ROWS * ROW_BYTES) + tl.arange(0, LINES) * 128
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [weight.to(tl.pointer_type(tl.uint8)) + tl.minimum(byte, end)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 def padded(tokens: int) -> int:
     """Columns of a product: 1, or what the tensor cores' tiles hold.
 

@@ -18,17 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.bits import WORD, words
-from sparsecast.kernels.launch import after_previous, options, padded
+from sparsecast.kernels.launch import after_previous, options, padded, prefetch
 from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
 
 HIDDEN_CONFIGS = {
-    1: {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4},
-    16: {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 2, "num_stages": 4},
+    1: {"BLOCK_N": 2, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
+    16: {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
 }
 SELECT_CONFIGS = {
-    1: {"BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 4},
-    16: {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    1: {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 8},
+    16: {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
 }
 """By padded tokens."""
 
@@ -55,11 +55,12 @@ def _hidden_kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     after_previous(PDL)
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    hidden_NT = products(weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, T)
+    hidden_NT = products(weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T)
     t = tl.arange(0, T)
     tl.store(
         hidden + t[None, :] * R + r[:, None],
@@ -83,11 +84,14 @@ def _select_kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    after_previous(PDL)
     f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    logit_NT = products(weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, T)
+    if PDL:
+        prefetch(weight, tl.program_id(0), BLOCK_N, K * BITS // 8, F)
+    after_previous(PDL)
+    logit_NT = products(weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T)
     t = tl.arange(0, T)
     on_NT = (logit_NT >= threshold) & (f < F)[:, None] & (t < tokens)[None, :]
     tokens_N = tl.sum(on_NT.to(tl.int32) << t[None, :], 1)

@@ -45,21 +45,31 @@ def products(
     K: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     T: tl.constexpr,
 ):
     """(N, T) float32: the rows `row_N` of a weight in 16, 8 or 4 bits times x (tokens, K).
 
-    Rows that are not ok are not read; their products are 0. `scale` is unused for 16 bits.
+    Rows that are not ok are not read; their products are 0. `scale` is unused for 16 bits. STAGES
+    is how many tiles of BLOCK_K columns are on their way at once.
     """
     row_N = row_N.to(tl.int64)
     if BITS == 16:
-        return _plain(weight, row_N, ok_N, x, tokens, K, BLOCK_K, T)
-    return _blocks(weight, scale, row_N, ok_N, x, tokens, K, BITS, BLOCK_K, T)
+        return _plain(weight, row_N, ok_N, x, tokens, K, BLOCK_K, STAGES, T)
+    return _blocks(weight, scale, row_N, ok_N, x, tokens, K, BITS, BLOCK_K, STAGES, T)
 
 
 @triton.jit
 def _plain(
-    weight, row_N, ok_N, x, tokens, K: tl.constexpr, BLOCK_K: tl.constexpr, T: tl.constexpr
+    weight,
+    row_N,
+    ok_N,
+    x,
+    tokens,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    T: tl.constexpr,
 ):
     dtype: tl.constexpr = weight.dtype.element_ty
     if T == 1:
@@ -67,7 +77,7 @@ def _plain(
     else:
         acc_NT = tl.zeros((row_N.shape[0], T), tl.float32)
     t = tl.arange(0, T)
-    for start in range(0, K, BLOCK_K):
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         w_NK = tl.load(
             weight + row_N[:, None] * K + k[None, :],
@@ -100,6 +110,7 @@ def _blocks(
     K: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     T: tl.constexpr,
 ):
     """q8_0 and q4_0. A block's bytes stay in one thread; q4_0 goes half block by half block."""
@@ -112,7 +123,7 @@ def _blocks(
     else:
         acc_NT = tl.zeros((rows, T), tl.float32)
     j = tl.arange(0, BYTES)
-    for start in range(0, BLOCKS, BLOCK_B):
+    for start in tl.range(0, BLOCKS, BLOCK_B, num_stages=STAGES):
         b = start + tl.arange(0, BLOCK_B)
         ok_NB = ok_N[:, None] & (b < BLOCKS)[None, :]
         d_NB = tl.load(scale + row_N[:, None] * BLOCKS + b[None, :], mask=ok_NB, other=0.0)

@@ -20,18 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecast.kernels.bits import kth, read_set
+from sparsecast.kernels.bits import kth, read_set, tile_of
 from sparsecast.kernels.gate import fired
 from sparsecast.kernels.launch import after_previous, options, padded, programs
 from sparsecast.kernels.products import products, rounded
 
 CONFIGS = {
-    1: {"BLOCK_N": 1, "BLOCK_D": 4096, "num_warps": 4},
-    16: {"BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 2, "num_stages": 4},
+    1: {"BLOCK_N": 2, "BLOCK_D": 2048, "STAGES": 1, "num_warps": 4},
+    16: {"BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2},
 }
 """By padded tokens."""
-PROGRAMS = {1: 8, 16: 4}
+PROGRAMS = {1: 8, 16: 8}
 """Per multiprocessor."""
+TILE = 64
+"""Words that one program lists."""
 LEAST_PIECE = 128
 """Of the hidden size, as `down` cuts it; every piece has a ticket, which is set to zero here."""
 
@@ -86,6 +88,33 @@ def reference(
     return row_K, act_KT * (up_KT.relu() if relu_up else up_KT)
 
 
+@triton.jit
+def _begin(program, total, count, ticket, TICKETS: tl.constexpr):
+    """What one program of the first kernel that knows the set's size leaves for the others."""
+    if program == 0:
+        tl.store(count, total)
+        tl.store(ticket + tl.arange(0, TICKETS), tl.zeros((TICKETS,), tl.int32))
+
+
+@triton.jit
+def _list_kernel(
+    mask,
+    row,
+    count,
+    ticket,
+    n_words,
+    WORDS: tl.constexpr,
+    TICKETS: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    after_previous(PDL)
+    word_W, upto_W = read_set(mask, n_words, WORDS)
+    _begin(tl.program_id(0), tl.max(upto_W, 0), count, ticket, TICKETS)
+    n, on, place = tile_of(mask, word_W, upto_W, tl.program_id(0), n_words, TILE)
+    tl.store(row + place, n, mask=on)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _kernel(
     x,
@@ -112,23 +141,29 @@ def _kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     after_previous(PDL)
-    word_W, upto_W = read_set(mask, n_words, WORDS)
-    total = tl.max(upto_W, 0)
-    if tl.program_id(0) == 0:
-        tl.store(count, total)
-        tl.store(ticket + tl.arange(0, TICKETS), tl.zeros((TICKETS,), tl.int32))
+    if T == 1:
+        word_W, upto_W = read_set(mask, n_words, WORDS)
+        total = tl.max(upto_W, 0)
+        _begin(tl.program_id(0), total, count, ticket, TICKETS)
+    else:
+        total = tl.load(count)
     dtype: tl.constexpr = x.dtype.element_ty
     t = tl.arange(0, T)
     for start in range(tl.program_id(0) * BLOCK_N, total, tl.num_programs(0) * BLOCK_N):
         k = start + tl.arange(0, BLOCK_N)
         ok_N = k < total
-        n = kth(word_W, upto_W, k)
+        if T == 1:
+            n = kth(word_W, upto_W, k)
+            tl.store(row + k, n, mask=ok_N)
+        else:
+            n = tl.load(row + k, mask=ok_N, other=0)
         ok_NT = ok_N[:, None] & (t < tokens)[None, :]
         if COMPUTES_GATE:
-            gate_NT = products(first, first, n, ok_N, x, tokens, D, 16, BLOCK_D, T)
+            gate_NT = products(first, first, n, ok_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
             if HAS_BIAS:
                 gate_NT += tl.load(bias + n, mask=ok_N, other=0.0).to(tl.float32)[:, None]
             act_NT = fired(gate_NT, threshold, dtype)
@@ -140,11 +175,10 @@ def _kernel(
             act_NT = act_NT.to(tl.float32)
         if HAS_UP:
             fires_N = ok_N & (tl.max(act_NT, 1) > 0)
-            up_NT = products(up, up, n, fires_N, x, tokens, D, 16, BLOCK_D, T)
+            up_NT = products(up, up, n, fires_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
             if RELU_UP:
                 up_NT = tl.maximum(up_NT, 0.0)
             act_NT = act_NT * up_NT
-        tl.store(row + k, n, mask=ok_N)
         tl.store(x1 + k[:, None] * tokens + t[None, :], rounded(act_NT, dtype), mask=ok_NT)
 
 
@@ -176,11 +210,16 @@ def rows(
     unread = x_TD  # stands in for what this form of the kernel never loads
     config = CONFIGS[pad]
     block_d = min(config["BLOCK_D"], triton.next_power_of_2(d))
+    words, form = len(mask_W), options(x_TD)
+    shared = {"WORDS": triton.next_power_of_2(words), "TICKETS": tickets, **form}
+    if pad > 1:
+        _list_kernel[(triton.cdiv(words, TILE),)](
+            mask_W, out.row_F, out.count, out.ticket_C, words, TILE=TILE, **shared
+        )
     _kernel[(programs(x_TD, PROGRAMS[pad]),)](
         x_TD, mask_W, *(unread if a is None else a for a in (act, first, bias, chosen, up_FD)), *out,
-        threshold, tokens, len(mask_W),
+        threshold, tokens, words,
         D=d, COMPUTES_GATE=act is None, HAS_BIAS=bias is not None, HAS_UP=up_FD is not None,
-        RELU_UP=relu_up, WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=pad,
-        **(config | {"BLOCK_D": block_d}), **options(x_TD),
+        RELU_UP=relu_up, T=pad, **(config | {"BLOCK_D": block_d}), **shared,
     )  # fmt: skip
     return out
