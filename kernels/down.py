@@ -36,6 +36,32 @@ def reference(rows: Rows, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
     return y_TD if bias_D is None else y_TD + bias_D.double()
 
 
+@triton.jit
+def _entries(row, x1, k_K, F, tokens, t):
+    """Neurons and x1 at places of the list. What lies behind its end is nonsense: one token reads
+    on before that end is known."""
+    n_K = tl.load(row + k_K, mask=k_K < F, other=0)
+    x1_TK = tl.load(
+        x1 + k_K[None, :] * tokens + t[:, None],
+        mask=(k_K < F)[None, :] & (t < tokens)[:, None],
+        other=0.0,
+    )
+    return n_K, x1_TK
+
+
+@triton.jit
+def _rows(down, n_K, x1_TK, ok_K, d, D: tl.constexpr):
+    """The weights of a tile, and its x1 with zeros behind the list's end."""
+    x1_TK = tl.where(ok_K[None, :], x1_TK, 0.0)
+    read_K = tl.max((x1_TK != 0).to(tl.int32), 0) > 0
+    w_KD = tl.load(
+        down + n_K.to(tl.int64)[:, None] * D + d[None, :],
+        mask=read_K[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    return w_KD, x1_TK
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _kernel(
     row,
@@ -47,6 +73,7 @@ def _kernel(
     part,
     y,
     tokens,
+    F,
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -57,39 +84,36 @@ def _kernel(
     PDL: tl.constexpr,
 ):
     after_previous(PDL)
-    total = tl.load(count)
     group = tl.program_id(1)
+    t = tl.arange(0, T)
+    k = group * BLOCK_K + tl.arange(0, BLOCK_K)
+    n_K, x1_TK = _entries(row, x1, k, F, tokens, t)
+    total = tl.load(count)
     groups = tl.minimum(tl.maximum(tl.cdiv(total, BLOCK_K), 1), GROUPS)
     if group >= groups:
         return
     dtype: tl.constexpr = down.dtype.element_ty
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    t = tl.arange(0, T)
     if T == 1:
         acc_KD = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        for _ in range(group * BLOCK_K, total, groups * BLOCK_K):
+            w_KD, x1_TK = _rows(down, n_K, x1_TK, k < total, d, D)
+            k += groups * BLOCK_K
+            n_K, next_TK = _entries(row, x1, k, F, tokens, t)
+            acc_KD += tl.trans(x1_TK).to(tl.float32) * w_KD.to(tl.float32)
+            x1_TK = next_TK
+        acc_TD = tl.sum(acc_KD, 0)[None, :]
     else:
         acc_TD = tl.zeros((T, BLOCK_D), tl.float32)
-    for start in tl.range(group * BLOCK_K, total, groups * BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
-        n_K = tl.load(row + k, mask=k < total, other=0).to(tl.int64)
-        x1_TK = tl.load(
-            x1 + k[None, :] * tokens + t[:, None],
-            mask=(k < total)[None, :] & (t < tokens)[:, None],
-            other=0.0,
-        )
-        read_K = tl.max((x1_TK != 0).to(tl.int32), 0) > 0
-        w_KD = tl.load(
-            down + n_K[:, None] * D + d[None, :],
-            mask=read_K[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        if T == 1:
-            acc_KD += tl.trans(x1_TK).to(tl.float32) * w_KD.to(tl.float32)
-        else:
+        for start in tl.range(group * BLOCK_K, total, groups * BLOCK_K, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_K)
+            n_K, x1_TK = _entries(row, x1, k, F, tokens, t)
+            w_KD, x1_TK = _rows(down, n_K, x1_TK, k < total, d, D)
             acc_TD = dot(x1_TK, w_KD, acc_TD)
-    if T == 1:
-        acc_TD = tl.sum(acc_KD, 0)[None, :]
     ok_TD = (t < tokens)[:, None] & (d < D)[None, :]
+    if GROUPS == 1:
+        tl.store(y + t[:, None] * D + d[None, :], rounded(acc_TD, dtype), mask=ok_TD)
+        return
     tl.store(part + (group * tokens + t)[:, None] * D + d[None, :], acc_TD, mask=ok_TD)
     tl.debug_barrier()  # all of the part is written before the ticket says so
     if tl.atomic_add(ticket + tl.program_id(0), 1, sem="acq_rel") == groups - 1:
@@ -115,7 +139,7 @@ def down(rows: Rows, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
     part_GTD = torch.empty(GROUPS[pad], tokens, d, dtype=torch.float32, device=down_FD.device)
     y_TD = torch.empty(tokens, d, dtype=down_FD.dtype, device=down_FD.device)
     _kernel[(triton.cdiv(d, config["BLOCK_D"]), GROUPS[pad])](
-        *rows, down_FD, down_FD if bias_D is None else bias_D, part_GTD, y_TD, tokens,
+        *rows, down_FD, down_FD if bias_D is None else bias_D, part_GTD, y_TD, tokens, len(down_FD),
         D=d, HAS_BIAS=bias_D is not None, GROUPS=GROUPS[pad], T=pad, **config, **options(down_FD),
     )  # fmt: skip
     return y_TD

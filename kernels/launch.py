@@ -1,9 +1,8 @@
-"""How every kernel here is launched: where it can run, on how many programs, and in which order.
+"""How every kernel here is launched: where it can run, and in which order.
 
 Kernels of one FFN follow each other within microseconds, so on Hopper and later each may start
 before the last one has ended (programmatic dependent launch): it waits in `after_previous`, before
-the first byte that another kernel wrote. It lets its own successor start only then, so whoever runs
-before `after_previous` knows that everything but its direct predecessor is complete.
+it reads or writes anything.
 """
 
 from __future__ import annotations
@@ -28,26 +27,6 @@ def after_previous(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch(weight, tile, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, n_rows):
-    """Ask for a tile of weight rows before `after_previous`: they come while the last kernel ends.
-
-    Weights may be asked for because nobody writes them; data goes no further than the L2, which
-    later writes would still reach.
-    """
-    LINES: tl.constexpr = triton.next_power_of_2((ROWS * ROW_BYTES + 127) // 128)
-    end = n_rows.to(tl.int64) * ROW_BYTES - 1
-    byte = tile.to(tl.int64) * (ROWS * ROW_BYTES) + tl.arange(0, LINES) * 128
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [weight.to(tl.pointer_type(tl.uint8)) + tl.minimum(byte, end)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 def padded(tokens: int) -> int:
@@ -80,13 +59,6 @@ def options(x: Tensor) -> dict[str, Any]:
     )
 
 
-def programs(x: Tensor, per_multiprocessor: int) -> int:
-    """Programs of a persistent grid; in the interpreter three, which run one after the other."""
-    if x.device.type == "cpu":
-        return 3
-    return per_multiprocessor * _multiprocessors(x.device.index)
-
-
 @cache
 def rounded_threshold(threshold: float, dtype: torch.dtype) -> float:
     """T as a comparison in this dtype sees it."""
@@ -97,7 +69,3 @@ def rounded_threshold(threshold: float, dtype: torch.dtype) -> float:
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count

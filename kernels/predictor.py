@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.bits import WORD, words
-from sparsecast.kernels.launch import after_previous, options, padded, prefetch
+from sparsecast.kernels.launch import after_previous, options, padded
 from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
 
@@ -87,10 +87,8 @@ def _select_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if PDL:
-        prefetch(weight, tl.program_id(0), BLOCK_N, K * BITS // 8, F)
     after_previous(PDL)
+    f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     logit_NT = products(weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T)
     t = tl.arange(0, T)
     on_NT = (logit_NT >= threshold) & (f < F)[:, None] & (t < tokens)[None, :]

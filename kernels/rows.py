@@ -4,11 +4,12 @@
     predicted   x1 = act * (up . x), act from the gate's rows of the set; up is read where it fired
     no gate     x1 = act
 
-Rows of weights are read once for all tokens. What leaves is a list in the order of the neurons:
+Each program takes the 16 neurons of a word; rows of weights are read once for all tokens. What
+leaves is a list in the order of the neurons:
 their numbers, x1 per token (0 where that token's neuron did not fire), and how many there are. Bytes:
 the gate's rows of the set where it is computed here, and up's rows that fired for any token.
 
-Shape letters: T tokens, D hidden, F FFN width, K places in the set, W words of 16 neurons.
+Shape letters: T tokens, D hidden, F FFN width, N neurons of a tile, W words of 16 neurons.
 """
 
 from __future__ import annotations
@@ -20,20 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecast.kernels.bits import kth, read_set, tile_of
+from sparsecast.kernels.bits import kth_ones, ones, ones_before
 from sparsecast.kernels.gate import fired
-from sparsecast.kernels.launch import after_previous, options, padded, programs
+from sparsecast.kernels.launch import after_previous, options, padded
 from sparsecast.kernels.products import products, rounded
 
 CONFIGS = {
-    1: {"BLOCK_N": 2, "BLOCK_D": 2048, "STAGES": 1, "num_warps": 4},
-    16: {"BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2},
+    1: {"BLOCK_N": 4, "BLOCK_D": 1024, "STAGES": 4, "num_warps": 4},
+    16: {"BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 3, "num_warps": 2},
 }
 """By padded tokens."""
-PROGRAMS = {1: 8, 16: 8}
-"""Per multiprocessor."""
-TILE = 64
-"""Words that one program lists."""
 LEAST_PIECE = 128
 """Of the hidden size, as `down` cuts it; every piece has a ticket, which is set to zero here."""
 
@@ -88,33 +85,6 @@ def reference(
     return row_K, act_KT * (up_KT.relu() if relu_up else up_KT)
 
 
-@triton.jit
-def _begin(program, total, count, ticket, TICKETS: tl.constexpr):
-    """What one program of the first kernel that knows the set's size leaves for the others."""
-    if program == 0:
-        tl.store(count, total)
-        tl.store(ticket + tl.arange(0, TICKETS), tl.zeros((TICKETS,), tl.int32))
-
-
-@triton.jit
-def _list_kernel(
-    mask,
-    row,
-    count,
-    ticket,
-    n_words,
-    WORDS: tl.constexpr,
-    TICKETS: tl.constexpr,
-    TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    after_previous(PDL)
-    word_W, upto_W = read_set(mask, n_words, WORDS)
-    _begin(tl.program_id(0), tl.max(upto_W, 0), count, ticket, TICKETS)
-    n, on, place = tile_of(mask, word_W, upto_W, tl.program_id(0), n_words, TILE)
-    tl.store(row + place, n, mask=on)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _kernel(
     x,
@@ -130,7 +100,6 @@ def _kernel(
     ticket,
     threshold,
     tokens,
-    n_words,
     D: tl.constexpr,
     COMPUTES_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -145,22 +114,19 @@ def _kernel(
     PDL: tl.constexpr,
 ):
     after_previous(PDL)
-    if T == 1:
-        word_W, upto_W = read_set(mask, n_words, WORDS)
-        total = tl.max(upto_W, 0)
-        _begin(tl.program_id(0), total, count, ticket, TICKETS)
-    else:
-        total = tl.load(count)
+    w = tl.program_id(0)
+    word = tl.load(mask + w).to(tl.int32) & 0xFFFF
+    here = ones(word)
+    before = ones_before(mask, w, WORDS)
+    if w == tl.num_programs(0) - 1:
+        tl.store(count, before + here)
+        tl.store(ticket + tl.arange(0, TICKETS), tl.zeros((TICKETS,), tl.int32))
     dtype: tl.constexpr = x.dtype.element_ty
     t = tl.arange(0, T)
-    for start in range(tl.program_id(0) * BLOCK_N, total, tl.num_programs(0) * BLOCK_N):
-        k = start + tl.arange(0, BLOCK_N)
-        ok_N = k < total
-        if T == 1:
-            n = kth(word_W, upto_W, k)
-            tl.store(row + k, n, mask=ok_N)
-        else:
-            n = tl.load(row + k, mask=ok_N, other=0)
+    for start in range(0, here, BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        ok_N = i < here
+        n = w * 16 + kth_ones(word, i)
         ok_NT = ok_N[:, None] & (t < tokens)[None, :]
         if COMPUTES_GATE:
             gate_NT = products(first, first, n, ok_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
@@ -179,6 +145,8 @@ def _kernel(
             if RELU_UP:
                 up_NT = tl.maximum(up_NT, 0.0)
             act_NT = act_NT * up_NT
+        k = before + i
+        tl.store(row + k, n, mask=ok_N)
         tl.store(x1 + k[:, None] * tokens + t[None, :], rounded(act_NT, dtype), mask=ok_NT)
 
 
@@ -210,16 +178,11 @@ def rows(
     unread = x_TD  # stands in for what this form of the kernel never loads
     config = CONFIGS[pad]
     block_d = min(config["BLOCK_D"], triton.next_power_of_2(d))
-    words, form = len(mask_W), options(x_TD)
-    shared = {"WORDS": triton.next_power_of_2(words), "TICKETS": tickets, **form}
-    if pad > 1:
-        _list_kernel[(triton.cdiv(words, TILE),)](
-            mask_W, out.row_F, out.count, out.ticket_C, words, TILE=TILE, **shared
-        )
-    _kernel[(programs(x_TD, PROGRAMS[pad]),)](
+    _kernel[(len(mask_W),)](
         x_TD, mask_W, *(unread if a is None else a for a in (act, first, bias, chosen, up_FD)), *out,
-        threshold, tokens, words,
+        threshold, tokens,
         D=d, COMPUTES_GATE=act is None, HAS_BIAS=bias is not None, HAS_UP=up_FD is not None,
-        RELU_UP=relu_up, T=pad, **(config | {"BLOCK_D": block_d}), **shared,
+        RELU_UP=relu_up, WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=pad,
+        **(config | {"BLOCK_D": block_d}), **options(x_TD),
     )  # fmt: skip
     return out
