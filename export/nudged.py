@@ -5,7 +5,7 @@ f16 or q8_0 over, or a predictor's decision, the logits of that position and of 
 whole steps, so no single evaluation is near the engine everywhere. Products moved by random noise
 of that size take such turns at random, and one of a few evaluations takes the engine's.
 
-Exact zeros stay: terms that cancel in integers cancel in any order.
+Exact zeros stay; where a quantised predictor's terms cancel, ties.py says what the engine has.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Nudged(Emulator):
         super().__init__(file)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def _product(self, x_TD: Tensor, name: str) -> Tensor:
-        y_TN = super()._product(x_TD, name)
+    def _product(self, x_TD: Tensor, name: str, skip_TD: Tensor | None = None) -> Tensor:
+        y_TN = super()._product(x_TD, name, skip_TD)
         noise_TN = torch.randn(y_TN.shape, generator=self._generator)
         noise_TN *= SIZE * y_TN.square().mean(-1, keepdim=True).sqrt()
         return torch.where(y_TN == 0, y_TN, y_TN + noise_TN)
