@@ -64,7 +64,7 @@ def _kernel(
 ):
     after_previous(PDL)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    gate_FT = products(first, first, f, f < F, x, tokens, D, 16, BLOCK_D, STAGES, T)
+    gate_FT = products(first, first, F, f, f < F, x, tokens, D, 16, BLOCK_D, STAGES, T)
     if HAS_BIAS:
         gate_FT += tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
     act_FT = fired(gate_FT, threshold, x.dtype.element_ty)

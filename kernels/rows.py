@@ -125,28 +125,31 @@ def _kernel(
     t = tl.arange(0, T)
     for start in range(0, here, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        ok_N = i < here
+        in_N = i < here
         n = w * 16 + kth_ones(word, i)
-        ok_NT = ok_N[:, None] & (t < tokens)[None, :]
+        ok_NT = in_N[:, None] & (t < tokens)[None, :]
         if COMPUTES_GATE:
-            gate_NT = products(first, first, n, ok_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
+            gate_NT = products(first, first, 0, n, in_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
             if HAS_BIAS:
-                gate_NT += tl.load(bias + n, mask=ok_N, other=0.0).to(tl.float32)[:, None]
+                gate_NT += tl.load(bias + n, mask=in_N, other=0.0).to(tl.float32)[:, None]
             act_NT = fired(gate_NT, threshold, dtype)
             if T > 1:
-                chosen_N = tl.load(chosen + n, mask=ok_N, other=0)
+                chosen_N = tl.load(chosen + n, mask=in_N, other=0)
                 act_NT = tl.where((chosen_N[:, None] >> t[None, :]) & 1 == 1, act_NT, 0.0)
         else:
             act_NT = tl.load(act + n[:, None] * tokens + t[None, :], mask=ok_NT, other=0.0)
             act_NT = act_NT.to(tl.float32)
         if HAS_UP:
-            fires_N = ok_N & (tl.max(act_NT, 1) > 0)
-            up_NT = products(up, up, n, fires_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
+            if COMPUTES_GATE:
+                fires_N = in_N & (tl.max(act_NT, 1) > 0)
+            else:  # all of them fire, so up need not wait for act
+                fires_N = in_N
+            up_NT = products(up, up, 0, n, fires_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
             if RELU_UP:
                 up_NT = tl.maximum(up_NT, 0.0)
             act_NT = act_NT * up_NT
         k = before + i
-        tl.store(row + k, n, mask=ok_N)
+        tl.store(row + k, n, mask=in_N)
         tl.store(x1 + k[:, None] * tokens + t[None, :], rounded(act_NT, dtype), mask=ok_NT)
 
 
