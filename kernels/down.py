@@ -95,14 +95,13 @@ def _kernel(
     dtype: tl.constexpr = down.dtype.element_ty
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     if T == 1:
-        acc_KD = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        acc_TD = tl.zeros((1, BLOCK_D), tl.float32)
         for _ in range(group * BLOCK_K, total, groups * BLOCK_K):
             w_KD, x1_TK = _rows(down, n_K, x1_TK, k < total, d, D)
             k += groups * BLOCK_K
             n_K, next_TK = _entries(row, x1, k, F, tokens, t)
-            acc_KD += tl.trans(x1_TK).to(tl.float32) * w_KD.to(tl.float32)
+            acc_TD += tl.sum(tl.trans(x1_TK).to(tl.float32) * w_KD.to(tl.float32), 0)[None, :]
             x1_TK = next_TK
-        acc_TD = tl.sum(acc_KD, 0)[None, :]
     else:
         acc_TD = tl.zeros((T, BLOCK_D), tl.float32)
         for start in tl.range(group * BLOCK_K, total, groups * BLOCK_K, num_stages=STAGES):

@@ -125,7 +125,7 @@ def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
     bits = _bits(fc1_RD)
     config = HIDDEN_CONFIGS[pad, bits]
     _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
-        z_TD, *_parts(fc1_RD), hidden_TR, tokens, rank,
+        z_TD, *_parts(fc1_RD, pad), hidden_TR, tokens, rank,
         K=d, BITS=bits, T=pad, **config, **options(z_TD),
     )  # fmt: skip
     return hidden_TR
@@ -143,7 +143,7 @@ def select(
     bits = _bits(fc2_FR)
     config = SELECT_CONFIGS[pad, bits]
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
-        hidden_TR, *_parts(fc2_FR), mask_W, chosen_F, threshold, tokens, f,
+        hidden_TR, *_parts(fc2_FR, pad), mask_W, chosen_F, threshold, tokens, f,
         K=rank, BITS=bits, T=pad, **config, **options(hidden_TR),
     )  # fmt: skip
     return mask_W, chosen_F
@@ -154,8 +154,12 @@ def _kept(weight: Tensor | Quantised) -> torch.dtype:
     return weight.dtype if isinstance(weight, Tensor) else torch.float16
 
 
-def _parts(weight: Tensor | Quantised) -> tuple[Tensor, Tensor]:
-    return (weight, weight) if isinstance(weight, Tensor) else (weight.code_BNC, weight.scale_BN)
+def _parts(weight: Tensor | Quantised, pad: int) -> tuple[Tensor, Tensor]:
+    if isinstance(weight, Tensor):
+        return weight, weight
+    # One token takes q4_0 in words of eight codes.
+    words = weight.is_q4_0 and pad == 1
+    return weight.code_BNC.view(torch.int32) if words else weight.code_BNC, weight.scale_BN
 
 
 def _bits(weight: Tensor | Quantised) -> int:
