@@ -199,7 +199,7 @@ def _threshold(ffn: FFN) -> float:
 
 
 def _flat(weight: Tensor | Quantised) -> tuple[Tensor, Tensor | None]:
-    return (weight, None) if isinstance(weight, Tensor) else (weight.code_BNC, weight.scale_BN)
+    return (weight, None) if isinstance(weight, Tensor) else (weight.code_NC, weight.scale_NB)
 
 
 def _check(x_TD: Tensor, ffn: FFN) -> None:

@@ -19,7 +19,7 @@ from sparsecast.kernels.launch import after_previous, options, padded
 from sparsecast.kernels.products import products, rounded
 
 CONFIGS = {
-    1: {"BLOCK_F": 16, "BLOCK_D": 512, "STAGES": 1, "num_warps": 8},
+    1: {"BLOCK_F": 16, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4},
     16: {"BLOCK_F": 64, "BLOCK_D": 128, "STAGES": 3, "num_warps": 4},
 }
 """By padded tokens."""
@@ -64,7 +64,7 @@ def _kernel(
 ):
     after_previous(PDL)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    gate_FT = products(first, first, F, f, f < F, x, tokens, D, 16, BLOCK_D, STAGES, T)
+    gate_FT = products(first, first, f, f < F, x, tokens, D, 16, BLOCK_D, STAGES, T)
     if HAS_BIAS:
         gate_FT += tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
     act_FT = fired(gate_FT, threshold, x.dtype.element_ty)

@@ -21,22 +21,22 @@ from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
 
 HIDDEN_CONFIGS = {
-    (1, 16): {"BLOCK_N": 1, "BLOCK_K": 4096, "STAGES": 1, "num_warps": 8},
-    (1, 8): {"BLOCK_N": 8, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
-    (1, 4): {"BLOCK_N": 8, "BLOCK_K": 4096, "STAGES": 1, "num_warps": 8},
+    (1, 16): {"BLOCK_N": 1, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 8},
+    (1, 8): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
+    (1, 4): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
     (16, 16): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
-    (16, 8): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
-    (16, 4): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
+    (16, 8): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 2},
+    (16, 4): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
 }
 SELECT_CONFIGS = {
-    (1, 16): {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 8},
+    (1, 16): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
     (1, 8): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 1, "num_warps": 4},
     (1, 4): {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 4},
     (16, 16): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
     (16, 8): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
     (16, 4): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
 }
-"""By padded tokens and bits of a weight."""
+"""By padded tokens and bits of a weight. BLOCK_K is an upper limit, see `_fitted`."""
 
 
 def reference(
@@ -66,7 +66,7 @@ def _hidden_kernel(
 ):
     after_previous(PDL)
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    hidden_NT = products(weight, scale, R, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T)
+    hidden_NT = products(weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T)
     t = tl.arange(0, T)
     tl.store(
         hidden + t[None, :] * R + r[:, None],
@@ -95,7 +95,7 @@ def _select_kernel(
 ):
     after_previous(PDL)
     f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    logit_NT = products(weight, scale, F, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T)
+    logit_NT = products(weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T)
     t = tl.arange(0, T)
     on_NT = (logit_NT >= threshold) & (f < F)[:, None] & (t < tokens)[None, :]
     tokens_N = tl.sum(on_NT.to(tl.int32) << t[None, :], 1)
@@ -123,9 +123,9 @@ def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
     pad = padded(tokens)
     hidden_TR = torch.empty(tokens, rank, dtype=_kept(fc1_RD), device=z_TD.device)
     bits = _bits(fc1_RD)
-    config = HIDDEN_CONFIGS[pad, bits]
+    config = _fitted(HIDDEN_CONFIGS[pad, bits], d)
     _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
-        z_TD, *_parts(fc1_RD, pad), hidden_TR, tokens, rank,
+        z_TD, *_parts(fc1_RD), hidden_TR, tokens, rank,
         K=d, BITS=bits, T=pad, **config, **options(z_TD),
     )  # fmt: skip
     return hidden_TR
@@ -141,9 +141,9 @@ def select(
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=device)
     chosen_F = torch.empty(f, dtype=torch.int32, device=device)
     bits = _bits(fc2_FR)
-    config = SELECT_CONFIGS[pad, bits]
+    config = _fitted(SELECT_CONFIGS[pad, bits], rank)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
-        hidden_TR, *_parts(fc2_FR, pad), mask_W, chosen_F, threshold, tokens, f,
+        hidden_TR, *_parts(fc2_FR), mask_W, chosen_F, threshold, tokens, f,
         K=rank, BITS=bits, T=pad, **config, **options(hidden_TR),
     )  # fmt: skip
     return mask_W, chosen_F
@@ -154,15 +154,19 @@ def _kept(weight: Tensor | Quantised) -> torch.dtype:
     return weight.dtype if isinstance(weight, Tensor) else torch.float16
 
 
-def _parts(weight: Tensor | Quantised, pad: int) -> tuple[Tensor, Tensor]:
-    if isinstance(weight, Tensor):
-        return weight, weight
-    # One token takes q4_0 in words of eight codes.
-    words = weight.is_q4_0 and pad == 1
-    return weight.code_BNC.view(torch.int32) if words else weight.code_BNC, weight.scale_BN
+def _parts(weight: Tensor | Quantised) -> tuple[Tensor, Tensor]:
+    return (weight, weight) if isinstance(weight, Tensor) else (weight.code_NC, weight.scale_NB)
 
 
 def _bits(weight: Tensor | Quantised) -> int:
     if isinstance(weight, Tensor):
         return 16
     return 4 if weight.is_q4_0 else 8
+
+
+def _fitted(config: dict[str, int], width: int) -> dict[str, int]:
+    """Without a last piece that is mostly empty: ranks are often no multiples of 1024."""
+    piece = config["BLOCK_K"]
+    while piece > 256 and width % piece:
+        piece //= 2
+    return config | {"BLOCK_K": piece}

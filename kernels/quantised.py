@@ -3,10 +3,9 @@
 The formats are ggml's (ggml-quants.c, `quantize_row_q8_0_reference` and its sister of q4_0): blocks
 of 32 along a row, w = d q with d = max |w| / 127 in q8_0, w = d (q - 8) with d = (the w of largest
 magnitude) / -8 in q4_0, d kept in float16. Quantising is idempotent, so values that were rounded to
-a format once get the codes that stand in PowerInfer's file. Rows lie innermost: neighbouring threads
-take neighbouring rows of one block, and read their bytes together and the same inputs.
+a format once get the codes that stand in PowerInfer's file.
 
-Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C bytes of a block.
+Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C codes of a row.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ BLOCK = 32
 class Quantised(NamedTuple):
     """A matrix (N, K) in blocks of 32."""
 
-    code_BNC: Tensor
-    """q8_0: int8, C = 32. q4_0: uint8, C = 16; byte j of a block holds its codes j and, in the high
-    half, j + 16, as in ggml."""
-    scale_BN: Tensor
+    code_NC: Tensor
+    """q8_0: int8, C = K. q4_0: uint8, C = K / 2; byte j of a block holds its codes j and, in the
+    high half, j + 16, as in ggml."""
+    scale_NB: Tensor
     """float16."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.scale_BN.shape[1], self.scale_BN.shape[0] * BLOCK
+        return self.scale_NB.shape[0], self.scale_NB.shape[1] * BLOCK
 
     @property
     def is_q4_0(self) -> bool:
-        return self.code_BNC.dtype == torch.uint8
+        return self.code_NC.dtype == torch.uint8
 
     @property
     def nbytes(self) -> int:
-        return self.code_BNC.nbytes + self.scale_BN.nbytes
+        return self.code_NC.nbytes + self.scale_NB.nbytes
 
 
 def quantised(weight_NK: Tensor, dtype: str) -> Quantised:
@@ -54,14 +53,14 @@ def quantised(weight_NK: Tensor, dtype: str) -> Quantised:
             f"weight: {dtype} stores rows in blocks of {BLOCK}, but its shape is "
             f"{tuple(weight_NK.shape)}; use f16 weights instead"
         )
-    blocks_BNC = weight_NK.float().reshape(len(weight_NK), -1, BLOCK).transpose(0, 1)
+    blocks = weight_NK.float().reshape(len(weight_NK), -1, BLOCK)
     if dtype == "q8_0":
-        scale = blocks_BNC.abs().amax(-1, keepdim=True) / 127
-        code = (blocks_BNC * _inverse(scale)).round().to(torch.int8)
+        scale = blocks.abs().amax(-1, keepdim=True) / 127
+        code = (blocks * _inverse(scale)).round().to(torch.int8).flatten(1)
     else:
-        scale = blocks_BNC.gather(-1, blocks_BNC.abs().argmax(-1, keepdim=True)) / -8
-        nibble = (blocks_BNC * _inverse(scale) + 8.5).floor().clamp(0, 15).to(torch.uint8)
-        code = nibble[..., :16] | nibble[..., 16:] << 4
+        scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
+        nibble = (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15).to(torch.uint8)
+        code = (nibble[..., :16] | nibble[..., 16:] << 4).flatten(1)
     return Quantised(code.contiguous(), scale.squeeze(-1).half().contiguous())
 
 
@@ -69,10 +68,12 @@ def dequantised(weight: Tensor | Quantised) -> Tensor:
     """(N, K) float32: the values that the format holds; of a plain tensor, its own."""
     if isinstance(weight, Tensor):
         return weight.float()
-    code_BNC = weight.code_BNC
     if weight.is_q4_0:
-        code_BNC = torch.cat([code_BNC & 15, code_BNC >> 4], -1).to(torch.int8) - 8
-    return (code_BNC * weight.scale_BN.float().unsqueeze(-1)).transpose(0, 1).flatten(1)
+        byte = weight.code_NC.reshape(len(weight.code_NC), -1, BLOCK // 2)
+        code = torch.cat([byte & 15, byte >> 4], -1).float() - 8
+    else:
+        code = weight.code_NC.reshape(len(weight.code_NC), -1, BLOCK).float()
+    return (code * weight.scale_NB.float().unsqueeze(-1)).flatten(1)
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ from sparsecast.kernels.gate import fired
 from sparsecast.kernels.launch import after_previous, options, padded
 from sparsecast.kernels.products import products, rounded
 
-CONFIGS = {
-    1: {"BLOCK_N": 4, "BLOCK_D": 1024, "STAGES": 4, "num_warps": 4},
-    16: {"BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 3, "num_warps": 2},
-}
-"""By padded tokens."""
+WHOLE = {"BLOCK_N": 4, "BLOCK_D": 4096, "STAGES": 1, "num_warps": 4}
+EXACT = {"BLOCK_N": 4, "BLOCK_D": 512, "STAGES": 5, "num_warps": 4}
+PREDICTED = {"BLOCK_N": 2, "BLOCK_D": 1024, "STAGES": 1, "num_warps": 4}
+TOKENS = {"BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2}
+"""One token: whole rows where they are 4096 wide, pieces of them otherwise; and several tokens."""
 LEAST_PIECE = 128
 """Of the hidden size, as `down` cuts it; every piece has a ticket, which is set to zero here."""
 
@@ -132,7 +132,7 @@ def _kernel(
     n = w * 16 + kth_ones(word, i)
     ok_NT = in_N[:, None] & (t < tokens)[None, :]
     if COMPUTES_GATE:
-        gate_NT = products(first, first, 0, n, in_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
+        gate_NT = products(first, first, n, in_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
         if HAS_BIAS:
             gate_NT += tl.load(bias + n, mask=in_N, other=0.0).to(tl.float32)[:, None]
         act_NT = fired(gate_NT, threshold, dtype)
@@ -147,7 +147,7 @@ def _kernel(
             fires_N = in_N & (tl.max(act_NT, 1) > 0)
         else:  # all of them fire, so up need not wait for act
             fires_N = in_N
-        up_NT = products(up, up, 0, n, fires_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
+        up_NT = products(up, up, n, fires_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
         if RELU_UP:
             up_NT = tl.maximum(up_NT, 0.0)
         act_NT = act_NT * up_NT
@@ -182,13 +182,12 @@ def rows(
         first, bias, threshold, chosen = source
         act = None
     unread = x_TD  # stands in for what this form of the kernel never loads
-    config = CONFIGS[pad]
-    block_d = min(config["BLOCK_D"], triton.next_power_of_2(d))
+    config = TOKENS if pad > 1 else WHOLE if d == 4096 else PREDICTED if act is None else EXACT
     _kernel[(len(mask_W), WORD // config["BLOCK_N"])](
         x_TD, mask_W, *(unread if a is None else a for a in (act, first, bias, chosen, up_FD)), *out,
         threshold, tokens,
         D=d, COMPUTES_GATE=act is None, HAS_BIAS=bias is not None, HAS_UP=up_FD is not None,
         RELU_UP=relu_up, WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=pad,
-        **(config | {"BLOCK_D": block_d}), **options(x_TD),
+        **config, **options(x_TD),
     )  # fmt: skip
     return out
