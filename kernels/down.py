@@ -21,12 +21,10 @@ from sparsecast.kernels.products import dot, rounded
 from sparsecast.kernels.rows import Rows
 
 CONFIGS = {
-    1: {"BLOCK_K": 16, "BLOCK_D": 512, "STAGES": 1, "num_warps": 4},
-    16: {"BLOCK_K": 32, "BLOCK_D": 128, "STAGES": 5, "num_warps": 4},
+    1: {"BLOCK_K": 64, "BLOCK_D": 128, "GROUPS": 8, "STAGES": 1, "num_warps": 4},
+    16: {"BLOCK_K": 32, "BLOCK_D": 128, "GROUPS": 16, "STAGES": 5, "num_warps": 8},
 }
-"""By padded tokens."""
-GROUPS = {1: 32, 16: 16}
-"""G, a power of two, by padded tokens."""
+"""By padded tokens. BLOCK_D is at least rows.py's LEAST_PIECE."""
 
 
 def reference(rows: Rows, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -111,9 +109,6 @@ def _kernel(
             w_KD, x1_TK = _rows(down, n_K, x1_TK, k < total, d, D)
             acc_TD = dot(x1_TK, w_KD, acc_TD)
     ok_TD = (t < tokens)[:, None] & (d < D)[None, :]
-    if GROUPS == 1:
-        tl.store(y + t[:, None] * D + d[None, :], rounded(acc_TD, dtype), mask=ok_TD)
-        return
     tl.store(part + (group * tokens + t)[:, None] * D + d[None, :], acc_TD, mask=ok_TD)
     tl.debug_barrier()  # all of the part is written before the ticket says so
     if tl.atomic_add(ticket + tl.program_id(0), 1, sem="acq_rel") == groups - 1:
@@ -136,10 +131,10 @@ def down(rows: Rows, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
     d, tokens = down_FD.shape[1], rows.x1_FT.shape[1]
     pad = padded(tokens)
     config = CONFIGS[pad]
-    part_GTD = torch.empty(GROUPS[pad], tokens, d, dtype=torch.float32, device=down_FD.device)
+    part_GTD = torch.empty(config["GROUPS"], tokens, d, dtype=torch.float32, device=down_FD.device)
     y_TD = torch.empty(tokens, d, dtype=down_FD.dtype, device=down_FD.device)
-    _kernel[(triton.cdiv(d, config["BLOCK_D"]), GROUPS[pad])](
+    _kernel[(triton.cdiv(d, config["BLOCK_D"]), config["GROUPS"])](
         *rows, down_FD, down_FD if bias_D is None else bias_D, part_GTD, y_TD, tokens, len(down_FD),
-        D=d, HAS_BIAS=bias_D is not None, GROUPS=GROUPS[pad], T=pad, **config, **options(down_FD),
+        D=d, HAS_BIAS=bias_D is not None, T=pad, **config, **options(down_FD),
     )  # fmt: skip
     return y_TD

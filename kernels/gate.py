@@ -19,7 +19,7 @@ from sparsecast.kernels.launch import after_previous, options, padded
 from sparsecast.kernels.products import products, rounded
 
 CONFIGS = {
-    1: {"BLOCK_F": 16, "BLOCK_D": 512, "STAGES": 1, "num_warps": 8},
+    1: {"BLOCK_F": 16, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4},
     16: {"BLOCK_F": 64, "BLOCK_D": 128, "STAGES": 3, "num_warps": 4},
 }
 """By padded tokens."""

@@ -10,8 +10,6 @@ Shape letters: T tokens, D hidden size, R rank, F FFN width, W words of 16 neuro
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,14 +21,22 @@ from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
 
 HIDDEN_CONFIGS = {
-    1: {"BLOCK_N": 2, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
-    16: {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
+    (1, 16): {"BLOCK_N": 1, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 8},
+    (1, 8): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
+    (1, 4): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
+    (16, 16): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
+    (16, 8): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 2},
+    (16, 4): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
 }
 SELECT_CONFIGS = {
-    1: {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 8},
-    16: {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
+    (1, 16): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
+    (1, 8): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 1, "num_warps": 4},
+    (1, 4): {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 4},
+    (16, 16): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
+    (16, 8): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
+    (16, 4): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
 }
-"""By padded tokens."""
+"""By padded tokens and bits of a weight. BLOCK_K is an upper limit, see `_fitted`."""
 
 
 def reference(
@@ -116,10 +122,11 @@ def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
     (tokens, d), (rank, _) = z_TD.shape, fc1_RD.shape
     pad = padded(tokens)
     hidden_TR = torch.empty(tokens, rank, dtype=_kept(fc1_RD), device=z_TD.device)
-    config = HIDDEN_CONFIGS[pad]
+    bits = _bits(fc1_RD)
+    config = _fitted(HIDDEN_CONFIGS[pad, bits], d)
     _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
         z_TD, *_parts(fc1_RD), hidden_TR, tokens, rank,
-        K=d, BITS=_bits(fc1_RD), T=pad, **config, **options(z_TD),
+        K=d, BITS=bits, T=pad, **config, **options(z_TD),
     )  # fmt: skip
     return hidden_TR
 
@@ -133,10 +140,11 @@ def select(
     device = hidden_TR.device
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=device)
     chosen_F = torch.empty(f, dtype=torch.int32, device=device)
-    config = SELECT_CONFIGS[pad]
+    bits = _bits(fc2_FR)
+    config = _fitted(SELECT_CONFIGS[pad, bits], rank)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
         hidden_TR, *_parts(fc2_FR), mask_W, chosen_F, threshold, tokens, f,
-        K=rank, BITS=_bits(fc2_FR), T=pad, **config, **options(hidden_TR),
+        K=rank, BITS=bits, T=pad, **config, **options(hidden_TR),
     )  # fmt: skip
     return mask_W, chosen_F
 
@@ -150,7 +158,15 @@ def _parts(weight: Tensor | Quantised) -> tuple[Tensor, Tensor]:
     return (weight, weight) if isinstance(weight, Tensor) else (weight.code_NC, weight.scale_NB)
 
 
-def _bits(weight: Tensor | Quantised) -> Any:
+def _bits(weight: Tensor | Quantised) -> int:
     if isinstance(weight, Tensor):
         return 16
     return 4 if weight.is_q4_0 else 8
+
+
+def _fitted(config: dict[str, int], width: int) -> dict[str, int]:
+    """Without a last piece that is mostly empty: ranks are often no multiples of 1024."""
+    piece = config["BLOCK_K"]
+    while piece > 256 and width % piece:
+        piece //= 2
+    return config | {"BLOCK_K": piece}
