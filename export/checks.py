@@ -1,4 +1,4 @@
-"""What a llama bundle must look like, checked on the file alone: header, vocabulary, folders.
+"""What a llama bundle must look like, checked on the file alone: header and folders.
 
 The tables here and in tensors.py are written from PowerInfer's llama.cpp a second time and share
 nothing with the exporter's: one table for both would confirm its own mistakes.
@@ -71,9 +71,10 @@ def check_metadata(file: GGUFFile) -> Check:
         wrong.append(
             f"llama.block_count is {keys['llama.block_count']}, more than there are tensors"
         )
-    for key, want in (("general.architecture", "llama"), ("tokenizer.ggml.model", "llama")):
-        if keys[key] != want:
-            wrong.append(f"{key} is {keys[key]!r}, expected {want!r}")
+    if keys["general.architecture"] != "llama":
+        wrong.append(f"general.architecture is {keys['general.architecture']!r}, expected 'llama'")
+    if (kind := keys["tokenizer.ggml.model"]) not in ("llama", "gpt2"):
+        wrong.append(f"tokenizer.ggml.model is {kind!r}, expected 'llama' or 'gpt2'")
     if keys["llama.feed_forward_length"] <= 1000:
         wrong.append("the FFN is not wider than 1000: the engine ignores the threshold")
     if not wrong:
@@ -92,33 +93,6 @@ def _wrong_heads(keys: dict[str, Any]) -> list[str]:
     if keys.get("llama.rope.dimension_count", hidden // heads) != hidden // heads:
         return ["llama.rope.dimension_count is not the head size"]
     return []
-
-
-def check_vocabulary(file: GGUFFile) -> Check:
-    """Tokens, scores and types: one each per embedding row, unique, with all byte tokens."""
-    columns = [
-        file.keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
-    ]
-    if not all(isinstance(column, list) for column in columns):
-        return Check("vocabulary", False, "tokens, scores or token_type is missing or no array")
-    tokens, scores, types = (list(column or []) for column in columns)
-    wrong = []
-    if not len(tokens) == len(scores) == len(types):
-        wrong.append(f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types")
-    if not all(isinstance(token, str) and token for token in tokens):
-        wrong.append("a token is empty or no text")
-    elif len(set(tokens)) != len(tokens):
-        wrong.append("a token stands twice")
-    if not all(isinstance(kind, int) and 1 <= kind <= 6 for kind in types):
-        wrong.append("a token type is not 1 to 6")
-    if not all(isinstance(score, float) for score in scores):
-        wrong.append("a score is no float")
-    lost = {f"<0x{byte:02X}>" for byte in range(256)} - {t for t in tokens if isinstance(t, str)}
-    wrong += [f"byte token {min(lost)} is missing"] if lost else []
-    for kind in ("bos", "eos", "unknown", "padding"):
-        if file.keys.get(f"tokenizer.ggml.{kind}_token_id", 0) >= len(tokens):
-            wrong.append(f"{kind}_token_id is out of range")
-    return Check("vocabulary", not wrong, "; ".join(wrong) or f"{len(tokens)} tokens")
 
 
 def check_finite(file: GGUFFile) -> Check:
