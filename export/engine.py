@@ -26,6 +26,8 @@ from sparsecast.export.protocol import CHUNK
 TIMEOUT = 3600
 START_TIMEOUT = 180
 REPLY_TIMEOUT = 300
+MOST_PROBS = 2048
+"""Of one reply: the server takes a second to spell out 65,000."""
 THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
 OPTIONS = ["-t", "1", "-tb", "1", "-c", str(CHUNK), "-b", str(CHUNK), "--memory-f32"]
 
@@ -106,7 +108,7 @@ class Server:
         self, port: int, vocab: int, excluded: Sequence[int], unsayable: Sequence[int]
     ) -> None:
         self._port = port
-        self._vocab = vocab
+        self._n_probs = min(vocab, MOST_PROBS)
         self._excluded = [[token, False] for token in excluded]
         self._unsayable = [[token, False] for token in unsayable]
 
@@ -119,18 +121,22 @@ class Server:
             raise EngineError(f"server gave no tokens: {raw[:200]!r}") from error
         return ids
 
-    def next(self, ids: list[int]) -> Next:
+    def next(self, ids: list[int], raised: Sequence[tuple[int, float]] = ()) -> Next:
         """The distribution after `ids`, without the excluded tokens.
+
+        Args:
+            raised: Tokens and what is added to their logits.
 
         The server drops the probabilities of a token that is half a character or no text at all.
         Where the most probable token is such a one, it is asked again with all of them forbidden.
         Its prompt cache forgets such tokens too and then answers for another prompt, so it is off.
         """
-        reply = self._ask(ids, self._excluded)
+        bias = [*self._excluded, *raised]
+        reply = self._ask(ids, bias)
         first = reply["completion_probabilities"][:1]
         banned = not first or reply["content"] != first[0]["content"]
         if banned:
-            first = self._ask(ids, self._excluded + self._unsayable)["completion_probabilities"][:1]
+            first = self._ask(ids, bias + self._unsayable)["completion_probabilities"][:1]
         if not first:
             raise EngineError(f"server gave no probabilities after {len(ids)} tokens")
         probs = [(p["tok_str"], float(p["prob"] or 0.0)) for p in first[0]["probs"]]
@@ -141,7 +147,7 @@ class Server:
             "prompt": ids,
             "n_predict": 1,
             "temperature": 0,
-            "n_probs": self._vocab,
+            "n_probs": self._n_probs,
             "repeat_penalty": 1.0,
             "cache_prompt": False,
             "stream": True,

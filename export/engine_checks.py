@@ -83,7 +83,9 @@ def check_engine(
     except EngineError as error:
         return [*checks, Check("engine tokens", False, str(error))], numbers
     if not tokenizer.exact:
-        overall, numbers = check_perplexity_by_ids(emulator, spelling, prompts_PS, replies)
+        overall, numbers = check_perplexity_by_ids(
+            build, file, emulator, spelling, prompts_PS, replies
+        )
         checks.append(overall)
     return [*checks, *check_next_tokens(file, spelling, prompts_PS, replies)], numbers
 

@@ -30,6 +30,10 @@ class Reply(NamedTuple):
     banned: bool
     """The most probable token cannot be said; this is the distribution without those."""
 
+    def probability(self, token: int) -> Tensor:
+        """Of a token that shares its text with no other, in float64; 0 where it is not named."""
+        return self.probs[self.slots == token].sum(dtype=torch.float64)
+
 
 class Spelling:
     """The texts of a file's tokens, and places for them in which the order of equals is settled.
@@ -65,7 +69,7 @@ class Spelling:
         return Reply(
             tokens,
             torch.tensor(slots, dtype=torch.long),
-            torch.tensor(probs),
+            torch.tensor(probs, dtype=torch.float64),
             strangers,
             reply.banned,
         )

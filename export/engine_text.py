@@ -73,7 +73,12 @@ def check_engine_perplexity(
 
 
 def check_perplexity_by_ids(
-    emulator: Emulator, spelling: Spelling, prompts_PS: Tensor, replies: list[list[Reply]]
+    build: Path,
+    file: GGUFFile,
+    emulator: Emulator,
+    spelling: Spelling,
+    prompts_PS: Tensor,
+    replies: list[list[Reply]],
 ) -> tuple[Check, EnginePerplexity]:
     """The server's probabilities of each prompt's next tokens against ours.
 
@@ -81,16 +86,50 @@ def check_perplexity_by_ids(
         replies: Per prompt and position.
     """
     theirs, ours = [], []
-    for prompt_S, said, logits_SV in zip(
-        prompts_PS, replies, emulator.logits(prompts_PS), strict=True
+    missing: list[tuple[list[int], int, float]] = []
+    for prompt, said, logits_SV in zip(
+        prompts_PS.tolist(), replies, emulator.logits(prompts_PS), strict=True
     ):
-        for s, target in enumerate(prompt_S[1:].tolist()):
-            if target not in spelling.excluded:
-                theirs.append(said[s].probs[said[s].slots == target].sum().double().log())
-                ours.append(spelling.distribution(logits_SV[s])[target].log())
-    there, here = (float((-torch.stack(logs).mean()).exp()) for logs in (theirs, ours))
+        for s, target in enumerate(prompt[1:]):
+            if target in spelling.excluded:
+                continue
+            ours.append(spelling.distribution(logits_SV[s])[target].log().item())
+            if bool((said[s].slots == target).any()):
+                theirs.append(said[s].probability(target).log().item())
+            else:
+                missing.append((prompt[: s + 1], target, ours[-1]))
+    try:
+        theirs += _raised(build, file, spelling, missing)
+    except EngineError as error:
+        return Check("engine perplexity", False, str(error)), EnginePerplexity(None, _mean(ours))
     where = f"{len(ours)} positions by token ids"
-    return _compared(there, here, len(spelling.texts), where)
+    return _compared(_mean(theirs), _mean(ours), len(spelling.texts), where)
+
+
+def _mean(logs: list[float]) -> float:
+    return torch.tensor(logs, dtype=torch.float64).mean().neg().exp().item()
+
+
+def _raised(
+    build: Path, file: GGUFFile, spelling: Spelling, asked: list[tuple[list[int], int, float]]
+) -> list[float]:
+    """Log probabilities of tokens that are not among the most probable.
+
+    With b added to its logit, a token of odds o gets the odds o exp(b). Raised by what we hold it
+    to be, it gets about a half, where the reply is precise.
+
+    Args:
+        asked: Prompt, token, our log probability.
+    """
+    if not asked:
+        return []
+    logs = []
+    with serving(build, file.path, len(spelling.texts), spelling.excluded) as server:
+        for prompt, token, log in asked:
+            said = spelling.read(server.next(prompt, [(token, -log)])).probability(token)
+            odds = said / (1 - said) * torch.tensor(log, dtype=torch.float64).exp()
+            logs.append((odds / (1 + odds)).log().item())
+    return logs
 
 
 def _compared(theirs: float, ours: float, vocab: int, where: str) -> tuple[Check, EnginePerplexity]:

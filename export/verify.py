@@ -34,7 +34,8 @@ from sparsecast.export.reader import GGUFFile
 from sparsecast.export.split_checks import check_gpu_split
 from sparsecast.export.tensors import check_tensors
 from sparsecast.export.values import Source, check_header, check_values
-from sparsecast.export.vocab_checks import check_pieces, check_tokens, check_vocabulary
+from sparsecast.export.vocab_checks import check_vocabulary
+from sparsecast.export.vocab_source import check_pieces, check_tokens
 
 
 @dataclass

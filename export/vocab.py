@@ -21,6 +21,11 @@ from sparsecast.export.vocab_bytes import byte_vocabulary, is_byte_level
 from sparsecast.export.vocab_parts import CONTROL, UNUSED, USER, Parts
 from sparsecast.export.vocab_pieces import json_pieces, model_pieces, space_notes
 
+MODEL_NOTE = (
+    "transformers does not cut text as tokenizer.model and the engine do; name LlamaTokenizer as "
+    "tokenizer_class in tokenizer_config.json if the model was trained with that."
+)
+
 
 class Vocabulary(NamedTuple):
     """One entry per row of the embedding."""
@@ -49,9 +54,9 @@ def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
     path = checkpoint.folder / "tokenizer.model"
     if path.is_file():
         parts = model_pieces(path)
-        source, spec = _spec(checkpoint.folder, tokenizer)
-        if spec is not None:
-            parts.notes += space_notes(source, spec)
+        _, spec = _spec(checkpoint.folder, tokenizer)
+        notes = [] if spec is None else space_notes(spec)
+        parts.notes += [MODEL_NOTE] if notes is None else notes
     else:
         path, spec = _spec(checkpoint.folder, tokenizer)
         parts = _from_spec(path, spec)

@@ -66,7 +66,14 @@ def json_pieces(path: Path, spec: dict[str, Any]) -> Parts:
     Raises:
         InputError: Merges or treatment of spaces that no score expresses, or no byte pieces.
     """
-    notes = space_notes(path, spec)
+    if (notes := space_notes(spec)) is None:
+        steps = [spec[name] for name in ("normalizer", "pre_tokenizer") if spec[name]]
+        found = ", ".join(json.dumps(step, ensure_ascii=False)[:120] for step in steps)
+        raise InputError(
+            f"{path}: prepares text by {found or 'nothing'}, expected one space put in front and "
+            "spaces turned into U+2581; the engine does that and no more, so it would cut text "
+            "into other tokens than this model was trained on"
+        )
     model = spec["model"]
     ids: dict[str, int] = model["vocab"]
     special = {token["content"]: token["special"] for token in spec["added_tokens"]}
@@ -119,23 +126,14 @@ def _made(path: Path, model: dict[str, Any], normal: set[str]) -> list[str]:
     )
 
 
-def space_notes(path: Path, spec: dict[str, Any]) -> list[str]:
-    """What the engine does otherwise with spaces.
-
-    Raises:
-        InputError: Another treatment than one space in front and no change to the rest.
-    """
+def space_notes(spec: dict[str, Any]) -> list[str] | None:
+    """What the engine does otherwise with spaces; None where that changes every text."""
     steps = (spec["normalizer"], spec["pre_tokenizer"])
     if steps == (PREPENDED, None):
         return []
     if steps in [(None, METASPACE | {"prepend_scheme": when}) for when in ("first", "always")]:
         return ["The engine also puts a space before a text that begins with one."]
-    found = ", ".join(json.dumps(step, ensure_ascii=False)[:120] for step in steps if step)
-    raise InputError(
-        f"{path}: prepares text by {found or 'nothing'}, expected one space put in front and "
-        "spaces turned into U+2581; the engine does that and no more, so it would cut text into "
-        "other tokens than this model was trained on"
-    )
+    return None
 
 
 def _check_bytes(path: Path, parts: Parts) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,11 @@ def random_predictors(
     )
     PredictorSet(layers, threshold, manifest).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random() -> Callable[..., Path]:
+    return random_predictors
 
 
 @pytest.fixture(scope="session")
