@@ -73,11 +73,9 @@ def _against_json(source: Source, folder: Path) -> list[str]:
     """Scores fall along the merges, and only from one piece to the next."""
     keys = source.file.keys
     raw = read_json(folder / "tokenizer.json", "the model's tokenizer")
-    kinds = _added_kinds(raw["added_tokens"])
     unknown = raw["model"].get("unk_token") or "<unk>"
-    kinds = {**kinds, unknown: {UNKNOWN}, **dict.fromkeys(BYTES, {BYTE})}
-    wrong = _wrong_tokens(keys, raw["model"]["vocab"], kinds)
-    if wrong:
+    kinds = _added_kinds(raw) | {unknown: {UNKNOWN}} | dict.fromkeys(BYTES, {BYTE})
+    if wrong := _wrong_tokens(keys, _ids(raw), kinds):
         return wrong
     ids = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
     scores = keys["tokenizer.ggml.scores"]
@@ -93,8 +91,7 @@ def _against_bytes(source: Source, folder: Path) -> tuple[str, list[str]]:
     path = folder / "tokenizer.json"
     if path.is_file():
         raw = read_json(path, "the model's tokenizer")
-        vocab, merges = raw["model"]["vocab"], _pairs(raw["model"]["merges"])
-        kinds = _added_kinds(raw["added_tokens"])
+        vocab, merges, kinds = _ids(raw), _pairs(raw["model"]["merges"]), _added_kinds(raw)
     else:
         vocab = read_json(folder / "vocab.json", "the model's vocabulary")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -117,7 +114,13 @@ def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
     return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
 
 
-def _added_kinds(added: list[dict[str, Any]]) -> dict[str, set[int]]:
+def _ids(raw: dict[str, Any]) -> dict[str, int]:
+    ids: dict[str, int] = raw["model"]["vocab"]
+    return ids | {token["content"]: token["id"] for token in raw["added_tokens"]}
+
+
+def _added_kinds(raw: dict[str, Any]) -> dict[str, set[int]]:
+    added = raw["added_tokens"]
     return {token["content"]: {CONTROL if token["special"] else USER} for token in added}
 
 
