@@ -26,7 +26,7 @@ OPTIONAL = {
     "rope.scaling.factor": FLOAT32,
 }
 """Of the architecture's own."""
-TOKENIZERS = ("llama",)
+TOKENIZERS = ("llama", "gpt2")
 
 
 def check_metadata(file: GGUFFile) -> Check:

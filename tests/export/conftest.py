@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     FalconConfig,
@@ -182,6 +183,53 @@ def _train_a_little(model: PreTrainedModel, ids_NS: torch.Tensor) -> None:
 @pytest.fixture(scope="session", name="random_predictors")
 def _random_predictors():
     return random_predictors
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory, model_folder, corpus) -> Path:
+    """The small model with a byte-level vocabulary as GPT-2's: 600 tokens, then the end of text, an
+    added token that is not special, and 3 rows of padding; not to be written to."""
+    folder = tmp_path_factory.mktemp("bytes") / "model"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Characters of several bytes, so that some tokens are parts of them.
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    tokenizer.train_from_iterator(
+        [*texts, *["\u4f60\u597d \u4f60 \U0001f600\U0001f604 \u00e4"] * 2000], trainer
+    )
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_tokens([AddedToken("<|a b|>", normalized=False)])
+    config = LlamaConfig.from_pretrained(model_folder)
+    config.vocab_size = tokenizer.get_vocab_size() + 3
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **ends})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_bundle(tmp_path_factory, byte_model):
+    """Export it with random predictors; the bundle is not to be written to."""
+
+    def make(dtype: str = "f16", threshold: float = 0.0) -> Path:
+        folder = tmp_path_factory.mktemp("bytes")
+        predictors = random_predictors(folder / "p", str(byte_model), threshold)
+        cfg = ExportConfig(
+            model=str(byte_model), predictors=predictors, out=folder / "b", dtype=dtype
+        )
+        return export(cfg).parent
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,9 @@ from sparsecast.collect.run import collect
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import engine_perplexity
+from sparsecast.export.file_vocab import tokenizer_of
 from sparsecast.export.numerics import model_logits, with_relu
-from sparsecast.export.protocol import chunks_of, held_out_text, perplexity, tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined, perplexity
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file, verify
@@ -96,7 +97,7 @@ def test_the_ffn_matters_in_these_models(exported, corpus, name):
     """Otherwise no test here would see a wrong mask."""
     file = GGUFFile(bundle_file(exported(name, "f16")))
     tokenizer = tokenizer_of(file)
-    ids_NS = chunks_of(held_out_text(str(corpus), tokenizer, 512), tokenizer, 1, 512)
+    ids_NS = chunks_of(joined(held_out_documents(str(corpus), tokenizer, 512)), tokenizer, 512)
     emulator = Emulator(file)
     dense = perplexity(lambda ids: emulator.logits(ids, all_active=True), ids_NS)
     emulator.header = emulator.header._replace(threshold=1e30)
@@ -273,8 +274,8 @@ def test_the_engine_computes_every_architecture_as_we_do(
 
     file = GGUFFile(bundle_file(bundle))
     tokenizer = tokenizer_of(file)
-    text = held_out_text(str(corpus), tokenizer, 2048)
-    ids_NS = chunks_of(text, tokenizer, 1, 2048)
+    text = joined(held_out_documents(str(corpus), tokenizer, 2048))
+    ids_NS = chunks_of(text, tokenizer, 2048)
     emulator = Emulator(file)
     dense = perplexity(lambda ids: emulator.logits(ids, all_active=True), ids_NS)
     theirs = engine_perplexity(engine, file.path, text, len(ids_NS), all_active=True)

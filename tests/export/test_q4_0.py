@@ -21,9 +21,10 @@ from sparsecast.export import stored as stored_module
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import binary, engine_perplexity
+from sparsecast.export.file_vocab import tokenizer_of
 from sparsecast.export.model_config import read_hyper
 from sparsecast.export.model_gguf import plan
-from sparsecast.export.protocol import chunks_of, held_out_text, perplexity, tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined, perplexity
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.stored import Planned, stored
@@ -320,8 +321,8 @@ def test_the_engine_computes_what_we_do(predictor, engine, bundle_in, corpus):
     bundle = bundle_in(predictor, predictor, predictor, dtype="q4_0")
     file = GGUFFile(bundle_file(bundle))
     tokenizer = tokenizer_of(file)
-    text = held_out_text(str(corpus), tokenizer, 1024)
-    ids_NS = chunks_of(text, tokenizer, 1, 1024)
+    text = joined(held_out_documents(str(corpus), tokenizer, 1024))
+    ids_NS = chunks_of(text, tokenizer, 1024)
     emulator = Emulator(file)
 
     ours = perplexity(lambda ids: emulator.logits(ids, all_active=True), ids_NS)
