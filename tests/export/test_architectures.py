@@ -15,6 +15,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.run import collect
+from sparsecast.export.bench import BenchEngineConfig, bench
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import engine_perplexity
@@ -282,6 +283,17 @@ def test_the_engine_computes_every_architecture_as_we_do(
     dense = perplexity(lambda ids: emulator.logits(ids, all_active=True), ids_NS)
     theirs = engine_perplexity(engine, file.path, text, len(ids_NS), all_active=True)
     assert theirs == pytest.approx(dense, rel=bound)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "dense"), [("opt", True), ("bamboo", True), ("falcon-7b", False)])
+def test_the_engine_is_timed_dense_where_it_can_run_dense(engine, exported, name, dense):
+    cfg = BenchEngineConfig(bundle=exported(name, "f16"), engine=engine, tokens=8, rounds=1)
+
+    rates = bench(cfg)["tokens_per_s"]
+
+    assert rates["predictors"] > 0
+    assert (rates["dense"] is not None) == dense
 
 
 @pytest.mark.engine
