@@ -8,9 +8,8 @@ q8_0 or q4_0 whatever the model is. A tensor that its architecture does not use 
 so nothing else is written. The threshold must be an f32. (PowerInfer's llama.cpp and ggml.h at
 d3ebd7c.)
 
-Memory: one tensor at a time, as the source's memory map, at most one rearranged copy (q and k) and
-the converted one, quantised without a float32 copy of the whole (stored.py); the header holds the
-vocabulary and the names.
+Memory: one tensor at a time, as the source's memory map and at most one rearranged copy (q and k),
+converted a slab at a time (stored.py); the header holds the vocabulary and the names.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.names import Layout, Row, arranged, llama_rows, predictor_names
-from sparsecast.export.stored import Planned, stored
+from sparsecast.export.stored import Planned, slabs
 from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.formats import BLOCK
@@ -211,7 +210,8 @@ def _write_data(writer: GGUFWriter, tensors: list[Planned], wrote: Callable[[int
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
     for t in tensors:
-        file.write(stored(t).data)
+        for rows in slabs(t):
+            file.write(rows.data)
         writer.write_padding(file, t.nbytes)
         wrote(t.nbytes)
 

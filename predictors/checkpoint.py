@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 
@@ -84,6 +84,9 @@ class PredictorSet:
 def load_predictors(folder: str | Path) -> PredictorSet:
     """Read a predictor folder, ours or one that PowerInfer published.
 
+    Memory: none for files as `PredictorSet` writes them, which stay memory maps; other dtypes are
+    converted.
+
     Raises:
         InputError: No predictors there, a gap in the layers, or a file that does not hold two
             finite matrices that fit together.
@@ -126,7 +129,9 @@ def load_predictors(folder: str | Path) -> PredictorSet:
 def _read(path: Path, dtype: str) -> Predictor:
     want = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        # Pages are read when they are used; torch's older format cannot be mapped.
+        mmap = is_zipfile(path)
+        value = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except (RuntimeError, OSError, EOFError, BadZipFile, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -159,7 +164,9 @@ def _read(path: Path, dtype: str) -> Predictor:
         raise InputError(
             f"{path}: manifest.json says {dtype}, but {dtype} cannot hold these values; train again"
         )
-    predictor = Predictor(fc1, fc2, dtype).stored()
+    if dtype != "f16":  # rounded already, as the comparison says
+        return Predictor(fc1.float(), fc2.float(), dtype)
+    predictor = Predictor(fc1, fc2).stored()
     if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
         raise InputError(
             f"{path}: holds values beyond 65504, which f16 cannot store; scale fc1 down and fc2 up"
