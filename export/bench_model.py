@@ -99,7 +99,8 @@ def write_random(
         save_file(weights, model / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(weights, file)
         wrote(sum(weight.nbytes for weight in weights.values()))
-    write_json(model / "model.safetensors.index.json", {"weight_map": weight_map})
+    index = {"metadata": {"total_size": 2 * shape.parameters}, "weight_map": weight_map}
+    write_json(model / "model.safetensors.index.json", index)
     for i in range(shape.layers):
         sizes = {
             "fc1.weight": (shape.rank, shape.hidden),

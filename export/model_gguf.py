@@ -36,7 +36,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.names import Layout, Row, arranged, llama_rows, predictor_names
-from sparsecast.export.stored import Planned, slabs
+from sparsecast.export.stored import Planned, one_thread, slabs
 from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.formats import BLOCK
@@ -152,7 +152,8 @@ def write_model(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_data(writer, tensors, wrote)
+        with one_thread():
+            _write_data(writer, tensors, wrote)
         writer.close()
         _finish(part)
         os.replace(part, path)

@@ -10,6 +10,7 @@ reference code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,18 @@ class Planned(NamedTuple):
         return int(np.prod(self.shape)) // block * size
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Slabs are too small to share: on a busy machine two threads that wait for each other take
+    five times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def slabs(planned: Planned) -> Iterator[Array]:
     """The tensor as the file holds it, C-contiguous rows after rows.
 
@@ -48,8 +61,7 @@ def slabs(planned: Planned) -> Iterator[Array]:
     """
     source = planned.load()
     convert = _quantised if GGML_QUANT_SIZES[planned.kind][0] > 1 else _floats
-    step = max(1, SLAB // (source[0].numel()))
-    for rows in source.split(step):
+    for rows in torch.split(source, max(1, SLAB // source[0].numel())):
         yield convert(planned, rows)
 
 

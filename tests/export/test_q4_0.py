@@ -26,7 +26,7 @@ from sparsecast.export.model_gguf import plan
 from sparsecast.export.protocol import chunks_of, held_out_text, perplexity, tokenizer_of
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
-from sparsecast.export.stored import Planned, stored
+from sparsecast.export.stored import Planned, slabs
 from sparsecast.export.tensors import check_tensors
 from sparsecast.export.verify import bundle_file, verify
 from sparsecast.predictors.checkpoint import load_predictors
@@ -99,12 +99,19 @@ def test_bytes_are_those_of_the_gguf_package(q4_0, model_folder, name, source, k
     assert np.array_equal(file.tensor(name).numpy(), values(file, name).astype(np.float32))
 
 
-def test_slabs_leave_no_seam(monkeypatch):
-    weight = torch.randn(100, 64)
-    planned = Planned("w", (100, 64), GGMLQuantizationType.Q4_0, lambda: weight)
+@pytest.mark.parametrize("kind", ["F16", "F32", "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_slabs_leave_no_seam(monkeypatch, kind, dtype):
+    """Of rows that are columns of the source, as those of ffn_down_t are."""
+    weight = torch.randn(64, 100).to(dtype).T
+    planned = Planned("w", (100, 64), GGMLQuantizationType[kind], lambda: weight)
     monkeypatch.setattr(stored_module, "SLAB", 7 * 64)
 
-    assert np.array_equal(stored(planned), quantize(weight.numpy(), GGMLQuantizationType.Q4_0))
+    written = list(slabs(planned))
+
+    assert [len(rows) for rows in written] == [7] * 14 + [2]
+    want = quantize(weight.float().contiguous().numpy(), planned.kind)
+    assert b"".join(rows.data for rows in written) == want.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -114,14 +121,14 @@ def test_a_scale_beyond_f16_is_refused(kind, largest):
     weight = torch.zeros(2, 32)
     planned = Planned("w", (2, 32), GGMLQuantizationType[kind], lambda: weight)
     weight[1, 3] = -largest
-    stored(planned)
+    list(slabs(planned))
 
     weight[1, 3] = 1.01 * largest
     with pytest.raises(InputError, match=f"w: holds .*, which {kind.lower()} cannot store"):
-        stored(planned)
+        list(slabs(planned))
     weight[1, 3] = torch.nan
     with pytest.raises(InputError, match="w: holds nan"):
-        stored(planned)
+        list(slabs(planned))
 
 
 @pytest.mark.parametrize(
