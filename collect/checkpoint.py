@@ -126,8 +126,15 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's own spelling of a causal LM's tensor: files that were saved from the
+        model without its head leave out the first part (OPT's decoder.layers.0...)."""
+        short = name.partition(".")[2]
+        return short if name not in self and short in self else name
+
     def tensor(self, name: str) -> Tensor:
         """One tensor in its stored dtype, on the CPU; pages are read when it is used."""
+        name = self.stored_name(name)
         if name not in self._file_of:
             raise InputError(
                 f"{self.folder}: tensor {name} is missing; the checkpoint is incomplete or is not "

@@ -23,10 +23,11 @@ _FOREIGN = ("model_type", "architectures", "auto_map", "transformers_version", "
 
 def _common(raw: dict[str, Any]) -> dict[str, Any]:
     fields = {key: value for key, value in raw.items() if key not in _FOREIGN}
-    # Older configs have rope_theta and rope_scaling, which transformers 5 reads as one.
-    scaling = raw.get("rope_scaling") or {}
+    # Older configs have rope_theta and rope_scaling, which transformers 5 keeps as one.
+    scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    rope = {**scaling, "rope_type": kind, "rope_theta": fields.pop("rope_theta", 10_000.0)}
+    theta = fields.pop("rope_theta", 10_000.0)
+    rope = {"rope_theta": theta, **scaling, "rope_type": kind}
     rope.pop("type", None)
     return {**fields, "rope_parameters": rope}
 

@@ -46,6 +46,8 @@ def model_card(
     ]
     if hyper.activation.threshold > 0:
         parts += ["## Activation", relu_note(hyper)]
+    if hyper.window is not None:
+        parts += ["## Attention", window_note(hyper)]
     parts += ["## Predictors", *_scores(predictors, traffic), "## Hot and cold neurons"]
     parts += _hot_cold(file, cfg, split)
     parts += ["## Check it", "```\nsparsecast verify . --engine PATH_TO_POWERINFER_BUILD\n```"]
@@ -66,6 +68,14 @@ def split_note(split: Split) -> str:
         f"take {budget.before / 2**30:.3g} GiB, the KV cache {2 * budget.half_cache / 2**30:.3g}, "
         f"a block of {BLOCK} neurons {BLOCK * budget.neuron / 2**30:.3g}: it takes a --vram-budget "
         f"of {need / 2**30:.3g}, {budget.given / 2**30:.3g} were given"
+    )
+
+
+def window_note(hyper: Hyper) -> str:
+    """What a model with a sliding window becomes in the engine."""
+    return (
+        f"The model attends to the last {hyper.window} tokens; PowerInfer attends to all, so longer"
+        " texts come out otherwise."
     )
 
 

@@ -1,19 +1,13 @@
-"""A llama's hyperparameters, and the refusal of what PowerInfer's engine cannot express.
-
-The engine loads many of these without a word and computes something else, or fails to load with
-"basic_string: construction from null is not valid", so they are refused here, with the reason.
-"""
+"""What the header of PowerInfer's file says about a model, checked against the model's tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import activation_rule
-from sparsecast.export.names import llama_rows
+from sparsecast.export.names import model_rows
 
 SMALLEST_FFN = 1001
 """At 1000 neurons or fewer the engine takes a kernel that ignores the threshold."""
@@ -23,6 +17,8 @@ SMALLEST_FFN = 1001
 class Hyper:
     """What the file's header says about the model."""
 
+    arch: str
+    """One of `names.ARCHITECTURES`."""
     layers: int
     hidden: int
     ffn: int
@@ -30,10 +26,15 @@ class Hyper:
     kv_heads: int
     vocab: int
     context: int
-    rms_eps: float
-    rope_base: float
-    rope_factor: float
+    eps: float
+    """Of every norm; the engine's opt does not read it and takes 0."""
+    rope_base: float = 10_000.0
+    rope_factor: float = 1.0
     """Linear position interpolation: positions are divided by it; 1 is none."""
+    window: int | None = None
+    """Tokens back that the model attends to; the engine attends to all."""
+    norms: int = 2
+    """Of a layer."""
     tied: bool
     activation: ActivationRule
     """The model's own; the engine computes ReLU."""
@@ -42,69 +43,40 @@ class Hyper:
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
+    @property
+    def rms_norm(self) -> bool:
+        """Norms divide by the root mean square, without a bias; others are LayerNorms with one."""
+        return self.arch in ("llama", "bamboo")
+
+    @property
+    def rotates(self) -> bool:
+        """Positions turn q and k; an OPT adds an embedding of them instead."""
+        return self.arch != "opt"
+
     def shape(self, letters: str) -> tuple[int, ...]:
         """Shape letters of `names.py` to sizes."""
         kv_width = self.kv_heads * self.head_dim
-        sizes = {"V": self.vocab, "D": self.hidden, "K": kv_width, "F": self.ffn}
+        sizes = {
+            "V": self.vocab,
+            "P": self.context + 2,  # an OPT's first two rows are for padding
+            "D": self.hidden,
+            "K": kv_width,
+            "Q": self.hidden + 2 * kv_width,
+            "F": self.ffn,
+        }
         return tuple(sizes[letter] for letter in letters)
 
 
-def read_hyper(checkpoint: Checkpoint) -> Hyper:
-    """Read and check a checkpoint's config and its tensors' names and shapes.
+def check_shape(hyper: Hyper, head_dim: int | None, where: str) -> None:
+    """Refuse sizes that the engine computes otherwise.
 
-    Raises:
-        InputError: Not a llama, or one that the engine cannot express.
+    Args:
+        head_dim: As the config has it.
     """
-    config: Any = checkpoint.config
-    where = checkpoint.source
-    if config.model_type != "llama":
-        raise InputError(
-            f"{where}: model_type is {config.model_type!r}, expected 'llama'; export writes no "
-            "other architecture of PowerInfer's yet"
-        )
-    rope_base, rope_factor = _rope(config, where)
-    hyper = Hyper(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        ffn=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        vocab=config.vocab_size,
-        context=config.max_position_embeddings,
-        rms_eps=config.rms_norm_eps,
-        rope_base=rope_base,
-        rope_factor=rope_factor,
-        tied=config.tie_word_embeddings,
-        activation=activation_rule(config, where),
-    )
-    _check_shape(hyper, config.head_dim, where)
-    _check_tensors(checkpoint, hyper)
-    return hyper
-
-
-def _rope(config: Any, where: str) -> tuple[float, float]:
-    """(base, linear factor) from transformers 5's rope_parameters or the older spelling."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    base = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear"):
-        raise InputError(
-            f"{where}: rope type is {kind!r}, but the engine computes only 'default' and 'linear' "
-            "as this model means them; a model with plain positions can be exported"
-        )
-    if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError(
-            f"{where}: rope turns {part:g} of each head, but the engine turns whole heads of a "
-            "llama; such a model cannot be exported"
-        )
-    return float(base), float(rope.get("factor", 1.0)) if kind == "linear" else 1.0
-
-
-def _check_shape(hyper: Hyper, head_dim: int | None, where: str) -> None:
     if hyper.hidden % hyper.heads or (head_dim or hyper.head_dim) != hyper.head_dim:
         raise InputError(
             f"{where}: head_dim is {head_dim}, but the engine takes hidden size / heads = "
-            f"{hyper.hidden / hyper.heads:g} for every llama; such a model cannot be exported"
+            f"{hyper.hidden / hyper.heads:g} for every model; such a model cannot be exported"
         )
     if hyper.head_dim % 2 or hyper.heads % hyper.kv_heads:
         raise InputError(
@@ -119,17 +91,24 @@ def _check_shape(hyper: Hyper, head_dim: int | None, where: str) -> None:
         )
 
 
-def _check_tensors(checkpoint: Checkpoint, hyper: Hyper) -> None:
-    rows = {row.source: row for row in llama_rows(hyper.layers, hyper.tied)}
+def check_tensors(checkpoint: Checkpoint, hyper: Hyper) -> None:
+    """Refuse a checkpoint that lacks a tensor of the architecture, or has one more."""
+    rows = {
+        checkpoint.stored_name(row.source): row
+        for row in model_rows(hyper.arch, hyper.layers, tied=hyper.tied, norms=hyper.norms)
+    }
     missing = set(rows)
     for name, tensor in checkpoint.tensors():
-        if name.endswith("rotary_emb.inv_freq") or (hyper.tied and name == "lm_head.weight"):
+        # Buffers of old versions, a second copy of the embedding, TurboSparse's own predictors.
+        if name.endswith((".rotary_emb.inv_freq", ".attention.masked_bias")):
+            continue
+        if (hyper.tied and name == "lm_head.weight") or ".predictor." in name:
             continue
         if name not in rows:
-            kind = "biases" if name.endswith(".bias") else "tensor of that name"
+            kind = "biases there" if name.endswith(".bias") else "tensor of that name"
             raise InputError(
-                f"{checkpoint.folder}: holds {name}, but the engine's llama knows no {kind}; such "
-                "a model cannot be exported"
+                f"{checkpoint.folder}: holds {name}, but the engine's {hyper.arch} knows no "
+                f"{kind}; such a model cannot be exported"
             )
         missing.discard(name)
         want = hyper.shape(rows[name].shape)

@@ -70,7 +70,7 @@ def _layers(split: GGUFFile) -> list[dict[str, Any]]:
                 "layer": layer,
                 "neurons": neurons,
                 "width": index.shape[0] if index is not None else None,
-                "bytes": neurons * (sum(sizes) + LIST_BYTES) if len(sizes) == len(ROWS) else None,
+                "bytes": neurons * (sum(sizes) + LIST_BYTES) if sizes else None,
             }
         )
     return rows

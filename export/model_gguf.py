@@ -1,12 +1,12 @@
-"""Write a llama with its predictors as PowerInfer's GGUF file.
+"""Write a model with its predictors as PowerInfer's GGUF file.
 
 A PowerInfer file is a GGUF version 3 file, alignment 32, whose first four bytes are "PWRI". 1-D
 tensors are f32. Matrices are f16, f32 or q4_0; in a q4_0 file output.weight is q8_0, as
-PowerInfer's `quantize` has it where rows are no multiples of 256, and in an f32 file ffn_down_t is
-f16: for anything but f16 and q4_0 there the engine gives NaN without an error. Predictors are f16,
-q8_0 or q4_0 whatever the model is. A tensor that its architecture does not use makes loading fail,
-so nothing else is written. The threshold must be an f32. (PowerInfer's llama.cpp and ggml.h at
-d3ebd7c.)
+PowerInfer's `quantize` has it where rows are no multiples of 256 (an OPT has none, its embedding
+serves), and in an f32 file ffn_down_t is f16: for anything but f16 and q4_0 there the engine gives
+NaN without an error. Predictors are f16, q8_0 or q4_0 whatever the model is. A tensor that its
+architecture does not use makes loading fail, so nothing else is written. The threshold must be an
+f32. (PowerInfer's llama.cpp and ggml.h at d3ebd7c.)
 
 Memory: one tensor at a time, as the source's memory map and at most one rearranged copy (q and k),
 converted a slab at a time (stored.py); the header holds the vocabulary and the names.
@@ -35,7 +35,7 @@ from torch import Tensor
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.export.hyper import Hyper
-from sparsecast.export.names import Layout, Row, arranged, llama_rows, predictor_names
+from sparsecast.export.names import Layout, Row, arranged, model_rows, predictor_names
 from sparsecast.export.stored import Planned, one_thread, slabs
 from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -80,7 +80,7 @@ def _check_blocks(hyper: Hyper) -> None:
 
 
 def _model_part(checkpoint: Checkpoint, hyper: Hyper, dtype: str) -> Iterator[Planned]:
-    for row in llama_rows(hyper.layers, hyper.tied):
+    for row in model_rows(hyper.arch, hyper.layers, tied=hyper.tied, norms=hyper.norms):
         shape = hyper.shape(row.shape)
         if row.layout is Layout.TRANSPOSED:
             shape = shape[::-1]
@@ -142,7 +142,7 @@ def write_model(
         OSError: The disk is full, or `path` cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
-    writer = GGUFWriter(part, "llama")
+    writer = GGUFWriter(part, hyper.arch)
     try:
         _add_header(writer, hyper, vocabulary, name, threshold, dtype)
         for t in tensors:
@@ -180,9 +180,13 @@ def _add_header(
     writer.add_feed_forward_length(hyper.ffn)
     writer.add_head_count(hyper.heads)
     writer.add_head_count_kv(hyper.kv_heads)
-    writer.add_layer_norm_rms_eps(hyper.rms_eps)
-    writer.add_rope_dimension_count(hyper.head_dim)
-    writer.add_rope_freq_base(hyper.rope_base)
+    if hyper.rms_norm:
+        writer.add_layer_norm_rms_eps(hyper.eps)
+    else:
+        writer.add_layer_norm_eps(hyper.eps)
+    if hyper.rotates:
+        writer.add_rope_dimension_count(hyper.head_dim)
+        writer.add_rope_freq_base(hyper.rope_base)
     if hyper.rope_factor != 1.0:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(hyper.rope_factor)

@@ -1,10 +1,14 @@
-"""Which tensor of a llama checkpoint becomes which tensor of PowerInfer's file, and how.
+"""Which tensor of a checkpoint becomes which tensor of PowerInfer's file, and how.
 
-Names are those of PowerInfer's llama.cpp (`LLM_TENSOR_NAMES`, arch llama). The down projection is
-stored transposed, one row per neuron. transformers rotates (first half, second half) of a head,
-the engine rotates neighbours, so the rows of q and k are interleaved head by head.
+Names are those of PowerInfer's llama.cpp (`LLM_TENSOR_NAMES`; `llm_load_sparse_model_tensors` says
+which of them an architecture has). The down projection is stored transposed, one row per neuron.
+In a llama transformers rotates (first half, second half) of a head and the engine neighbours, so
+the rows of q and k are interleaved head by head; in a falcon both rotate halves. A falcon's fused
+projection holds, per key/value head, its query heads, then the key, then the value; the engine
+wants all queries, then all keys, then all values.
 
-Shape letters: V vocabulary, D hidden, K key/value width, F FFN width, R predictor rank.
+Shape letters: V vocabulary, P positions, D hidden, K key/value width, Q = D + 2 K, F FFN width,
+R predictor rank.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-EMBEDDING = "model.embed_tokens.weight"
+ARCHITECTURES = ("llama", "bamboo", "falcon", "opt")
 
 
 class Layout(Enum):
@@ -25,6 +30,7 @@ class Layout(Enum):
     TRANSPOSED = "transposed"
     QUERY = "interleaved per query head"
     KEY = "interleaved per key/value head"
+    FUSED = "queries, keys and values apart"
 
 
 class Row(NamedTuple):
@@ -37,12 +43,28 @@ class Row(NamedTuple):
     layout: Layout = Layout.PLAIN
 
 
-_GLOBAL = (
-    Row("token_embd.weight", EMBEDDING, "VD"),
+def _with_bias(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Each row followed by that of its bias."""
+    return tuple(
+        both
+        for row in rows
+        for both in (
+            row,
+            Row(
+                row.target.removesuffix("weight") + "bias",
+                row.source.removesuffix("weight") + "bias",
+                row.shape[0],
+            ),
+        )
+    )
+
+
+_LLAMA = (
+    Row("token_embd.weight", "model.embed_tokens.weight", "VD"),
     Row("output_norm.weight", "model.norm.weight", "D"),
     Row("output.weight", "lm_head.weight", "VD"),
 )
-_LAYER = (
+_LLAMA_LAYER = (
     Row("blk.{i}.attn_norm.weight", "model.layers.{i}.input_layernorm.weight", "D"),
     Row("blk.{i}.attn_q.weight", "model.layers.{i}.self_attn.q_proj.weight", "DD", Layout.QUERY),
     Row("blk.{i}.attn_k.weight", "model.layers.{i}.self_attn.k_proj.weight", "KD", Layout.KEY),
@@ -58,19 +80,87 @@ _LAYER = (
         Layout.TRANSPOSED,
     ),
 )
+_FALCON = (
+    Row("token_embd.weight", "transformer.word_embeddings.weight", "VD"),
+    *_with_bias((Row("output_norm.weight", "transformer.ln_f.weight", "D"),)),
+    Row("output.weight", "lm_head.weight", "VD"),
+)
+_FALCON_NORMS = {
+    1: _with_bias(
+        (Row("blk.{i}.attn_norm.weight", "transformer.h.{i}.input_layernorm.weight", "D"),)
+    ),
+    2: _with_bias(
+        (
+            Row("blk.{i}.attn_norm.weight", "transformer.h.{i}.ln_mlp.weight", "D"),
+            Row("blk.{i}.attn_norm_2.weight", "transformer.h.{i}.ln_attn.weight", "D"),
+        )
+    ),
+}
+"""By norms in a layer: attn_norm feeds the FFN, and attention too unless it has its own."""
+_FALCON_LAYER = (
+    Row(
+        "blk.{i}.attn_qkv.weight",
+        "transformer.h.{i}.self_attention.query_key_value.weight",
+        "QD",
+        Layout.FUSED,
+    ),
+    Row("blk.{i}.attn_output.weight", "transformer.h.{i}.self_attention.dense.weight", "DD"),
+    Row("blk.{i}.ffn_up.weight", "transformer.h.{i}.mlp.dense_h_to_4h.weight", "FD"),
+    Row(
+        "blk.{i}.ffn_down_t.weight",
+        "transformer.h.{i}.mlp.dense_4h_to_h.weight",
+        "DF",
+        Layout.TRANSPOSED,
+    ),
+)
+_OPT = (
+    Row("token_embd.weight", "model.decoder.embed_tokens.weight", "VD"),
+    Row("position_embd.weight", "model.decoder.embed_positions.weight", "PD"),
+    *_with_bias((Row("output_norm.weight", "model.decoder.final_layer_norm.weight", "D"),)),
+)
+_OPT_LAYER = _with_bias(
+    (
+        Row(
+            "blk.{i}.attn_norm.weight", "model.decoder.layers.{i}.self_attn_layer_norm.weight", "D"
+        ),
+        Row("blk.{i}.attn_q.weight", "model.decoder.layers.{i}.self_attn.q_proj.weight", "DD"),
+        Row("blk.{i}.attn_k.weight", "model.decoder.layers.{i}.self_attn.k_proj.weight", "DD"),
+        Row("blk.{i}.attn_v.weight", "model.decoder.layers.{i}.self_attn.v_proj.weight", "DD"),
+        Row(
+            "blk.{i}.attn_output.weight", "model.decoder.layers.{i}.self_attn.out_proj.weight", "DD"
+        ),
+        Row("blk.{i}.ffn_norm.weight", "model.decoder.layers.{i}.final_layer_norm.weight", "D"),
+        Row("blk.{i}.ffn_up.weight", "model.decoder.layers.{i}.fc1.weight", "FD"),
+        Row(
+            "blk.{i}.ffn_down_t.weight",
+            "model.decoder.layers.{i}.fc2.weight",
+            "DF",
+            Layout.TRANSPOSED,
+        ),
+    )
+)
 
 
-def llama_rows(layers: int, tied: bool) -> Iterator[Row]:
+def model_rows(arch: str, layers: int, *, tied: bool, norms: int) -> Iterator[Row]:
     """Every tensor of the model but the predictors, in file order.
 
     Args:
-        tied: The model has no output matrix of its own; the engine wants one, so the embedding
-            is written a second time.
+        arch: One of `ARCHITECTURES`.
+        tied: The model has no output matrix of its own; the engine wants one, except in an OPT,
+            so the embedding is written a second time.
+        norms: Of a falcon's layer, 1 or 2.
     """
-    for row in _GLOBAL:
-        yield row._replace(source=EMBEDDING) if tied and row.target == "output.weight" else row
+    first, layer = {
+        "llama": (_LLAMA, _LLAMA_LAYER),
+        "bamboo": (_LLAMA, _LLAMA_LAYER),
+        "falcon": (_FALCON, (*_FALCON_NORMS[norms], *_FALCON_LAYER)),
+        "opt": (_OPT, _OPT_LAYER),
+    }[arch]
+    for row in first:
+        shared = tied and row.target == "output.weight"
+        yield row._replace(source=first[0].source) if shared else row
     for i in range(layers):
-        for row in _LAYER:
+        for row in layer:
             yield row._replace(target=row.target.format(i=i), source=row.source.format(i=i))
 
 
@@ -85,5 +175,11 @@ def arranged(weight: Tensor, layout: Layout, heads: int, kv_heads: int) -> Tenso
         return weight
     if layout is Layout.TRANSPOSED:
         return weight.T
+    if layout is Layout.FUSED:
+        group = heads // kv_heads
+        parts = torch.split(
+            weight.view(kv_heads, group + 2, -1, weight.shape[1]), [group, 1, 1], dim=1
+        )
+        return torch.cat([part.flatten(0, 2) for part in parts])
     groups = heads if layout is Layout.QUERY else kv_heads
     return weight.view(groups, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)

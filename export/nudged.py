@@ -27,8 +27,8 @@ class Nudged(Emulator):
         super().__init__(file)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def _product(self, x_TD: Tensor, name: str) -> Tensor:
-        y_TN = super()._product(x_TD, name)
+    def _product(self, x_TD: Tensor, name: str, skip_TD: Tensor | None = None) -> Tensor:
+        y_TN = super()._product(x_TD, name, skip_TD)
         noise_TN = torch.randn(y_TN.shape, generator=self._generator)
         noise_TN *= SIZE * y_TN.square().mean(-1, keepdim=True).sqrt()
         return torch.where(y_TN == 0, y_TN, y_TN + noise_TN)

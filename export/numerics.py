@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecast.collect.activations import ActivationRule
+from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.models import set_activation
 from sparsecast.export.checks import Check
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.protocol import perplexity
 from sparsecast.export.reader import GGUFFile
+from sparsecast.export.sources import module_of
 from sparsecast.export.tensors import expected_shapes
-from sparsecast.export.values import module_of
 from sparsecast.predictors.formats import rounded
 
 MEAN_FACTOR, MAX_FACTOR = 3.0, 6.0
@@ -101,9 +102,15 @@ def model_logits(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
 
 
 def with_relu(model: PreTrainedModel) -> PreTrainedModel:
-    """A twin that computes ReLU, as the engine does; it shares the weights."""
+    """A twin that computes as the engine does, ReLU and, in an OPT, norms without an epsilon; it
+    shares the weights. ReLU on gate and up stays."""
     twin = _twin(model)
-    set_activation(twin, ActivationRule("relu"))
+    if not activation_rule(model.config, "model").on_up:
+        set_activation(twin, ActivationRule("relu"))
+    if model.config.model_type == "opt":
+        for module in twin.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 0.0
     return twin
 
 
@@ -111,9 +118,11 @@ def linear_types(file: GGUFFile) -> dict[str, str]:
     """Type of the file by name of the model's module, for its matrices."""
     types = {}
     for name in expected_shapes(file):
-        source, entry = module_of(name), file.entries[name]
+        source, entry = module_of(file, name), file.entries[name]
         if source is not None and len(entry.shape) == 2:
             types[source] = entry.type.name
+    # An OPT's file has no output matrix: its embedding serves.
+    types.setdefault("lm_head", file.entries["token_embd.weight"].type.name)
     return types
 
 
@@ -125,12 +134,13 @@ def as_stored(
     Args:
         inputs: Also round the input of every linear layer to f16.
     """
-    twin = _twin(model)
+    twin, down = _twin(model), "." + family_of(model.config, "model").down
     for name, module in twin.named_modules():
         if isinstance(module, nn.Linear):
             # The down projection is stored, and so divided into blocks, transposed.
-            hook = partial(_linear, types[name], name.endswith(".down_proj"), inputs)
-            module.register_forward_hook(hook)
+            hook = partial(_linear, types[name], name.endswith(down), inputs)
+            # In front of the ReLU that a bamboo has behind up.
+            module.register_forward_hook(hook, prepend=True)
         elif isinstance(module, nn.Embedding):
             module.register_forward_hook(partial(_rows, types[name]))
     return twin

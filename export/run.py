@@ -13,12 +13,13 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
-from sparsecast.export.card import model_card, relu_note, split_note
+from sparsecast.export.card import model_card, relu_note, split_note, window_note
 from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.gpuidx import write_gpuidx
 from sparsecast.export.hot_cold import check_width, split_for
-from sparsecast.export.hyper import Hyper, read_hyper
+from sparsecast.export.hyper import Hyper
+from sparsecast.export.model_config import read_hyper
 from sparsecast.export.model_gguf import plan, write_model
 from sparsecast.export.stored import Planned
 from sparsecast.export.traffic import Traffic, traffic_of
@@ -78,6 +79,8 @@ def export(cfg: ExportConfig) -> Path:
         write_text(folder / "README.md", model_card(file, hyper, predictors, cfg, split, traffic))
     if hyper.activation.threshold > 0:
         console.print(relu_note(hyper), style="yellow", highlight=False)
+    if hyper.window is not None:
+        console.print(window_note(hyper), style="yellow", highlight=False)
     console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
     if traffic is not None:
         console.print(f"FFN traffic by the calibration split: {traffic}", highlight=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsecast.collect.errors import InputError
 from sparsecast.export.checks import Check
+from sparsecast.export.header import header_of
 from sparsecast.export.reader import STRING, UINT32, UINT64, GGUFFile
 
 REQUIRED = {
@@ -67,7 +68,7 @@ def _header(split: GGUFFile, file: GGUFFile) -> list[str]:
         return wrong
     want = {
         "general.architecture": "generic.gpu_index",
-        "generic.gpu_index.block_count": file.keys["llama.block_count"],
+        "generic.gpu_index.block_count": header_of(file).layers,
     }
     return [
         f"{key} is {split.keys[key]!r}, expected {value!r}"
@@ -77,7 +78,8 @@ def _header(split: GGUFFile, file: GGUFFile) -> list[str]:
 
 
 def _tensors(split: GGUFFile, file: GGUFFile) -> list[str]:
-    layers, width = file.keys["llama.block_count"], file.keys["llama.feed_forward_length"]
+    header = header_of(file)
+    layers, width = header.layers, header.ffn
     want = [f"blk.{i}.gpu_{name}" for i in range(layers) for name in ("idx", "bucket")]
     there = list(split.entries)
     if len(there) != len(want):
@@ -96,7 +98,7 @@ def _tensors(split: GGUFFile, file: GGUFFile) -> list[str]:
 
 def _lists(split: GGUFFile, file: GGUFFile) -> list[str]:
     wrong = []
-    for i in range(file.keys["llama.block_count"]):
+    for i in range(header_of(file).layers):
         index_F, bucket_K = (split.tensor(f"blk.{i}.gpu_{name}") for name in ("idx", "bucket"))
         if not bool(((index_F == 0) | (index_F == 1)).all()):
             wrong.append(f"blk.{i}.gpu_idx holds values that are not 0 or 1")
@@ -108,14 +110,15 @@ def _lists(split: GGUFFile, file: GGUFFile) -> list[str]:
 
 
 def _bytes(split: GGUFFile, file: GGUFFile) -> list[str]:
-    """Rows of the three matrices as they lie in the file, and of a layer that is not whole on the
+    """Rows of the FFN's matrices as they lie in the file, and of a layer that is not whole on the
     GPU the list of its neurons."""
-    need = 0
-    for i in range(file.keys["llama.block_count"]):
+    header, need = header_of(file), 0
+    matrices = ("gate", "up", "down_t") if header.gated else ("up", "down_t")
+    for i in range(header.layers):
         bucket = split.entries[f"blk.{i}.gpu_bucket"]
         neurons = bucket.shape[0]
-        need += bucket.nbytes if neurons < file.keys["llama.feed_forward_length"] else 0
-        for name in ("gate", "up", "down_t"):
+        need += bucket.nbytes if neurons < header.ffn else 0
+        for name in matrices:
             matrix = file.entries[f"blk.{i}.ffn_{name}.weight"]
             need += neurons * (matrix.nbytes // matrix.shape[0])
     capacity = split.keys["split.vram_capacity"]
@@ -125,7 +128,7 @@ def _bytes(split: GGUFFile, file: GGUFFile) -> list[str]:
 
 
 def _best(split: GGUFFile, file: GGUFFile, folder: Path) -> Check:
-    layers = file.keys["llama.block_count"]
+    layers = header_of(file).layers
     buckets = [split.tensor(f"blk.{i}.gpu_bucket").long() for i in range(layers)]
     total = sum(len(bucket_K) for bucket_K in buckets)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Which tensors a llama bundle holds, of which shape and type.
+"""Which tensors a bundle of each architecture holds, of which shape and type.
 
 Types are those that the engine computes rightly, on a CPU and by its source on a GPU, and that
 sparsecast writes (PowerInfer's ggml.c and ggml-cuda.cu at d3ebd7c):
@@ -8,7 +8,8 @@ sparsecast writes (PowerInfer's ggml.c and ggml-cuda.cu at d3ebd7c):
 The k-quants that `quantize` may choose (q6_K for output.weight) are not ours: reader.py refuses
 them.
 
-Shape letters: V vocabulary, D hidden, K key/value width, F FFN width, R predictor rank.
+Shape letters: V vocabulary, P positions, D hidden, K key/value width, Q = D + 2 K, F FFN width,
+R predictor rank.
 """
 
 from __future__ import annotations
@@ -16,22 +17,49 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparsecast.export.checks import Check
+from sparsecast.export.header import Header, header_of
 from sparsecast.export.reader import GGUFFile
 
-GLOBAL = {"token_embd.weight": "VD", "output_norm.weight": "D", "output.weight": "VD"}
-BLOCK = {
-    "attn_norm": "D",
-    "attn_q": "DD",
-    "attn_k": "KD",
-    "attn_v": "KD",
-    "attn_output": "DD",
-    "ffn_norm": "D",
-    "ffn_gate": "FD",
-    "ffn_up": "FD",
-    "ffn_down_t": "FD",
-    "fc1": "RD",
-    "fc2": "FR",
+PREDICTOR_SHAPES = {"fc1.weight": "RD", "fc2.weight": "FR"}
+GATED = {
+    "attn_norm.weight": "D",
+    "attn_q.weight": "DD",
+    "attn_k.weight": "KD",
+    "attn_v.weight": "KD",
+    "attn_output.weight": "DD",
+    "ffn_norm.weight": "D",
+    "ffn_gate.weight": "FD",
+    "ffn_up.weight": "FD",
+    "ffn_down_t.weight": "FD",
 }
+FALCON = {
+    "attn_norm.weight": "D",
+    "attn_norm.bias": "D",
+    "attn_qkv.weight": "QD",
+    "attn_output.weight": "DD",
+    "ffn_up.weight": "FD",
+    "ffn_down_t.weight": "FD",
+}
+OPT = {
+    **{f"{norm}.{kind}": "D" for norm in ("attn_norm", "ffn_norm") for kind in ("weight", "bias")},
+    **{f"attn_{x}.weight": "DD" for x in ("q", "k", "v", "output")},
+    **{f"attn_{x}.bias": "D" for x in ("q", "k", "v", "output")},
+    "ffn_up.weight": "FD",
+    "ffn_up.bias": "F",
+    "ffn_down_t.weight": "FD",
+    "ffn_down_t.bias": "D",
+}
+SECOND_NORM = {"attn_norm_2.weight": "D", "attn_norm_2.bias": "D"}
+"""Of a falcon with two norms; its first block's tensors say whether it is one."""
+ENDS = {"token_embd.weight": "VD", "output_norm.weight": "D"}
+LAYERS = {
+    "llama": ({**ENDS, "output.weight": "VD"}, GATED),
+    "bamboo": ({**ENDS, "output.weight": "VD"}, GATED),
+    "falcon": ({**ENDS, "output_norm.bias": "D", "output.weight": "VD"}, FALCON),
+    "opt": ({**ENDS, "output_norm.bias": "D", "position_embd.weight": "PD"}, OPT),
+}
+"""Tensors of the model and of one of its blocks."""
+OPT_POSITIONS = 2050
 VECTOR = ("f32",)
 MATRIX = ("f16", "f32", "q4_0", "q8_0")
 SPARSE = ("f16", "f32", "q4_0")
@@ -50,18 +78,17 @@ FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2}
 
 def check_tensors(file: GGUFFile) -> Check:
     """Names, shapes and types, nothing missing and nothing more."""
-    want, wrong = expected_shapes(file), []
+    header, want, wrong = header_of(file), expected_shapes(file), []
     for name, letters in want.items():
         if name not in file.entries:
             wrong.append(f"{name} is missing")
             continue
         entry = file.entries[name]
-        shape = _sizes(file, name, letters)
+        shape = _sizes(file, header, name, letters)
         if entry.shape != shape:
             hint = " (transposed)" if entry.shape == shape[::-1] else ""
             wrong.append(f"{name} is {entry.shape}, expected {shape}{hint}")
-        short = name.removesuffix(".weight").rpartition(".")[2]
-        types = VECTOR if len(letters) == 1 else TYPES.get(short, MATRIX)
+        types = VECTOR if len(letters) == 1 else TYPES.get(kind_of(name), MATRIX)
         if entry.type.name not in types:
             wrong.append(f"{name} is {entry.type.name}, expected {' or '.join(types)}")
         if entry.shape[-1] % entry.type.block:
@@ -70,24 +97,23 @@ def check_tensors(file: GGUFFile) -> Check:
                 f"{entry.type.block}: the engine reads rows that share a block wrongly"
             )
     wrong += [f"{name} is not a tensor of this architecture" for name in file.entries.keys() - want]
-    wrong += [] if wrong else _wrong_blocks_or_label(file)
+    wrong += [] if wrong else _wrong_blocks_or_label(file, header)
     kinds = "/".join(
         sorted({file.entries[name].type.name for name in want if name in file.entries})
     )
     return Check("tensors", not wrong, "; ".join(wrong) or f"{len(want)} tensors in {kinds}")
 
 
-def _wrong_blocks_or_label(file: GGUFFile) -> Iterator[str]:
+def _wrong_blocks_or_label(file: GGUFFile, header: Header) -> Iterator[str]:
     """What no single tensor shows: the width that the engine rounds ffn_down_t's input along, and
     what the header says of the types."""
-    width = file.keys["llama.feed_forward_length"]
     for name, entry in file.entries.items():
-        if ".ffn_down_t." in name and width % entry.type.block:
+        if ".ffn_down_t.weight" in name and header.ffn % entry.type.block:
             yield (
                 f"{name} is {entry.type.name}, whose input the engine rounds in blocks of "
-                f"{entry.type.block}, but the FFN has {width} neurons: it would compute NaN"
+                f"{entry.type.block}, but the FFN has {header.ffn} neurons: it would compute NaN"
             )
-    label, kind = file.keys.get("general.file_type"), file.entries["blk.0.ffn_gate.weight"].type
+    label, kind = file.keys.get("general.file_type"), file.entries["blk.0.ffn_up.weight"].type
     if label is not None and label != FILE_TYPES[kind.name]:
         yield (
             f"general.file_type is {label}, expected {FILE_TYPES[kind.name]} for matrices in "
@@ -97,21 +123,33 @@ def _wrong_blocks_or_label(file: GGUFFile) -> Iterator[str]:
 
 def expected_shapes(file: GGUFFile) -> dict[str, str]:
     """Every tensor name that belongs in the file, with its shape letters."""
-    blocks = range(file.keys["llama.block_count"])
-    inner = {f"blk.{i}.{name}.weight": s for i in blocks for name, s in BLOCK.items()}
-    return {**GLOBAL, **inner}
-
-
-def _sizes(file: GGUFFile, name: str, letters: str) -> tuple[int, ...]:
-    keys = file.keys
-    hidden, heads = keys["llama.embedding_length"], keys["llama.attention.head_count"]
-    sizes = {
-        "V": len(keys["tokenizer.ggml.tokens"]),
-        "D": hidden,
-        "K": hidden // heads * keys.get("llama.attention.head_count_kv", heads),
-        "F": keys["llama.feed_forward_length"],
+    header = header_of(file)
+    ends, block = LAYERS[header.arch]
+    block = {**block, **PREDICTOR_SHAPES}
+    if header.arch == "falcon" and any(f"blk.0.{name}" in file.entries for name in SECOND_NORM):
+        block = {**block, **SECOND_NORM}
+    inner = {
+        f"blk.{i}.{name}": shape for i in range(header.layers) for name, shape in block.items()
     }
+    return {**ends, **inner}
+
+
+def kind_of(name: str) -> str:
+    """attn_q of blk.3.attn_q.weight or .bias, output of output.weight."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def _sizes(file: GGUFFile, header: Header, name: str, letters: str) -> tuple[int, ...]:
+    kv_width = header.head_dim * header.kv_heads
     # The rank is whatever fc1 has; fc2 must have the same.
     fc1 = file.entries.get(name.replace("fc2", "fc1"))
-    sizes["R"] = fc1.shape[0] if fc1 is not None else 0
+    sizes = {
+        "V": header.vocab,
+        "P": OPT_POSITIONS,
+        "D": header.hidden,
+        "K": kv_width,
+        "Q": header.hidden + 2 * kv_width,
+        "F": header.ffn,
+        "R": fc1.shape[0] if fc1 is not None else 0,
+    }
     return tuple(sizes[letter] for letter in letters)

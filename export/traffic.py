@@ -1,6 +1,6 @@
 """FFN traffic of a file: in f16, as every report has it, and of the types that the file has.
 
-Decoding reads the predictor whole and the rows of the three FFN matrices that it lets through:
+Decoding reads the predictor whole and the rows of the FFN's matrices that it lets through:
 
     traffic = predictor bytes / FFN bytes + 1 - predicted sparsity
 
@@ -47,14 +47,15 @@ class Traffic:
 
 
 def traffic_of(tensors: Stored, calibration: Sequence[Mapping[str, float]]) -> Traffic:
-    """Both figures of a llama's file.
+    """Both figures of a file.
 
     Args:
         calibration: Of every layer, with `predicted_sparsity`.
     """
     reported, own = [], []
     for i, scores in enumerate(calibration):
-        ffn = [tensors[f"blk.{i}.{name}.weight"] for name in FFN]
+        names = [f"blk.{i}.{name}.weight" for name in FFN]
+        ffn = [tensors[name] for name in names if name in tensors]
         predictor = sum(_bits(*tensors[f"blk.{i}.{name}.weight"]) for name in PREDICTOR)
         load = 1 - scores["predicted_sparsity"]
         reported.append(predictor / sum(_bits("f16", shape) for _, shape in ffn) + load)
@@ -69,7 +70,8 @@ def _bits(dtype: str, shape: tuple[int, ...]) -> float:
 def _ffn_types(tensors: Stored) -> str:
     every, down = _types(tensors, FFN), _types(tensors, FFN[2:])
     first = _types(tensors, FFN[:2])
-    return f"FFN {every}" if first == down else f"gate and up {first}, down {down}"
+    names = "gate and up" if "blk.0.ffn_gate.weight" in tensors else "up"
+    return f"FFN {every}" if first == down else f"{names} {first}, down {down}"
 
 
 def _types(tensors: Stored, names: Sequence[str]) -> str:

@@ -18,7 +18,6 @@ from sparsecast.export.checks import (
     Check,
     check_activation_folder,
     check_finite,
-    check_metadata,
     check_predictor_folder,
     check_traffic,
     check_vocabulary,
@@ -31,12 +30,15 @@ from sparsecast.export.engine_checks import (
     check_engine_perplexity,
     check_next_tokens,
 )
+from sparsecast.export.header_checks import check_header
+from sparsecast.export.metadata import check_metadata
 from sparsecast.export.numerics import check_logits, check_perplexity, degenerate, with_relu
 from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
 from sparsecast.export.reader import GGUFFile
+from sparsecast.export.sources import Source
 from sparsecast.export.split_checks import check_gpu_split
 from sparsecast.export.tensors import check_tensors
-from sparsecast.export.values import Source, check_header, check_pieces, check_values
+from sparsecast.export.values import check_pieces, check_values
 
 
 @dataclass

@@ -11,12 +11,12 @@ The embedding and the FFN's own matrices stay in host memory. If one tensor of t
 not fit, no neuron goes to the GPU. What is left before the last line is B: the engine loads a split
 file whose split.vram_capacity is at most B, and otherwise makes another.
 
-A neuron takes a row of gate, of up and of down_t, in the file's own types, and 4 bytes of the list
-that says which neurons these are; that list is in GPU memory unless a layer is there as a whole,
-the index of all neurons never is. (PowerInfer charges rows that are F long instead of D: floor(B /
-(4.5 F w)) 4 neurons at w bytes a weight, 1.125 F weights a neuron where it takes 3 D. That is right
-where F = 2.67 D; at F = 4 D a third of B stays unused, at F = 2 D a quarter of the split does not
-fit.)
+A neuron takes a row of gate, where there is one, of up and of down_t, in the file's own types, and
+4 bytes of the list that says which neurons these are; that list is in GPU memory unless a layer is
+there as a whole, the index of all neurons never is. (PowerInfer charges rows that are F long
+instead of D: floor(B / (4.5 F w)) 4 neurons at w bytes a weight, 1.125 F weights a neuron where it
+takes 3 D. That is right where F = 2.67 D; at F = 4 D a third of B stays unused, at F = 2 D a
+quarter of the split does not fit. Without a gate it charges 0.5 F weights, right where F = 4 D.)
 
 Shape letters: D hidden, F FFN width.
 """
@@ -33,6 +33,8 @@ from sparsecast.export.stored import Planned
 
 BEFORE = (
     "attn_norm",
+    "attn_norm_2",
+    "attn_qkv",
     "attn_q",
     "attn_k",
     "attn_v",
@@ -76,7 +78,7 @@ def budget_for(gib: float, context: int, tensors: Sequence[Planned], hyper: Hype
         gib: The engine's --vram-budget.
         context: The engine's -c, in tokens.
     """
-    rows = [t for t in tensors if t.name.startswith("blk.0.") and _kind(t) in ROWS]
+    rows = [t for t in tensors if t.name in {f"blk.0.{kind}.weight" for kind in ROWS}]
     return Budget(
         given=int(torch.tensor(gib, dtype=torch.float32).item() * 2**30),
         before=sum(t.nbytes for t in tensors if _kind(t) in BEFORE),
@@ -87,5 +89,5 @@ def budget_for(gib: float, context: int, tensors: Sequence[Planned], hyper: Hype
 
 
 def _kind(tensor: Planned) -> str:
-    """attn_q of blk.3.attn_q.weight, output of output.weight."""
-    return tensor.name.removesuffix(".weight").rpartition(".")[2]
+    """attn_q of blk.3.attn_q.weight or .bias, output of output.weight."""
+    return tensor.name.rpartition(".")[0].rpartition(".")[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,14 +10,82 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.families import activation_rule, family_of
+from sparsecast.collect.models import set_activation
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.run import export
 from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
 from sparsecast.predictors.mlp import Predictor
 
 LAYERS, HIDDEN, FFN, RANK = 3, 64, 1280, 16
+COMMON = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GATED = {
+    **COMMON,
+    "intermediate_size": FFN,
+    "num_key_value_heads": 4,
+    "hidden_act": "relu",
+    "initializer_range": 0.1,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+GROUPED = {**GATED, "num_key_value_heads": 2, "rope_parameters": {"rope_theta": 5e4}}
+FALCON = {
+    **COMMON,
+    "ffn_hidden_size": FFN,
+    "activation": "relu",
+    "initializer_range": 0.1,
+    "max_position_embeddings": 256,
+    "alibi": False,
+    "bias": False,
+}
+OPT = {
+    **COMMON,
+    "ffn_dim": FFN,
+    "word_embed_proj_dim": HIDDEN,
+    "init_std": 0.1,
+    "activation_function": "relu",
+    "pad_token_id": 0,
+}
+ZOO = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED)),
+    "llama-grouped": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**{**GROUPED, "tie_word_embeddings": True})),
+    "bamboo": lambda: MistralForCausalLM(MistralConfig(**{**GROUPED, "hidden_act": "drelu"})),
+    "falcon-7b": lambda: FalconForCausalLM(FalconConfig(**FALCON, multi_query=True)),
+    "falcon-heads": lambda: FalconForCausalLM(FalconConfig(**FALCON, multi_query=False)),
+    "falcon-40b": lambda: FalconForCausalLM(
+        FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2)
+    ),
+    "falcon-11b": lambda: FalconForCausalLM(
+        FalconConfig(
+            **FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+        )
+    ),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
+}
+"""Every architecture of PowerInfer's that sparsecast writes, by what sets its tensors apart."""
 
 
 def random_predictors(
@@ -42,15 +111,17 @@ def random_predictors(
             fc1_RD = torch.cat([fc1_RD, torch.zeros(32 - RANK, HIDDEN)])
             fc2_FR = torch.cat([fc2_FR, torch.zeros(FFN, 32 - RANK)], dim=1)
         layers.append(Predictor(fc1_RD, fc2_FR, dtype).stored())
+    checkpoint = Checkpoint(model)
+    family = family_of(checkpoint.config, model)
     manifest = PredictorManifest(
         model=model,
-        fingerprint=Checkpoint(model).fingerprint,
-        convention="residual-before-ffn-norm",
+        fingerprint=checkpoint.fingerprint,
+        convention=family.convention,
         activation="fatrelu",
         activation_threshold=0.2,
         hidden_size=HIDDEN,
         ffn_width=FFN,
-        ffn_matrices=3,
+        ffn_matrices=family.matrices,
         dtypes=list(dtypes),
         ranks=[layer.rank for layer in layers],
         calibration=[{"recall": 0.5, "predicted_sparsity": 0.5}] * LAYERS,
@@ -58,6 +129,59 @@ def random_predictors(
     )
     PredictorSet(layers, threshold, manifest).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory, model_folder, corpus):
+    """Name to a saved model of `ZOO`, with the tokenizer of `model_folder`: trained until the FFN
+    matters, with norms and biases that a lost tensor would not look like."""
+    root = tmp_path_factory.mktemp("zoo")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        if path.exists():
+            return path
+        torch.manual_seed(5)
+        model = ZOO[name]()
+        for key, weight in model.named_parameters():
+            if key.endswith("bias"):
+                torch.nn.init.uniform_(weight, -0.3, 0.3)
+            elif "norm" in key or ".ln_" in key:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+        _train_a_little(model, _tokens(model_folder, corpus))
+        model.half().save_pretrained(path)
+        for file in model_folder.glob("tokenizer*"):
+            shutil.copy(file, path)
+        if name == "bamboo":
+            config = json.loads((path / "config.json").read_text())
+            config |= {"model_type": "bamboo", "hidden_act": "relu"}
+            config |= {"architectures": ["BambooForCausalLM"], "sliding_window": 4096}
+            (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return folder
+
+
+def _tokens(model_folder: Path, corpus: Path) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    text = "\n".join(path.read_text() for path in sorted(corpus.iterdir())[:20])
+    ids = torch.tensor(tokenizer(text[:200_000])["input_ids"])
+    return ids[: len(ids) // 64 * 64].view(-1, 64)
+
+
+def _train_a_little(model: PreTrainedModel, ids_NS: torch.Tensor) -> None:
+    set_activation(model, activation_rule(model.config, "model"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(40):
+        batch_BS = ids_NS[torch.arange(16 * step, 16 * step + 16) % len(ids_NS)]
+        model(input_ids=batch_BS, labels=batch_BS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session", name="random_predictors")
+def _random_predictors():
+    return random_predictors
 
 
 @pytest.fixture(scope="session")

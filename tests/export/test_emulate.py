@@ -77,13 +77,13 @@ def test_the_mask_is_the_predictors_on_the_residual_before_the_norm(
 
 def test_a_threshold_no_logit_reaches_masks_everything(precise, ids_NS):
     dense_NSV = precise.logits(ids_NS, all_active=True)
-    threshold = precise.threshold
+    header = precise.header
     try:
-        precise.threshold = -1e30
+        precise.header = header._replace(threshold=-1e30)
         assert torch.equal(precise.logits(ids_NS), dense_NSV)
-        precise.threshold = 1e30
+        precise.header = header._replace(threshold=1e30)
         masked_NSV = precise.logits(ids_NS)
     finally:
-        precise.threshold = threshold
+        precise.header = header
 
     assert (masked_NSV - dense_NSV).abs().amax(-1).median() > 50 * TOLERANCE

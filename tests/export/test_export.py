@@ -180,7 +180,7 @@ def wrong_shape(weights):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (bias, "q_proj.bias, but the engine's llama knows no biases"),
+        (bias, "q_proj.bias, but the engine's llama knows no biases there"),
         (q_norm, "q_norm.weight, but the engine's llama knows no tensor of that name"),
         (infinite, r"blk\.1\.ffn_up\.weight: holds 70000"),
         (lose, r"layers\.2\.mlp\.up_proj\.weight is missing"),
@@ -199,7 +199,11 @@ def test_weights_the_engine_cannot_express_are_refused(model, anyones, change, r
     ("config", "reason"),
     [
         ({"hidden_act": "silu"}, "no exact zeros"),
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2': its attention has biases"),
+        ({"model_type": "qwen3"}, "model_type is 'qwen3': it normalises q and k"),
+        ({"model_type": "granite"}, "'granite': it scales .* convert it to LLaMA format"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
         ({"head_dim": 32}, "head_dim is 32"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type is 'dynamic'"),
         (

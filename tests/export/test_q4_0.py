@@ -21,7 +21,7 @@ from sparsecast.export import stored as stored_module
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import binary, engine_perplexity
-from sparsecast.export.hyper import read_hyper
+from sparsecast.export.model_config import read_hyper
 from sparsecast.export.model_gguf import plan
 from sparsecast.export.protocol import chunks_of, held_out_text, perplexity, tokenizer_of
 from sparsecast.export.reader import GGUFFile
@@ -177,7 +177,7 @@ def test_the_ffn_is_the_formula_in_float64(q4_0):
     x_TD = torch.randn(20, 64)
     norm_D = file.tensor("blk.2.ffn_norm.weight").double().numpy()
     z_TD = x_TD.double().numpy()
-    normed_TD = z_TD / np.sqrt((z_TD**2).mean(-1, keepdims=True) + emulator.eps) * norm_D
+    normed_TD = z_TD / np.sqrt((z_TD**2).mean(-1, keepdims=True) + emulator.header.eps) * norm_D
     mask_TF = (emulator.predictor_logits(x_TD, 2) >= 0).numpy()
 
     for mask, all_active in ((1.0, True), (mask_TF, False)):
@@ -186,7 +186,9 @@ def test_the_ffn_is_the_formula_in_float64(q4_0):
         x1_TF = gate_TF.clip(0) * up_TF * mask
         want_TD = rounded_input(x1_TF) @ values(file, "blk.2.ffn_down_t.weight")
 
-        got_TD = emulator._ffn(x_TD, 2, all_active).double().numpy()
+        skip_TF = None if all_active else torch.from_numpy(~mask_TF)
+        own_TD = emulator._norm(x_TD, "blk.2.ffn_norm")
+        got_TD = emulator._ffn(own_TD, "blk.2", skip_TF).double().numpy()
 
         # A code that float32 turned over moves a row by a step; most rows have none.
         close_T = abs(got_TD - want_TD).max(-1) <= 1e-5 * abs(want_TD).max()

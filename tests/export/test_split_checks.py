@@ -222,7 +222,10 @@ def test_a_split_passes_if_and_only_if_no_other_beats_it(blocks, largest, seed, 
         torch.save(count_F.clone(), folder / "activation" / f"activation_{i}.pt")
     hot = [hottest(count_F, k * BLOCK) for count_F, k in zip(counts_LF, blocks, strict=True)]
     write_gpuidx(folder / f"m{SUFFIX}", Split(hot, 3 * BLOCK, 1.0, Budget(0, 0, 0, 4)))
-    keys = {"llama.block_count": len(blocks), "llama.feed_forward_length": 3 * BLOCK}
+    sizes = {"block_count": len(blocks), "feed_forward_length": 3 * BLOCK, "embedding_length": 1}
+    others = {"attention.head_count": 1, "context_length": 1, "attention.layer_norm_rms_epsilon": 1}
+    keys = {f"llama.{name}": value for name, value in {**sizes, **others}.items()}
+    keys |= {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a"]}
     matrix = SimpleNamespace(nbytes=0, shape=(3 * BLOCK, 1))
     names = [f"blk.{i}.ffn_{n}.weight" for i in range(4) for n in ("gate", "up", "down_t")]
     file = SimpleNamespace(path=folder / "m", keys=keys, entries=dict.fromkeys(names, matrix))
