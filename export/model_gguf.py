@@ -43,6 +43,7 @@ from sparsecast.predictors.formats import BLOCK
 
 MAGIC = b"PWRI"
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
+KEY_FINGERPRINT = "sparsecast.model_fingerprint"
 FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
     "f32": LlamaFileType.ALL_F32,
@@ -127,6 +128,7 @@ def write_model(
     vocabulary: Vocabulary,
     *,
     name: str,
+    fingerprint: str,
     threshold: float,
     dtype: str,
     wrote: Callable[[int], Any] = lambda nbytes: None,
@@ -134,6 +136,7 @@ def write_model(
     """Write the file; it appears under `path` complete and on disk, or not at all.
 
     Args:
+        fingerprint: Of the model; the engine passes over keys that it does not know.
         threshold: Smallest predictor logit for which the engine computes a neuron.
         wrote: Called with the bytes of each tensor.
 
@@ -145,6 +148,7 @@ def write_model(
     writer = GGUFWriter(part, hyper.arch)
     try:
         _add_header(writer, hyper, vocabulary, name, threshold, dtype)
+        writer.add_string(KEY_FINGERPRINT, fingerprint)
         for t in tensors:
             writer.add_tensor_info(
                 t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=t.kind
