@@ -4,9 +4,8 @@ What the engine computes (PowerInfer's llama.cpp and ggml.c at d3ebd7c), reprodu
 alone:
 - a product with f16 weights rounds its input to f16 and sums in float32 or better; with f32
   weights nothing is rounded. ffn_down_t is such a product: relu(gate) * up is its input;
-- a product with q8_0 or q4_0 weights rounds its input to q8_0 and sums the codes of a block as
-  integers. Terms that cancel leave exactly 0, an active neuron, which float32 misses by a last bit;
-  float64 holds the products and the sum of a block without rounding;
+- a product with q8_0 or q4_0 weights rounds its input to q8_0 and sums codes as integers, scales
+  them and adds up in float32 (here in float64, but where a predictor's terms cancel, see ties.py);
 - rope turns neighbouring pairs, in a falcon the halves of a head, its angle by repeated float32
   multiplication; an opt adds an embedding of the position plus 2;
 - softmax takes exp through an f16 table: argument and result are rounded to f16;
@@ -26,7 +25,8 @@ from torch import Tensor
 
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import GGUFFile
-from sparsecast.predictors.formats import BLOCK
+from sparsecast.export.rounding import rounded_input
+from sparsecast.export.ties import settled
 
 POSITION_OFFSET = 2
 Rope = tuple[Tensor, Tensor]
@@ -72,7 +72,14 @@ class Emulator:
     def predictor_logits(self, x_TD: Tensor, layer: int) -> Tensor:
         """(T, F) float32 of one layer for float32 inputs, see z above."""
         hidden_TR = self._product(x_TD, f"blk.{layer}.fc1.weight").relu_()
-        return self._product(hidden_TR, f"blk.{layer}.fc2.weight")
+        name = f"blk.{layer}.fc2.weight"
+        logits_TF = self._product(hidden_TR, name)
+        if self.file.entries[name].type.block == 1:
+            return logits_TF
+        width = self.header.ffn
+        scale_N, code_NK = self.file.blocks(name)
+        blocks = scale_N.view(width, -1), code_NK.view(width, -1, code_NK.shape[1])
+        return settled(logits_TF, hidden_TR, *blocks, self.header.threshold)
 
     def _block(
         self, x_TD: Tensor, block: str, batch: int, rope: Rope | None, all_active: bool
@@ -177,23 +184,6 @@ class Emulator:
         if self.header.gated:
             x1_TF = x1_TF * (parts[1].relu() if self.header.arch == "bamboo" else parts[1])
         return self._linear(x1_TF, f"{block}.ffn_down_t", skip_TF)
-
-
-def rounded_input(x_TD: Tensor, dtype: str) -> Tensor:
-    """What the engine multiplies weights of this format by, float32.
-
-    Codes of q8_0 are x (127 / max), as its vector code has it: the same codes at 5 million of 5
-    million random inputs. x (1 / (max / 127)), as the reference code and so formats.py have it,
-    gives another at one of a million, and so does 127 times a reciprocal, as torch divides a number
-    by a tensor.
-    """
-    if dtype == "f16":
-        return x_TD.half().float()
-    blocks = x_TD.reshape(len(x_TD), -1, BLOCK)
-    largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.full_like(largest, 127).div(largest)
-    codes = (blocks * torch.where(largest == 0, 0.0, inverse)).round()
-    return (codes * (largest / 127).half().float()).flatten(1)
 
 
 def _pairs_turned(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:

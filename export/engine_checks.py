@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.export.checks import Check
+from sparsecast.export.decisions import Decision, closest_decisions
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import EngineError, engine_perplexity, serving
 from sparsecast.export.engine_reply import Reply, Spelling, texts_of
@@ -48,6 +49,8 @@ FACTOR = 2.0
 MEDIAN_FLOOR, NEAREST_FLOOR = 1e-4, 1e-3
 """Of a probability: this near is near enough, whatever ours do."""
 PROMPTS, PROMPT_LENGTH = 8, 64
+NEAR, OUTLIERS = 1e-3, 3
+"""Of a probability; and how many positions further away are listed."""
 
 
 class EnginePerplexity(NamedTuple):
@@ -99,7 +102,8 @@ def check_next_tokens(
                 positions += _positions(file, spelling, prompt_S, replies, logits_NSV)
     except EngineError as error:
         return [Check("engine tokens", False, str(error))]
-    return [tokens_check(positions), probability_check(positions)]
+    outliers = outlier_check(positions, closest_decisions(file, prompts_PS))
+    return [tokens_check(positions), probability_check(positions), outliers]
 
 
 def _positions(
@@ -191,6 +195,26 @@ def probability_check(positions: list[Position]) -> Check:
         f"90 % of positions {nearest:.2e} (ours {own_nearest:.2e}, bound {nearest_bound:.2e})"
     )
     return Check("engine probabilities", theirs <= bound and nearest <= nearest_bound, detail)
+
+
+def outlier_check(positions: list[Position], decisions: list[Decision]) -> Check:
+    """Where the engine is further from all of ours than `NEAR`, and which decision may have turned
+    over there; for the reader, `probability_check` judges.
+
+    Args:
+        decisions: Of each position, the one nearest to the threshold that it depends on.
+    """
+    far = [(min(place.theirs), i) for i, place in enumerate(positions) if min(place.theirs) > NEAR]
+    told = [
+        f"prompt {i // PROMPT_LENGTH} position {i % PROMPT_LENGTH} by {away:.1e}, {decisions[i]}"
+        for away, i in sorted(far, reverse=True)[:OUTLIERS]
+    ]
+    detail = f"{len(positions) - len(far)} of {len(positions)} positions within {NEAR:g} of ours"
+    if far:
+        detail += (
+            "; furthest, with the decision nearest to the threshold up to there: " + "; ".join(told)
+        )
+    return Check("engine outliers", True, detail)
 
 
 def _quantile(distances: list[list[float]], share: float) -> float:

@@ -103,13 +103,19 @@ class GGUFFile:
         if entry.type.block > 1:
             if entry.type.name not in DECODED:
                 raise InputError(f"{self.path}: tensor {name} is {entry.type.name}, not read here")
-            raw = torch.frombuffer(
-                self._data, dtype=torch.uint8, count=entry.nbytes, offset=entry.start
-            )
-            return _values(raw.view(-1, entry.type.nbytes)).view(entry.shape)
+            scale, code = self.blocks(name)
+            return (scale[..., None] * code.float()).view(entry.shape)
         count = prod(entry.shape)
         flat = torch.frombuffer(self._data, dtype=entry.type.dtype, count=count, offset=entry.start)
         return flat.view(entry.shape)
+
+    def blocks(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of a q8_0 or q4_0 tensor, block by block: scales (N,) float32, codes (N, 32) int8."""
+        entry = self.entries[name]
+        raw = torch.frombuffer(
+            self._data, dtype=torch.uint8, count=entry.nbytes, offset=entry.start
+        )
+        return _blocks(raw.view(-1, entry.type.nbytes))
 
     def _broken(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}; the file is damaged, export it again")
@@ -212,11 +218,12 @@ class GGUFFile:
             end, before = entry.start + entry.nbytes, name
 
 
-def _values(blocks_NB: Tensor) -> Tensor:
-    """(N, 32) float32 values of N blocks: an f16 scale, then 32 signed bytes (q8_0), or 16 bytes
-    with values 0 to 15 in their low halves and 16 to 31 in their high ones, 8 meaning 0 (q4_0)."""
-    scale_N1 = blocks_NB[:, :2].clone().view(torch.float16).float()
+def _blocks(blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (N,) and codes (N, 32) of N blocks: an f16 scale, then 32 signed bytes (q8_0), or 16
+    bytes with values 0 to 15 in their low halves and 16 to 31 in their high ones, 8 meaning 0
+    (q4_0)."""
+    scale_N = blocks_NB[:, :2].clone().view(torch.float16).float()[:, 0]
     codes = blocks_NB[:, 2:]
     if codes.shape[1] == 32:
-        return scale_N1 * codes.clone().view(torch.int8).float()
-    return scale_N1 * (torch.cat([codes & 15, codes >> 4], dim=1).float() - 8)
+        return scale_N, codes.clone().view(torch.int8)
+    return scale_N, torch.cat([codes & 15, codes >> 4], dim=1).to(torch.int8) - 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -252,8 +253,12 @@ def test_the_window_of_a_bamboo_is_told(zoo, random_predictors, tmp_path):
 
 
 def within(result, bound: float) -> None:
+    """The engine's perplexity, and its probabilities within 1e-3 at 99 % of positions."""
     assert result.ok, [check for check in result.checks if not check.ok]
     assert result.engine.perplexity == pytest.approx(result.engine.reference, rel=bound)
+    (detail,) = (check.detail for check in result.checks if check.name == "engine outliers")
+    near, total = map(int, re.match(r"(\d+) of (\d+) positions", detail).groups())
+    assert near >= 0.99 * total, detail
 
 
 @pytest.mark.engine

@@ -21,7 +21,7 @@ from sparsecast.export.engine_reply import Spelling, texts_of
 from sparsecast.export.model_gguf import _predictor_part
 from sparsecast.export.nudged import Nudged
 from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
-from sparsecast.export.reader import GGUFFile, _values
+from sparsecast.export.reader import GGUFFile, _blocks
 from sparsecast.export.run import export
 from sparsecast.export.stored import slabs
 from sparsecast.export.tensors import check_tensors
@@ -65,7 +65,12 @@ def test_a_block_is_laid_out_as_ggml_does(dtype):
 
     assert written.tobytes() == golden + zeros
     blocks = torch.frombuffer(bytearray(golden), dtype=torch.uint8)[None]
-    assert torch.equal(_values(blocks), weight[:1])
+    assert torch.equal(valued(blocks), weight[:1])
+
+
+def valued(blocks: torch.Tensor) -> torch.Tensor:
+    scale_N, code_NK = _blocks(blocks)
+    return scale_N[:, None] * code_NK.float()
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
@@ -76,7 +81,7 @@ def test_any_block_is_read_as_the_gguf_package_does(dtype):
 
     want = dequantize(blocks, GGMLQuantizationType[dtype.upper()])
 
-    assert np.array_equal(_values(torch.from_numpy(blocks)).numpy(), want)
+    assert np.array_equal(valued(torch.from_numpy(blocks)).numpy(), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
-from sparsecast.export import emulate
+from sparsecast.export import rounding
 from sparsecast.export import stored as stored_module
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
@@ -161,7 +161,7 @@ def test_inputs_are_rounded_to_the_last_bit():
     x_TD = torch.randn(40_000, 128)
     x_TD[0, :32] = 0
 
-    assert np.array_equal(emulate.rounded_input(x_TD, "q4_0").numpy(), rounded_input(x_TD.numpy()))
+    assert np.array_equal(rounding.rounded_input(x_TD, "q4_0").numpy(), rounded_input(x_TD.numpy()))
 
 
 def test_the_ffn_is_the_formula_in_float64(q4_0):
