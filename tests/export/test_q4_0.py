@@ -26,7 +26,7 @@ from sparsecast.export.model_gguf import plan
 from sparsecast.export.protocol import chunks_of, held_out_text, perplexity, tokenizer_of
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
-from sparsecast.export.stored import Planned, slabs
+from sparsecast.export.stored import Planned, one_thread, slabs
 from sparsecast.export.verify import bundle_file, verify
 from sparsecast.predictors.checkpoint import load_predictors
 
@@ -106,6 +106,17 @@ def test_slabs_leave_no_seam(monkeypatch, kind, dtype):
     assert [len(rows) for rows in written] == [7] * 14 + [2]
     want = quantize(weight.float().contiguous().numpy(), planned.kind)
     assert b"".join(rows.data for rows in written) == want.tobytes()
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
