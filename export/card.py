@@ -30,11 +30,17 @@ def model_card(
     hyper: Hyper,
     vocabulary: Vocabulary,
     predictors: PredictorSet,
+    foreign: list[str],
     cfg: ExportConfig,
     split: Split | None,
     traffic: Traffic | None,
 ) -> str:
-    """Markdown; `file` is the GGUF's name."""
+    """Markdown.
+
+    Args:
+        file: The GGUF's name.
+        foreign: See `belonging.differences`.
+    """
     model, dtype = cfg.model, cfg.dtype
     pieces = vocabulary.model == "llama"
     parts = [
@@ -55,9 +61,13 @@ def model_card(
         parts += ["## Activation", relu_note(hyper)]
     if hyper.window is not None:
         parts += ["## Attention", window_note(hyper)]
+    if foreign:
+        parts += ["## Predictors of another model", foreign_note(foreign)]
     parts += ["## Predictors", *_scores(predictors, traffic), "## Hot and cold neurons"]
     parts += _hot_cold(file, cfg, split)
-    parts += ["## Check it", "```\nsparsecast verify . --engine PATH_TO_POWERINFER_BUILD\n```"]
+    named = "" if predictors.manifest is not None and not foreign else f" --model {model}"
+    check = f"sparsecast verify .{named} --engine PATH_TO_POWERINFER_BUILD"
+    parts += ["## Check it", f"```\n{check}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,6 +85,16 @@ def split_note(split: Split) -> str:
         f"take {budget.before / 2**30:.3g} GiB, the KV cache {2 * budget.half_cache / 2**30:.3g}, "
         f"a block of {BLOCK} neurons {BLOCK * budget.neuron / 2**30:.3g}: it takes a --vram-budget "
         f"of {need / 2**30:.3g}, {budget.given / 2**30:.3g} were given"
+    )
+
+
+def foreign_note(foreign: list[str]) -> str:
+    """What --force set aside."""
+    return (
+        f"The predictors were {'; '.join(foreign)}. The export was forced with `--force`: only "
+        "their shapes are known to fit, and what is said of their recall and sparsity is of where "
+        "they come from. `sparsecast evaluate` does not accept them; `sparsecast verify` gives the "
+        "perplexity of this bundle beside the model's."
     )
 
 
@@ -116,7 +136,11 @@ def _scores(predictors: PredictorSet, traffic: Traffic | None) -> list[str]:
     manifest = predictors.manifest
     if manifest is None or traffic is None:
         ranks = [predictor.rank for predictor in predictors.layers]
-        return [f"Ranks {ranks}. They came without scores; `sparsecast report` measures them."]
+        return [
+            f"Ranks {ranks}. They came without a manifest: for which model they were trained, on "
+            "what input and with what scores is not known, only their shapes are known to fit. "
+            "`sparsecast report` scores them."
+        ]
     rows = [
         (predictor.rank, scores["recall"], scores["predicted_sparsity"], share)
         for predictor, scores, share in zip(

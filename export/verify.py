@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +20,7 @@ from sparsecast.export.checks import (
     check_activation_folder,
     check_finite,
     check_predictor_folder,
+    check_predictor_model,
     check_traffic,
 )
 from sparsecast.export.config import SUFFIX, VerifyConfig
@@ -71,7 +73,6 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
     if cfg.engine is not None:
         for name in ("perplexity", "server"):
             binary(cfg.engine, name)
-    checkpoint, unchecked = _model(cfg)
     result = VerifyResult()
     try:
         file = GGUFFile(path)
@@ -79,7 +80,7 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
     except InputError as error:
         result.checks.append(Check("container", False, str(error)))
     else:
-        _run(cfg, file, checkpoint, unchecked, result)
+        _run(cfg, file, result)
     _print(path, result)
     if cfg.json is not None:
         write_json(cfg.json, result.as_json())
@@ -99,15 +100,22 @@ def bundle_file(bundle: Path) -> Path:
     return found[0]
 
 
-def _model(cfg: VerifyConfig) -> tuple[Checkpoint | None, str]:
+def _manifest(file: GGUFFile) -> dict[str, Any]:
+    """What the bundle's predictors say about themselves; empty where they say nothing."""
+    path = file.path.parent / "predictor" / "manifest.json"
+    return read_json(path, "the manifest of the bundle's predictors") if path.is_file() else {}
+
+
+def _model(cfg: VerifyConfig, file: GGUFFile) -> tuple[Checkpoint | None, str]:
     """The source model, or why there is none to compare with."""
     if cfg.model is not None:
         return Checkpoint(cfg.model), ""
-    path = bundle_file(cfg.bundle).parent / "predictor" / "manifest.json"
-    if not path.is_file():
+    manifest = _manifest(file)
+    if not manifest:
         return None, "the bundle does not name its model; give --model"
-    manifest = read_json(path, "the manifest of the bundle's predictors")
     model = str(manifest.get("model"))
+    if file.keys.get("sparsecast.model_fingerprint") not in (None, manifest.get("fingerprint")):
+        return None, f"the predictors are of {model}, the file is of another model; give --model"
     if not Path(model).expanduser().is_dir():
         return None, f"{model} is no folder here; give --model"
     checkpoint = Checkpoint(model)
@@ -116,19 +124,25 @@ def _model(cfg: VerifyConfig) -> tuple[Checkpoint | None, str]:
     return checkpoint, ""
 
 
-def _run(
-    cfg: VerifyConfig,
-    file: GGUFFile,
-    checkpoint: Checkpoint | None,
-    unchecked: str,
-    result: VerifyResult,
-) -> None:
+def _threshold(cfg: VerifyConfig, file: GGUFFile, checkpoint: Checkpoint) -> float | None:
+    """FATReLU's T, which a config may have lost: as given, or as this model's predictors say."""
+    if cfg.activation_threshold is not None:
+        return cfg.activation_threshold
+    manifest = _manifest(file)
+    if manifest.get("fingerprint") != checkpoint.fingerprint:
+        return None
+    return manifest["activation_threshold"] if manifest["activation"] == "fatrelu" else None
+
+
+def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
     checks = result.checks
+    checkpoint, unchecked = _model(cfg, file)
     for check in (check_metadata, check_vocabulary, check_tensors, check_finite):
         checks.append(check(file))
         if not checks[-1].ok:
             return
     checks.append(check_predictor_folder(file, file.path.parent / "predictor"))
+    checks += check_predictor_model(file, file.path.parent / "predictor")
     checks += check_traffic(file, file.path.parent / "predictor")
     checks.append(check_activation_folder(file, file.path.parent / "activation"))
     checks += check_gpu_split(file, file.path.parent)
@@ -144,7 +158,8 @@ def _run(
     docs = held_out_documents(cfg.corpus, tokenizer, cfg.tokens)
     ids_NS = chunks_of(joined(docs), tokenizer, cfg.tokens)
     emulator = Emulator(file)
-    _numerics(checkpoint, emulator, tokenizer, docs, ids_NS, checks)
+    threshold = None if checkpoint is None else _threshold(cfg, file, checkpoint)
+    _numerics(checkpoint, threshold, emulator, tokenizer, docs, ids_NS, checks)
     if cfg.engine is not None:
         found, result.engine = check_engine(cfg.engine, file, emulator, tokenizer, docs, ids_NS)
         checks += found
@@ -152,6 +167,7 @@ def _run(
 
 def _numerics(
     checkpoint: Checkpoint | None,
+    threshold: float | None,
     emulator: Emulator,
     tokenizer: FileVocabulary,
     docs: list[str],
@@ -162,7 +178,9 @@ def _numerics(
         reason = degenerate(emulator.logits(ids_NS[:1]))
         checks.append(Check("logits", reason is None, reason or "finite and not constant"))
         return
-    model, theirs = load_model(checkpoint.source, device="cpu", dtype="float32")
+    model, theirs = load_model(
+        checkpoint.source, device="cpu", dtype="float32", activation_threshold=threshold
+    )
     checks.append(check_tokens(theirs, tokenizer, docs))
     checks.append(check_logits(emulator, with_relu(model), ids_NS))
     checks.append(check_perplexity(emulator, model, ids_NS))

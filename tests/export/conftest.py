@@ -113,13 +113,13 @@ def random_predictors(
             fc2_FR = torch.cat([fc2_FR, torch.zeros(FFN, 32 - RANK)], dim=1)
         layers.append(Predictor(fc1_RD, fc2_FR, dtype).stored())
     checkpoint = Checkpoint(model)
-    family = family_of(checkpoint.config, model)
+    family, rule = family_of(checkpoint.config, model), activation_rule(checkpoint.config, model)
     manifest = PredictorManifest(
         model=model,
         fingerprint=checkpoint.fingerprint,
         convention=family.convention,
-        activation="fatrelu",
-        activation_threshold=0.2,
+        activation=rule.name,
+        activation_threshold=rule.threshold,
         hidden_size=HIDDEN,
         ffn_width=FFN,
         ffn_matrices=family.matrices,

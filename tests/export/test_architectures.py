@@ -20,6 +20,7 @@ from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import engine_perplexity
 from sparsecast.export.file_vocab import tokenizer_of
+from sparsecast.export.metadata import check_metadata
 from sparsecast.export.numerics import model_logits, with_relu
 from sparsecast.export.protocol import chunks_of, held_out_documents, joined, perplexity
 from sparsecast.export.reader import GGUFFile
@@ -187,6 +188,15 @@ def test_a_file_of_another_architecture_is_seen(exported, corpus, tmp_path):
     (failed,) = (c for c in result.checks if not c.ok)
     assert failed.name == "metadata"
     assert "general.architecture is 'baboon', expected one of llama, bamboo" in failed.detail
+
+
+@pytest.mark.parametrize("name", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_falcon_with_scaled_positions_is_seen(exported, name):
+    file = GGUFFile(bundle_file(exported("falcon-7b", "f16")))
+    assert check_metadata(file).ok
+    file.keys[f"falcon.{name}"], file.key_types[f"falcon.{name}"] = 2.0, 6
+
+    assert f"falcon.{name} is not 1" in check_metadata(file).detail
 
 
 def changed_config(folder: Path, tmp_path: Path, **change: object) -> Path:

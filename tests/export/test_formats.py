@@ -24,7 +24,7 @@ from sparsecast.export.nudged import Nudged
 from sparsecast.export.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.reader import GGUFFile, _blocks
 from sparsecast.export.run import export
-from sparsecast.export.stored import stored
+from sparsecast.export.stored import slabs
 from sparsecast.export.tensors import check_tensors
 from sparsecast.export.verify import bundle_file, verify
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
@@ -62,7 +62,7 @@ def test_a_block_is_laid_out_as_ggml_does(dtype):
     codes, golden, zeros = GOLDEN[dtype]
     weight = 0.5 * torch.tensor([codes, [0] * 32], dtype=torch.float32)
 
-    written = stored(plan(Predictor(weight, torch.zeros(32, 32), dtype))[0])
+    (written,) = slabs(plan(Predictor(weight, torch.zeros(32, 32), dtype))[0])
 
     assert written.tobytes() == golden + zeros
     blocks = torch.frombuffer(bytearray(golden), dtype=torch.uint8)[None]
@@ -94,7 +94,7 @@ def test_what_a_predictor_holds_is_written_without_another_loss(dtype, size):
     kept.fc1_RD[3] = 0
 
     for planned, want in zip(plan(kept), kept.weights, strict=True):
-        got = dequantize(stored(planned).view(np.uint8), planned.kind)
+        got = dequantize(np.concatenate(list(slabs(planned))).view(np.uint8), planned.kind)
         assert np.array_equal(got.reshape(want.shape), want.float().numpy())
 
 
