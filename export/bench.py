@@ -93,8 +93,8 @@ def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
                     command = _command(cfg, program, model)
                     rates[name].append(_rate(command, scratch, all_active=all_active))
                     progress.advance()
-    median: dict[str, float | None] = {"dense": None}
-    median |= {name: statistics.median(values) for name, values in rates.items()}
+    median: dict[str, float | None] = {n: statistics.median(runs) for n, runs in rates.items()}
+    median.setdefault("dense", None)
     values = {
         "bundle": str(cfg.bundle),
         "tokens": cfg.tokens,
