@@ -99,6 +99,11 @@ STAGES = {
         "sparsecast.predictors.compare:CompareConfig",
         "sparsecast.predictors.compare:compare",
     ),
+    "bench export": Stage(
+        "MB/s and memory of export beside cp and PowerInfer's converter",
+        "sparsecast.export.bench_export:BenchExportConfig",
+        "sparsecast.export.bench_export:bench",
+    ),
     "bench engine": Stage(
         "tokens/s of PowerInfer's engine with predictors, with everything active, and dense",
         "sparsecast.export.bench:BenchEngineConfig",

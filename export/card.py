@@ -9,6 +9,7 @@ from sparsecast.export.gpuidx import SUFFIX
 from sparsecast.export.hot_cold import BLOCK, Split
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.traffic import Traffic
+from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
 
 FORMATS = {
@@ -16,6 +17,7 @@ FORMATS = {
     "f32": "f32 (the down projection in f16)",
     "q4_0": "q4_0 (the output matrix in q8_0)",
 }
+SPACE_NOTE = " The text begins with a space, because `main` adds none and the model has seen one."
 RELU_NOTE = (
     "The model computes {rule}; PowerInfer computes plain ReLU, so neurons whose gate lies between "
     "0 and {threshold:g} also contribute there. `sparsecast evaluate` gives the perplexity of both "
@@ -26,31 +28,46 @@ RELU_NOTE = (
 def model_card(
     file: str,
     hyper: Hyper,
+    vocabulary: Vocabulary,
     predictors: PredictorSet,
+    foreign: list[str],
     cfg: ExportConfig,
     split: Split | None,
     traffic: Traffic | None,
 ) -> str:
-    """Markdown; `file` is the GGUF's name."""
+    """Markdown.
+
+    Args:
+        file: The GGUF's name.
+        foreign: See `belonging.differences`.
+    """
     model, dtype = cfg.model, cfg.dtype
+    pieces = vocabulary.model == "llama"
     parts = [
         f"# {file.removesuffix('.powerinfer.gguf')} for PowerInfer",
         f"`{model}` ({hyper.layers} layers, hidden size {hyper.hidden}, FFN {hyper.ffn}) with one "
         f"activation predictor per layer, written by `sparsecast export` in {FORMATS[dtype]}. A "
         f"neuron is computed when its predictor's output is at least {predictors.threshold:g}.",
         "## Run it",
-        f'```\nmain -m {file} -t 1 -n 64 --temp 0 --repeat-penalty 1.0 -p " ..."\n```',
+        f"```\nmain -m {file} -t 1 -n 64 --temp 0 --repeat-penalty 1.0 "
+        f'-p "{" " if pieces else ""}..."\n```',
         "`main` is PowerInfer's binary. One thread, because its CPU down projection adds the "
-        "threads' partial sums without a lock: with more, results change from run to run. The "
-        "text begins with a space, because `main` adds none and the model has seen one.",
+        "threads' partial sums without a lock: with more, results change from run to run."
+        + (SPACE_NOTE if pieces else ""),
     ]
+    if vocabulary.notes:
+        parts += ["## Text", *vocabulary.notes]
     if hyper.activation.threshold > 0:
         parts += ["## Activation", relu_note(hyper)]
     if hyper.window is not None:
         parts += ["## Attention", window_note(hyper)]
+    if foreign:
+        parts += ["## Predictors of another model", foreign_note(foreign)]
     parts += ["## Predictors", *_scores(predictors, traffic), "## Hot and cold neurons"]
     parts += _hot_cold(file, cfg, split)
-    parts += ["## Check it", "```\nsparsecast verify . --engine PATH_TO_POWERINFER_BUILD\n```"]
+    named = "" if predictors.manifest is not None and not foreign else f" --model {model}"
+    check = f"sparsecast verify .{named} --engine PATH_TO_POWERINFER_BUILD"
+    parts += ["## Check it", f"```\n{check}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -68,6 +85,16 @@ def split_note(split: Split) -> str:
         f"take {budget.before / 2**30:.3g} GiB, the KV cache {2 * budget.half_cache / 2**30:.3g}, "
         f"a block of {BLOCK} neurons {BLOCK * budget.neuron / 2**30:.3g}: it takes a --vram-budget "
         f"of {need / 2**30:.3g}, {budget.given / 2**30:.3g} were given"
+    )
+
+
+def foreign_note(foreign: list[str]) -> str:
+    """What --force set aside."""
+    return (
+        f"The predictors were {'; '.join(foreign)}. The export was forced with `--force`: only "
+        "their shapes are known to fit, and what is said of their recall and sparsity is of where "
+        "they come from. `sparsecast evaluate` does not accept them; `sparsecast verify` gives the "
+        "perplexity of this bundle beside the model's."
     )
 
 
@@ -109,7 +136,11 @@ def _scores(predictors: PredictorSet, traffic: Traffic | None) -> list[str]:
     manifest = predictors.manifest
     if manifest is None or traffic is None:
         ranks = [predictor.rank for predictor in predictors.layers]
-        return [f"Ranks {ranks}. They came without scores; `sparsecast report` measures them."]
+        return [
+            f"Ranks {ranks}. They came without a manifest: for which model they were trained, on "
+            "what input and with what scores is not known, only their shapes are known to fit. "
+            "`sparsecast report` scores them."
+        ]
     rows = [
         (predictor.rank, scores["recall"], scores["predicted_sparsity"], share)
         for predictor, scores, share in zip(

@@ -1,4 +1,4 @@
-"""What a bundle must look like, checked on the file alone: vocabulary, values, folders.
+"""What a bundle must look like, checked on the file alone: values and folders.
 
 The tables in metadata.py and tensors.py are written from PowerInfer's llama.cpp a second time and
 share nothing with the exporter's: one table for both would confirm its own mistakes.
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsecast.collect.atomic import read_json
 from sparsecast.collect.errors import InputError
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import GGUFFile
@@ -26,33 +27,6 @@ class Check:
     name: str
     ok: bool
     detail: str
-
-
-def check_vocabulary(file: GGUFFile) -> Check:
-    """Tokens, scores and types: one each per embedding row, unique, with all byte tokens."""
-    columns = [
-        file.keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
-    ]
-    if not all(isinstance(column, list) for column in columns):
-        return Check("vocabulary", False, "tokens, scores or token_type is missing or no array")
-    tokens, scores, types = (list(column or []) for column in columns)
-    wrong = []
-    if not len(tokens) == len(scores) == len(types):
-        wrong.append(f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types")
-    if not all(isinstance(token, str) and token for token in tokens):
-        wrong.append("a token is empty or no text")
-    elif len(set(tokens)) != len(tokens):
-        wrong.append("a token stands twice")
-    if not all(isinstance(kind, int) and 1 <= kind <= 6 for kind in types):
-        wrong.append("a token type is not 1 to 6")
-    if not all(isinstance(score, float) for score in scores):
-        wrong.append("a score is no float")
-    lost = {f"<0x{byte:02X}>" for byte in range(256)} - {t for t in tokens if isinstance(t, str)}
-    wrong += [f"byte token {min(lost)} is missing"] if lost else []
-    for kind in ("bos", "eos", "unknown", "padding"):
-        if file.keys.get(f"tokenizer.ggml.{kind}_token_id", 0) >= len(tokens):
-            wrong.append(f"{kind}_token_id is out of range")
-    return Check("vocabulary", not wrong, "; ".join(wrong) or f"{len(tokens)} tokens")
 
 
 def check_finite(file: GGUFFile) -> Check:
@@ -84,6 +58,22 @@ def check_predictor_folder(file: GGUFFile, folder: Path) -> Check:
     if torch.tensor(predictors.threshold, dtype=torch.float32).item() != threshold:
         wrong.append(f"threshold is {threshold:g}, config.json has {predictors.threshold:g}")
     return Check("predictor folder", not wrong, "; ".join(wrong) or f"{layers} predictors equal")
+
+
+def check_predictor_model(file: GGUFFile, folder: Path) -> list[Check]:
+    """Whether the predictors were trained for the model in the file; nothing where either does not
+    say. Others are allowed, with --force, but not unsaid."""
+    model = file.keys.get("sparsecast.model_fingerprint")
+    try:
+        manifest = read_json(folder / "manifest.json", "the manifest of the bundle's predictors")
+    except InputError:
+        return []
+    if model is None:
+        return []
+    detail = f"trained for {manifest.get('model')} (fingerprint {manifest.get('fingerprint')})"
+    if manifest.get("fingerprint") != model:
+        detail = f"of ANOTHER model: {detail}, but the file holds fingerprint {model}"
+    return [Check("predictor model", True, detail)]
 
 
 def check_traffic(file: GGUFFile, folder: Path) -> list[Check]:

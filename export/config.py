@@ -39,6 +39,13 @@ class ExportConfig:
     comparisons (the down projection then stays f16). Predictors keep the format that they were
     trained for, see --predictor-dtype of `sparsecast train`."""
 
+    activation_threshold: float | None = None
+    """FATReLU threshold, for a model whose config has lost it."""
+
+    force: bool = False
+    """Accept predictors that were trained for another model, input or activation if their shapes
+    fit; the card says so."""
+
     def __post_init__(self) -> None:
         if self.vram_budget is not None and not 0 < self.vram_budget < 2**20:
             raise InputError(
@@ -72,6 +79,10 @@ class VerifyConfig:
 
     tokens: int = 2048
     """Held-out tokens for the perplexities."""
+
+    activation_threshold: float | None = None
+    """FATReLU threshold, for a model whose config has lost it; unset: the predictors' own, if they
+    are of this model."""
 
     json: Path | None = None
     """Also write the result to this file."""

@@ -42,6 +42,8 @@ def header_of(file: GGUFFile) -> Header:
         key = f"{arch}.{name}"
         return keys[key] if default is None else keys.get(key, default)
 
+    # The second is the name that the first once had.
+    factor = get("rope.scaling.factor", 0.0) or get("rope.scale_linear", 0.0) or 1.0
     return Header(
         arch=arch,
         layers=get("block_count"),
@@ -54,7 +56,7 @@ def header_of(file: GGUFFile) -> Header:
         # The engine's opt reads none and computes with 0 (`llm_load_hparams`).
         eps=0.0 if arch == "opt" else get(EPSILON[arch]),
         rope_base=get("rope.freq_base", 10_000.0),
-        rope_factor=get("rope.scaling.factor", 0.0) or 1.0,
+        rope_factor=1.0 if get("rope.scaling.type", "linear") == "none" else factor,
         threshold=keys.get("powerinfer.sparse_threshold", 0.0),
     )
 

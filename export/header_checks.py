@@ -32,10 +32,23 @@ FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
 """Keys of the file to fields of config.json, the first that is there."""
 
 
+ARCHITECTURES = {
+    "falcon": "falcon",
+    "opt": "opt",
+    "bamboo": "bamboo",
+    "turbosparsemistral": "bamboo",
+}
+"""Of model_type; others are llamas unless they have ReLU on gate and up."""
+
+
 def check_header(source: Source) -> Check:
-    """Sizes, the norms' epsilon and rope."""
+    """Architecture, sizes, the norms' epsilon and rope."""
     keys: dict[str, Any] = source.file.keys
     arch, config = source.header.arch, source.config
+    both = config.get("hidden_act") == "drelu"
+    meant = "bamboo" if both else ARCHITECTURES.get(config.get("model_type", ""), "llama")
+    if arch != meant:
+        return Check("header", False, f"the file is of a {arch}, config.json makes it a {meant}")
     want = {
         key: next((config[name] for name in names if name in config), None)
         for key, names in FIELDS.get(arch, FIELDS["llama"]).items()
@@ -51,28 +64,31 @@ def check_header(source: Source) -> Check:
         for key, value in want.items()
         if value is not None and not isclose(keys[f"{arch}.{key}"], value, rel_tol=1e-6)
     ]
-    for key, (absent, value) in _optional(source).items():
-        found = keys.get(f"{arch}.{key}", absent)
+    for key, (found, value) in _optional(source).items():
         if not isclose(found, value, rel_tol=1e-6):
             wrong.append(f"{arch}.{key} is {found:g}, config.json has {value:g}")
     return Check("header", not wrong, "; ".join(wrong) or "as config.json says")
 
 
 def _optional(source: Source) -> dict[str, tuple[float, float]]:
-    """Key to (what the engine takes where it is absent, what the model has)."""
-    arch, config, heads = source.header.arch, source.config, source.header.heads
+    """Key to (what the engine takes, also where it is absent; what the model has)."""
+    header, config = source.header, source.config
+    arch, heads = header.arch, header.heads
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     kv_heads = config.get("num_key_value_heads") or heads
     if arch == "falcon":
         kv_heads = _falcon_kv_heads(config, heads)
-    found: dict[str, tuple[float, float]] = {"attention.head_count_kv": (heads, kv_heads)}
+    found: dict[str, tuple[float, float]] = {"attention.head_count_kv": (header.kv_heads, kv_heads)}
     if arch == "opt":
         return found
     return {
         **found,
-        "rope.freq_base": (1e4, rope.get("rope_theta", config.get("rope_theta", 1e4))),
-        "rope.scaling.factor": (1.0, rope.get("factor", 1.0) if kind == "linear" else 1.0),
+        "rope.freq_base": (header.rope_base, rope.get("rope_theta", config.get("rope_theta", 1e4))),
+        "rope.scaling.factor": (
+            header.rope_factor,
+            rope.get("factor", 1.0) if kind == "linear" else 1.0,
+        ),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsecast.export.checks import Check
 from sparsecast.export.header import EPSILON
-from sparsecast.export.reader import FLOAT32, STRING, UINT32, GGUFFile
+from sparsecast.export.reader import FLOAT32, INT32, STRING, UINT32, GGUFFile
 
 COUNTS = (
     "context_length",
@@ -24,9 +24,17 @@ OPTIONAL = {
     "rope.freq_base": FLOAT32,
     "rope.scaling.type": STRING,
     "rope.scaling.factor": FLOAT32,
+    "rope.scale_linear": FLOAT32,
 }
 """Of the architecture's own."""
-TOKENIZERS = ("llama",)
+ELEMENTS = {
+    "tokenizer.ggml.tokens": STRING,
+    "tokenizer.ggml.scores": FLOAT32,
+    "tokenizer.ggml.token_type": INT32,
+    "tokenizer.ggml.merges": STRING,
+}
+"""Of arrays. The engine reads numbers as these whatever the file says."""
+TOKENIZERS = ("llama", "gpt2")
 
 
 def check_metadata(file: GGUFFile) -> Check:
@@ -45,6 +53,9 @@ def check_metadata(file: GGUFFile) -> Check:
     for key, kind in {**required, **_optional(arch)}.items():
         if key in keys and file.key_types[key] != kind:
             wrong.append(f"{key} has value type {file.key_types[key]}, expected {kind}")
+    for key, kind in file.element_types.items():
+        if kind != ELEMENTS.get(key, kind):
+            wrong.append(f"{key} holds elements of type {kind}, expected {ELEMENTS[key]}")
     if wrong:
         return Check("metadata", False, "; ".join(wrong))
     wrong += [f"{key} is 0" for key in counts if not keys[key]]
@@ -95,6 +106,7 @@ def _wrong_rope(arch: str, keys: dict[str, Any]) -> list[str]:
     rope = keys.get(f"{arch}.rope.scaling.type", "none")
     if rope not in ("none", "linear"):
         return [f"{arch}.rope.scaling.type is {rope!r}, expected none or linear"]
-    if arch == "falcon" and keys.get("falcon.rope.scaling.factor", 1.0) != 1.0:
-        return ["falcon.rope.scaling.factor is not 1: the engine divides by it twice"]
+    for name in ("rope.scaling.factor", "rope.scale_linear"):
+        if arch == "falcon" and keys.get(f"falcon.{name}", 1.0) != 1.0:
+            return [f"falcon.{name} is not 1: the engine divides by it twice"]
     return []

@@ -29,8 +29,11 @@ REASONS = {
 """Families that are collected and trained for, but that the engine cannot run."""
 
 
-def read_hyper(checkpoint: Checkpoint) -> Hyper:
+def read_hyper(checkpoint: Checkpoint, activation_threshold: float | None = None) -> Hyper:
     """Read and check a checkpoint's config and its tensors' names and shapes.
+
+    Args:
+        activation_threshold: See `activation_rule`.
 
     Raises:
         InputError: An architecture that PowerInfer has not, or a model that it cannot express.
@@ -42,7 +45,7 @@ def read_hyper(checkpoint: Checkpoint) -> Hyper:
         raise InputError(
             f"{where}: model_type is {config.model_type!r}: {REASONS[config.model_type]}"
         )
-    rule = activation_rule(config, where)
+    rule = activation_rule(config, where, activation_threshold)
     read = {"falcon": _falcon, "opt": _opt}.get(config.model_type, _llama)
     hyper = read(config, rule, where)
     check_shape(hyper, getattr(config, "head_dim", None), where)

@@ -8,9 +8,8 @@ NaN without an error. Predictors are f16, q8_0 or q4_0 whatever the model is. A 
 architecture does not use makes loading fail, so nothing else is written. The threshold must be an
 f32. (PowerInfer's llama.cpp and ggml.h at d3ebd7c.)
 
-Memory: one tensor at a time, as the source's memory map, at most one rearranged copy (q and k)
-and the converted one, quantised without a float32 copy of the whole (stored.py); the header holds
-the vocabulary and the names.
+Memory: one tensor at a time, as the source's memory map and at most one rearranged copy (q and k),
+converted a slab at a time (stored.py); the header holds the vocabulary and the names.
 """
 
 from __future__ import annotations
@@ -37,13 +36,14 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.names import Layout, Row, arranged, model_rows, predictor_names
-from sparsecast.export.stored import Planned, stored
+from sparsecast.export.stored import Planned, one_thread, slabs
 from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.formats import BLOCK
 
 MAGIC = b"PWRI"
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
+KEY_FINGERPRINT = "sparsecast.model_fingerprint"
 FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
     "f32": LlamaFileType.ALL_F32,
@@ -128,6 +128,7 @@ def write_model(
     vocabulary: Vocabulary,
     *,
     name: str,
+    fingerprint: str,
     threshold: float,
     dtype: str,
     wrote: Callable[[int], Any] = lambda nbytes: None,
@@ -135,6 +136,7 @@ def write_model(
     """Write the file; it appears under `path` complete and on disk, or not at all.
 
     Args:
+        fingerprint: Of the model; the engine passes over keys that it does not know.
         threshold: Smallest predictor logit for which the engine computes a neuron.
         wrote: Called with the bytes of each tensor.
 
@@ -146,6 +148,7 @@ def write_model(
     writer = GGUFWriter(part, hyper.arch)
     try:
         _add_header(writer, hyper, vocabulary, name, threshold, dtype)
+        writer.add_string(KEY_FINGERPRINT, fingerprint)
         for t in tensors:
             writer.add_tensor_info(
                 t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=t.kind
@@ -153,7 +156,8 @@ def write_model(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_data(writer, tensors, wrote)
+        with one_thread():
+            _write_data(writer, tensors, wrote)
         writer.close()
         _finish(part)
         os.replace(part, path)
@@ -194,10 +198,13 @@ def _add_header(
     if dtype == "q4_0":
         writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_float32(KEY_THRESHOLD, threshold)
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_scores(vocabulary.scores)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
     add = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,
@@ -215,7 +222,8 @@ def _write_data(writer: GGUFWriter, tensors: list[Planned], wrote: Callable[[int
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
     for t in tensors:
-        file.write(stored(t).data)
+        for rows in slabs(t):
+            file.write(rows.data)
         writer.write_padding(file, t.nbytes)
         wrote(t.nbytes)
 

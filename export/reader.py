@@ -40,7 +40,7 @@ SCALARS = {
     12: "d",
 }
 STRING, ARRAY = 8, 9
-UINT32, FLOAT32, UINT64 = 4, 6, 10
+UINT32, INT32, FLOAT32, UINT64 = 4, 5, 6, 10
 
 
 class Entry(NamedTuple):
@@ -58,7 +58,8 @@ class Entry(NamedTuple):
 
 
 class GGUFFile:
-    """A memory-mapped file: `keys`, `key_types` and `entries` from its header, tensors on demand.
+    """A memory-mapped file: `keys`, `key_types`, `element_types` (of arrays) and `entries` from its
+    header, tensors on demand.
 
     Raises:
         InputError: Not such a file, truncated, or inconsistent; names the file and the place.
@@ -82,6 +83,7 @@ class GGUFFile:
         n_tensors, n_keys = self._count(24, "tensors"), self._count(13, "keys")
         self.keys: dict[str, Any] = {}
         self.key_types: dict[str, int] = {}
+        self.element_types: dict[str, int] = {}
         for _ in range(n_keys):
             self._read_key()
         self.alignment = self._alignment()
@@ -161,7 +163,8 @@ class GGUFFile:
         return self._scalar(SCALARS[kind])
 
     def _array(self, name: str) -> list[Any]:
-        kind = self._scalar("I")
+        kind: int = self._scalar("I")
+        self.element_types[name] = kind
         if kind == STRING:
             return [self._string() for _ in range(self._count(8, f"strings in {name!r}"))]
         if kind not in SCALARS:

@@ -11,9 +11,11 @@ import torch
 from sparsecast.collect.atomic import new_folder, write_text
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.families import lost_threshold
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
-from sparsecast.export.card import model_card, relu_note, split_note, window_note
+from sparsecast.export.belonging import predictors_for
+from sparsecast.export.card import foreign_note, model_card, relu_note, split_note, window_note
 from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.gpuidx import write_gpuidx
@@ -25,7 +27,7 @@ from sparsecast.export.stored import Planned
 from sparsecast.export.traffic import Traffic, traffic_of
 from sparsecast.export.vocab import read_vocabulary
 from sparsecast.export.vram import budget_for
-from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet
 
 EXACT = 2**24
 """float32 holds every whole number up to here."""
@@ -34,18 +36,18 @@ EXACT = 2**24
 def export(cfg: ExportConfig) -> Path:
     """Write the bundle and return the path of its GGUF file.
 
-    Memory: at most two of the model's tensors, see `model_gguf`, and the predictors.
+    Memory: see `model_gguf`; predictors stay memory maps where their files hold f16, q8_0 or q4_0.
 
     Raises:
-        InputError: See `read_hyper`, `read_vocabulary`, `load_predictors` and `check_belongs`;
-            activations of another model; too little space on the disk; an FFN that does not
-            divide into the blocks of --vram-budget.
+        InputError: See `read_hyper`, `read_vocabulary` and `predictors_for`; activations of
+            another model; too little space on the disk; an FFN that does not divide into the
+            blocks of --vram-budget.
         OSError: The disk filled up meanwhile; nothing is left behind.
     """
     checkpoint = Checkpoint(cfg.model)
-    hyper = read_hyper(checkpoint)
+    hyper = read_hyper(checkpoint, cfg.activation_threshold)
     vocabulary = read_vocabulary(checkpoint, hyper.vocab)
-    predictors = _predictors(cfg, checkpoint, hyper)
+    predictors, foreign = predictors_for(cfg.predictors, checkpoint, hyper, force=cfg.force)
     counts = None if cfg.activations is None else _counts(cfg.activations, checkpoint, hyper)
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
     split = None
@@ -66,6 +68,7 @@ def export(cfg: ExportConfig) -> Path:
                 hyper,
                 vocabulary,
                 name=file.removesuffix(SUFFIX),
+                fingerprint=checkpoint.fingerprint,
                 threshold=predictors.threshold,
                 dtype=cfg.dtype,
                 wrote=progress.advance,
@@ -76,11 +79,20 @@ def export(cfg: ExportConfig) -> Path:
             _write_counts(folder / "activation", counts)
         if split is not None:
             write_gpuidx(folder / (file + GPUIDX), split)
-        write_text(folder / "README.md", model_card(file, hyper, predictors, cfg, split, traffic))
+        card = model_card(file, hyper, vocabulary, predictors, foreign, cfg, split, traffic)
+        write_text(folder / "README.md", card)
+    if cfg.activation_threshold is None:
+        lost = lost_threshold(checkpoint.config, checkpoint.source)
+        if lost is not None:
+            console.print(lost, style="yellow", highlight=False)
+    if foreign:
+        console.print(foreign_note(foreign), style="yellow", highlight=False)
     if hyper.activation.threshold > 0:
         console.print(relu_note(hyper), style="yellow", highlight=False)
     if hyper.window is not None:
         console.print(window_note(hyper), style="yellow", highlight=False)
+    for note in vocabulary.notes:
+        console.print(note, style="yellow", highlight=False, markup=False)
     console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
     if traffic is not None:
         console.print(f"FFN traffic by the calibration split: {traffic}", highlight=False)
@@ -96,20 +108,6 @@ def file_name(model: str) -> str:
     folder = Path(model).expanduser()
     name = (folder.resolve() if folder.is_dir() else folder).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") + SUFFIX
-
-
-def _predictors(cfg: ExportConfig, checkpoint: Checkpoint, hyper: Hyper) -> PredictorSet:
-    predictors = load_predictors(cfg.predictors)
-    check_belongs(
-        predictors,
-        str(cfg.predictors),
-        layers=hyper.layers,
-        hidden_size=hyper.hidden,
-        ffn_width=hyper.ffn,
-        fingerprint=checkpoint.fingerprint,
-        model=cfg.model,
-    )
-    return predictors
 
 
 def _traffic(tensors: list[Planned], predictors: PredictorSet) -> Traffic | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -19,26 +20,26 @@ from sparsecast.export.checks import (
     check_activation_folder,
     check_finite,
     check_predictor_folder,
+    check_predictor_model,
     check_traffic,
-    check_vocabulary,
 )
 from sparsecast.export.config import SUFFIX, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import binary
-from sparsecast.export.engine_checks import (
-    EnginePerplexity,
-    check_engine_perplexity,
-    check_next_tokens,
-)
+from sparsecast.export.engine_checks import check_engine
+from sparsecast.export.engine_text import EnginePerplexity
+from sparsecast.export.file_vocab import FileVocabulary, tokenizer_of
 from sparsecast.export.header_checks import check_header
 from sparsecast.export.metadata import check_metadata
 from sparsecast.export.numerics import check_logits, check_perplexity, degenerate, with_relu
-from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.sources import Source
 from sparsecast.export.split_checks import check_gpu_split
 from sparsecast.export.tensors import check_tensors
-from sparsecast.export.values import check_pieces, check_values
+from sparsecast.export.values import check_values
+from sparsecast.export.vocab_checks import check_vocabulary
+from sparsecast.export.vocab_source import check_pieces, check_tokens
 
 
 @dataclass
@@ -72,7 +73,6 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
     if cfg.engine is not None:
         for name in ("perplexity", "server"):
             binary(cfg.engine, name)
-    checkpoint, unchecked = _model(cfg)
     result = VerifyResult()
     try:
         file = GGUFFile(path)
@@ -80,7 +80,7 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
     except InputError as error:
         result.checks.append(Check("container", False, str(error)))
     else:
-        _run(cfg, file, checkpoint, unchecked, result)
+        _run(cfg, file, result)
     _print(path, result)
     if cfg.json is not None:
         write_json(cfg.json, result.as_json())
@@ -100,15 +100,22 @@ def bundle_file(bundle: Path) -> Path:
     return found[0]
 
 
-def _model(cfg: VerifyConfig) -> tuple[Checkpoint | None, str]:
+def _manifest(file: GGUFFile) -> dict[str, Any]:
+    """What the bundle's predictors say about themselves; empty where they say nothing."""
+    path = file.path.parent / "predictor" / "manifest.json"
+    return read_json(path, "the manifest of the bundle's predictors") if path.is_file() else {}
+
+
+def _model(cfg: VerifyConfig, file: GGUFFile) -> tuple[Checkpoint | None, str]:
     """The source model, or why there is none to compare with."""
     if cfg.model is not None:
         return Checkpoint(cfg.model), ""
-    path = bundle_file(cfg.bundle).parent / "predictor" / "manifest.json"
-    if not path.is_file():
+    manifest = _manifest(file)
+    if not manifest:
         return None, "the bundle does not name its model; give --model"
-    manifest = read_json(path, "the manifest of the bundle's predictors")
     model = str(manifest.get("model"))
+    if file.keys.get("sparsecast.model_fingerprint") not in (None, manifest.get("fingerprint")):
+        return None, f"the predictors are of {model}, the file is of another model; give --model"
     if not Path(model).expanduser().is_dir():
         return None, f"{model} is no folder here; give --model"
     checkpoint = Checkpoint(model)
@@ -117,19 +124,25 @@ def _model(cfg: VerifyConfig) -> tuple[Checkpoint | None, str]:
     return checkpoint, ""
 
 
-def _run(
-    cfg: VerifyConfig,
-    file: GGUFFile,
-    checkpoint: Checkpoint | None,
-    unchecked: str,
-    result: VerifyResult,
-) -> None:
+def _threshold(cfg: VerifyConfig, file: GGUFFile, checkpoint: Checkpoint) -> float | None:
+    """FATReLU's T, which a config may have lost: as given, or as this model's predictors say."""
+    if cfg.activation_threshold is not None:
+        return cfg.activation_threshold
+    manifest = _manifest(file)
+    if manifest.get("fingerprint") != checkpoint.fingerprint:
+        return None
+    return manifest["activation_threshold"] if manifest["activation"] == "fatrelu" else None
+
+
+def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
     checks = result.checks
+    checkpoint, unchecked = _model(cfg, file)
     for check in (check_metadata, check_vocabulary, check_tensors, check_finite):
         checks.append(check(file))
         if not checks[-1].ok:
             return
     checks.append(check_predictor_folder(file, file.path.parent / "predictor"))
+    checks += check_predictor_model(file, file.path.parent / "predictor")
     checks += check_traffic(file, file.path.parent / "predictor")
     checks.append(check_activation_folder(file, file.path.parent / "activation"))
     checks += check_gpu_split(file, file.path.parent)
@@ -142,21 +155,22 @@ def _run(
             return
 
     tokenizer = tokenizer_of(file)
-    text = held_out_text(cfg.corpus, tokenizer, cfg.tokens)
-    bos = file.keys.get("tokenizer.ggml.bos_token_id", 1)
-    ids_NS = chunks_of(text, tokenizer, bos, cfg.tokens)
+    docs = held_out_documents(cfg.corpus, tokenizer, cfg.tokens)
+    ids_NS = chunks_of(joined(docs), tokenizer, cfg.tokens)
     emulator = Emulator(file)
-    _numerics(checkpoint, emulator, text, tokenizer.encode(text), ids_NS, checks)
+    threshold = None if checkpoint is None else _threshold(cfg, file, checkpoint)
+    _numerics(checkpoint, threshold, emulator, tokenizer, docs, ids_NS, checks)
     if cfg.engine is not None:
-        overall, result.engine = check_engine_perplexity(cfg.engine, file, emulator, text, ids_NS)
-        checks += [overall, *check_next_tokens(cfg.engine, file, emulator, ids_NS)]
+        found, result.engine = check_engine(cfg.engine, file, emulator, tokenizer, docs, ids_NS)
+        checks += found
 
 
 def _numerics(
     checkpoint: Checkpoint | None,
+    threshold: float | None,
     emulator: Emulator,
-    text: str,
-    ids: list[int],
+    tokenizer: FileVocabulary,
+    docs: list[str],
     ids_NS: Tensor,
     checks: list[Check],
 ) -> None:
@@ -164,15 +178,10 @@ def _numerics(
         reason = degenerate(emulator.logits(ids_NS[:1]))
         checks.append(Check("logits", reason is None, reason or "finite and not constant"))
         return
-    model, theirs = load_model(checkpoint.source, device="cpu", dtype="float32")
-    want = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    equal = want == ids
-    detail = f"{len(ids):,} tokens of held-out text, " + (
-        "as the model's tokenizer makes them"
-        if equal
-        else f"the model's own makes {len(want):,}, not all the same"
+    model, theirs = load_model(
+        checkpoint.source, device="cpu", dtype="float32", activation_threshold=threshold
     )
-    checks.append(Check("tokens", equal, detail))
+    checks.append(check_tokens(theirs, tokenizer, docs))
     checks.append(check_logits(emulator, with_relu(model), ids_NS))
     checks.append(check_perplexity(emulator, model, ids_NS))
 

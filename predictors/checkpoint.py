@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 
@@ -84,6 +84,9 @@ class PredictorSet:
 def load_predictors(folder: str | Path) -> PredictorSet:
     """Read a predictor folder, ours or one that PowerInfer published.
 
+    Memory: none for files as `PredictorSet` writes them, which stay memory maps; other dtypes are
+    converted.
+
     Raises:
         InputError: No predictors there, a gap in the layers, or a file that does not hold two
             finite matrices that fit together.
@@ -126,7 +129,9 @@ def load_predictors(folder: str | Path) -> PredictorSet:
 def _read(path: Path, dtype: str) -> Predictor:
     want = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        # Pages are read when they are used; torch's older format cannot be mapped.
+        mmap = is_zipfile(path)
+        value = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except (RuntimeError, OSError, EOFError, BadZipFile, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -138,8 +143,9 @@ def _read(path: Path, dtype: str) -> Predictor:
         keys = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise InputError(f"{path}: holds {keys}, expected {want}")
     fc1, fc2 = value["fc1.weight"], value["fc2.weight"]
-    if not isinstance(fc1, torch.Tensor) or not isinstance(fc2, torch.Tensor):
-        raise InputError(f"{path}: holds something else than tensors, expected {want}")
+    if not all(isinstance(w, torch.Tensor) and w.is_floating_point() for w in (fc1, fc2)):
+        raise InputError(f"{path}: holds something else than float tensors, expected {want}")
+    fc1, fc2 = fc1.detach(), fc2.detach()  # parameters too
     if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1]:
         raise InputError(
             f"{path}: fc1.weight {tuple(fc1.shape)} and fc2.weight {tuple(fc2.shape)} do not fit; "
@@ -159,7 +165,9 @@ def _read(path: Path, dtype: str) -> Predictor:
         raise InputError(
             f"{path}: manifest.json says {dtype}, but {dtype} cannot hold these values; train again"
         )
-    predictor = Predictor(fc1, fc2, dtype).stored()
+    if dtype != "f16":  # rounded already, as the comparison says
+        return Predictor(fc1.float(), fc2.float(), dtype)
+    predictor = Predictor(fc1, fc2).stored()
     if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
         raise InputError(
             f"{path}: holds values beyond 65504, which f16 cannot store; scale fc1 down and fc2 up"
@@ -188,17 +196,16 @@ def _read_manifest(path: Path) -> PredictorManifest | None:
     return PredictorManifest(**value)
 
 
-def check_belongs(
+def check_fits(
     predictors: PredictorSet,
     where: str,
     *,
     layers: int,
     hidden_size: int,
     ffn_width: int,
-    fingerprint: str,
     model: str,
 ) -> None:
-    """Refuse predictors that were made for another model than `model`."""
+    """Refuse predictors of other layers or shapes than `model` has."""
     if len(predictors.layers) != layers:
         raise InputError(
             f"{where}: has predictors for {len(predictors.layers)} layers, but {model} has "
@@ -211,6 +218,27 @@ def check_belongs(
                 f"{where}: model_{i}.pt has fc1 {fc1} and fc2 {fc2}, but {model} needs "
                 f"(R, {hidden_size}) and ({ffn_width}, R); give the predictors of this model"
             )
+
+
+def check_belongs(
+    predictors: PredictorSet,
+    where: str,
+    *,
+    layers: int,
+    hidden_size: int,
+    ffn_width: int,
+    fingerprint: str,
+    model: str,
+) -> None:
+    """Refuse predictors that were made for another model than `model`."""
+    check_fits(
+        predictors,
+        where,
+        layers=layers,
+        hidden_size=hidden_size,
+        ffn_width=ffn_width,
+        model=model,
+    )
     manifest = predictors.manifest
     if manifest is not None and manifest.fingerprint != fingerprint:
         raise InputError(

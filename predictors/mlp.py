@@ -45,6 +45,8 @@ class Predictor:
         """The predictor that a file in this format holds; its own format unless given."""
         dtype = dtype or self.dtype
         kept = torch.float16 if dtype == "f16" else torch.float32
+        if dtype == "f16" and all(weight.dtype == kept for weight in self.weights):
+            return Predictor(*self.weights)
         fc1_RD, fc2_FR = (rounded(weight, dtype).to(kept) for weight in self.weights)
         return Predictor(fc1_RD, fc2_FR, dtype)
 
