@@ -6,7 +6,8 @@ Programs split the hidden size and the list. Each sums its tiles of the list int
 and the last one to finish a piece of the hidden size adds the partial results in their order, so
 the sum is the same in every run. Rows whose x1 is 0 for all tokens are not read.
 
-Shape letters: T tokens, D hidden, K places in the list, G programs that share a list, C pieces of D.
+Shape letters: T tokens, D hidden, F FFN width, K places of a tile of the list, G programs that
+share the list, C pieces of D.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ CONFIGS = {
 
 def reference(rows: Rows, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
     """What the kernel must equal, (T, D) float64."""
-    count = int(rows.count)
-    y_TD = rows.x1_FT[:count].double().T @ down_FD[rows.row_F[:count].long()].double()
+    total = int(rows.total)
+    y_TD = rows.x1_FT[:total].double().T @ down_FD[rows.row_F[:total].long()].double()
     return y_TD if bias_D is None else y_TD + bias_D.double()
 
 

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecast.kernels.checks import HALVES, check_input, check_quantised, check_weight
 from sparsecast.kernels.down import down
 from sparsecast.kernels.gate import gate
-from sparsecast.kernels.launch import padded, rounded_threshold
+from sparsecast.kernels.launch import rounded_threshold
 from sparsecast.kernels.predictor import predict
 from sparsecast.kernels.predictor import reference as predictor_reference
 from sparsecast.kernels.quantised import Quantised
@@ -72,7 +73,10 @@ def exact_ffn(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
     """
     _check(x_TD, ffn)
     weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
-    return _exact(x_TD.contiguous(), *weights, _threshold(ffn), ffn.act == "drelu")
+    result: tuple[Tensor, Tensor] = _exact(
+        x_TD.contiguous(), *weights, _threshold(ffn), ffn.act == "drelu"
+    )
+    return result
 
 
 def predicted_ffn(
@@ -95,10 +99,11 @@ def predicted_ffn(
     _check(x_TD, ffn)
     _check_predictor(x_TD, z_TD, ffn, predictor)
     weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
-    return _predicted(
+    result: tuple[Tensor, Tensor] = _predicted(
         x_TD.contiguous(), z_TD.contiguous(), *weights, _threshold(ffn), ffn.act == "drelu",
         *_flat(predictor.fc1_RD), *_flat(predictor.fc2_FR), predictor.threshold,
     )  # fmt: skip
+    return result
 
 
 @torch.library.custom_op("sparsecast::exact_ffn", mutates_args=())
@@ -115,7 +120,7 @@ def _exact(
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
     act_FT, mask_W = gate(x, first, up_bias, threshold)
     chosen = rows(x, mask_W, FromGate(act_FT), up_FD, width=len(first), relu_up=relu_up)
-    return down(chosen, down_weight, down_bias), chosen.count
+    return down(chosen, down_weight, down_bias), chosen.total
 
 
 @torch.library.custom_op("sparsecast::predicted_ffn", mutates_args=())
@@ -141,7 +146,7 @@ def _predicted(
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
     source = FromRows(first, up_bias, threshold, chosen_F)
     chosen = rows(x, mask_W, source, up_FD, width=len(first), relu_up=relu_up)
-    return down(chosen, down_weight, down_bias), chosen.count
+    return down(chosen, down_weight, down_bias), chosen.total
 
 
 def _shapes(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,47 +216,24 @@ def _check(x_TD: Tensor, ffn: FFN) -> None:
         raise ValueError("act: drelu is ReLU on gate and up, but there is no gate; use relu")
     if ffn.gate_FD is not None and (ffn.up_bias_F is not None or ffn.down_bias_D is not None):
         raise ValueError("biases belong to an FFN of two matrices, but there is a gate")
-    if x_TD.dim() != 2 or x_TD.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"x: {tuple(x_TD.shape)} {x_TD.dtype}, expected (tokens, hidden size) in float16 or "
-            "bfloat16"
-        )
-    padded(len(x_TD))
     f, d = ffn.up_FD.shape
+    check_input(x_TD, d)
     shapes = ((f, d), (f, d), (f, d), (f,), (d,))
-    for name, weight, shape in zip(ffn._fields, ffn[:5], shapes, strict=False):
+    for name, weight, shape in zip(ffn._fields[:5], ffn[:5], shapes, strict=True):
         if weight is not None:
-            _check_one(name, weight, shape, x_TD, (x_TD.dtype,))
-    if x_TD.shape[1] != d:
-        raise ValueError(f"x: is {x_TD.shape[1]} wide, but up_FD is {(f, d)}; expected {d}")
+            check_weight(name, weight, shape, (x_TD.dtype,), x_TD.device)
 
 
 def _check_predictor(x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorWeights) -> None:
-    (f, d), rank = ffn.up_FD.shape, predictor.fc1_RD.shape[0]
     if z_TD.shape != x_TD.shape or z_TD.device != x_TD.device:
         raise ValueError(
             f"z: {tuple(z_TD.shape)} on {z_TD.device}, but x is {tuple(x_TD.shape)} on "
             f"{x_TD.device}; give the same tokens' residual"
         )
-    for name, weight, shape in zip(predictor._fields, predictor[:2], ((rank, d), (f, rank))):
-        if weight.shape != shape:
-            raise ValueError(f"{name}: is {tuple(weight.shape)}, expected {shape}")
+    (f, d), rank = ffn.up_FD.shape, predictor.fc1_RD.shape[0]
+    shapes = ((rank, d), (f, rank))
+    for name, weight, shape in zip(predictor._fields[:2], predictor[:2], shapes, strict=True):
         if isinstance(weight, Tensor):
-            _check_one(name, weight, shape, x_TD, (torch.float16, torch.bfloat16))
+            check_weight(name, weight, shape, HALVES, x_TD.device)
         else:
-            for part, dtypes in zip(weight, ((torch.int8, torch.uint8), (torch.float16,))):
-                _check_one(name, part, tuple(part.shape), x_TD, dtypes)
-
-
-def _check_one(
-    name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    if tuple(weight.shape) != shape:
-        raise ValueError(f"{name}: is {tuple(weight.shape)}, expected {shape}")
-    if weight.dtype not in dtypes or weight.device != x.device:
-        raise ValueError(
-            f"{name}: is {weight.dtype} on {weight.device}, expected "
-            f"{' or '.join(map(str, dtypes))} on {x.device}, as x asks for"
-        )
-    if not weight.is_contiguous():
-        raise ValueError(f"{name}: rows are not contiguous; call .contiguous() once at load time")
+            check_quantised(name, weight, shape, x_TD.device)

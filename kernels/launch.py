@@ -68,4 +68,3 @@ def rounded_threshold(threshold: float, dtype: torch.dtype) -> float:
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-

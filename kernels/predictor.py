@@ -2,8 +2,8 @@
 
     hidden = relu(fc1 . z);  logits = fc2 . hidden;  predicted where logit >= threshold
 
-z and hidden are rounded to the weights' 16-bit type, or float16 for q8_0 and q4_0; sums are float32.
-Bytes: both matrices as stored.
+z and hidden are rounded to the weights' 16-bit type, or float16 for q8_0 and q4_0; sums are in
+float32. Bytes: both matrices as stored.
 
 Shape letters: T tokens, D hidden size, R rank, F FFN width, W words of 16 neurons.
 """

@@ -5,10 +5,9 @@
     no gate     x1 = act
 
 A program takes BLOCK_N neurons of a word, if there are as many; rows of weights are read once for
-all tokens. What
-leaves is a list in the order of the neurons:
-their numbers, x1 per token (0 where that token's neuron did not fire), and how many there are. Bytes:
-the gate's rows of the set where it is computed here, and up's rows that fired for any token.
+all tokens. What leaves is a list in the order of the neurons: their numbers, x1 per token (0 where
+that token's neuron did not fire), and how many there are. Bytes: the gate's rows of the set where
+it is computed here, and up's rows that fired for any token.
 
 Shape letters: T tokens, D hidden, F FFN width, N neurons of a tile, W words of 16 neurons.
 """
@@ -40,10 +39,10 @@ class Rows(NamedTuple):
     """A list of neurons on the device."""
 
     row_F: Tensor
-    """int32, the first `count` entries are neurons in rising order."""
+    """int32, the first `total` entries are neurons in rising order."""
     x1_FT: Tensor
     """The down projection's inputs of these neurons, in x's dtype."""
-    count: Tensor
+    total: Tensor
     """() int32."""
     ticket_C: Tensor
     """int32 zeros: what `down` counts its programs with."""
@@ -143,10 +142,8 @@ def _kernel(
         act_NT = tl.load(act + n[:, None] * tokens + t[None, :], mask=ok_NT, other=0.0)
         act_NT = act_NT.to(tl.float32)
     if HAS_UP:
-        if COMPUTES_GATE:
-            fires_N = in_N & (tl.max(act_NT, 1) > 0)
-        else:  # all of them fire, so up need not wait for act
-            fires_N = in_N
+        # What the gate's set names fires, so that up need not wait for act.
+        fires_N = in_N & (tl.max(act_NT, 1) > 0) if COMPUTES_GATE else in_N
         up_NT = products(up, up, n, fires_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
         if RELU_UP:
             up_NT = tl.maximum(up_NT, 0.0)
@@ -181,10 +178,11 @@ def rows(
     else:
         first, bias, threshold, chosen = source
         act = None
-    unread = x_TD  # stands in for what this form of the kernel never loads
+    # x stands in for what this form of the kernel never loads.
+    maybe = (x_TD if a is None else a for a in (act, first, bias, chosen, up_FD))
     config = TOKENS if pad > 1 else WHOLE if d == 4096 else PREDICTED if act is None else EXACT
     _kernel[(len(mask_W), WORD // config["BLOCK_N"])](
-        x_TD, mask_W, *(unread if a is None else a for a in (act, first, bias, chosen, up_FD)), *out,
+        x_TD, mask_W, *maybe, *out,
         threshold, tokens,
         D=d, COMPUTES_GATE=act is None, HAS_BIAS=bias is not None, HAS_UP=up_FD is not None,
         RELU_UP=relu_up, WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=pad,

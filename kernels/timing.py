@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -43,7 +44,7 @@ def microseconds(runs: Sequence[Callable[[], object]]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000 / len(runs) / repeats)
-    return statistics.median(times[2:])
+    return float(statistics.median(times[2:]))
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -51,6 +52,6 @@ def copy_bandwidth(device: torch.device) -> float:
     and one by a kernel."""
     sources = [torch.randn(2**26, device=device) for _ in range(4)]
     target = torch.empty_like(sources[0])
-    by_driver = microseconds([lambda s=s: target.copy_(s) for s in sources])
-    by_kernel = microseconds([lambda s=s: torch.neg(s, out=target) for s in sources])
+    by_driver = microseconds([partial(target.copy_, s) for s in sources])
+    by_kernel = microseconds([partial(torch.neg, s, out=target) for s in sources])
     return 2 * target.nbytes / min(by_driver, by_kernel) / 1e3
