@@ -59,9 +59,14 @@ def options(x: Tensor) -> dict[str, Any]:
     )
 
 
-@cache
+@torch.compiler.assume_constant_result
 def rounded_threshold(threshold: float, dtype: torch.dtype) -> float:
-    """T as a comparison in this dtype sees it."""
+    """T as a comparison in this dtype sees it; torch.compile need not look inside."""
+    return _rounded(threshold, dtype)
+
+
+@cache
+def _rounded(threshold: float, dtype: torch.dtype) -> float:
     return torch.tensor(threshold, dtype=dtype).item()
 
 

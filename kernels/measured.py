@@ -2,10 +2,10 @@
 
     MOST_TOKENS[device type][hidden size, FFN width, matrices][path][sparsity] = tokens
 
-means that at this sparsity (of `exact` the true one, of `predicted` the predicted one) the path took
-no longer than the dense FFN for one token, and for every measured batch up to that many. A shape
+means that at this sparsity (true sparsity for `exact`, predicted sparsity for `predicted`) the path
+took no longer than the dense FFN for one token and every measured batch up to that many. A shape
 between two measured ones counts as the smaller, a sparsity between two as the lower: the larger and
-sparser of two FFNs gains more. What lies below all that was measured is dense.
+the sparser FFN gains more. What lies below all that was measured is dense.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ MOST_TOKENS: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
     "cpu": {
         (1024, 2816, 3): {"exact": {0.9: 2}, "predicted": {0.9: 2}},
         (2048, 5632, 3): {"exact": {0.7: 1, 0.8: 1, 0.9: 8}, "predicted": {0.8: 1, 0.9: 8}},
-        (4096, 11008, 3): {"exact": {0.7: 1, 0.8: 4, 0.9: 4}, "predicted": {0.7: 1, 0.8: 4, 0.9: 4}},
+        (4096, 11008, 3): {
+            "exact": {0.7: 1, 0.8: 4, 0.9: 4},
+            "predicted": {0.7: 1, 0.8: 4, 0.9: 4},
+        },
     },
     "cuda": {},
 }

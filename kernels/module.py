@@ -49,6 +49,10 @@ class SparseFFN(nn.Module):
     down_FD: nn.Parameter
     up_bias_F: nn.Parameter | None
     down_bias_D: nn.Parameter | None
+    fc1: Tensor
+    fc1_scale: Tensor | None
+    fc2: Tensor
+    fc2_scale: Tensor | None
 
     def __init__(
         self,
@@ -109,8 +113,9 @@ class SparseFFN(nn.Module):
             else:
                 y_TD, _ = predicted_ffn(x_TD, z_TD, ffn, self.predictor)
         else:
-            masked = z_TD is not None and (few or self.masks_prompts)
-            predicted_TF = plain.predicted(z_TD, self.predictor) if masked else None
+            predicted_TF = None
+            if z_TD is not None and (few or self.masks_prompts):
+                predicted_TF = plain.predicted(z_TD, self.predictor)
             product = plain.over_rows if few and not x_TD.is_cuda else plain.dense
             y_TD = product(x_TD, ffn, predicted_TF)
         return y_TD.view(x.shape)

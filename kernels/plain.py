@@ -48,7 +48,8 @@ def dense(x_TD: Tensor, ffn: FFN, predicted_TF: Tensor | None = None) -> Tensor:
 def over_rows(x_TD: Tensor, ffn: FFN, predicted_TF: Tensor | None = None) -> Tensor:
     """The same sums over fewer rows."""
     weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
-    return _over_rows(x_TD, predicted_TF, *weights, _cut(ffn), ffn.act == "drelu")
+    y_TD: Tensor = _over_rows(x_TD, predicted_TF, *weights, _cut(ffn), ffn.act == "drelu")
+    return y_TD
 
 
 @torch.library.custom_op("sparsecast::ffn_over_rows", mutates_args=())

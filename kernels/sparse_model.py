@@ -2,8 +2,8 @@
 
     exact       no prediction; up and down where the gate fired
     predicted   the rows that the predictors name, and the model's own activation on them
-    auto        layer by layer: predicted where the calibration says that little is lost, else exact;
-                and dense, as the model was, wherever that is faster (measured.py)
+    auto        layer by layer: predicted where the calibration says that little is lost, else
+                exact; and dense, as the model was, wherever that is faster (measured.py)
 
 Prompts are dense but for what `predicted` leaves out. Every path but the predicted one gives the
 model's own output up to rounding. From a BUNDLE the model first gets all of the file's weights, and
@@ -125,9 +125,12 @@ def _plan(
     if policy != "auto":
         return Plan(policy == "predicted", None)
     manifest = None if predictors is None else predictors.manifest
-    scores = {} if manifest is None else manifest.calibration[layer]
-    kept = scores.get("recall", 0.0), scores.get("energy_recall") or 1.0
-    predicted = bool(scores) and all(k >= bound for k, bound in zip(kept, bounds, strict=True))
+    scores: dict[str, float] = {} if manifest is None else manifest.calibration[layer]
+    least_recall, least_energy_recall = bounds
+    energy_recall = scores.get("energy_recall")
+    predicted = scores.get("recall", 0.0) >= least_recall and (
+        energy_recall is None or energy_recall >= least_energy_recall
+    )
     device = "cuda" if runs_kernels(up_FD) else "cpu"
     if device == "cpu" and (up_FD.is_cuda or up_FD.dtype != torch.float32):
         return Plan(False, 0)
@@ -169,9 +172,7 @@ def _rule(layer: nn.Module, family: Family, model: PreTrainedModel, name: str) -
     return ActivationRule("relu") if rule.name == "fatrelu" and isinstance(act, nn.ReLU) else rule
 
 
-def _check_belongs(
-    predictors: PredictorSet, where: str, model: PreTrainedModel, name: str
-) -> None:
+def _check_belongs(predictors: PredictorSet, where: str, model: PreTrainedModel, name: str) -> None:
     layers, hidden_size, ffn_width = ffn_shape(model)
     manifest = predictors.manifest
     if (Path(name) / "config.json").is_file():
