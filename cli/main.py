@@ -29,6 +29,7 @@ KINDS = {
     "float": "a number",
     "list[int]": "numbers such as 0,2,5",
     "list[float]": "numbers such as 0.5,0.9",
+    "list[str]": "words such as exact,auto",
     "list[Literal['sign'] | Path]": "paths such as a,b",
 }
 """Types of options in words."""
@@ -114,6 +115,11 @@ STAGES = {
         "our GPU kernels and the whole sparse FFN against dense torch",
         "sparsecast.cli.bench_kernels:BenchKernelsConfig",
         "sparsecast.cli.bench_kernels:bench",
+    ),
+    "bench generate": Stage(
+        "tokens/s of a model with its FFNs dense, exact, predicted, and as auto chooses",
+        "sparsecast.cli.bench_generate:BenchGenerateConfig",
+        "sparsecast.cli.bench_generate:bench",
     ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",

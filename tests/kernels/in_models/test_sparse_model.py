@@ -48,7 +48,7 @@ def test_predicted_is_the_model_with_masks(family, dtype, make, predictors, ids,
 
 
 def _without_rounded_inputs(predictors):
-    """The same weights as f16 would be: inputs are rounded to f16, as the kernels do, not to q8_0."""
+    """The same weights with inputs rounded to f16, as the kernels do, and not to q8_0."""
     layers = [copy.copy(layer) for layer in predictors.layers]
     for layer in layers:
         object.__setattr__(layer, "dtype", "f16")
