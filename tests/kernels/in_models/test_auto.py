@@ -14,6 +14,11 @@ GOOD = {"recall": 0.95, "predicted_sparsity": 0.7, "true_sparsity": 0.9}
 ALWAYS = {"exact": {0.0: 4}, "predicted": {0.0: 4}}
 
 
+@pytest.fixture(autouse=True)
+def _enough_threads(monkeypatch):
+    monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads())
+
+
 @pytest.fixture
 def table(monkeypatch):
     def set_to(row, device: str = "cpu", matrices: int = 3) -> None:
@@ -91,6 +96,12 @@ def test_dtypes_and_devices_that_were_not_measured_are_dense(table, make, predic
     assert paths(sparsify_model(make("llama", torch.float16), source)) == ["predicted"] * 2
     table(ALWAYS, matrices=2)
     assert paths(sparsify_model(make("llama"), source)) == ["dense", "dense"]
+
+
+def test_more_threads_than_were_measured_are_dense(table, make, predictors, monkeypatch):
+    table(ALWAYS)
+    monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads() - 1)
+    assert paths(sparsify_model(make("llama"), predictors())) == ["dense", "dense"]
 
 
 def test_small_models_are_dense(make, predictors):
