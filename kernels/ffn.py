@@ -118,9 +118,10 @@ def _exact(
     relu_up: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
-    act_FT, mask_W = gate(x, first, up_bias, threshold)
-    chosen = rows(x, mask_W, FromGate(act_FT), up_FD, width=len(first), relu_up=relu_up)
-    return down(chosen, down_weight, down_bias), chosen.total
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        act_FT, mask_W = gate(x, first, up_bias, threshold)
+        chosen = rows(x, mask_W, FromGate(act_FT), up_FD, width=len(first), relu_up=relu_up)
+        return down(chosen, down_weight, down_bias), chosen.total
 
 
 @torch.library.custom_op("sparsecast::predicted_ffn", mutates_args=())
@@ -142,11 +143,12 @@ def _predicted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     fc1_RD = fc1 if fc1_scale is None else Quantised(fc1, fc1_scale)
     fc2_FR = fc2 if fc2_scale is None else Quantised(fc2, fc2_scale)
-    mask_W, chosen_F = predict(z, fc1_RD, fc2_FR, cut)
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
-    source = FromRows(first, up_bias, threshold, chosen_F)
-    chosen = rows(x, mask_W, source, up_FD, width=len(first), relu_up=relu_up)
-    return down(chosen, down_weight, down_bias), chosen.total
+    with torch.cuda.device_of(x):
+        mask_W, chosen_F = predict(z, fc1_RD, fc2_FR, cut)
+        source = FromRows(first, up_bias, threshold, chosen_F)
+        chosen = rows(x, mask_W, source, up_FD, width=len(first), relu_up=relu_up)
+        return down(chosen, down_weight, down_bias), chosen.total
 
 
 def _shapes(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:

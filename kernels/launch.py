@@ -2,7 +2,8 @@
 
 Kernels of one FFN follow each other within microseconds, so on Hopper and later each may start
 before the last one has ended (programmatic dependent launch): it waits in `after_previous`, before
-it reads or writes anything.
+it reads or writes anything. Blocks are a table that was measured, not Triton's autotuner: that one
+times kernels at their first call, which a CUDA graph cannot record.
 """
 
 from __future__ import annotations

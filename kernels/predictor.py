@@ -21,7 +21,7 @@ from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
 
 HIDDEN_CONFIGS = {
-    (1, 16): {"BLOCK_N": 1, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 8},
+    (1, 16): {"BLOCK_N": 1, "BLOCK_K": 4096, "STAGES": 1, "num_warps": 8},
     (1, 8): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
     (1, 4): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
     (16, 16): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
@@ -29,7 +29,7 @@ HIDDEN_CONFIGS = {
     (16, 4): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
 }
 SELECT_CONFIGS = {
-    (1, 16): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
+    (1, 16): {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 8},
     (1, 8): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 1, "num_warps": 4},
     (1, 4): {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 4},
     (16, 16): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},

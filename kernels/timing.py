@@ -26,6 +26,7 @@ def copies(read_bytes: float, device: torch.device) -> int:
 def microseconds(runs: Sequence[Callable[[], object]]) -> float:
     """The median over replays of the time per run."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for run in (*runs[:2], *runs[:1]):  # compile and load
             run()

@@ -40,7 +40,7 @@ def _banded_memory(monkeypatch):
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         count = math.prod(shape)
         buffer = real_empty(count + 2 * BAND, **options)
-        if type(buffer) is not torch.Tensor:  # torch.compile asks for a shape alone
+        if type(buffer) is not torch.Tensor or buffer.is_meta:  # torch.compile asks for shapes
             return real_empty(shape, **options)
         buffer.fill_(poison(buffer.dtype))
         buffers.append((buffer, count))
