@@ -9,6 +9,7 @@ from sparsecast.export.gpuidx import SUFFIX
 from sparsecast.export.hot_cold import BLOCK, Split
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.traffic import Traffic
+from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
 
 FORMATS = {
@@ -16,6 +17,7 @@ FORMATS = {
     "f32": "f32 (the down projection in f16)",
     "q4_0": "q4_0 (the output matrix in q8_0)",
 }
+SPACE_NOTE = " The text begins with a space, because `main` adds none and the model has seen one."
 RELU_NOTE = (
     "The model computes {rule}; PowerInfer computes plain ReLU, so neurons whose gate lies between "
     "0 and {threshold:g} also contribute there. `sparsecast evaluate` gives the perplexity of both "
@@ -26,6 +28,7 @@ RELU_NOTE = (
 def model_card(
     file: str,
     hyper: Hyper,
+    vocabulary: Vocabulary,
     predictors: PredictorSet,
     foreign: list[str],
     cfg: ExportConfig,
@@ -39,17 +42,21 @@ def model_card(
         foreign: See `belonging.differences`.
     """
     model, dtype = cfg.model, cfg.dtype
+    pieces = vocabulary.model == "llama"
     parts = [
         f"# {file.removesuffix('.powerinfer.gguf')} for PowerInfer",
         f"`{model}` ({hyper.layers} layers, hidden size {hyper.hidden}, FFN {hyper.ffn}) with one "
         f"activation predictor per layer, written by `sparsecast export` in {FORMATS[dtype]}. A "
         f"neuron is computed when its predictor's output is at least {predictors.threshold:g}.",
         "## Run it",
-        f'```\nmain -m {file} -t 1 -n 64 --temp 0 --repeat-penalty 1.0 -p " ..."\n```',
+        f"```\nmain -m {file} -t 1 -n 64 --temp 0 --repeat-penalty 1.0 "
+        f'-p "{" " if pieces else ""}..."\n```',
         "`main` is PowerInfer's binary. One thread, because its CPU down projection adds the "
-        "threads' partial sums without a lock: with more, results change from run to run. The "
-        "text begins with a space, because `main` adds none and the model has seen one.",
+        "threads' partial sums without a lock: with more, results change from run to run."
+        + (SPACE_NOTE if pieces else ""),
     ]
+    if vocabulary.notes:
+        parts += ["## Text", *vocabulary.notes]
     if hyper.activation.threshold > 0:
         parts += ["## Activation", relu_note(hyper)]
     if hyper.window is not None:

@@ -1,4 +1,4 @@
-"""What a bundle must look like, checked on the file alone: vocabulary, values, folders.
+"""What a bundle must look like, checked on the file alone: values and folders.
 
 The tables in metadata.py and tensors.py are written from PowerInfer's llama.cpp a second time and
 share nothing with the exporter's: one table for both would confirm its own mistakes.
@@ -27,33 +27,6 @@ class Check:
     name: str
     ok: bool
     detail: str
-
-
-def check_vocabulary(file: GGUFFile) -> Check:
-    """Tokens, scores and types: one each per embedding row, unique, with all byte tokens."""
-    columns = [
-        file.keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
-    ]
-    if not all(isinstance(column, list) for column in columns):
-        return Check("vocabulary", False, "tokens, scores or token_type is missing or no array")
-    tokens, scores, types = (list(column or []) for column in columns)
-    wrong = []
-    if not len(tokens) == len(scores) == len(types):
-        wrong.append(f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types")
-    if not all(isinstance(token, str) and token for token in tokens):
-        wrong.append("a token is empty or no text")
-    elif len(set(tokens)) != len(tokens):
-        wrong.append("a token stands twice")
-    if not all(isinstance(kind, int) and 1 <= kind <= 6 for kind in types):
-        wrong.append("a token type is not 1 to 6")
-    if not all(isinstance(score, float) for score in scores):
-        wrong.append("a score is no float")
-    lost = {f"<0x{byte:02X}>" for byte in range(256)} - {t for t in tokens if isinstance(t, str)}
-    wrong += [f"byte token {min(lost)} is missing"] if lost else []
-    for kind in ("bos", "eos", "unknown", "padding"):
-        if file.keys.get(f"tokenizer.ggml.{kind}_token_id", 0) >= len(tokens):
-            wrong.append(f"{kind}_token_id is out of range")
-    return Check("vocabulary", not wrong, "; ".join(wrong) or f"{len(tokens)} tokens")
 
 
 def check_finite(file: GGUFFile) -> Check:

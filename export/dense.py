@@ -43,10 +43,10 @@ def write_dense(bundle: GGUFFile, path: Path) -> None:
         writer.add_key_value(key, value, value_type, _element(value) if is_array else None)
     kept = [name for name in bundle.entries if ".fc1." not in name and ".fc2." not in name]
     for name in kept:
-        entry, target = bundle.entries[name], name
+        entry, target = bundle.entries[name], name.replace("ffn_down_t", "ffn_down")
         shape = entry.shape
         if name.endswith(DOWN):
-            shape, target = shape[::-1], name.replace("ffn_down_t", "ffn_down")
+            shape = shape[::-1]
             if shape[1] % entry.type.block:
                 raise InputError(
                     f"{bundle.path}: rows of a dense down projection are {shape[1]} wide, which "

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import GGUFFile
-from sparsecast.export.rounding import rounded_input
 from sparsecast.export.ties import settled
+from sparsecast.predictors.formats import rounded_input
 
 POSITION_OFFSET = 2
 Rope = tuple[Tensor, Tensor]

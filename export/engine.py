@@ -14,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -26,6 +26,8 @@ from sparsecast.export.protocol import CHUNK
 TIMEOUT = 3600
 START_TIMEOUT = 180
 REPLY_TIMEOUT = 300
+MOST_PROBS = 2048
+"""Of one reply: the server takes a second to spell out 65,000."""
 THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
 OPTIONS = ["-t", "1", "-tb", "1", "-c", str(CHUNK), "-b", str(CHUNK), "--memory-f32"]
 
@@ -100,25 +102,41 @@ def finished(command: list[str], folder: str, *, all_active: bool = False) -> tu
 
 
 class Server:
-    """A running `server`; ask it for next-token distributions."""
+    """A running `server`; ask it for next-token distributions, and for the tokens of a text."""
 
-    def __init__(self, port: int, vocab: int, unsayable: list[int]) -> None:
+    def __init__(
+        self, port: int, vocab: int, excluded: Sequence[int], unsayable: Sequence[int]
+    ) -> None:
         self._port = port
-        self._n_probs = min(vocab, 2048)
-        self._ban = [[token, False] for token in unsayable]
+        self._n_probs = min(vocab, MOST_PROBS)
+        self._excluded = [[token, False] for token in excluded]
+        self._unsayable = [[token, False] for token in unsayable]
 
-    def next(self, ids: list[int]) -> Next:
-        """The distribution after `ids`, with EOS excluded.
+    def tokens(self, text: str) -> list[int]:
+        """Ids without BOS."""
+        raw = self._post("/tokenize", {"content": text})
+        try:
+            ids: list[int] = json.loads(raw)["tokens"]
+        except (KeyError, ValueError) as error:
+            raise EngineError(f"server gave no tokens: {raw[:200]!r}") from error
+        return ids
+
+    def next(self, ids: list[int], raised: Sequence[tuple[int, float]] = ()) -> Next:
+        """The distribution after `ids`, without the excluded tokens.
+
+        Args:
+            raised: Tokens and what is added to their logits.
 
         The server drops the probabilities of a token that is half a character or no text at all.
         Where the most probable token is such a one, it is asked again with all of them forbidden.
         Its prompt cache forgets such tokens too and then answers for another prompt, so it is off.
         """
-        reply = self._ask(ids, [])
+        bias = [*self._excluded, *raised]
+        reply = self._ask(ids, bias)
         first = reply["completion_probabilities"][:1]
         banned = not first or reply["content"] != first[0]["content"]
         if banned:
-            first = self._ask(ids, self._ban)["completion_probabilities"][:1]
+            first = self._ask(ids, bias + self._unsayable)["completion_probabilities"][:1]
         if not first:
             raise EngineError(f"server gave no probabilities after {len(ids)} tokens")
         probs = [(p["tok_str"], float(p["prob"] or 0.0)) for p in first[0]["probs"]]
@@ -132,7 +150,6 @@ class Server:
             "n_probs": self._n_probs,
             "repeat_penalty": 1.0,
             "cache_prompt": False,
-            "ignore_eos": True,
             "stream": True,
             "logit_bias": bias,
         }
@@ -160,10 +177,17 @@ class Server:
 
 
 @contextmanager
-def serving(build: Path, model: Path, vocab: int, unsayable: list[int]) -> Iterator[Server]:
+def serving(
+    build: Path,
+    model: Path,
+    vocab: int,
+    excluded: Sequence[int] = (),
+    unsayable: Sequence[int] = (),
+) -> Iterator[Server]:
     """A `server` on a free loopback port, ended with the block.
 
     Args:
+        excluded: Tokens that are never to be chosen, EOS among them.
         unsayable: Tokens that are a byte above 127 or no text, see `Server.next`.
 
     Raises:
@@ -183,7 +207,7 @@ def serving(build: Path, model: Path, vocab: int, unsayable: list[int]) -> Itera
         )
         try:
             _wait(process, port, Path(scratch, "log"))
-            yield Server(port, vocab, unsayable)
+            yield Server(port, vocab, excluded, unsayable)
         finally:
             process.kill()
             process.wait()

@@ -22,7 +22,6 @@ Shape letters: N evaluations, P prompts, S prompt length, V vocabulary.
 
 from __future__ import annotations
 
-from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +31,20 @@ from torch import Tensor
 from sparsecast.export.checks import Check
 from sparsecast.export.decisions import Decision, closest_decisions
 from sparsecast.export.emulate import Emulator
-from sparsecast.export.engine import EngineError, engine_perplexity, serving
-from sparsecast.export.engine_reply import Reply, Spelling, texts_of
+from sparsecast.export.engine import EngineError, serving
+from sparsecast.export.engine_reply import Reply, Spelling
+from sparsecast.export.engine_text import (
+    EnginePerplexity,
+    check_engine_perplexity,
+    check_perplexity_by_ids,
+    check_tokenisation,
+)
+from sparsecast.export.file_vocab import FileVocabulary
 from sparsecast.export.nudged import Nudged
 from sparsecast.export.numerics import degenerate
-from sparsecast.export.protocol import perplexity
+from sparsecast.export.protocol import joined
 from sparsecast.export.reader import GGUFFile
 
-PERPLEXITY_BOUND = 0.005
 EVALUATIONS, MOST = 8, 24
 LOGIT_BOUND = 1e-2
 """An engine token that is the argmax of none of ours may be this far below one of them."""
@@ -53,55 +58,67 @@ NEAR, OUTLIERS = 1e-3, 3
 """Of a probability; and how many positions further away are listed."""
 
 
-class EnginePerplexity(NamedTuple):
-    """The `engine` key of verify's JSON."""
+def check_engine(
+    build: Path,
+    file: GGUFFile,
+    emulator: Emulator,
+    tokenizer: FileVocabulary,
+    docs: list[str],
+    ids_NS: Tensor,
+) -> tuple[list[Check], EnginePerplexity | None]:
+    """Text, perplexity and next tokens.
 
-    perplexity: float | None
-    reference: float
-
-
-def check_engine_perplexity(
-    build: Path, file: GGUFFile, emulator: Emulator, text: str, ids_NS: Tensor
-) -> tuple[Check, EnginePerplexity]:
-    """`perplexity` on `text` against ours on `ids_NS`, the same chunks."""
-    ours = perplexity(emulator.logits, ids_NS)
-    try:
-        theirs = engine_perplexity(build, file.path, text, len(ids_NS))
-    except EngineError as error:
-        return Check("engine perplexity", False, str(error)), EnginePerplexity(None, ours)
-    change = theirs / ours - 1
-    detail = (
-        f"engine {theirs:.4f}, ours {ours:.4f} ({change:+.4%}, bound {PERPLEXITY_BOUND:.1%}), "
-        f"{len(ids_NS)} chunks"
-    )
-    ok = isfinite(theirs) and abs(change) <= PERPLEXITY_BOUND
-    if abs(theirs / len(file.keys["tokenizer.ggml.tokens"]) - 1) < 1e-6:
-        ok, detail = False, detail + "; that is the vocabulary's size: constant logits"
-    return Check("engine perplexity", ok, detail), EnginePerplexity(
-        theirs if isfinite(theirs) else None, ours
-    )
-
-
-def check_next_tokens(
-    build: Path, file: GGUFFile, emulator: Emulator, ids_NS: Tensor
-) -> list[Check]:
-    """Next-token distributions after every prefix of 8 prompts of 64 tokens, teacher-forced."""
+    Args:
+        docs: Whose text joined is `ids_NS`.
+    """
+    checks = [check_tokenisation(build, file, tokenizer, docs)]
+    numbers = None
+    if tokenizer.exact:
+        overall, numbers = check_engine_perplexity(build, file, emulator, joined(docs), ids_NS)
+        checks.append(overall)
+    spelling = Spelling(tokenizer.texts, tokenizer.excluded)
     rows = torch.linspace(0, len(ids_NS) - 1, min(PROMPTS, len(ids_NS))).long()
     prompts_PS = ids_NS[rows, :PROMPT_LENGTH]
     if reason := degenerate(emulator.logits(prompts_PS)):
-        return [Check("engine tokens", False, f"ours: {reason}")]
-    logits_NPSV = [Nudged(file, seed).logits(prompts_PS) for seed in range(EVALUATIONS)]
-    spelling = Spelling(texts_of(file), file.keys.get("tokenizer.ggml.eos_token_id", 2))
-    positions = []
+        return [*checks, Check("engine tokens", False, f"ours: {reason}")], numbers
     try:
-        with serving(build, file.path, len(spelling.texts), spelling.unsayable) as server:
-            for p, prompt_S in enumerate(prompts_PS):
-                prefixes = [prompt_S[: s + 1].tolist() for s in range(len(prompt_S))]
-                replies = [spelling.read(server.next(prefix)) for prefix in prefixes]
-                logits_NSV = torch.stack([logits_PSV[p] for logits_PSV in logits_NPSV])
-                positions += _positions(file, spelling, prompt_S, replies, logits_NSV)
+        replies = replies_to(build, file, spelling, prompts_PS)
     except EngineError as error:
-        return [Check("engine tokens", False, str(error))]
+        return [*checks, Check("engine tokens", False, str(error))], numbers
+    if not tokenizer.exact:
+        overall, numbers = check_perplexity_by_ids(
+            build, file, emulator, spelling, prompts_PS, replies
+        )
+        checks.append(overall)
+    return [*checks, *check_next_tokens(file, spelling, prompts_PS, replies)], numbers
+
+
+def replies_to(
+    build: Path, file: GGUFFile, spelling: Spelling, prompts_PS: Tensor
+) -> list[list[Reply]]:
+    """The engine's distributions after every prefix of every prompt.
+
+    Raises:
+        EngineError: The server did not start or gave no answer.
+    """
+    with serving(
+        build, file.path, len(spelling.texts), spelling.excluded, spelling.unsayable
+    ) as server:
+        return [
+            [spelling.read(server.next(prompt[: s + 1])) for s in range(len(prompt))]
+            for prompt in prompts_PS.tolist()
+        ]
+
+
+def check_next_tokens(
+    file: GGUFFile, spelling: Spelling, prompts_PS: Tensor, replies: list[list[Reply]]
+) -> list[Check]:
+    """Next-token distributions after every prefix of the prompts, teacher-forced."""
+    logits_NPSV = [Nudged(file, seed).logits(prompts_PS) for seed in range(EVALUATIONS)]
+    positions = []
+    for p, prompt_S in enumerate(prompts_PS):
+        logits_NSV = torch.stack([logits_PSV[p] for logits_PSV in logits_NPSV])
+        positions += _positions(file, spelling, prompt_S, replies[p], logits_NSV)
     outliers = outlier_check(positions, closest_decisions(file, prompts_PS))
     return [tokens_check(positions), probability_check(positions), outliers]
 

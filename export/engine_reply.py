@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from sparsecast.export.engine import Next
-from sparsecast.export.reader import GGUFFile
-
-NORMAL, UNKNOWN, BYTE = 1, 2, 6
 
 
 class Reply(NamedTuple):
@@ -33,21 +30,24 @@ class Reply(NamedTuple):
     banned: bool
     """The most probable token cannot be said; this is the distribution without those."""
 
+    def probability(self, token: int) -> Tensor:
+        """Of a token that shares its text with no other, in float64; 0 where it is not named."""
+        return self.probs[self.slots == token].sum(dtype=torch.float64)
+
 
 class Spelling:
     """The texts of a file's tokens, and places for them in which the order of equals is settled.
 
     Args:
-        texts: Of every token, see `texts_of`.
-        eos: Excluded from every distribution.
+        texts: Of every token, as the server prints it.
+        excluded: Left out of every distribution.
     """
 
-    def __init__(self, texts: list[str], eos: int) -> None:
+    def __init__(self, texts: list[str], excluded: list[int]) -> None:
         self.texts = texts
-        self.eos = eos
-        self.unsayable = [
-            i for i, text in enumerate(texts) if not text or text.startswith("byte: \\x")
-        ]
+        self.excluded = excluded
+        unsayable = {i for i, text in enumerate(texts) if not text or text.startswith("byte: \\x")}
+        self.unsayable = sorted(unsayable - set(excluded))
         """Tokens whose probabilities the server drops: half a character, or no text at all."""
         self._members: dict[str, list[int]] = defaultdict(list)
         for i, text in enumerate(texts):
@@ -69,18 +69,18 @@ class Spelling:
         return Reply(
             tokens,
             torch.tensor(slots, dtype=torch.long),
-            torch.tensor(probs),
+            torch.tensor(probs, dtype=torch.float64),
             strangers,
             reply.banned,
         )
 
     def distribution(self, logits_V: Tensor, *, banned: bool = False) -> Tensor:
-        """(V,) float64 probabilities without EOS; those of one text stand in falling order.
+        """(V,) float64 probabilities without `excluded`; those of one text stand in falling order.
 
         Args:
             banned: Also without what cannot be said.
         """
-        out = [self.eos, *(self.unsayable if banned else [])]
+        out = [*self.excluded, *(self.unsayable if banned else [])]
         probs_V = logits_V.double().index_fill(0, torch.tensor(out), float("-inf")).softmax(-1)
         for ids in self._shared:
             probs_V[ids] = probs_V[ids].sort(descending=True).values
@@ -89,26 +89,10 @@ class Spelling:
     def compare(self, reply: Reply, logits_V: Tensor) -> tuple[float, float]:
         """(how far our logit of the engine's token is below our best, largest difference of a
         probability)."""
-        said_V = logits_V.index_fill(0, torch.tensor(self.eos), float("-inf"))
+        said_V = logits_V.index_fill(0, torch.tensor(self.excluded), float("-inf"))
         theirs = said_V[reply.tokens].max().item() if reply.tokens else float("-inf")
         gap = said_V.max().item() - theirs
         if reply.strangers:
             return gap, 1.0
         ours_V = self.distribution(logits_V, banned=reply.banned)
         return gap, (ours_V[reply.slots] - reply.probs).abs().max().item()
-
-
-def texts_of(file: GGUFFile) -> list[str]:
-    """What the server prints for each token (llama_token_to_piece and the server's format)."""
-    tokens, types = (file.keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
-    texts = []
-    for token, kind in zip(tokens, types, strict=True):
-        if kind == NORMAL:
-            text = token.replace("\u2581", " ")
-        elif kind == BYTE:
-            byte = int(token[3:5], 16)
-            text = chr(byte) if byte < 128 else f"byte: \\x{byte:x}"
-        else:
-            text = "\u2585" if kind == UNKNOWN else ""
-        texts.append(text)
-    return texts

@@ -34,7 +34,7 @@ ELEMENTS = {
     "tokenizer.ggml.merges": STRING,
 }
 """Of arrays. The engine reads numbers as these whatever the file says."""
-TOKENIZERS = ("llama",)
+TOKENIZERS = ("llama", "gpt2")
 
 
 def check_metadata(file: GGUFFile) -> Check:

@@ -198,10 +198,13 @@ def _add_header(
     if dtype == "q4_0":
         writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_float32(KEY_THRESHOLD, threshold)
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_scores(vocabulary.scores)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
     add = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,

@@ -2,7 +2,8 @@
 
 The binary drops one line break at the end of the file, tokenises with BOS in front, cuts into
 chunks of c tokens (the rest is dropped), puts BOS in place of each chunk's first token and scores
-positions c/2 to c - 2, each predicting the next token (examples/perplexity/perplexity.cpp).
+positions c/2 to c - 2, each predicting the next token (examples/perplexity/perplexity.cpp). With a
+gpt2 vocabulary there is no BOS anywhere.
 
 Shape letters: N chunks, S chunk length, V vocabulary.
 """
@@ -10,17 +11,14 @@ Shape letters: N chunks, S chunk length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import sentencepiece
 import torch
-from sentencepiece import sentencepiece_model_pb2 as proto
 from torch import Tensor
 
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.splits import assign
-from sparsecast.export.reader import GGUFFile
+from sparsecast.export.file_vocab import FileVocabulary
 
 CHUNK = 128
 """The engine's old allocator asserts for some context lengths; 128 is not one of them."""
@@ -28,37 +26,18 @@ TOKENS_AT_ONCE = 1024
 Logits = Callable[[Tensor], Tensor]
 
 
-def tokenizer_of(file: GGUFFile) -> Any:
-    """A sentencepiece BPE processor made of the vocabulary that stands in the file.
-
-    Merges by best score, leftmost first, with byte fallback and one space put in front: what the
-    engine's own tokenizer does.
-    """
-    model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
-    keys = file.keys
-    columns = (keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
-    for text, score, kind in zip(*columns, strict=True):
-        model.pieces.add(piece=text, score=score, type=kind)
-    spec = model.trainer_spec
-    spec.model_type, spec.byte_fallback = spec.BPE, True
-    model.normalizer_spec.add_dummy_prefix = True
-    model.normalizer_spec.remove_extra_whitespaces = False
-    model.normalizer_spec.escape_whitespaces = True
-    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-
-
-def held_out_text(corpus: str, tokenizer: Any, tokens: int) -> str:
-    """Held-out documents joined, enough for `tokens` tokens or two chunks.
+def held_out_documents(corpus: str, tokenizer: FileVocabulary, tokens: int) -> list[str]:
+    """Held-out documents, enough for `tokens` tokens or two chunks.
 
     Raises:
         InputError: The held-out split is smaller than two chunks, which the engine refuses.
     """
-    parts: list[str] = []
+    docs: list[str] = []
     count = 0
     for split, doc in assign(documents(corpus)):
         if split == "held-out":
-            parts.append(doc.text.replace("\0", " "))
-            count += len(tokenizer.encode(parts[-1]))
+            docs.append(doc.text.replace("\0", " "))
+            count += len(tokenizer.encode(docs[-1]))
             if count > tokens + CHUNK:
                 break
     if count < 2 * CHUNK + 1:
@@ -66,15 +45,23 @@ def held_out_text(corpus: str, tokenizer: Any, tokens: int) -> str:
             f"{corpus}: gives {count} held-out tokens, expected more than {2 * CHUNK}; give "
             "more text"
         )
-    return "\n\n".join(parts)
+    return docs
 
 
-def chunks_of(text: str, tokenizer: Any, bos: int, tokens: int) -> Tensor:
-    """(N, S) int64 ids as the engine's `perplexity` cuts them, BOS first in every row."""
-    ids = [bos, *tokenizer.encode(text.removesuffix("\n"))]
+def joined(docs: list[str]) -> str:
+    """The text that all perplexities are taken on."""
+    return "\n\n".join(docs)
+
+
+def chunks_of(text: str, tokenizer: FileVocabulary, tokens: int) -> Tensor:
+    """(N, S) int64 ids as the engine's `perplexity` cuts them."""
+    ids = tokenizer.encode(text.removesuffix("\n"))
+    if tokenizer.bos is not None:
+        ids = [tokenizer.bos, *ids]
     n = min(len(ids), tokens) // CHUNK
     ids_NS = torch.tensor(ids[: n * CHUNK]).view(n, CHUNK)
-    ids_NS[:, 0] = bos
+    if tokenizer.bos is not None:
+        ids_NS[:, 0] = tokenizer.bos
     return ids_NS
 
 

@@ -79,9 +79,8 @@ def export(cfg: ExportConfig) -> Path:
             _write_counts(folder / "activation", counts)
         if split is not None:
             write_gpuidx(folder / (file + GPUIDX), split)
-        write_text(
-            folder / "README.md", model_card(file, hyper, predictors, foreign, cfg, split, traffic)
-        )
+        card = model_card(file, hyper, vocabulary, predictors, foreign, cfg, split, traffic)
+        write_text(folder / "README.md", card)
     if cfg.activation_threshold is None:
         lost = lost_threshold(checkpoint.config, checkpoint.source)
         if lost is not None:
@@ -92,6 +91,8 @@ def export(cfg: ExportConfig) -> Path:
         console.print(relu_note(hyper), style="yellow", highlight=False)
     if hyper.window is not None:
         console.print(window_note(hyper), style="yellow", highlight=False)
+    for note in vocabulary.notes:
+        console.print(note, style="yellow", highlight=False, markup=False)
     console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
     if traffic is not None:
         console.print(f"FFN traffic by the calibration split: {traffic}", highlight=False)

@@ -1,18 +1,14 @@
-"""Compare a bundle's tensors and vocabulary with the model they were made from.
+"""Compare a bundle's tensors with the model they were made from.
 
-Written without the exporter's code: sources.py says what a tensor should hold, the pieces come from
-sentencepiece's processor instead of its protobuf. Quantised tensors are compared by value, as our
-own reader dequantises them, with what the gguf package makes of the model's.
+Written without the exporter's code: sources.py says what a tensor should hold. Quantised tensors
+are compared by value, as our own reader dequantises them, with what the gguf package makes of the
+model's.
 
 Shape letters: V vocabulary, D hidden, F FFN width; stored tensors are (rows, columns).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import sentencepiece
 import torch
 from torch import Tensor
 
@@ -91,38 +87,3 @@ def _twin(source: Source, name: str, got: Tensor) -> str | None:
         if same(source.expected(other).to(got.dtype), got):
             return other
     return None
-
-
-def check_pieces(source: Source) -> Check:
-    """Every token, score and type against tokenizer.model, and BOS and EOS against the config."""
-    keys: dict[str, Any] = source.file.keys
-    path = source.checkpoint.folder / "tokenizer.model"
-    if not path.is_file():
-        return Check("pieces", False, f"{path} is missing")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    kinds: list[tuple[Callable[[int], bool], int]] = [
-        (model.is_unknown, 2),
-        (model.is_control, 3),
-        (model.is_unused, 5),
-        (model.is_byte, 6),
-    ]
-    if len(model) > len(keys["tokenizer.ggml.tokens"]):
-        detail = f"{len(keys['tokenizer.ggml.tokens'])} tokens, tokenizer.model has {len(model)}"
-        return Check("pieces", False, detail)
-    wrong = []
-    for i in range(len(model)):
-        kind = next((number for test, number in kinds if test(i)), 1)
-        want = (model.id_to_piece(i), model.get_score(i), kind)
-        got = tuple(keys[f"tokenizer.ggml.{n}"][i] for n in ("tokens", "scores", "token_type"))
-        # The processor does not tell user-defined pieces (4) from normal ones.
-        if want != (*got[:2], 1 if got[2] == 4 else got[2]):
-            wrong.append(f"token {i} is {got}, tokenizer.model has {want}")
-    for end, own in (("bos", model.bos_id()), ("eos", model.eos_id())):
-        configured = source.config.get(f"{end}_token_id")
-        known = [own, *(configured if isinstance(configured, list) else [configured])]
-        got_id = keys.get(f"tokenizer.ggml.{end}_token_id")
-        if got_id is not None and got_id not in known:
-            wrong.append(f"{end}_token_id is {got_id}, the model knows {known}")
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    detail = "; ".join(wrong[:3]) + more
-    return Check("pieces", not wrong, detail or f"{len(model)} as in tokenizer.model")

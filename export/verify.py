@@ -22,25 +22,24 @@ from sparsecast.export.checks import (
     check_predictor_folder,
     check_predictor_model,
     check_traffic,
-    check_vocabulary,
 )
 from sparsecast.export.config import SUFFIX, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import binary
-from sparsecast.export.engine_checks import (
-    EnginePerplexity,
-    check_engine_perplexity,
-    check_next_tokens,
-)
+from sparsecast.export.engine_checks import check_engine
+from sparsecast.export.engine_text import EnginePerplexity
+from sparsecast.export.file_vocab import FileVocabulary, tokenizer_of
 from sparsecast.export.header_checks import check_header
 from sparsecast.export.metadata import check_metadata
 from sparsecast.export.numerics import check_logits, check_perplexity, degenerate, with_relu
-from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.sources import Source
 from sparsecast.export.split_checks import check_gpu_split
 from sparsecast.export.tensors import check_tensors
-from sparsecast.export.values import check_pieces, check_values
+from sparsecast.export.values import check_values
+from sparsecast.export.vocab_checks import check_vocabulary
+from sparsecast.export.vocab_source import check_pieces, check_tokens
 
 
 @dataclass
@@ -156,23 +155,22 @@ def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
             return
 
     tokenizer = tokenizer_of(file)
-    text = held_out_text(cfg.corpus, tokenizer, cfg.tokens)
-    bos = file.keys.get("tokenizer.ggml.bos_token_id", 1)
-    ids_NS = chunks_of(text, tokenizer, bos, cfg.tokens)
+    docs = held_out_documents(cfg.corpus, tokenizer, cfg.tokens)
+    ids_NS = chunks_of(joined(docs), tokenizer, cfg.tokens)
     emulator = Emulator(file)
     threshold = None if checkpoint is None else _threshold(cfg, file, checkpoint)
-    _numerics(checkpoint, threshold, emulator, text, tokenizer.encode(text), ids_NS, checks)
+    _numerics(checkpoint, threshold, emulator, tokenizer, docs, ids_NS, checks)
     if cfg.engine is not None:
-        overall, result.engine = check_engine_perplexity(cfg.engine, file, emulator, text, ids_NS)
-        checks += [overall, *check_next_tokens(cfg.engine, file, emulator, ids_NS)]
+        found, result.engine = check_engine(cfg.engine, file, emulator, tokenizer, docs, ids_NS)
+        checks += found
 
 
 def _numerics(
     checkpoint: Checkpoint | None,
     threshold: float | None,
     emulator: Emulator,
-    text: str,
-    ids: list[int],
+    tokenizer: FileVocabulary,
+    docs: list[str],
     ids_NS: Tensor,
     checks: list[Check],
 ) -> None:
@@ -183,14 +181,7 @@ def _numerics(
     model, theirs = load_model(
         checkpoint.source, device="cpu", dtype="float32", activation_threshold=threshold
     )
-    want = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    equal = want == ids
-    detail = f"{len(ids):,} tokens of held-out text, " + (
-        "as the model's tokenizer makes them"
-        if equal
-        else f"the model's own makes {len(want):,}, not all the same"
-    )
-    checks.append(Check("tokens", equal, detail))
+    checks.append(check_tokens(theirs, tokenizer, docs))
     checks.append(check_logits(emulator, with_relu(model), ids_NS))
     checks.append(check_perplexity(emulator, model, ids_NS))
 

@@ -1,91 +1,152 @@
-"""The vocabulary as PowerInfer's engine reads it, from a sentencepiece model.
+"""The vocabulary as PowerInfer's engine reads it: one token per row of the embedding.
 
-Piece types of sentencepiece and token types of GGUF are the same numbers: 1 normal, 2 unknown,
-3 control, 4 user defined, 5 unused, 6 byte. The engine merges greedily by score, which is
-sentencepiece's BPE type; a unigram model gives other tokens.
+The engine knows two kinds. "llama" merges greedily by score, which is sentencepiece's BPE type;
+"gpt2" merges the bytes of words by a list of merges. A unigram model would get other tokens from
+either. Types: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte. (PowerInfer's
+llama.cpp at d3ebd7c, llm_load_vocab and its tokenizers.)
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from sentencepiece import sentencepiece_model_pb2 as proto
+from tokenizers import Tokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_tokenizer
+from sparsecast.export.vocab_bytes import byte_vocabulary, is_byte_level
+from sparsecast.export.vocab_parts import CONTROL, UNUSED, USER, Parts
+from sparsecast.export.vocab_pieces import json_pieces, model_pieces, space_notes
 
-CONTROL, USER, UNUSED, BYTE = 3, 4, 5, 6
+MODEL_NOTE = (
+    "transformers does not cut text as tokenizer.model and the engine do; name LlamaTokenizer as "
+    "tokenizer_class in tokenizer_config.json if the model was trained with that."
+)
 
 
 class Vocabulary(NamedTuple):
     """One entry per row of the embedding."""
 
+    model: str
+    """llama or gpt2."""
     tokens: list[str]
     scores: list[float]
+    """Empty for gpt2."""
     types: list[int]
+    merges: list[str]
+    """"left right", first merged first; empty for llama."""
     special: dict[str, int]
-    """bos, eos, unk, pad, as far as the tokenizer has them."""
+    """bos and eos, and unk and pad as far as the tokenizer has them."""
+    notes: list[str]
+    """What the engine does otherwise with text, in sentences."""
 
 
 def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
-    """The pieces of tokenizer.model, then added tokens, then padding up to `size`.
+    """The tokenizer's own tokens, its added tokens, then padding up to `size`.
 
     Raises:
-        InputError: No tokenizer.model, a unigram one, or one that the engine would misread.
+        InputError: A tokenizer of another kind, or one that the engine would misread.
     """
-    path = checkpoint.folder / "tokenizer.model"
-    pieces = _pieces(path)
-    tokens = [piece.piece for piece in pieces]
-    scores = [piece.score for piece in pieces]
-    types = [int(piece.type) for piece in pieces]
     tokenizer: Any = load_tokenizer(checkpoint)
-    if len(tokens) > size:
+    path = checkpoint.folder / "tokenizer.model"
+    if path.is_file():
+        parts = model_pieces(path)
+        _, spec = _spec(checkpoint.folder, tokenizer)
+        notes = [] if spec is None else space_notes(spec)
+        parts.notes += [MODEL_NOTE] if notes is None else notes
+    else:
+        path, spec = _spec(checkpoint.folder, tokenizer)
+        parts = _from_spec(path, spec)
+    if (largest := max(parts.tokens, default=0)) >= size:
         raise InputError(
-            f"{path}: has {len(tokens)} pieces, but the model's embedding has {size} rows; give "
+            f"{path}: has {largest + 1} pieces, but the model's embedding has {size} rows; give "
             "the tokenizer of this model"
         )
+    tokens, types = _rows(parts, tokenizer, size)
+    _check_unique(path, tokens)
+    special = _special(path, parts, tokenizer, checkpoint.config, size)
+    if parts.model == "gpt2" and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
+        parts.notes.append(
+            f"The engine puts no BOS before a text, the tokenizer puts {tokenizer.bos_token}: "
+            "begin prompts with it."
+        )
+    scores = [parts.scores.get(i, 0.0) for i in range(size)] if parts.model == "llama" else []
+    return Vocabulary(parts.model, tokens, scores, types, parts.merges, special, parts.notes)
+
+
+def _spec(folder: Path, tokenizer: Any) -> tuple[Path, Any]:
+    """tokenizer.json in the tokenizers library's present spelling, whatever it was written in; what
+    transformers makes of vocab.json and merges.txt, or of tokenizer.model, where there is none."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return path, json.loads(Tokenizer.from_file(str(path)).to_str())
+        except Exception as error:  # the library raises bare Exception
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{path}: not a tokenizer ({reason}); copy the model's own tokenizer.json here"
+            ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spec = None if backend is None else json.loads(backend.to_str())
+    named = folder / "vocab.json"
+    return named if named.is_file() else folder, spec
+
+
+def _from_spec(path: Path, spec: Any) -> Parts:
+    kind = None if spec is None else spec["model"].get("type")
+    if kind == "BPE" and is_byte_level(spec):
+        return byte_vocabulary(path, spec)
+    if kind == "BPE" and spec["model"]["byte_fallback"]:
+        return json_pieces(path, spec)
+    if kind == "Unigram":
+        raise InputError(
+            f"{path}: is a unigram model, expected BPE; the engine merges greedily and would cut "
+            "text into other tokens than this model was trained on"
+        )
+    found = f"a {kind} model" if kind != "BPE" else "BPE of characters without byte_fallback"
+    raise InputError(
+        f"{path}: is {found}, expected sentencepiece BPE or the byte-level BPE of GPT-2; the "
+        "engine has no other tokenizer, so this model cannot run there"
+    )
+
+
+def _rows(parts: Parts, tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
     added = tokenizer.added_tokens_decoder
-    for i in range(len(tokens), size):
+    tokens, types = [], []
+    for i in range(size):
         token = added.get(i)
-        tokens.append(token.content if token else f"<unused_{i}>")
-        scores.append(0.0)
-        types.append(UNUSED if token is None else CONTROL if token.special else USER)
-    _check(path, tokens, types)
+        named = None if token is None else CONTROL if token.special else USER
+        tokens.append(parts.tokens.get(i) or (token.content if token else f"<unused_{i}>"))
+        types.append(parts.types.get(i) or named or UNUSED)
+    return tokens, types
+
+
+def _special(path: Path, parts: Parts, tokenizer: Any, config: Any, size: int) -> dict[str, int]:
+    """For what a file does not name the engine takes 1 and 2, or 11 in a gpt2 vocabulary."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    for name in ("bos", "eos"):
+        configured = getattr(config, f"{name}_token_id", None)
+        first = configured[0] if isinstance(configured, list) and configured else configured
+        token = tokenizer.added_tokens_decoder.get(first)
+        # Config classes have defaults of their own, which may be any token of this tokenizer.
+        if ids[name] is None and token is not None and token.special:
+            ids[name] = first
     special = {name: i for name, i in ids.items() if i is not None and 0 <= i < size}
-    return Vocabulary(tokens, scores, types, special)
+    if "eos" in special and "bos" not in special and parts.model == "gpt2":
+        special["bos"] = special["eos"]  # which the engine then puts nowhere
+    for name in ("bos", "eos"):
+        if name not in special:
+            raise InputError(
+                f"{path.parent}: the tokenizer has no {name}_token within the embedding, and the "
+                "engine would take an ordinary token for it; name it in tokenizer_config.json"
+            )
+    return special
 
 
-def _pieces(path: Any) -> Any:
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file, expected the sentencepiece model beside the weights; export "
-            "writes no other kind of vocabulary yet"
-        )
-    model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
-    try:
-        model.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise InputError(
-            f"{path}: not a sentencepiece model; copy the model's own tokenizer.model here"
-        ) from error
-    if model.trainer_spec.model_type != model.trainer_spec.BPE:
-        raise InputError(
-            f"{path}: is a unigram model, expected type BPE; the engine merges greedily by score "
-            "and would cut text into other tokens than this model was trained on"
-        )
-    return model.pieces
-
-
-def _check(path: Any, tokens: list[str], types: list[int]) -> None:
-    present = {token for token, kind in zip(tokens, types, strict=True) if kind == BYTE}
-    if absent := {f"<0x{byte:02X}>" for byte in range(256)} - present:
-        raise InputError(
-            f"{path}: has no byte piece {min(absent)}; the engine needs all 256 for text that no "
-            "piece covers. Train the tokenizer with byte_fallback"
-        )
+def _check_unique(path: Path, tokens: list[str]) -> None:
     seen: set[str] = set()
     for token in tokens:
         if not token or token in seen:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     FalconConfig,
@@ -133,25 +134,30 @@ def random_predictors(
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory, model_folder, corpus):
-    """Name to a saved model of `ZOO`, with the tokenizer of `model_folder`: trained until the FFN
-    matters, with norms and biases that a lost tensor would not look like."""
+    """Name to a saved model of `ZOO`, trained until the FFN matters, with norms and biases that a
+    lost tensor would not look like. The tokenizer is that of `model_folder`; after a name that ends
+    in -bytes a byte-level one."""
     root = tmp_path_factory.mktemp("zoo")
 
     def folder(name: str) -> Path:
         path = root / name
         if path.exists():
             return path
+        if name.endswith("-bytes"):
+            save_byte_tokenizer(path, corpus, 500)
+        else:
+            path.mkdir()
+            for file in model_folder.glob("tokenizer*"):
+                shutil.copy(file, path)
         torch.manual_seed(5)
-        model = ZOO[name]()
+        model = ZOO[name.removesuffix("-bytes")]()
         for key, weight in model.named_parameters():
             if key.endswith("bias"):
                 torch.nn.init.uniform_(weight, -0.3, 0.3)
             elif "norm" in key or ".ln_" in key:
                 torch.nn.init.uniform_(weight, 0.5, 1.5)
-        _train_a_little(model, _tokens(model_folder, corpus))
+        _train_a_little(model, _tokens(path, corpus))
         model.half().save_pretrained(path)
-        for file in model_folder.glob("tokenizer*"):
-            shutil.copy(file, path)
         if name == "bamboo":
             config = json.loads((path / "config.json").read_text())
             config |= {"model_type": "bamboo", "hidden_act": "relu"}
@@ -162,8 +168,8 @@ def zoo(tmp_path_factory, model_folder, corpus):
     return folder
 
 
-def _tokens(model_folder: Path, corpus: Path) -> torch.Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+def _tokens(folder: Path, corpus: Path) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "\n".join(path.read_text() for path in sorted(corpus.iterdir())[:20])
     ids = torch.tensor(tokenizer(text[:200_000])["input_ids"])
     return ids[: len(ids) // 64 * 64].view(-1, 64)
@@ -182,6 +188,59 @@ def _train_a_little(model: PreTrainedModel, ids_NS: torch.Tensor) -> None:
 @pytest.fixture(scope="session", name="random_predictors")
 def _random_predictors():
     return random_predictors
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory, model_folder, corpus) -> Path:
+    """The small model with a byte-level vocabulary as GPT-2's: 600 tokens, then the end of text, an
+    added token that is not special, and 3 rows of padding; not to be written to."""
+    folder = tmp_path_factory.mktemp("bytes") / "model"
+    config = LlamaConfig.from_pretrained(model_folder)
+    config.vocab_size = save_byte_tokenizer(folder, corpus, 600) + 3
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    return folder
+
+
+def save_byte_tokenizer(folder: Path, corpus: Path, size: int) -> int:
+    """Train and save it: `size` tokens, then two added ones; how many there are."""
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Characters of several bytes, so that some tokens are parts of them.
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    tokenizer.train_from_iterator(
+        [*texts, *["\u4f60\u597d \u4f60 \U0001f600\U0001f604 \u00e4"] * 2000], trainer
+    )
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_tokens([AddedToken("<|a b|>", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **ends})
+    )
+    return int(tokenizer.get_vocab_size())
+
+
+@pytest.fixture(scope="session")
+def byte_bundle(tmp_path_factory, byte_model):
+    """Export it with random predictors; the bundle is not to be written to."""
+
+    def make(dtype: str = "f16", threshold: float = 0.0) -> Path:
+        folder = tmp_path_factory.mktemp("bytes")
+        predictors = random_predictors(folder / "p", str(byte_model), threshold)
+        cfg = ExportConfig(
+            model=str(byte_model), predictors=predictors, out=folder / "b", dtype=dtype
+        )
+        return export(cfg).parent
+
+    return make
 
 
 @pytest.fixture(scope="session")

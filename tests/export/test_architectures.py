@@ -15,12 +15,14 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.run import collect
+from sparsecast.export.bench import BenchEngineConfig, bench
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import engine_perplexity
+from sparsecast.export.file_vocab import tokenizer_of
 from sparsecast.export.metadata import check_metadata
 from sparsecast.export.numerics import model_logits, with_relu
-from sparsecast.export.protocol import chunks_of, held_out_text, perplexity, tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined, perplexity
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file, verify
@@ -97,7 +99,7 @@ def test_the_ffn_matters_in_these_models(exported, corpus, name):
     """Otherwise no test here would see a wrong mask."""
     file = GGUFFile(bundle_file(exported(name, "f16")))
     tokenizer = tokenizer_of(file)
-    ids_NS = chunks_of(held_out_text(str(corpus), tokenizer, 512), tokenizer, 1, 512)
+    ids_NS = chunks_of(joined(held_out_documents(str(corpus), tokenizer, 512)), tokenizer, 512)
     emulator = Emulator(file)
     dense = perplexity(lambda ids: emulator.logits(ids, all_active=True), ids_NS)
     emulator.header = emulator.header._replace(threshold=1e30)
@@ -272,7 +274,7 @@ def within(result, bound: float) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "bamboo-bytes", "falcon-7b-bytes", "opt-bytes"])
 @pytest.mark.parametrize(("dtype", "kind", "bound"), [("f16", "f16", 2e-3), ("q4_0", "q4_0", 5e-3)])
 def test_the_engine_computes_every_architecture_as_we_do(
     engine, exported, corpus, name, dtype, kind, bound
@@ -281,10 +283,12 @@ def test_the_engine_computes_every_architecture_as_we_do(
 
     within(verify(VerifyConfig(bundle=bundle, corpus=str(corpus), engine=engine)), bound)
 
+    if name.endswith("-bytes"):  # the engine cuts text otherwise; by ids see test_engine_vocab.py
+        return
     file = GGUFFile(bundle_file(bundle))
     tokenizer = tokenizer_of(file)
-    text = held_out_text(str(corpus), tokenizer, 2048)
-    ids_NS = chunks_of(text, tokenizer, 1, 2048)
+    text = joined(held_out_documents(str(corpus), tokenizer, 2048))
+    ids_NS = chunks_of(text, tokenizer, 2048)
     emulator = Emulator(file)
     dense = perplexity(lambda ids: emulator.logits(ids, all_active=True), ids_NS)
     theirs = engine_perplexity(engine, file.path, text, len(ids_NS), all_active=True)
@@ -292,7 +296,18 @@ def test_the_engine_computes_every_architecture_as_we_do(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dense"), [("opt", True), ("bamboo", True), ("falcon-7b", False)])
+def test_the_engine_is_timed_dense_where_it_can_run_dense(engine, exported, name, dense):
+    cfg = BenchEngineConfig(bundle=exported(name, "f16"), engine=engine, tokens=8, rounds=1)
+
+    rates = bench(cfg)["tokens_per_s"]
+
+    assert rates["predictors"] > 0
+    assert (rates["dense"] is not None) == dense
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", [*NAMES, "opt-bytes"])
 @pytest.mark.parametrize(("dtype", "bound"), [("f16", 2e-3), ("q4_0", 5e-3)])
 def test_the_engine_computes_trained_predictors_as_we_do(
     engine, zoo, corpus, tmp_path, name, dtype, bound

@@ -509,7 +509,7 @@ CORRUPTIONS = [
     one("a token that is no text", column("tokens", lambda tokens: tokens.__setitem__(300,
         b"\xff\xfe")), "container", "not UTF-8"),
     one("no types", named(vocabulary("token_type"), None), "vocabulary",
-        "token_type is missing or no array"),
+        "token_type or scores is missing or no array"),
     one("a score less", column("scores", lambda scores: scores.pop()), "vocabulary",
         "512 tokens, 511 scores"),
     one("scores as f64", column("scores", len, F64), "metadata",

@@ -11,13 +11,14 @@ from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import EngineError, Next, engine_perplexity, serving
 from sparsecast.export.engine_checks import (
     Position,
-    check_engine_perplexity,
     position,
     probability_check,
     tokens_check,
 )
-from sparsecast.export.engine_reply import Spelling, texts_of
-from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
+from sparsecast.export.engine_reply import Spelling
+from sparsecast.export.engine_text import check_engine_perplexity
+from sparsecast.export.file_vocab import tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file, verify
@@ -53,8 +54,8 @@ def test_the_engine_computes_quantised_predictors_as_we_do(engine, quantised, co
 def test_a_wrong_rope_base_in_our_evaluation_is_seen(engine, made, corpus):
     file = GGUFFile(bundle_file(made))
     tokenizer = tokenizer_of(file)
-    text = held_out_text(str(corpus), tokenizer, 1024)
-    ids_NS = chunks_of(text, tokenizer, 1, 1024)
+    text = joined(held_out_documents(str(corpus), tokenizer, 1024))
+    ids_NS = chunks_of(text, tokenizer, 1024)
     file.keys["llama.rope.freq_base"] = 10_000.0
 
     check, _ = check_engine_perplexity(engine, file, Emulator(file), text, ids_NS)
@@ -79,7 +80,10 @@ def test_a_file_the_engine_cannot_load_is_told_in_one_line(engine, made, tmp_pat
 
     with pytest.raises(EngineError, match="perplexity gave no estimate"):
         engine_perplexity(engine, path, "x", 2)
-    with pytest.raises(EngineError, match="server did not start"), serving(engine, path, 512, []):
+    with (
+        pytest.raises(EngineError, match="server did not start"),
+        serving(engine, path, 512),
+    ):
         pass
 
 
@@ -97,17 +101,17 @@ def test_nan_from_the_engine_fails(engine, bundle, corpus):
     np.memmap(path, np.float16, "r+", entry.start, entry.shape)[7] = np.nan
     file = GGUFFile(path)
     tokenizer = tokenizer_of(file)
-    text = held_out_text(str(corpus), tokenizer, 512)
+    text = joined(held_out_documents(str(corpus), tokenizer, 512))
 
     check, numbers = check_engine_perplexity(
-        engine, file, Emulator(file), text, chunks_of(text, tokenizer, 1, 512)
+        engine, file, Emulator(file), text, chunks_of(text, tokenizer, 512)
     )
 
     assert not check.ok
     assert numbers.perplexity is None
 
 
-SPELLING = Spelling(["<unk>", "", "a", "b", "a", "byte: \\x80"], eos=1)
+SPELLING = Spelling(["<unk>", "", "a", "b", "a", "byte: \\x80"], excluded=[1])
 LOGITS_V = torch.tensor([-5.0, 9.0, 1.0, 2.0, 0.5, -1.0])
 
 
@@ -148,7 +152,7 @@ def test_a_token_we_do_not_know_is_infinitely_far():
 
 def test_texts_are_what_the_server_prints(made):
     file = GGUFFile(bundle_file(made))
-    texts = texts_of(file)
+    texts = tokenizer_of(file).texts
     tokens = file.keys["tokenizer.ggml.tokens"]
 
     assert texts[:3] == ["\u2585", "", ""]

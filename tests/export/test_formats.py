@@ -17,10 +17,11 @@ from sparsecast.export import emulate
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import serving
-from sparsecast.export.engine_reply import Spelling, texts_of
+from sparsecast.export.engine_reply import Spelling
+from sparsecast.export.file_vocab import tokenizer_of
 from sparsecast.export.model_gguf import _predictor_part
 from sparsecast.export.nudged import Nudged
-from sparsecast.export.protocol import chunks_of, held_out_text, tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.reader import GGUFFile, _blocks
 from sparsecast.export.run import export
 from sparsecast.export.stored import slabs
@@ -289,11 +290,13 @@ def test_the_engine_computes_a_format_as_we_do(dtype, engine, bundle_in, corpus,
     1e-4; with inputs rounded to f16, as for f16 weights, at little more than half of them."""
     file = GGUFFile(bundle_file(bundle_in(dtype, dtype, dtype)))
     tokenizer = tokenizer_of(file)
-    spelling = Spelling(texts_of(file), file.keys["tokenizer.ggml.eos_token_id"])
-    text = held_out_text(str(corpus), tokenizer, 512)
-    ids_NS = chunks_of(text, tokenizer, 1, 512)[:, :48]
+    spelling = Spelling(tokenizer.texts, tokenizer.excluded)
+    text = joined(held_out_documents(str(corpus), tokenizer, 512))
+    ids_NS = chunks_of(text, tokenizer, 512)[:, :48]
     places = [(n, s) for n in range(len(ids_NS)) for s in range(ids_NS.shape[1])]
-    with serving(engine, file.path, len(spelling.texts), spelling.unsayable) as server:
+    with serving(
+        engine, file.path, len(spelling.texts), spelling.excluded, spelling.unsayable
+    ) as server:
         replies = [spelling.read(server.next(ids_NS[n, : s + 1].tolist())) for n, s in places]
 
     def share_near() -> float:

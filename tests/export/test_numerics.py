@@ -7,8 +7,9 @@ import torch
 
 from sparsecast.collect.models import load_model
 from sparsecast.export.emulate import Emulator
+from sparsecast.export.file_vocab import tokenizer_of
 from sparsecast.export.numerics import check_logits, degenerate, with_relu
-from sparsecast.export.protocol import chunks_of, held_out_text, perplexity, tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined, perplexity
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.verify import bundle_file
 
@@ -27,7 +28,7 @@ def relu_model(model_folder):
 @pytest.fixture
 def ids_NS(file, corpus):
     tokenizer = tokenizer_of(file)
-    return chunks_of(held_out_text(str(corpus), tokenizer, 512), tokenizer, 1, 512)
+    return chunks_of(joined(held_out_documents(str(corpus), tokenizer, 512)), tokenizer, 512)
 
 
 def test_a_right_file_is_within_the_bound(file, relu_model, ids_NS):
@@ -85,7 +86,10 @@ def test_perplexity_scores_the_second_half_against_the_next_token():
 
 def test_the_files_vocabulary_tokenises_as_transformers_does(file, model_folder, corpus):
     _, theirs = load_model(str(model_folder), device="cpu", dtype="float32")
-    text = held_out_text(str(corpus), tokenizer_of(file), 2000) + " \u00e4\u4f60\U0001f600  \t\n<s>"
+    text = (
+        joined(held_out_documents(str(corpus), tokenizer_of(file), 2000))
+        + " \u00e4\u4f60\U0001f600  \t\n<s>"
+    )
 
     want = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 

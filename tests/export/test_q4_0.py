@@ -16,18 +16,19 @@ from safetensors.torch import load_file, save_file
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
-from sparsecast.export import rounding
 from sparsecast.export import stored as stored_module
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine import binary, engine_perplexity
+from sparsecast.export.file_vocab import tokenizer_of
 from sparsecast.export.model_config import read_hyper
 from sparsecast.export.model_gguf import plan
-from sparsecast.export.protocol import chunks_of, held_out_text, perplexity, tokenizer_of
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined, perplexity
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.stored import Planned, one_thread, slabs
 from sparsecast.export.verify import bundle_file, verify
+from sparsecast.predictors import formats
 from sparsecast.predictors.checkpoint import load_predictors
 
 QUANTISED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down_t")
@@ -172,7 +173,7 @@ def test_inputs_are_rounded_to_the_last_bit():
     x_TD = torch.randn(40_000, 128)
     x_TD[0, :32] = 0
 
-    assert np.array_equal(rounding.rounded_input(x_TD, "q4_0").numpy(), rounded_input(x_TD.numpy()))
+    assert np.array_equal(formats.rounded_input(x_TD, "q4_0").numpy(), rounded_input(x_TD.numpy()))
 
 
 def test_the_ffn_is_the_formula_in_float64(q4_0):
@@ -260,8 +261,8 @@ def test_the_engine_computes_what_we_do(predictor, engine, bundle_in, corpus):
     bundle = bundle_in(predictor, predictor, predictor, dtype="q4_0")
     file = GGUFFile(bundle_file(bundle))
     tokenizer = tokenizer_of(file)
-    text = held_out_text(str(corpus), tokenizer, 1024)
-    ids_NS = chunks_of(text, tokenizer, 1, 1024)
+    text = joined(held_out_documents(str(corpus), tokenizer, 1024))
+    ids_NS = chunks_of(text, tokenizer, 1024)
     emulator = Emulator(file)
 
     ours = perplexity(lambda ids: emulator.logits(ids, all_active=True), ids_NS)

@@ -1,0 +1,203 @@
+"""Whether a file's vocabulary is that of the model.
+
+Written without the exporter's code: a tokenizer's files as they stand instead of as the tokenizers
+library reads them, pieces from sentencepiece's processor instead of its protobuf.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from sparsecast.collect.atomic import read_json
+from sparsecast.collect.errors import InputError
+from sparsecast.export.checks import Check
+from sparsecast.export.file_vocab import BYTE, NORMAL, UNKNOWN, USER, FileVocabulary
+from sparsecast.export.protocol import joined
+from sparsecast.export.sources import Source
+from sparsecast.export.vocab_checks import BYTES
+
+CONTROL, UNUSED = 3, 5
+
+
+def check_pieces(source: Source) -> Check:
+    """Every token, type, score and merge against the tokenizer's files, and BOS and EOS against
+    the config."""
+    folder = source.checkpoint.folder
+    try:
+        if source.file.keys["tokenizer.ggml.model"] == "gpt2":
+            name, wrong = _against_bytes(source, folder)
+        elif (folder / "tokenizer.model").is_file():
+            name, wrong = "tokenizer.model", _against_model(source, folder / "tokenizer.model")
+        else:
+            name, wrong = "tokenizer.json", _against_json(source, folder)
+        wrong += _wrong_ends(source, folder)
+    except InputError as error:
+        return Check("pieces", False, str(error))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        return Check("pieces", False, f"{folder}: its tokenizer cannot be read ({error!r})")
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    detail = "; ".join(wrong[:3]) + more
+    return Check("pieces", not wrong, detail or f"as in {name}")
+
+
+def _against_model(source: Source, path: Path) -> list[str]:
+    keys = source.file.keys
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    kinds = [
+        (model.is_unknown, UNKNOWN),
+        (model.is_control, CONTROL),
+        (model.is_unused, UNUSED),
+        (model.is_byte, BYTE),
+    ]
+    count = len(keys["tokenizer.ggml.tokens"])
+    if len(model) > count:
+        return [f"{count} tokens, tokenizer.model has {len(model)}"]
+    wrong = []
+    for i in range(len(model)):
+        kind = next((number for test, number in kinds if test(i)), NORMAL)
+        want = (model.id_to_piece(i), model.get_score(i), kind)
+        got = tuple(keys[f"tokenizer.ggml.{n}"][i] for n in ("tokens", "scores", "token_type"))
+        # The processor does not tell user-defined pieces from normal ones.
+        if want != (*got[:2], NORMAL if got[2] == USER else got[2]):
+            wrong.append(f"token {i} is {got}, tokenizer.model has {want}")
+    return wrong
+
+
+def _against_json(source: Source, folder: Path) -> list[str]:
+    """Scores fall along the merges, and only from one piece to the next."""
+    keys = source.file.keys
+    raw = read_json(folder / "tokenizer.json", "the model's tokenizer")
+    unknown = raw["model"].get("unk_token") or "<unk>"
+    kinds = _added_kinds(raw) | {unknown: {UNKNOWN}} | dict.fromkeys(BYTES, {BYTE})
+    if wrong := _wrong_tokens(keys, _ids(raw), kinds):
+        return wrong
+    ids = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
+    scores = keys["tokenizer.ggml.scores"]
+    made = [left + right for left, right in _pairs(raw["model"]["merges"])]
+    for first, then in pairwise(made):
+        if first != then and scores[ids[first]] <= scores[ids[then]]:
+            wrong.append(f"{then!r} has no lower score than {first!r}, which is merged before it")
+    return wrong
+
+
+def _against_bytes(source: Source, folder: Path) -> tuple[str, list[str]]:
+    keys = source.file.keys
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        raw = read_json(path, "the model's tokenizer")
+        vocab, merges, kinds = _ids(raw), _pairs(raw["model"]["merges"]), _added_kinds(raw)
+    else:
+        vocab = read_json(folder / "vocab.json", "the model's vocabulary")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = _pairs([line for line in lines if line and not line.startswith("#version")])
+        # Which of them are special stands in one of several files; the tokens check sees the rest.
+        kinds = dict.fromkeys(vocab, {NORMAL, CONTROL, USER})
+    wrong = _wrong_tokens(keys, vocab, kinds)
+    written = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
+    if written != merges:
+        at = next(
+            (i for i, pair in enumerate(zip(written, merges, strict=False)) if pair[0] != pair[1]),
+            min(len(written), len(merges)),
+        )
+        wrong.append(f"merges differ from number {at} on ({len(written)} and {len(merges)})")
+    return ("tokenizer.json" if path.is_file() else "vocab.json and merges.txt"), wrong
+
+
+def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
+    """From either spelling: "left right" or ["left", "right"]."""
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+
+
+def _ids(raw: dict[str, Any]) -> dict[str, int]:
+    ids: dict[str, int] = raw["model"]["vocab"]
+    return ids | {token["content"]: token["id"] for token in raw["added_tokens"]}
+
+
+def _added_kinds(raw: dict[str, Any]) -> dict[str, set[int]]:
+    added = raw["added_tokens"]
+    return {token["content"]: {CONTROL if token["special"] else USER} for token in added}
+
+
+def _wrong_tokens(
+    keys: dict[str, Any], vocab: dict[str, int], kinds: dict[str, set[int]]
+) -> list[str]:
+    """
+    Args:
+        kinds: The types that a token may have, where it is not a normal one.
+    """
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    wrong = []
+    for text, i in vocab.items():
+        allowed = kinds.get(text, {NORMAL})
+        if i >= len(tokens):
+            if allowed == {NORMAL}:
+                wrong.append(f"token {i}, {text!r}, is lost: there are {len(tokens)} rows")
+        elif tokens[i] != text or types[i] not in allowed:
+            wrong.append(f"token {i} is {tokens[i]!r} of type {types[i]}, the model has {text!r}")
+    return wrong
+
+
+def _wrong_ends(source: Source, folder: Path) -> list[str]:
+    """BOS and EOS as the config, the tokenizer's config or its model has them; BOS may be EOS where
+    there is none."""
+    keys, known = source.file.keys, {}
+    tokens = keys["tokenizer.ggml.tokens"]
+    path = folder / "tokenizer_config.json"
+    named = read_json(path, "the tokenizer's config") if path.is_file() else {}
+    for end in ("bos", "eos"):
+        configured = source.config.get(f"{end}_token_id")
+        known[end] = {*(configured if isinstance(configured, list) else [configured])}
+        token = named.get(f"{end}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        known[end] |= {i for i, own in enumerate(tokens) if own == text}
+    path = folder / "tokenizer.model"
+    if path.is_file():
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        known["bos"].add(model.bos_id())
+        known["eos"].add(model.eos_id())
+    if keys["tokenizer.ggml.model"] == "gpt2":
+        known["bos"] |= known["eos"]
+    return [
+        f"{end}_token_id is {got}, the model knows {sorted(known[end], key=str)}"
+        for end in ("bos", "eos")
+        if (got := keys.get(f"tokenizer.ggml.{end}_token_id")) is not None and got not in known[end]
+    ]
+
+
+def check_tokens(model: Any, tokenizer: FileVocabulary, docs: list[str]) -> Check:
+    """Held-out text as the file's tokenizer and as the model's makes tokens of it.
+
+    Where a gpt2 vocabulary's model has cuts of its own, tokens are compared without them, and the
+    documents that they change are counted: no such file can hold them.
+    """
+
+    def own(text: str) -> list[int]:
+        plain = model(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids: list[int] = plain["input_ids"]
+        return ids
+
+    text = joined(docs)
+    ids = tokenizer.encode(text)
+    want = own(text) if tokenizer.exact else _with_plain_cuts(model, text)
+    detail = f"{len(ids):,} tokens of held-out text, " + (
+        "as the model's tokenizer makes them"
+        if want == ids
+        else f"the model's own makes {len(want):,}, not all the same"
+    )
+    if not tokenizer.exact and (differ := sum(own(doc) != tokenizer.encode(doc) for doc in docs)):
+        detail += f"; its own way to cut text changes {differ} of {len(docs)} documents"
+    return Check("tokens", want == ids, detail)
+
+
+def _with_plain_cuts(model: Any, text: str) -> list[int]:
+    plain = Tokenizer.from_str(model.backend_tokenizer.to_str())
+    plain.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
+    plain.encode_special_tokens = True
+    ids: list[int] = plain.encode(text, add_special_tokens=False).ids
+    return ids
