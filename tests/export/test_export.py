@@ -309,3 +309,23 @@ def test_an_earlier_bundle_is_replaced_and_other_files_are_not(model, predictors
     (out / "thesis.tex").touch()
     with pytest.raises(InputError, match="holds other files"):
         run(model, predictors)
+
+
+def test_quantised_weights_and_an_index_that_lies_are_refused(model, anyones, tmp_path):
+    """Without a look at the dtype int8 codes would be written as if they were weights."""
+    whole = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(model, lambda weights: weights.update({name: weights[name].to(torch.int8)}))
+    with pytest.raises(InputError, match=f"{name} is int8, expected float32"):
+        run(model, anyones)
+    change_config(model, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(InputError, match="quantised \\(bitsandbytes\\)"):
+        run(model, anyones)
+
+    change_config(model, drop=("quantization_config",))
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    save_file({"lm_head.weight": whole["lm_head.weight"]}, model / "b.safetensors")
+    places = {"weight_map": dict.fromkeys(whole, "a.safetensors") | {name: "b.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(places))
+    with pytest.raises(InputError, match=f"b.safetensors: tensor {name} is not in it, but the ind"):
+        run(model, anyones)
