@@ -329,3 +329,17 @@ def test_quantised_weights_and_an_index_that_lies_are_refused(model, anyones, tm
     (model / "model.safetensors.index.json").write_text(json.dumps(places))
     with pytest.raises(InputError, match=f"b.safetensors: tensor {name} is not in it, but the ind"):
         run(model, anyones)
+
+
+def test_an_output_matrix_of_its_own_under_a_config_that_ties_it_is_refused(model, anyones):
+    """transformers computes with it; the embedding in its place would be another model."""
+    change_config(model, tie_word_embeddings=True)
+    with pytest.raises(InputError, match="lm_head.weight is not model.embed_tokens.weight, but"):
+        run(model, anyones)
+
+    def copy(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    change_weights(model, copy)
+    file = run(model, anyones)
+    assert torch.equal(file.tensor("output.weight"), file.tensor("token_embd.weight"))
