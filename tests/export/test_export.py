@@ -310,6 +310,34 @@ def test_an_earlier_bundle_is_replaced_and_other_files_are_not(model, predictors
     with pytest.raises(InputError, match="holds other files"):
         run(model, predictors)
 
+    (out / "thesis.tex").unlink()
+    assert run(model, predictors).path.parent == out
+    (out / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds other files"):
+        run(model, predictors)
+    (out / "thesis.tex").rename(out / "other.powerinfer.gguf")
+    with pytest.raises(InputError, match="holds other files"):
+        run(model, predictors)
+    assert (out / "other.powerinfer.gguf").exists()
+
+
+def test_out_may_be_a_link_or_the_current_folder_and_not_the_root(
+    model, predictors, tmp_path, monkeypatch
+):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "bundle").symlink_to(tmp_path / "there")
+    run(model, predictors)
+    assert (tmp_path / "bundle").is_symlink()
+    assert bundle_file(tmp_path / "there")
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cfg = ExportConfig(model=str(model), predictors=predictors, out=Path())
+    export(cfg)
+    assert bundle_file(tmp_path / "here")
+    with pytest.raises(InputError, match="/: cannot be replaced as a whole"):
+        export(replace(cfg, out=Path("/")))
+
 
 def test_quantised_weights_and_an_index_that_lies_are_refused(model, anyones, tmp_path):
     """Without a look at the dtype int8 codes would be written as if they were weights."""
