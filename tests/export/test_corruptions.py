@@ -487,6 +487,8 @@ CORRUPTIONS = [
     one("an FFN below 1001", keys(feed_forward_length=Value(U32, 1000)), "metadata",
         "not wider than 1000: the engine ignores the threshold"),
     one("no hidden size", keys(embedding_length=None), "metadata", "embedding_length is missing"),
+    one("an architecture that is a list", named("general.architecture", Value(ARRAY, [1], U32)),
+        "metadata", r"general.architecture is \[1\]"),
     one("an unknown architecture", named("general.architecture", Value(STRING, "gemma")),
         "metadata", "general.architecture is 'gemma'"),
     one("the architecture with ReLU on up too", renamed_keys, "header",
