@@ -109,7 +109,7 @@ def file_name(model: str) -> str:
     would have to quote: PowerInfer passes the path through one."""
     folder = Path(model).expanduser()
     name = (folder.resolve() if folder.is_dir() else folder).name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") + SUFFIX
+    return (re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "model") + SUFFIX
 
 
 def _traffic(tensors: list[Planned], predictors: PredictorSet) -> Traffic | None:

@@ -154,6 +154,7 @@ def test_the_card_runs_the_file_and_says_what_is_missing(model, predictors):
 
 
 def test_a_name_never_needs_quoting():
+    assert file_name("org/\u6a21\u578b") == "model.powerinfer.gguf"
     assert file_name("org/Some Model $(x).v2") == "Some-Model-x-.v2.powerinfer.gguf"
 
 
