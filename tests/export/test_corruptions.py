@@ -553,6 +553,8 @@ CORRUPTIONS = [
         value["fc1.weight"][0].fill_(torch.nan)), "predictor folder", "model_0.pt: holds NaN"),
     one("another threshold in the folder", json_of("config.json", sparse_threshold=0.5),
         "predictor folder", "threshold is 0, config.json has 0.5"),
+    one("no scores in the manifest", json_of("manifest.json", calibration=[None] * 3), "traffic",
+        "manifest.json lacks recall or predicted_sparsity"),
     one("another format in the manifest", json_of("manifest.json", dtypes=["f16", "f16", "q4_0"]),
         "predictor folder", r"blk\.1\.fc1\.weight is q8_0, manifest\.json has f16", "q4_0"),
     # Counts and the split of a GPU build (T15, T17).
