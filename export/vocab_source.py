@@ -87,7 +87,11 @@ def _against_json(source: Source, folder: Path) -> list[str]:
     keys = source.file.keys
     raw = read_json(folder / "tokenizer.json", "the model's tokenizer")
     unknown = raw["model"].get("unk_token") or "<unk>"
-    kinds = _added_kinds(raw["added_tokens"], folder) | {unknown: {UNKNOWN}} | dict.fromkeys(BYTES, {BYTE})
+    kinds = (
+        _added_kinds(raw["added_tokens"], folder)
+        | {unknown: {UNKNOWN}}
+        | dict.fromkeys(BYTES, {BYTE})
+    )
     if wrong := _wrong_tokens(keys, _ids(raw), kinds):
         return wrong
     ids = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
