@@ -16,7 +16,7 @@ from sparsecast.collect.atomic import read_json
 from sparsecast.collect.errors import InputError
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import GGUFFile
-from sparsecast.export.traffic import traffic_of
+from sparsecast.export.traffic import scored, traffic_of
 from sparsecast.predictors.checkpoint import load_predictors
 
 
@@ -82,8 +82,11 @@ def check_traffic(file: GGUFFile, folder: Path) -> list[Check]:
         manifest = load_predictors(folder).manifest
     except InputError:
         return []
-    if manifest is None or len(manifest.calibration) != header_of(file).layers:
+    if manifest is None:
         return []
+    if not scored(manifest.calibration, header_of(file).layers):
+        detail = "manifest.json lacks recall or predicted_sparsity of a layer"
+        return [Check("traffic", False, detail)]
     stored = {name: (entry.type.name, entry.shape) for name, entry in file.entries.items()}
     return [Check("traffic", True, str(traffic_of(stored, manifest.calibration)))]
 

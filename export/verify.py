@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from sparsecast.collect.atomic import read_json, write_json
+from sparsecast.collect.atomic import read_json, refuse_unwritable, write_json
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
@@ -70,6 +70,8 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
         InputError: No bundle there, a model that cannot be loaded, no engine binary, no text.
     """
     path = bundle_file(cfg.bundle)
+    if cfg.json is not None:
+        refuse_unwritable(cfg.json, "--json")
     if cfg.engine is not None:
         for name in ("perplexity", "server"):
             binary(cfg.engine, name)
