@@ -58,7 +58,8 @@ def export(cfg: ExportConfig) -> Path:
         budget = budget_for(cfg.vram_budget, cfg.vram_context, tensors, hyper)
         split = split_for(budget, counts)
     total = sum(t.nbytes for t in tensors)
-    _check_space(cfg.out, total)
+    copies = sum(w.numel() * w.element_size() for p in predictors.layers for w in p.weights)
+    _check_space(cfg.out, total + copies)
     traffic = _traffic(tensors, predictors)
 
     file = file_name(checkpoint.source)

@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2 as proto
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.collect.errors import InputError
@@ -253,6 +254,21 @@ def test_a_unigram_vocabulary_is_refused(model, anyones, corpus):
     )
 
     with pytest.raises(InputError, match="unigram"):
+        run(model, anyones)
+
+
+@pytest.mark.parametrize("change", [{"name": "nmt_nfkc"}, {"add_dummy_prefix": False}])
+def test_a_vocabulary_that_prepares_text_otherwise_is_refused(model, anyones, change):
+    path = model / "tokenizer.model"
+    spec = proto.ModelProto()
+    spec.ParseFromString(path.read_bytes())
+    for name, value in change.items():
+        setattr(spec.normalizer_spec, name, value)
+    if "name" in change:
+        spec.normalizer_spec.precompiled_charsmap = b"rules"
+    path.write_bytes(spec.SerializeToString())
+
+    with pytest.raises(InputError, match=r"tokenizer\.model: prepares text by"):
         run(model, anyones)
 
 
