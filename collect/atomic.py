@@ -14,19 +14,28 @@ from sparsecast.collect.errors import InputError
 
 
 @contextmanager
-def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, replaces: str | None = None, beside: tuple[str, ...] | None = None
+) -> Iterator[Path]:
     """Fill a hidden sibling of `path` and move it there when the block ends without an error.
 
     Args:
         path: The folder to make. An empty one that exists is used.
         replaces: Glob that marks a folder of ours, which may be replaced; anything else that
             exists under `path` is refused.
+        beside: Globs of what else such a folder may hold, with one file that marks it; unset:
+            whatever is there goes with it.
     """
+    path = Path(os.path.realpath(path))  # a link stays one, and "." has a name
+    if not path.name or path.is_mount():
+        raise InputError(f"{path}: cannot be replaced as a whole; choose a folder in it for --out")
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file, expected a folder to write; choose another --out")
     if path.is_dir() and any(path.iterdir()):
-        ours = replaces is not None and any(path.glob(replaces))
-        if not ours:
+        marks = [] if replaces is None else sorted(path.glob(replaces))
+        known = {p for pattern in beside or ("*",) for p in path.glob(pattern)}
+        more = len(marks) > 1 and beside is not None
+        if not marks or more or not known.union(marks).issuperset(path.iterdir()):
             raise InputError(
                 f"{path}: exists and holds other files, expected a new or empty folder; choose "
                 "another --out or remove it"

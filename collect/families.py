@@ -121,10 +121,10 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
 
 def unknown(model_type: str, where: str) -> str:
     """The error for a model without a row."""
+    known = ", ".join(sorted({*FAMILIES, *REMAPPED}, key=str.lower))
     return (
-        f"{where}: model_type is {model_type!r}, expected one of "
-        f"{', '.join(sorted({*FAMILIES, *REMAPPED}))}; FAMILIES in sparsecast.collect.families has "
-        "the table, and adding a family is adding a row"
+        f"{where}: model_type is {model_type!r}, expected one of {known}; FAMILIES in "
+        "sparsecast.collect.families has the table, and adding a family is adding a row"
     )
 
 

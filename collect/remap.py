@@ -3,6 +3,7 @@
     sparsellama             Llama; ProSparse's FATReLU is ours
     bamboo, turbosparse...  Mistral with ReLU on gate and up; predictors inside the file are ignored
     minicpm                 Granite, which is Llama with MiniCPM's scales applied at run time
+    falcon, RefinedWeb...   Falcon, whose first configs named sizes n_layer, n_head and n_head_kv
 
 Tensor names are those of Llama in all of them, so a config is all that changes. No remote code is
 loaded. The configs' fields: ProSparse-7B, Bamboo-base-v0_1, MiniCPM-S-1B-sft on the hub.
@@ -14,7 +15,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GraniteConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import FalconConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from sparsecast.collect.errors import InputError
 
@@ -71,10 +72,24 @@ def _minicpm(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     )
 
 
+def _falcon(raw: dict[str, Any], where: str) -> PreTrainedConfig:
+    fields = {_FALCON.get(key, key): value for key, value in _common(raw).items()}
+    fields.setdefault("new_decoder_architecture", raw["model_type"] == "RefinedWeb")
+    return FalconConfig(**fields, architectures=["FalconForCausalLM"])
+
+
+_FALCON = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+}
 REMAPPED: dict[str, Callable[[dict[str, Any], str], PreTrainedConfig]] = {
     "sparsellama": _sparsellama,
     "bamboo": _bamboo,
     "turbosparsemistral": _bamboo,
     "minicpm": _minicpm,
+    "falcon": _falcon,
+    "RefinedWeb": _falcon,
+    "RefinedWebModel": _falcon,
 }
 """model_type to a function of (config.json, model's name)."""

@@ -13,6 +13,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import family_of
 from sparsecast.export.hyper import Hyper
+from sparsecast.export.traffic import scored
 from sparsecast.predictors.checkpoint import (
     PredictorManifest,
     PredictorSet,
@@ -40,6 +41,15 @@ def predictors_for(
         model=checkpoint.source,
     )
     manifest = predictors.manifest
+    if manifest is not None and not (
+        scored(manifest.calibration, hyper.layers)
+        and isinstance(manifest.activation_threshold, (int, float))
+    ):
+        raise InputError(
+            f"{folder / 'manifest.json'}: expected a number under activation_threshold, and under "
+            "calibration recall and predicted_sparsity of every layer, from 0 to 1; copy the whole "
+            "folder again"
+        )
     odd = [] if manifest is None else differences(manifest, checkpoint, hyper.activation)
     if odd and not force:
         raise InputError(

@@ -24,10 +24,11 @@ from rich.table import Table
 from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar, console
-from sparsecast.export.config import SUFFIX
 from sparsecast.export.dense import write_dense
 from sparsecast.export.engine import EngineError, binary, finished, last_words
+from sparsecast.export.metadata import check_metadata
 from sparsecast.export.reader import GGUFFile
+from sparsecast.export.verify import bundle_file
 
 TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
 PROMPT = " def"
@@ -71,17 +72,13 @@ def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
     if cfg.json is not None:
         refuse_unwritable(cfg.json, "--json")
     program = binary(cfg.engine, "main")
-    models = sorted(cfg.bundle.glob(f"*{SUFFIX}"))
-    if len(models) != 1:
-        raise InputError(
-            f"{cfg.bundle}: holds {len(models)} files *{SUFFIX}, expected one; give a folder "
-            "written by `sparsecast export`"
-        )
-    file = GGUFFile(models[0])
+    file = GGUFFile(bundle_file(cfg.bundle))
+    if not (metadata := check_metadata(file)).ok:
+        raise InputError(f"{file.path}: {metadata.detail}; export it again")
     with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as scratch:
         kinds = {
-            "predictors": (models[0].absolute(), False),
-            "all_active": (models[0].absolute(), True),
+            "predictors": (file.path.absolute(), False),
+            "all_active": (file.path.absolute(), True),
         }
         if file.keys["general.architecture"] != "falcon":
             kinds["dense"] = (Path(scratch, "dense.gguf"), False)

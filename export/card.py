@@ -93,8 +93,8 @@ def foreign_note(foreign: list[str]) -> str:
     return (
         f"The predictors were {'; '.join(foreign)}. The export was forced with `--force`: only "
         "their shapes are known to fit, and what is said of their recall and sparsity is of where "
-        "they come from. `sparsecast evaluate` does not accept them; `sparsecast verify` gives the "
-        "perplexity of this bundle beside the model's."
+        "they come from. `sparsecast verify` gives the perplexity of this bundle beside the "
+        "model's."
     )
 
 

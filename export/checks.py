@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsecast.collect.atomic import read_json
 from sparsecast.collect.errors import InputError
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import GGUFFile
-from sparsecast.export.traffic import traffic_of
+from sparsecast.export.traffic import scored, traffic_of
 from sparsecast.predictors.checkpoint import load_predictors
 
 
@@ -60,37 +59,24 @@ def check_predictor_folder(file: GGUFFile, folder: Path) -> Check:
     return Check("predictor folder", not wrong, "; ".join(wrong) or f"{layers} predictors equal")
 
 
-def check_predictor_model(file: GGUFFile, folder: Path) -> list[Check]:
-    """Whether the predictors were trained for the model in the file; nothing where either does not
-    say. Others are allowed, with --force, but not unsaid."""
-    model = file.keys.get("sparsecast.model_fingerprint")
-    try:
-        manifest = read_json(folder / "manifest.json", "the manifest of the bundle's predictors")
-    except InputError:
-        return []
-    if model is None:
-        return []
-    detail = f"trained for {manifest.get('model')} (fingerprint {manifest.get('fingerprint')})"
-    if manifest.get("fingerprint") != model:
-        detail = f"of ANOTHER model: {detail}, but the file holds fingerprint {model}"
-    return [Check("predictor model", True, detail)]
-
-
 def check_traffic(file: GGUFFile, folder: Path) -> list[Check]:
     """What the file's predictors save, by their own scores; nothing where they have none."""
     try:
         manifest = load_predictors(folder).manifest
     except InputError:
         return []
-    if manifest is None or len(manifest.calibration) != header_of(file).layers:
+    if manifest is None:
         return []
+    if not scored(manifest.calibration, header_of(file).layers):
+        detail = "manifest.json lacks recall or predicted_sparsity of a layer"
+        return [Check("traffic", False, detail)]
     stored = {name: (entry.type.name, entry.shape) for name, entry in file.entries.items()}
     return [Check("traffic", True, str(traffic_of(stored, manifest.calibration)))]
 
 
 def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
     """activation_<i>.pt per layer, 1-D float32 or float64 of the FFN's width, counts."""
-    if not folder.is_dir():
+    if not folder.exists():
         return Check("hot and cold", True, "no activation folder: exported without activations")
     wrong = []
     header = header_of(file)

@@ -34,6 +34,8 @@ FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
 
 ARCHITECTURES = {
     "falcon": "falcon",
+    "RefinedWeb": "falcon",
+    "RefinedWebModel": "falcon",
     "opt": "opt",
     "bamboo": "bamboo",
     "turbosparsemistral": "bamboo",
@@ -94,6 +96,6 @@ def _optional(source: Source) -> dict[str, tuple[float, float]]:
 
 def _falcon_kv_heads(config: dict[str, Any], heads: int) -> int:
     """Grouped in the new architecture; before it one of all, or one of each."""
-    if config.get("new_decoder_architecture"):
+    if config.get("new_decoder_architecture", config.get("model_type") == "RefinedWeb"):
         return int(config.get("num_kv_heads") or config.get("n_head_kv") or heads)
     return 1 if config.get("multi_query", True) else heads

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
@@ -102,7 +105,10 @@ def check_tensors(checkpoint: Checkpoint, hyper: Hyper) -> None:
         # Buffers of old versions, a second copy of the embedding, TurboSparse's own predictors.
         if name.endswith((".rotary_emb.inv_freq", ".attention.masked_bias")):
             continue
-        if (hyper.tied and name == "lm_head.weight") or ".predictor." in name:
+        if ".predictor." in name:
+            continue
+        if hyper.tied and name == "lm_head.weight":
+            _check_tied(checkpoint, tensor, next(iter(rows)))
             continue
         if name not in rows:
             kind = "biases there" if name.endswith(".bias") else "tensor of that name"
@@ -120,4 +126,16 @@ def check_tensors(checkpoint: Checkpoint, hyper: Hyper) -> None:
     if missing:
         raise InputError(
             f"{checkpoint.folder}: tensor {min(missing)} is missing; the checkpoint is incomplete"
+        )
+
+
+def _check_tied(checkpoint: Checkpoint, output: Tensor, embedding: str) -> None:
+    """Refuse an output matrix of its own under a config that ties it: transformers runs such a
+    model untied, with a warning."""
+    shared = checkpoint.tensor(embedding)
+    if not torch.equal(output.to(shared.dtype), shared):
+        raise InputError(
+            f"{checkpoint.folder}: lm_head.weight is not {embedding}, but config.json ties the two "
+            "(tie_word_embeddings, which falcon and opt have unless told otherwise); set it to "
+            "false there, or leave out lm_head.weight"
         )

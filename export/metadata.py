@@ -44,7 +44,7 @@ def check_metadata(file: GGUFFile) -> Check:
     if file.alignment != 32:
         wrong.append(f"alignment is {file.alignment}, expected 32")
     arch = keys.get("general.architecture")
-    if arch not in EPSILON:
+    if not isinstance(arch, str) or arch not in EPSILON:
         wrong.append(f"general.architecture is {arch!r}, expected one of {', '.join(EPSILON)}")
         return Check("metadata", False, "; ".join(wrong))
     counts = [f"{arch}.{name}" for name in COUNTS]

@@ -49,6 +49,7 @@ def read_hyper(checkpoint: Checkpoint, activation_threshold: float | None = None
     read = {"falcon": _falcon, "opt": _opt}.get(config.model_type, _llama)
     hyper = read(config, rule, where)
     check_shape(hyper, getattr(config, "head_dim", None), where)
+    checkpoint.check()
     check_tensors(checkpoint, hyper)
     return hyper
 

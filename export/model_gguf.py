@@ -26,6 +26,7 @@ from gguf import (
     GGML_QUANT_SIZES,
     GGML_QUANT_VERSION,
     GGMLQuantizationType,
+    GGUFValueType,
     GGUFWriter,
     LlamaFileType,
     RopeScalingType,
@@ -44,6 +45,9 @@ from sparsecast.predictors.formats import BLOCK
 MAGIC = b"PWRI"
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
 KEY_FINGERPRINT = "sparsecast.model_fingerprint"
+KEY_ACTIVATION = "sparsecast.activation_threshold"
+"""FATReLU's T of the model, which its config may lack. The engine passes over keys that it does not
+know."""
 FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
     "f32": LlamaFileType.ALL_F32,
@@ -136,7 +140,7 @@ def write_model(
     """Write the file; it appears under `path` complete and on disk, or not at all.
 
     Args:
-        fingerprint: Of the model; the engine passes over keys that it does not know.
+        fingerprint: Of the model.
         threshold: Smallest predictor logit for which the engine computes a neuron.
         wrote: Called with the bytes of each tensor.
 
@@ -149,6 +153,9 @@ def write_model(
     try:
         _add_header(writer, hyper, vocabulary, name, threshold, dtype)
         writer.add_string(KEY_FINGERPRINT, fingerprint)
+        if hyper.activation.name == "fatrelu":
+            kind = GGUFValueType.FLOAT64
+            writer.add_key_value(KEY_ACTIVATION, hyper.activation.threshold, kind)
         for t in tensors:
             writer.add_tensor_info(
                 t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=t.kind

@@ -29,6 +29,8 @@ from sparsecast.export.vocab import read_vocabulary
 from sparsecast.export.vram import budget_for
 from sparsecast.predictors.checkpoint import PredictorSet
 
+BESIDE = (f"*{GPUIDX}", "predictor", "activation", "README.md")
+"""What a bundle may hold beside its model."""
 EXACT = 2**24
 """float32 holds every whole number up to here."""
 
@@ -56,11 +58,12 @@ def export(cfg: ExportConfig) -> Path:
         budget = budget_for(cfg.vram_budget, cfg.vram_context, tensors, hyper)
         split = split_for(budget, counts)
     total = sum(t.nbytes for t in tensors)
-    _check_space(cfg.out, total)
+    copies = sum(w.numel() * w.element_size() for p in predictors.layers for w in p.weights)
+    _check_space(cfg.out, total + copies)
     traffic = _traffic(tensors, predictors)
 
     file = file_name(checkpoint.source)
-    with new_folder(cfg.out, replaces=f"*{SUFFIX}") as folder:
+    with new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE) as folder:
         with bar("export", total) as progress:
             write_model(
                 folder / file,
@@ -107,7 +110,7 @@ def file_name(model: str) -> str:
     would have to quote: PowerInfer passes the path through one."""
     folder = Path(model).expanduser()
     name = (folder.resolve() if folder.is_dir() else folder).name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") + SUFFIX
+    return (re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "model") + SUFFIX
 
 
 def _traffic(tensors: list[Planned], predictors: PredictorSet) -> Traffic | None:
@@ -150,7 +153,7 @@ def _write_counts(folder: Path, counts: list[torch.Tensor]) -> None:
 
 
 def _check_space(out: Path, need: int) -> None:
-    parent = next(p for p in out.absolute().parents if p.exists())
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if need > free:
         raise InputError(

@@ -1,10 +1,10 @@
 """A tensor of the file: planned before it is read, then converted to the bytes that are written.
 
 Rows are converted a slab at a time, small enough to stay in a core's cache: whatever the tensor's
-size, it takes a few slabs of memory, and a tenth of the time of the whole at once (1B-shaped, bf16
-to f16: 1.2 instead of 11 of 15 seconds). Through float32, which torch converts from and to faster
-than bf16 to f16, and which is what the gguf package quantises, by the arithmetic of ggml's
-reference code.
+size, it takes a few slabs of memory, and a tenth of the time of the whole at once (1.1 billion
+weights from bf16 to f16 on one core of an EPYC: 1.3 instead of 10.8 seconds). They pass through
+float32, which torch converts from and to faster than bf16 to f16, and which is what the gguf
+package quantises, by the arithmetic of ggml's reference code.
 """
 
 from __future__ import annotations

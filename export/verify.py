@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from sparsecast.collect.atomic import read_json, write_json
+from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
@@ -20,7 +19,6 @@ from sparsecast.export.checks import (
     check_activation_folder,
     check_finite,
     check_predictor_folder,
-    check_predictor_model,
     check_traffic,
 )
 from sparsecast.export.config import SUFFIX, VerifyConfig
@@ -32,6 +30,7 @@ from sparsecast.export.file_vocab import FileVocabulary, tokenizer_of
 from sparsecast.export.header_checks import check_header
 from sparsecast.export.metadata import check_metadata
 from sparsecast.export.numerics import check_logits, check_perplexity, degenerate, with_relu
+from sparsecast.export.predictor_checks import check_predictor_model, made_for
 from sparsecast.export.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.sources import Source
@@ -70,6 +69,8 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
         InputError: No bundle there, a model that cannot be loaded, no engine binary, no text.
     """
     path = bundle_file(cfg.bundle)
+    if cfg.json is not None:
+        refuse_unwritable(cfg.json, "--json")
     if cfg.engine is not None:
         for name in ("perplexity", "server"):
             binary(cfg.engine, name)
@@ -100,17 +101,11 @@ def bundle_file(bundle: Path) -> Path:
     return found[0]
 
 
-def _manifest(file: GGUFFile) -> dict[str, Any]:
-    """What the bundle's predictors say about themselves; empty where they say nothing."""
-    path = file.path.parent / "predictor" / "manifest.json"
-    return read_json(path, "the manifest of the bundle's predictors") if path.is_file() else {}
-
-
 def _model(cfg: VerifyConfig, file: GGUFFile) -> tuple[Checkpoint | None, str]:
     """The source model, or why there is none to compare with."""
     if cfg.model is not None:
         return Checkpoint(cfg.model), ""
-    manifest = _manifest(file)
+    manifest = made_for(file)
     if not manifest:
         return None, "the bundle does not name its model; give --model"
     model = str(manifest.get("model"))
@@ -124,14 +119,10 @@ def _model(cfg: VerifyConfig, file: GGUFFile) -> tuple[Checkpoint | None, str]:
     return checkpoint, ""
 
 
-def _threshold(cfg: VerifyConfig, file: GGUFFile, checkpoint: Checkpoint) -> float | None:
-    """FATReLU's T, which a config may have lost: as given, or as this model's predictors say."""
-    if cfg.activation_threshold is not None:
-        return cfg.activation_threshold
-    manifest = _manifest(file)
-    if manifest.get("fingerprint") != checkpoint.fingerprint:
-        return None
-    return manifest["activation_threshold"] if manifest["activation"] == "fatrelu" else None
+def _threshold(cfg: VerifyConfig, file: GGUFFile) -> float | None:
+    """FATReLU's T, which a config may have lost: as given here, or to export."""
+    exported: float | None = file.keys.get("sparsecast.activation_threshold")
+    return exported if cfg.activation_threshold is None else cfg.activation_threshold
 
 
 def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
@@ -142,7 +133,8 @@ def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
         if not checks[-1].ok:
             return
     checks.append(check_predictor_folder(file, file.path.parent / "predictor"))
-    checks += check_predictor_model(file, file.path.parent / "predictor")
+    threshold = _threshold(cfg, file)
+    checks += check_predictor_model(file, checkpoint, threshold)
     checks += check_traffic(file, file.path.parent / "predictor")
     checks.append(check_activation_folder(file, file.path.parent / "activation"))
     checks += check_gpu_split(file, file.path.parent)
@@ -158,7 +150,6 @@ def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
     docs = held_out_documents(cfg.corpus, tokenizer, cfg.tokens)
     ids_NS = chunks_of(joined(docs), tokenizer, cfg.tokens)
     emulator = Emulator(file)
-    threshold = None if checkpoint is None else _threshold(cfg, file, checkpoint)
     _numerics(checkpoint, threshold, emulator, tokenizer, docs, ids_NS, checks)
     if cfg.engine is not None:
         found, result.engine = check_engine(cfg.engine, file, emulator, tokenizer, docs, ids_NS)

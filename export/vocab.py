@@ -73,6 +73,12 @@ def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
             f"The engine puts no BOS before a text, the tokenizer puts {tokenizer.bos_token}: "
             "begin prompts with it."
         )
+    user = [token for token, kind in zip(tokens, types, strict=True) if kind == USER]
+    if user and parts.model == "llama":
+        parts.notes.append(
+            f"The tokenizer finds {len(user)} user-defined tokens whole in a text, {user[0]!r} "
+            "first; the engine may cut them into other tokens."
+        )
     scores = [parts.scores.get(i, 0.0) for i in range(size)] if parts.model == "llama" else []
     return Vocabulary(parts.model, tokens, scores, types, parts.merges, special, parts.notes)
 

@@ -50,6 +50,14 @@ def model_pieces(path: Path) -> Parts:
             f"{path}: is a unigram model, expected type BPE; the engine merges greedily by score "
             "and would cut text into other tokens than this model was trained on"
         )
+    prepares = model.normalizer_spec
+    if prepares.precompiled_charsmap or not prepares.add_dummy_prefix:
+        name = prepares.name or "a rule of its own"
+        raise InputError(
+            f"{path}: prepares text by {name}, dummy prefix {prepares.add_dummy_prefix}, expected "
+            "the identity and one space put in front; the engine does that and no more, so it "
+            "would cut text into other tokens than this model was trained on"
+        )
     parts = Parts(
         "llama",
         {i: piece.piece for i, piece in enumerate(model.pieces)},

@@ -66,7 +66,20 @@ def _against_model(source: Source, path: Path) -> list[str]:
         # The processor does not tell user-defined pieces from normal ones.
         if want != (*got[:2], NORMAL if got[2] == USER else got[2]):
             wrong.append(f"token {i} is {got}, tokenizer.model has {want}")
-    return wrong
+    added = [token for token in _added(path.parent) if token["id"] >= len(model)]
+    ids = {token["content"]: token["id"] for token in added}
+    return wrong + _wrong_tokens(keys, ids, _added_kinds(added, path.parent))
+
+
+def _added(folder: Path) -> list[dict[str, Any]]:
+    """Tokens that tokenizer.model does not hold: from tokenizer.json, or else from the tokenizer's
+    config."""
+    if (folder / "tokenizer.json").is_file():
+        raw = read_json(folder / "tokenizer.json", "the model's tokenizer")
+        return list(raw["added_tokens"])
+    path = folder / "tokenizer_config.json"
+    named = read_json(path, "the tokenizer's config") if path.is_file() else {}
+    return [{**t, "id": int(i)} for i, t in (named.get("added_tokens_decoder") or {}).items()]
 
 
 def _against_json(source: Source, folder: Path) -> list[str]:
@@ -74,7 +87,11 @@ def _against_json(source: Source, folder: Path) -> list[str]:
     keys = source.file.keys
     raw = read_json(folder / "tokenizer.json", "the model's tokenizer")
     unknown = raw["model"].get("unk_token") or "<unk>"
-    kinds = _added_kinds(raw) | {unknown: {UNKNOWN}} | dict.fromkeys(BYTES, {BYTE})
+    kinds = (
+        _added_kinds(raw["added_tokens"], folder)
+        | {unknown: {UNKNOWN}}
+        | dict.fromkeys(BYTES, {BYTE})
+    )
     if wrong := _wrong_tokens(keys, _ids(raw), kinds):
         return wrong
     ids = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
@@ -91,7 +108,8 @@ def _against_bytes(source: Source, folder: Path) -> tuple[str, list[str]]:
     path = folder / "tokenizer.json"
     if path.is_file():
         raw = read_json(path, "the model's tokenizer")
-        vocab, merges, kinds = _ids(raw), _pairs(raw["model"]["merges"]), _added_kinds(raw)
+        vocab, merges = _ids(raw), _pairs(raw["model"]["merges"])
+        kinds = _added_kinds(raw["added_tokens"], folder)
     else:
         vocab = read_json(folder / "vocab.json", "the model's vocabulary")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -119,9 +137,16 @@ def _ids(raw: dict[str, Any]) -> dict[str, int]:
     return ids | {token["content"]: token["id"] for token in raw["added_tokens"]}
 
 
-def _added_kinds(raw: dict[str, Any]) -> dict[str, set[int]]:
-    added = raw["added_tokens"]
-    return {token["content"]: {CONTROL if token["special"] else USER} for token in added}
+def _added_kinds(added: list[dict[str, Any]], folder: Path) -> dict[str, set[int]]:
+    """A token becomes special, whatever tokenizer.json says, where the config names it as one."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, "the tokenizer's config") if path.is_file() else {}
+    ends = [config.get(f"{end}_token") for end in ("bos", "eos", "unk", "pad")]
+    named = {end.get("content") if isinstance(end, dict) else end for end in ends}
+    return {
+        token["content"]: {CONTROL if token["special"] or token["content"] in named else USER}
+        for token in added
+    }
 
 
 def _wrong_tokens(

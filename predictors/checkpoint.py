@@ -110,7 +110,7 @@ def load_predictors(folder: str | Path) -> PredictorSet:
                 f"{folder / 'config.json'}: sparse_threshold is {value!r}, not a number"
             )
         threshold = float(value)
-    manifest = _read_manifest(folder / "manifest.json")
+    manifest = read_manifest(folder / "manifest.json")
     dtypes = ["f16"] * len(found) if manifest is None else manifest.dtypes
     if len(dtypes) != len(found):
         raise InputError(
@@ -146,7 +146,7 @@ def _read(path: Path, dtype: str) -> Predictor:
     if not all(isinstance(w, torch.Tensor) and w.is_floating_point() for w in (fc1, fc2)):
         raise InputError(f"{path}: holds something else than float tensors, expected {want}")
     fc1, fc2 = fc1.detach(), fc2.detach()  # parameters too
-    if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1]:
+    if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1] or not len(fc1):
         raise InputError(
             f"{path}: fc1.weight {tuple(fc1.shape)} and fc2.weight {tuple(fc2.shape)} do not fit; "
             f"expected {want}"
@@ -175,7 +175,12 @@ def _read(path: Path, dtype: str) -> Predictor:
     return predictor
 
 
-def _read_manifest(path: Path) -> PredictorManifest | None:
+def read_manifest(path: Path) -> PredictorManifest | None:
+    """The manifest of a predictor folder; None where there is none.
+
+    Raises:
+        InputError: It is of another version, or damaged.
+    """
     if not path.is_file():
         return None
     value = read_json(path, "the manifest of a `sparsecast train` folder")
@@ -185,12 +190,11 @@ def _read_manifest(path: Path) -> PredictorManifest | None:
             f"{path}: format version {value.get('format_version')}, expected {FORMAT_VERSION}; "
             "train again"
         )
-    known = {item.name for item in fields(PredictorManifest)}
     if (
-        set(value) != known
-        or not all(isinstance(value[name], list) for name in ("dtypes", "ranks", "calibration"))
+        not all(isinstance(value[name], list) for name in ("dtypes", "ranks", "calibration"))
         or not all(isinstance(dtype, str) and dtype in BITS for dtype in value["dtypes"])
         or not isinstance(value["recipe"], dict)
+        or value["activation"] not in ("relu", "fatrelu", "drelu")
     ):
         raise InputError(f"{path}: damaged, expected {', '.join(sorted(known))}; train again")
     return PredictorManifest(**value)

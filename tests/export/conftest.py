@@ -178,8 +178,8 @@ def _tokens(folder: Path, corpus: Path) -> torch.Tensor:
 def _train_a_little(model: PreTrainedModel, ids_NS: torch.Tensor) -> None:
     set_activation(model, activation_rule(model.config, "model"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(40):
-        batch_BS = ids_NS[torch.arange(16 * step, 16 * step + 16) % len(ids_NS)]
+    for step in range(50):
+        batch_BS = ids_NS[torch.arange(8 * step, 8 * step + 8) % len(ids_NS)]
         model(input_ids=batch_BS, labels=batch_BS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -254,6 +254,32 @@ def test_names_of_a_model_saved_without_its_head_are_known(
         assert torch.equal(got.tensor(tensor), want.tensor(tensor))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("falcon-7b", "RefinedWebModel"), ("falcon-40b", "RefinedWeb"), ("falcon-40b", "falcon")],
+)
+def test_falcons_first_config_is_read(
+    zoo, exported, tmp_path, random_predictors, corpus, name, kind
+):
+    new = json.loads((zoo(name) / "config.json").read_text())
+    old = {"model_type": kind, "n_layer": new["num_hidden_layers"], "n_head": 4}
+    same = ("hidden_size", "vocab_size", "activation", "multi_query", "parallel_attn", "bias")
+    old |= {field: new[field] for field in (*same, "alibi", "ffn_hidden_size")}
+    old |= {"n_head_kv": 2} if name == "falcon-40b" else {}
+    old |= {"new_decoder_architecture": True} if kind == "falcon" else {}
+    old["max_position_embeddings"] = new["max_position_embeddings"]
+    model = Path(shutil.copytree(zoo(name), tmp_path / "model"))
+    (model / "config.json").write_text(json.dumps(old))
+    random_predictors(tmp_path / "p", str(model))
+
+    bundle = export(ExportConfig(model=str(model), predictors=tmp_path / "p", out=tmp_path / "b"))
+
+    want, got = GGUFFile(bundle_file(exported(name, "f16"))), GGUFFile(bundle)
+    for tensor in want.entries:
+        assert torch.equal(got.tensor(tensor), want.tensor(tensor))
+    assert verify(VerifyConfig(bundle=tmp_path / "b", corpus=str(corpus), tokens=256)).ok
+
+
 def test_the_window_of_a_bamboo_is_told(zoo, random_predictors, tmp_path):
     model = changed_config(zoo("bamboo"), tmp_path, sliding_window=128)
     random_predictors(tmp_path / "p", str(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import OrderedDict
 from dataclasses import asdict, replace
@@ -68,8 +69,10 @@ def test_predictors_of_another_model_are_refused_unless_forced(
     assert f"sparsecast verify . --model {other} --engine" in card
     assert told in " ".join(capsys.readouterr().err.replace("\n", "").split())
     detail = verified(tmp_path / "b", corpus, model=str(other))["predictor model"]
-    assert detail.startswith(f"of ANOTHER model: trained for {model_folder} (fingerprint {theirs})")
+    start = f"NOT for this model, exported with --force: trained for {model_folder}"
+    assert detail.startswith(f"{start} (fingerprint {theirs})")
     assert ours in detail
+    assert verified(tmp_path / "b", corpus)["predictor model"].startswith(start)
 
 
 def test_a_forced_bundle_is_not_compared_with_the_model_of_its_predictors(
@@ -103,7 +106,7 @@ def test_predictors_of_this_model_are_said_to_be(made, corpus, model_folder):
     ],
 )
 def test_another_input_or_activation_is_refused_unless_forced(
-    model_folder, predictors, tmp_path, change, reason
+    model_folder, predictors, corpus, made, tmp_path, change, reason
 ):
     strange = said(predictors, tmp_path / "p", **change)
     with pytest.raises(InputError, match=reason):
@@ -112,6 +115,9 @@ def test_another_input_or_activation_is_refused_unless_forced(
     card = exported(model_folder, strange, tmp_path / "b", force=True)
 
     assert "## Predictors of another model" in card
+    details = verified(tmp_path / "b", corpus)
+    assert re.search(f"NOT for this model.*{reason}", details["predictor model"])
+    assert details["perplexity"] == verified(made, corpus)["perplexity"]  # the model's own T
 
 
 @pytest.mark.parametrize("rows", [{"fc1_RD": 32, "fc2_FR": 1280}, {"fc1_RD": 64, "fc2_FR": 1024}])
@@ -221,3 +227,23 @@ def test_the_manifest_of_a_forced_bundle_stays_that_of_its_predictors(other, pre
     manifest = json.loads((tmp_path / "b" / "predictor" / "manifest.json").read_text())
 
     assert manifest == asdict(load_predictors(predictors).manifest)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calibration": [None] * 3},
+        {"calibration": [{}] * 3},
+        {"calibration": []},
+        {"calibration": [{"recall": 0.5, "predicted_sparsity": 5}] * 3},
+        {"activation_threshold": "x"},
+    ],
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_manifest_without_its_scores_is_refused(
+    model_folder, predictors, tmp_path, change, force
+):
+    edited = said(predictors, tmp_path / "p", **change)
+    with pytest.raises(InputError, match="manifest.json: expected a number under activation_thr"):
+        exported(model_folder, edited, tmp_path / "b", force=force)
+    assert not (tmp_path / "b").exists()

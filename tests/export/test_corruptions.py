@@ -487,6 +487,8 @@ CORRUPTIONS = [
     one("an FFN below 1001", keys(feed_forward_length=Value(U32, 1000)), "metadata",
         "not wider than 1000: the engine ignores the threshold"),
     one("no hidden size", keys(embedding_length=None), "metadata", "embedding_length is missing"),
+    one("an architecture that is a list", named("general.architecture", Value(ARRAY, [1], U32)),
+        "metadata", r"general.architecture is \[1\]"),
     one("an unknown architecture", named("general.architecture", Value(STRING, "gemma")),
         "metadata", "general.architecture is 'gemma'"),
     one("the architecture with ReLU on up too", renamed_keys, "header",
@@ -551,6 +553,8 @@ CORRUPTIONS = [
         value["fc1.weight"][0].fill_(torch.nan)), "predictor folder", "model_0.pt: holds NaN"),
     one("another threshold in the folder", json_of("config.json", sparse_threshold=0.5),
         "predictor folder", "threshold is 0, config.json has 0.5"),
+    one("no scores in the manifest", json_of("manifest.json", calibration=[None] * 3), "traffic",
+        "manifest.json lacks recall or predicted_sparsity"),
     one("another format in the manifest", json_of("manifest.json", dtypes=["f16", "f16", "q4_0"]),
         "predictor folder", r"blk\.1\.fc1\.weight is q8_0, manifest\.json has f16", "q4_0"),
     # Counts and the split of a GPU build (T15, T17).

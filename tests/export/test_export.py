@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2 as proto
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.collect.errors import InputError
@@ -154,6 +155,7 @@ def test_the_card_runs_the_file_and_says_what_is_missing(model, predictors):
 
 
 def test_a_name_never_needs_quoting():
+    assert file_name("org/\u6a21\u578b") == "model.powerinfer.gguf"
     assert file_name("org/Some Model $(x).v2") == "Some-Model-x-.v2.powerinfer.gguf"
 
 
@@ -255,6 +257,21 @@ def test_a_unigram_vocabulary_is_refused(model, anyones, corpus):
         run(model, anyones)
 
 
+@pytest.mark.parametrize("change", [{"name": "nmt_nfkc"}, {"add_dummy_prefix": False}])
+def test_a_vocabulary_that_prepares_text_otherwise_is_refused(model, anyones, change):
+    path = model / "tokenizer.model"
+    spec = proto.ModelProto()
+    spec.ParseFromString(path.read_bytes())
+    for name, value in change.items():
+        setattr(spec.normalizer_spec, name, value)
+    if "name" in change:
+        spec.normalizer_spec.precompiled_charsmap = b"rules"
+    path.write_bytes(spec.SerializeToString())
+
+    with pytest.raises(InputError, match=r"tokenizer\.model: prepares text by"):
+        run(model, anyones)
+
+
 def test_predictors_of_another_model_are_refused(model, predictors):
     change_weights(model, lambda weights: weights["model.norm.weight"].mul_(2))
 
@@ -309,3 +326,65 @@ def test_an_earlier_bundle_is_replaced_and_other_files_are_not(model, predictors
     (out / "thesis.tex").touch()
     with pytest.raises(InputError, match="holds other files"):
         run(model, predictors)
+
+    (out / "thesis.tex").unlink()
+    assert run(model, predictors).path.parent == out
+    (out / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds other files"):
+        run(model, predictors)
+    (out / "thesis.tex").rename(out / "other.powerinfer.gguf")
+    with pytest.raises(InputError, match="holds other files"):
+        run(model, predictors)
+    assert (out / "other.powerinfer.gguf").exists()
+
+
+def test_out_may_be_a_link_or_the_current_folder_and_not_the_root(
+    model, predictors, tmp_path, monkeypatch
+):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "bundle").symlink_to(tmp_path / "there")
+    run(model, predictors)
+    assert (tmp_path / "bundle").is_symlink()
+    assert bundle_file(tmp_path / "there")
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cfg = ExportConfig(model=str(model), predictors=predictors, out=Path())
+    export(cfg)
+    assert bundle_file(tmp_path / "here")
+    with pytest.raises(InputError, match="/: cannot be replaced as a whole"):
+        export(replace(cfg, out=Path("/")))
+
+
+def test_quantised_weights_and_an_index_that_lies_are_refused(model, anyones, tmp_path):
+    """Without a look at the dtype int8 codes would be written as if they were weights."""
+    whole = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(model, lambda weights: weights.update({name: weights[name].to(torch.int8)}))
+    with pytest.raises(InputError, match=f"{name} is int8, expected float32"):
+        run(model, anyones)
+    change_config(model, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(InputError, match="quantised \\(bitsandbytes\\)"):
+        run(model, anyones)
+
+    change_config(model, drop=("quantization_config",))
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    save_file({"lm_head.weight": whole["lm_head.weight"]}, model / "b.safetensors")
+    places = {"weight_map": dict.fromkeys(whole, "a.safetensors") | {name: "b.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(places))
+    with pytest.raises(InputError, match=f"b.safetensors: tensor {name} is not in it, but the ind"):
+        run(model, anyones)
+
+
+def test_an_output_matrix_of_its_own_under_a_config_that_ties_it_is_refused(model, anyones):
+    """transformers computes with it; the embedding in its place would be another model."""
+    change_config(model, tie_word_embeddings=True)
+    with pytest.raises(InputError, match="lm_head.weight is not model.embed_tokens.weight, but"):
+        run(model, anyones)
+
+    def copy(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    change_weights(model, copy)
+    file = run(model, anyones)
+    assert torch.equal(file.tensor("output.weight"), file.tensor("token_embd.weight"))

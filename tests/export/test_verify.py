@@ -68,6 +68,11 @@ def test_a_folder_without_a_bundle_is_the_users_error(tmp_path):
         verify(VerifyConfig(bundle=tmp_path))
 
 
+def test_a_result_that_cannot_be_written_is_told_before_any_check(check, tmp_path):
+    with pytest.raises(InputError, match="--json: .* cannot be written"):
+        check(json=tmp_path)
+
+
 def test_a_missing_engine_is_the_users_error(bundle, tmp_path):
     with pytest.raises(InputError, match="no executable bin/perplexity"):
         verify(VerifyConfig(bundle=bundle, engine=tmp_path))

@@ -253,6 +253,18 @@ def test_transformers_own_reading_of_tokenizer_model_is_told(model_folder, tmp_p
     assert "name LlamaTokenizer" in ours.notes[0]
 
 
+def test_user_defined_pieces_are_told(json_copy):
+    def edit(spec):
+        piece, last = max(spec["model"]["vocab"].items(), key=lambda item: item[1])
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        spec["added_tokens"].append({"id": last, "content": piece, **flags})
+
+    change(json_copy, edit)
+
+    (note,) = vocabulary(json_copy).notes
+    assert "finds 1 user-defined tokens whole" in note
+
+
 def test_padding_and_tokens_beyond_the_embedding(byte_copy):
     added = {
         "id": 700,

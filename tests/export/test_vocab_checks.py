@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint
@@ -142,6 +144,19 @@ def test_a_type_that_tokenizer_json_does_not_give_is_named(byte_file, byte_model
     assert "token 601 is '<|a b|>' of type 3" in check.detail
 
 
+def test_an_added_token_that_the_config_makes_the_end_is_special(
+    byte_model, random_predictors, tmp_path
+):
+    model = Path(shutil.copytree(byte_model, tmp_path / "model"))
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|a b|>"}))
+    predictors = random_predictors(tmp_path / "p", str(model))
+    file = export(ExportConfig(model=str(model), predictors=predictors, out=tmp_path / "b"))
+
+    check = check_pieces(Source(Checkpoint(str(model)), GGUFFile(file)))
+    assert check.detail == "as in tokenizer.json"
+
+
 def test_scores_that_do_not_follow_the_merges_fail(json_source):
     assert check_pieces(json_source).ok
     scores = json_source.file.keys["tokenizer.ggml.scores"]
@@ -214,3 +229,39 @@ def test_perplexity_by_ids_leaves_out_what_cannot_be_said(factor, ok):
     assert numbers.perplexity == pytest.approx(factor * want.item())
     assert "5 positions" in check.detail
     assert check.ok == ok
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokens_added_to_tokenizer_model_are_compared_too(
+    model_folder, random_predictors, tmp_path, place
+):
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    weights = load_file(model / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], weights[name][:2]])
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text()) | {"vocab_size": rows + 2}
+    (model / "config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([AddedToken("<|start|>", special=True), AddedToken("<|tool|>")])
+    tokenizer.save_pretrained(tmp_path / "saved")
+    shutil.copy(tmp_path / "saved" / "tokenizer.json", model)
+    predictors = random_predictors(tmp_path / "p", str(model))
+    path = export(ExportConfig(model=str(model), predictors=predictors, out=tmp_path / "b"))
+    if place == "tokenizer_config.json":
+        added = json.loads((model / "tokenizer.json").read_text())["added_tokens"]
+        (model / "tokenizer.json").unlink()
+        named = {"added_tokens_decoder": {token.pop("id"): token for token in added}}
+        (model / place).write_text(json.dumps(named))
+    file = GGUFFile(path)
+    source = Source(Checkpoint(str(model)), file)
+    assert check_pieces(source).detail == "as in tokenizer.model"
+
+    for name, value in (("tokens", "<|staXt|>"), ("token_type", 4)):
+        column = file.keys[f"tokenizer.ggml.{name}"]
+        before, column[rows] = column[rows], value
+        check = check_pieces(source)
+        assert not check.ok
+        assert f"token {rows} is" in check.detail
+        column[rows] = before

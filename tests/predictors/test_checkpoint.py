@@ -63,10 +63,11 @@ def test_a_folder_of_another_tool_has_no_manifest(tmp_path):
         {"fc1.weight": torch.randn(4), "fc2.weight": torch.randn(16, 4)},
         {"fc1.weight": torch.full((4, 8), float("nan")), "fc2.weight": torch.randn(16, 4)},
         {"fc1.weight": torch.randn(4, 8), "fc2.weight": torch.full((16, 4), float("inf"))},
+        weights(rank=0),
         [1, 2],
         torch.randn(3),
     ],
-    ids=["bias", "no fc2", "ranks differ", "vector", "NaN", "infinity", "list", "tensor"],
+    ids=["bias", "no fc2", "ranks differ", "vector", "NaN", "infinity", "empty", "list", "tensor"],
 )
 def test_files_that_are_no_predictor_are_refused_by_name(tmp_path, value):
     write(tmp_path, value)

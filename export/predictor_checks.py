@@ -1,0 +1,65 @@
+"""Whether a bundle says whose its predictors are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsecast.collect.atomic import read_json
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.families import activation_rule
+from sparsecast.export.belonging import differences
+from sparsecast.export.checks import Check
+from sparsecast.export.reader import GGUFFile
+from sparsecast.predictors.checkpoint import PredictorManifest, read_manifest
+
+
+def made_for(file: GGUFFile) -> dict[str, Any]:
+    """What the bundle's predictors say about themselves; empty where they say nothing, or nothing
+    that can be read."""
+    try:
+        path = file.path.parent / "predictor" / "manifest.json"
+        return read_json(path, "the manifest of the bundle's predictors")
+    except InputError:
+        return {}
+
+
+def check_predictor_model(
+    file: GGUFFile, checkpoint: Checkpoint | None, threshold: float | None
+) -> list[Check]:
+    """Where the predictors are of another model, input or activation than the file's, as --force
+    allows; nothing where they do not say.
+
+    Args:
+        checkpoint: The file's model, where it is at hand; else fingerprints alone are compared.
+        threshold: FATReLU's T, where the model's config has lost it.
+    """
+    model = file.keys.get("sparsecast.model_fingerprint")
+    try:
+        manifest = read_manifest(file.path.parent / "predictor" / "manifest.json")
+    except InputError:
+        return []
+    if manifest is None or model is None:
+        return []
+    odd = _odd(manifest, model, checkpoint, threshold)
+    detail = f"trained for {manifest.model} (fingerprint {manifest.fingerprint})"
+    if odd:
+        detail = f"NOT for this model, exported with --force: {'; '.join(odd)}"
+    return [Check("predictor model", True, detail)]
+
+
+def _odd(
+    manifest: PredictorManifest,
+    model: str,
+    checkpoint: Checkpoint | None,
+    threshold: float | None,
+) -> list[str]:
+    if checkpoint is not None and checkpoint.fingerprint == model:
+        rule = activation_rule(checkpoint.config, checkpoint.source, threshold)
+        return differences(manifest, checkpoint, rule)
+    if manifest.fingerprint == model:
+        return []
+    return [
+        f"trained for {manifest.model} (fingerprint {manifest.fingerprint}), but the file holds "
+        f"fingerprint {model}"
+    ]
