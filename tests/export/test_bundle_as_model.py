@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
@@ -114,6 +115,8 @@ def test_its_perplexity_is_verifys(name, dtype, zoo, bundle_of, theirs, ids):
 
     sparsify_model(model, bundle, "predicted")
 
+    if name == "opt":  # as its engine; too little to show in a perplexity
+        assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {0.0}
     rounded, unrounded = theirs(bundle)
     assert ours(model, ids) == pytest.approx(unrounded, rel=SUMS)
     assert ours(model, ids) == pytest.approx(rounded, rel=ROUNDING)
@@ -133,7 +136,7 @@ def test_a_fatrelu_model_computes_relu(model_folder, bundle_of, theirs, ids):
     _, unrounded = theirs(bundle)
     assert ours(model, ids) == pytest.approx(unrounded, rel=SUMS)
     assert batch_perplexity(model, [batch]) == pytest.approx(values["bundle"], rel=SUMS)
-    assert values["bundle"] != pytest.approx(values["predicted"], rel=10 * SUMS)
+    assert values["bundle"] != pytest.approx(values["predicted"], rel=2 * SUMS)
     with torch.no_grad():
         output = model(ids[:1, :8], use_cache=True)
         steps = [output.logits]

@@ -61,11 +61,14 @@ def test_nobody_fires_or_is_predicted():
     assert torch.equal(plain.over_rows(x, silent), bias)
 
 
-def test_a_prediction_saves_the_gates_rows():
+def test_rows_that_nobody_needs_are_not_read():
+    """The gate's where nobody predicts, the others' where nothing that is predicted fires."""
     weights, x = ffn("fatrelu", torch.float32), torch.randn(3, D)
     predicted = torch.rand(3, F) < 0.3
     want = plain.over_rows(x, weights, predicted)
-    unread = ~predicted.any(0)
-    for weight in weights[:3]:
-        weight[unread] = torch.nan
+    fires = predicted & (torch.nn.functional.linear(x, weights.gate_FD) >= weights.threshold)
+    unpredicted, silent = ~predicted.any(0), ~fires.any(0)
+    assert silent.sum() > unpredicted.sum() > 0
+    weights.gate_FD[unpredicted] = torch.nan
+    weights.up_FD[silent] = weights.down_FD[silent] = torch.nan
     assert torch.equal(plain.over_rows(x, weights, predicted), want)
