@@ -140,7 +140,7 @@ def _predicted(
 
     ours = made()
     mask_W, chosen_F = predictor.predict(x_TD, *ours)
-    check_predictor(case, x_TD, ours, chosen_F)
+    check_predictor(case, x_TD, ours)
     assert weights.gate_FD is not None
     source = rows.FromRows(weights.gate_FD, None, 0.0, chosen_F)
     chosen = rows.rows(x_TD, mask_W, source, weights.up_FD, width=case.f, relu_up=False)

@@ -135,10 +135,9 @@ def _blocks(
         for half in tl.static_range(8 // BITS):
             if BITS == 8:
                 q_NBJ = code_NBJ.to(tl.float32)
-            elif half == 0:
-                q_NBJ = ((code_NBJ & 15).to(tl.int32) - 8).to(tl.float32)
             else:
-                q_NBJ = ((code_NBJ >> 4).to(tl.int32) - 8).to(tl.float32)
+                # In 32 bits: masked as bytes, Triton 3.6 gave wrong codes in one configuration.
+                q_NBJ = (((code_NBJ.to(tl.int32) >> (4 * half)) & 15) - 8).to(tl.float32)
             if T == 1:
                 k_BJ = (b * 32 + half * BYTES)[:, None] + j[None, :]
                 x_BJ = tl.load(x + k_BJ, mask=(b < BLOCKS)[:, None], other=0.0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecast.kernels import problem
+from sparsecast.kernels import predictor, problem
 from sparsecast.kernels.ffn import exact_ffn, exact_reference, predicted_ffn, predicted_reference
+from sparsecast.kernels.quantised import dequantised, quantised
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -45,6 +46,23 @@ def test_it_is_the_reference_at_the_models_sizes(shape, dtype, tokens, stored, c
     assert abs(int(predicted) - int(want_union)) <= 2
     if int(predicted) == int(want_union):
         near(predicted_y, want)
+
+
+@pytest.mark.parametrize("stored", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("rank", [160, 256, 1024, 1280])
+def test_it_decides_as_its_reference_where_logits_are_dense(rank, tokens, stored, device):
+    """Predictors of a problem keep away from the threshold, and so would hide a wrong sum."""
+    hidden = torch.randn(tokens, rank, device=device).relu()
+    weight = torch.randn(11008, rank, device=device) * rank**-0.5
+    kept = torch.bfloat16 if stored == "f16" else torch.float16
+    fc2 = weight.to(kept) if stored == "f16" else quantised(weight, stored)
+
+    _, chosen = predictor.select(hidden.to(kept), fc2, 0.0)
+
+    logits = hidden.to(kept).double() @ dequantised(fc2).double().T
+    got = ((chosen >> torch.arange(tokens, device=device)[:, None]) & 1).bool()
+    assert (logits[got != (logits >= 0)].abs() < 2e-3).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
