@@ -28,6 +28,8 @@ KINDS = {
     "int": "a whole number",
     "float": "a number",
     "list[int]": "numbers such as 0,2,5",
+    "list[float]": "numbers such as 0.5,0.9",
+    "list[str]": "words such as exact,auto",
     "list[Literal['sign'] | Path]": "paths such as a,b",
 }
 """Types of options in words."""
@@ -108,6 +110,16 @@ STAGES = {
         "tokens/s of PowerInfer's engine with predictors, with everything active, and dense",
         "sparsecast.export.bench:BenchEngineConfig",
         "sparsecast.export.bench:bench",
+    ),
+    "bench kernels": Stage(
+        "our GPU kernels and the whole sparse FFN against dense torch",
+        "sparsecast.cli.bench_kernels:BenchKernelsConfig",
+        "sparsecast.cli.bench_kernels:bench",
+    ),
+    "bench generate": Stage(
+        "tokens/s of a model with its FFNs dense, exact, predicted, and as auto chooses",
+        "sparsecast.cli.bench_generate:BenchGenerateConfig",
+        "sparsecast.cli.bench_generate:bench",
     ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before anything imports Triton: without a GPU its kernels run in the interpreter.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.collect.config import CollectConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "collect": set(),
-    "kernels": set(),
     "sparsify": {"collect"},
     "predictors": {"collect"},
     "export": {"collect", "predictors"},
+    "kernels": {"collect", "predictors", "export"},
     "cli": {"collect", "predictors", "export", "kernels", "sparsify"},
 }
 
@@ -40,6 +41,14 @@ def test_imports_point_down(path):
             if name.startswith("sparsecast."):
                 target = name.split(".")[1]
                 assert target == folder or target in MAY_IMPORT[folder], name
+
+
+def test_kernels_stand_on_torch_alone():
+    """All but the two files that put them into a model, made of predictors or of a bundle."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        ours = set(re.findall(r"^from sparsecast\.(\w+)", path.read_text(), re.MULTILINE))
+        joins = path.name in ("sparse_model.py", "bundle.py")
+        assert joins or ours <= {"kernels"}, path.name
 
 
 def test_every_folder_with_code_is_packaged():

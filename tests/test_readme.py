@@ -52,6 +52,6 @@ def test_the_file_tree_is_the_tree():
             folder = name
         elif name.endswith(".py"):
             listed.add(folder + name)
-    folders = ("collect", "predictors", "export", "sparsify", "cli")
+    folders = ("collect", "predictors", "export", "kernels", "sparsify", "cli")
     there = {f"{folder}/{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")}
     assert listed == there

@@ -1,0 +1,135 @@
+"""`sparsecast bench kernels`: our GPU kernels and the whole FFN against dense torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.table import Table
+
+from sparsecast.collect.atomic import refuse_unwritable, write_json
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.progress import bar, console
+from sparsecast.kernels.bench import SHAPES, as_row, dense, steps
+from sparsecast.kernels.bench_checks import Case
+from sparsecast.kernels.launch import MAX_TOKENS
+from sparsecast.kernels.timing import copy_bandwidth
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchKernelsConfig:
+    """Time the sparse FFN's kernels, step by step and whole, against dense torch on this GPU."""
+
+    shapes: list[str] = field(default_factory=lambda: ["1b", "7b", "13b"])
+    """1b (hidden size 1536, FFN 3840), 7b (4096, 11008), 13b (5120, 13824), 70b (8192, 28672)."""
+
+    sparsities: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.8, 0.89, 0.95, 0.98])
+    """Shares of inactive neurons per token."""
+
+    batches: list[int] = field(default_factory=lambda: [1, 4, 16])
+    """Tokens of a batch, 1 to 16."""
+
+    rank: int | None = None
+    """Hidden width of the predictor; unset: a quarter of the hidden size."""
+
+    dtype: str = "bf16"
+    """bf16 or f16."""
+
+    json: Path | None = None
+    """Write the numbers to this file."""
+
+    def __post_init__(self) -> None:
+        for name, values, known in (
+            ("shapes", self.shapes, SHAPES),
+            ("dtype", [self.dtype], DTYPES),
+        ):
+            if not values or (wrong := [value for value in values if value not in known]):
+                found = repr(wrong[0]) if values else "nothing"
+                raise InputError(f"--{name}: got {found}, expected {', '.join(known)}")
+        if not self.sparsities or not all(0 <= s < 1 for s in self.sparsities):
+            raise InputError(f"--sparsities: got {self.sparsities}, expected numbers from 0 to 1")
+        if not self.batches or not all(1 <= b <= MAX_TOKENS for b in self.batches):
+            raise InputError(f"--batches: got {self.batches}, expected numbers from 1 to 16")
+        if self.rank is not None and self.rank < MAX_TOKENS:
+            raise InputError(f"--rank: must be at least {MAX_TOKENS}, got {self.rank}")
+
+
+def bench(cfg: BenchKernelsConfig) -> dict[str, Any]:
+    """Run it. Takes up to 16 GiB of GPU memory at a sparsity of 0.98."""
+    if cfg.json is not None:
+        refuse_unwritable(cfg.json, "--json")
+    device = _device()
+    copy = copy_bandwidth(device)
+    count = len(cfg.shapes) * len(cfg.batches) * len(cfg.sparsities)
+    rows = []
+    with bar("bench", count) as progress:
+        for cases in _cases(cfg, device):
+            against = dense(cases[0])
+            for case in cases:
+                rows += [as_row(case, timed, copy) for timed in steps(case, against)]
+                progress.advance()
+    values = {
+        "rows": rows,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter",
+        "copy_gb_per_s": copy,
+        "dtype": cfg.dtype,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    _show(values)
+    if cfg.json is not None:
+        write_json(cfg.json, values)
+    return values
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        raise InputError(
+            "bench kernels: this machine has no CUDA device, and nothing else would say how fast "
+            "the kernels are; run it where there is one"
+        )
+    return torch.device("cuda", 0)
+
+
+def _cases(cfg: BenchKernelsConfig, device: torch.device) -> Iterator[list[Case]]:
+    """Those that share their dense side."""
+    for name in cfg.shapes:
+        d, f = SHAPES[name]
+        for tokens in cfg.batches:
+            yield [
+                Case(name, d, f, cfg.rank or d // 4, s, tokens, DTYPES[cfg.dtype], device)
+                for s in cfg.sparsities
+            ]
+
+
+def _show(values: dict[str, Any]) -> None:
+    console.print(
+        f"{values['device']}, {values['dtype']}, torch {values['torch']}, triton "
+        f"{values['triton']}; a copy moves {values['copy_gb_per_s']:,.0f} GB/s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table()
+    names = ("shape", "batch", "sparsity", "step", "us", "dense us", "speedup", "GB/s", "of copy")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("shape", "step") else "right")
+    for row in values["rows"]:
+        has_dense = row["dense_us"] is not None
+        table.add_row(
+            row["shape"],
+            str(row["batch"]),
+            f"{row['sparsity']:g}",
+            row["step"],
+            f"{row['us']:.1f}",
+            f"{row['dense_us']:.1f}" if has_dense else "",
+            f"{row['speedup']:.2f}" if has_dense else "",
+            f"{row['gb_per_s']:,.0f}",
+            f"{row['of_copy_bandwidth']:.0%}",
+        )
+    console.print(table)

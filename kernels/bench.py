@@ -1,0 +1,209 @@
+"""Every kernel and the whole FFN against dense torch, checked before they are timed.
+
+    gate, up, down      the exact path's three steps; up is ProSparse's S2 and down its S3
+    exact               all of it
+    predictor TYPE      both products, threshold and set, with weights in f16, q8_0 or q4_0
+    cascade             gate over the predicted rows, up where it fired
+    predicted TYPE      predictor, cascade and down
+
+Dense is the faster of cuBLAS and torch.compile, both of the same step; the predictor and the
+cascade have none (the whole has). Tokens of a batch select independently, which is the largest
+union there can be. Bytes are those of the weight rows that had to be read. Both sides are CUDA
+graphs over weights that rotate (timing.py).
+
+Shape letters: T tokens, D hidden, F FFN width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.kernels import down, gate, predictor, problem, rows, timing
+from sparsecast.kernels.bench_checks import (
+    Case,
+    check_down,
+    check_gate,
+    check_predictor,
+    check_rows,
+)
+from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
+from sparsecast.kernels.quantised import BLOCK
+
+SHAPES = {"1b": (1536, 3840), "7b": (4096, 11008), "13b": (5120, 13824), "70b": (8192, 28672)}
+"""(D, F): MiniCPM-S-1B, Llama 2 7B and 13B, Llama 2 70B."""
+FORMATS = ("f16", "q8_0", "q4_0")
+
+
+class Dense(NamedTuple):
+    """Microseconds of the dense steps."""
+
+    gate: float
+    up: float
+    down: float
+    whole: float
+
+
+class Timed(NamedTuple):
+    step: str
+    us: float
+    dense_us: float | None
+    read_bytes: float
+
+
+def dense(case: Case) -> Dense:
+    """The faster of cuBLAS and torch.compile for each step; sparsity does not matter to them."""
+    row_bytes = case.d * case.dtype.itemsize
+    # One matrix of a set is read by a step alone, so a step's own bytes decide how many there are.
+    count = timing.copies(case.f * row_bytes, case.device)
+    weights = [[_matrix(case) for _ in range(3)] for _ in range(count)]
+    x_TD = problem.inputs(case.tokens, case.d, case.dtype, case.device)
+    act_TF = torch.randn(case.tokens, case.f, dtype=case.dtype, device=case.device).relu()
+
+    def of_gate(x: Tensor, gate: Tensor) -> Tensor:
+        return torch.relu(x @ gate.T)
+
+    def of_up(x: Tensor, act: Tensor, up: Tensor) -> Tensor:
+        return act * (x @ up.T)
+
+    def of_down(x1: Tensor, down: Tensor) -> Tensor:
+        return x1 @ down
+
+    def whole(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (torch.relu(x @ gate.T) * (x @ up.T)) @ down
+
+    return Dense(
+        _faster(of_gate, [(x_TD, gate) for gate, _, _ in weights]),
+        _faster(of_up, [(x_TD, act_TF, up) for _, up, _ in weights]),
+        _faster(of_down, [(act_TF, down) for _, _, down in weights]),
+        _faster(whole, [(x_TD, *three) for three in weights]),
+    )
+
+
+def steps(case: Case, against: Dense) -> Iterator[Timed]:
+    """Check and time every step of one case.
+
+    Raises:
+        RuntimeError: A kernel's result is not its reference's.
+    """
+    row_bytes = case.d * case.dtype.itemsize
+    goal = problem.targets(case.f, case.tokens, case.sparsity, case.device)
+    x_TD = problem.inputs(case.tokens, case.d, case.dtype, case.device)
+
+    weights = problem.ffn(goal.active_TF, case.d, case.dtype)
+    assert weights.gate_FD is not None
+    act_FT, mask_W = gate.gate(x_TD, weights.gate_FD, None, 0.0)
+    check_gate(case, x_TD, weights.gate_FD, act_FT)
+    source = rows.FromGate(act_FT)
+    chosen = rows.rows(x_TD, mask_W, source, weights.up_FD, width=case.f, relu_up=False)
+    active = int(chosen.total)
+    check_rows(case, x_TD, mask_W, source, weights, chosen)
+    check_down(case, weights, chosen, exact_ffn(x_TD, weights)[0])
+
+    up = partial(rows.rows, x_TD, mask_W, source, width=case.f, relu_up=False)
+    gates = [_matrix(case) for _ in range(timing.copies(case.f * row_bytes, case.device))]
+    runs: list[Any] = [partial(gate.gate, x_TD, w, None, 0.0) for w in gates]
+    yield _timed("gate", runs, against.gate, case.f * row_bytes)
+    ups = [_matrix(case) for _ in range(timing.copies(active * row_bytes, case.device))]
+    yield _timed("up", [partial(up, w) for w in ups], against.up, active * row_bytes)
+    runs = [partial(down.down, chosen, w, None) for w in ups]
+    yield _timed("down", runs, against.down, active * row_bytes)
+    del gates, ups, runs
+    read = (case.f + 2 * active) * row_bytes
+    runs = [partial(exact_ffn, x_TD, w) for w in _ffns(case, goal.active_TF, read)]
+    yield _timed("exact", runs, against.whole, read)
+    del runs
+    for number, dtype in enumerate(FORMATS):
+        yield from _predicted(case, against, goal, x_TD, weights, dtype, with_cascade=number == 0)
+
+
+def _predicted(
+    case: Case,
+    against: Dense,
+    goal: problem.Targets,
+    x_TD: Tensor,
+    weights: FFN,
+    dtype: str,
+    *,
+    with_cascade: bool,
+) -> Iterator[Timed]:
+    if dtype != "f16" and (case.d % BLOCK or case.rank % BLOCK):
+        return
+    row_bytes = case.d * case.dtype.itemsize
+
+    def made() -> PredictorWeights:
+        return problem.predictor(goal.predicted_TF, case.d, case.rank, dtype, case.dtype)
+
+    ours = made()
+    mask_W, chosen_F = predictor.predict(x_TD, *ours)
+    check_predictor(case, x_TD, ours)
+    assert weights.gate_FD is not None
+    source = rows.FromRows(weights.gate_FD, None, 0.0, chosen_F)
+    chosen = rows.rows(x_TD, mask_W, source, weights.up_FD, width=case.f, relu_up=False)
+    check_rows(case, x_TD, mask_W, source, weights, chosen)
+    check_down(case, weights, chosen, predicted_ffn(x_TD, x_TD, weights, ours)[0])
+    predicted = int(chosen.total)
+    fired = int((chosen.x1_FT[:predicted] != 0).any(1).sum())
+    own = sum(w.nbytes for w in (ours.fc1_RD, ours.fc2_FR))
+    cascade = (predicted + fired) * row_bytes
+    read = own + cascade + fired * row_bytes
+
+    predictors = [made() for _ in range(timing.copies(own, case.device))]
+    runs: list[Any] = [partial(predictor.predict, x_TD, *p) for p in predictors]
+    yield _timed(f"predictor {dtype}", runs, None, own)
+    ffns = _ffns(case, goal.active_TF, cascade if with_cascade else read)
+    if with_cascade:
+        gates = [w.gate_FD for w in ffns if w.gate_FD is not None]
+        runs = [
+            partial(
+                rows.rows, x_TD, mask_W, source._replace(first_FD=gate_FD), w.up_FD,
+                width=case.f, relu_up=False,
+            )
+            for gate_FD, w in zip(gates, ffns, strict=True)
+        ]  # fmt: skip
+        yield _timed("cascade", runs, None, cascade)
+    runs = [
+        partial(predicted_ffn, x_TD, x_TD, w, predictors[i % len(predictors)])
+        for i, w in enumerate(ffns)
+    ]
+    yield _timed(f"predicted {dtype}", runs, against.whole, read)
+
+
+def _timed(
+    step: str, runs: Sequence[Callable[[], object]], dense_us: float | None, read: float
+) -> Timed:
+    return Timed(step, timing.microseconds(runs), dense_us, read)
+
+
+def _faster(step: Callable[..., Tensor], arguments: list[tuple[Tensor, ...]]) -> float:
+    sides = (step, torch.compile(step, dynamic=False))
+    return min(timing.microseconds([partial(run, *a) for a in arguments]) for run in sides)
+
+
+def _ffns(case: Case, active_TF: Tensor, read: float) -> list[FFN]:
+    count = timing.copies(read, case.device)
+    return [problem.ffn(active_TF, case.d, case.dtype) for _ in range(count)]
+
+
+def _matrix(case: Case) -> Tensor:
+    return problem.matrix(case.f, case.d, case.dtype, case.device)
+
+
+def as_row(case: Case, timed: Timed, copy_gb_per_s: float) -> dict[str, Any]:
+    """One row of the JSON report."""
+    rate = timed.read_bytes / timed.us / 1e3
+    return {
+        "shape": case.name,
+        "step": timed.step,
+        "sparsity": case.sparsity,
+        "batch": case.tokens,
+        "us": timed.us,
+        "dense_us": timed.dense_us,
+        "speedup": timed.dense_us and timed.dense_us / timed.us,
+        "gb_per_s": rate,
+        "of_copy_bandwidth": rate / copy_gb_per_s,
+    }

@@ -1,0 +1,58 @@
+"""Where the sparse paths are no slower than dense ones, as measured; what `auto` goes by.
+
+    MOST_TOKENS[device type][hidden size, FFN width, matrices][path][sparsity] = tokens
+
+means that at this sparsity (true sparsity for `exact`, predicted sparsity for `predicted`) the path
+took no longer than the dense FFN for one token and every measured batch up to that many. A shape
+between two measured ones counts as the smaller, a sparsity between two as the lower: the larger and
+the sparser FFN gains more. What lies below all that was measured is dense.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Sparsities = dict[float, int]
+
+MOST_TOKENS: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
+    # float32, AMD EPYC, one thread and two, the slower of both; predictors of rank hidden size / 4.
+    "cpu": {
+        (1024, 2816, 3): {"exact": {0.8: 1, 0.9: 4}, "predicted": {0.7: 1, 0.8: 8}},
+        (1536, 3840, 3): {"exact": {0.7: 1, 0.8: 2, 0.9: 8}, "predicted": {0.6: 1, 0.7: 8}},
+        (2048, 5632, 3): {"exact": {0.7: 1, 0.8: 4, 0.9: 8}, "predicted": {0.6: 1, 0.7: 8}},
+        (4096, 11008, 3): {"exact": {0.7: 1, 0.8: 4}, "predicted": {0.6: 1, 0.7: 4}},
+    },
+    "cuda": {},
+}
+CPU_THREADS = 2
+"""With more than were measured, a CPU stays dense: its dense products use them better."""
+
+
+def most_tokens(
+    path: str,
+    sparsity: float | None,
+    *,
+    device: str,
+    shape: tuple[int, int, int],
+) -> int:
+    """Up to how many tokens a path pays; 0 where the FFN had better stay dense.
+
+    Args:
+        path: exact or predicted.
+        sparsity: None where it is not known: then the lowest that was measured decides.
+        device: A torch device type.
+        shape: Hidden size, FFN width, matrices.
+    """
+    if device == "cpu" and torch.get_num_threads() > CPU_THREADS:
+        return 0
+    hidden, width, matrices = shape
+    smaller = [
+        key
+        for key in MOST_TOKENS.get(device, {})
+        if key[2] == matrices and key[0] * key[1] <= hidden * width
+    ]
+    if not smaller:
+        return 0
+    by_sparsity = MOST_TOKENS[device][max(smaller, key=lambda key: key[0] * key[1])].get(path, {})
+    lower = [s for s in by_sparsity if s <= (min(by_sparsity) if sparsity is None else sparsity)]
+    return by_sparsity[max(lower)] if lower else 0

@@ -1,0 +1,191 @@
+"""The inputs of the down projection, for the neurons of a set alone (S2, and the cascade).
+
+    exact       x1 = act * (up . x), act as the dense gate left it
+    predicted   x1 = act * (up . x), act from the gate's rows of the set; up is read where it fired
+    no gate     x1 = act
+
+A program takes BLOCK_N neurons of a word, if there are as many; rows of weights are read once for
+all tokens. What leaves is a list in the order of the neurons: their numbers, x1 per token (0 where
+that token's neuron did not fire), and how many there are. Bytes: the gate's rows of the set where
+it is computed here, and up's rows that fired for any token.
+
+Shape letters: T tokens, D hidden, F FFN width, N neurons of a tile, W words of 16 neurons.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsecast.kernels.bits import WORD, kth_ones, ones, ones_before
+from sparsecast.kernels.gate import fired
+from sparsecast.kernels.launch import after_previous, options, padded
+from sparsecast.kernels.products import products, rounded
+
+WHOLE = {"BLOCK_N": 4, "BLOCK_D": 4096, "STAGES": 1, "num_warps": 4}
+EXACT = {"BLOCK_N": 4, "BLOCK_D": 512, "STAGES": 5, "num_warps": 4}
+PREDICTED = {"BLOCK_N": 2, "BLOCK_D": 1024, "STAGES": 1, "num_warps": 4}
+TOKENS = {"BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2}
+"""One token: whole rows where they are 4096 wide, pieces of them otherwise; and several tokens."""
+LEAST_PIECE = 128
+"""Of the hidden size, as `down` cuts it; every piece has a ticket, which is set to zero here."""
+
+
+class Rows(NamedTuple):
+    """A list of neurons on the device."""
+
+    row_F: Tensor
+    """int32, the first `total` entries are neurons in rising order."""
+    x1_FT: Tensor
+    """The down projection's inputs of these neurons, in x's dtype."""
+    total: Tensor
+    """() int32."""
+    ticket_C: Tensor
+    """int32 zeros: what `down` counts its programs with."""
+
+
+class FromGate(NamedTuple):
+    """act of all neurons, from `gate`."""
+
+    act_FT: Tensor
+
+
+class FromRows(NamedTuple):
+    """act is computed here, for the neurons of a prediction."""
+
+    first_FD: Tensor
+    bias_F: Tensor | None
+    threshold: float
+    chosen_F: Tensor
+
+
+def reference(
+    x_TD: Tensor, on_F: Tensor, source: FromGate | FromRows, up_FD: Tensor | None, relu_up: bool
+) -> tuple[Tensor, Tensor]:
+    """The numbers of the set's neurons and their x1 in float64, (K,) and (K, T)."""
+    row_K = on_F.nonzero().squeeze(1)
+    if isinstance(source, FromGate):
+        act_KT = source.act_FT[row_K].double()
+    else:
+        gate_KT = source.first_FD[row_K].double() @ x_TD.double().T
+        if source.bias_F is not None:
+            gate_KT = gate_KT + source.bias_F[row_K].double()[:, None]
+        gate_KT = gate_KT.to(x_TD.dtype).double()
+        token = torch.arange(len(x_TD), device=x_TD.device)
+        chosen_KT = (source.chosen_F[row_K, None] >> token) & 1 == 1
+        fires_KT = (gate_KT >= source.threshold) & (gate_KT > 0) & chosen_KT
+        act_KT = torch.where(fires_KT, gate_KT, 0)
+    if up_FD is None:
+        return row_K, act_KT
+    up_KT = up_FD[row_K].double() @ x_TD.double().T
+    return row_K, act_KT * (up_KT.relu() if relu_up else up_KT)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _kernel(
+    x,
+    mask,
+    act,
+    first,
+    bias,
+    chosen,
+    up,
+    row,
+    x1,
+    count,
+    ticket,
+    threshold,
+    tokens,
+    D: tl.constexpr,
+    COMPUTES_GATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    RELU_UP: tl.constexpr,
+    WORDS: tl.constexpr,
+    TICKETS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    after_previous(PDL)
+    w = tl.program_id(0)
+    word = tl.load(mask + w).to(tl.int32) & 0xFFFF
+    here = ones(word)
+    counts = (w == tl.num_programs(0) - 1) & (tl.program_id(1) == 0)
+    if (tl.program_id(1) * BLOCK_N >= here) & (counts == 0):
+        return
+    before = ones_before(mask, w, WORDS)
+    if counts:
+        tl.store(count, before + here)
+        tl.store(ticket + tl.arange(0, TICKETS), tl.zeros((TICKETS,), tl.int32))
+    dtype: tl.constexpr = x.dtype.element_ty
+    t = tl.arange(0, T)
+    i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_N = i < here
+    n = w * 16 + kth_ones(word, i)
+    ok_NT = in_N[:, None] & (t < tokens)[None, :]
+    if COMPUTES_GATE:
+        gate_NT = products(first, first, n, in_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
+        if HAS_BIAS:
+            gate_NT += tl.load(bias + n, mask=in_N, other=0.0).to(tl.float32)[:, None]
+        act_NT = fired(gate_NT, threshold, dtype)
+        if T > 1:
+            chosen_N = tl.load(chosen + n, mask=in_N, other=0)
+            act_NT = tl.where((chosen_N[:, None] >> t[None, :]) & 1 == 1, act_NT, 0.0)
+    else:
+        act_NT = tl.load(act + n[:, None] * tokens + t[None, :], mask=ok_NT, other=0.0)
+        act_NT = act_NT.to(tl.float32)
+    if HAS_UP:
+        # What the gate's set names fires, so that up need not wait for act.
+        fires_N = in_N & (tl.max(act_NT, 1) > 0) if COMPUTES_GATE else in_N
+        up_NT = products(up, up, n, fires_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
+        if RELU_UP:
+            up_NT = tl.maximum(up_NT, 0.0)
+        act_NT = act_NT * up_NT
+    k = before + i
+    tl.store(row + k, n, mask=in_N)
+    tl.store(x1 + k[:, None] * tokens + t[None, :], rounded(act_NT, dtype), mask=ok_NT)
+
+
+def rows(
+    x_TD: Tensor,
+    mask_W: Tensor,
+    source: FromGate | FromRows,
+    up_FD: Tensor | None,
+    *,
+    width: int,
+    relu_up: bool,
+) -> Rows:
+    """Run it over the set `mask_W` of `width` neurons; `up_FD` is None where there is no gate."""
+    tokens, d = x_TD.shape
+    pad = padded(tokens)
+    device = x_TD.device
+    tickets = triton.next_power_of_2(triton.cdiv(d, LEAST_PIECE))
+    out = Rows(
+        torch.empty(width, dtype=torch.int32, device=device),
+        torch.empty(width, tokens, dtype=x_TD.dtype, device=device),
+        torch.empty((), dtype=torch.int32, device=device),
+        torch.empty(tickets, dtype=torch.int32, device=device),
+    )
+    if isinstance(source, FromGate):
+        act, first, bias, chosen, threshold = source.act_FT, None, None, None, 0.0
+    else:
+        first, bias, threshold, chosen = source
+        act = None
+    # x stands in for what this form of the kernel never loads.
+    maybe = (x_TD if a is None else a for a in (act, first, bias, chosen, up_FD))
+    config = TOKENS if pad > 1 else WHOLE if d == 4096 else PREDICTED if act is None else EXACT
+    _kernel[(len(mask_W), WORD // config["BLOCK_N"])](
+        x_TD, mask_W, *maybe, *out,
+        threshold, tokens,
+        D=d, COMPUTES_GATE=act is None, HAS_BIAS=bias is not None, HAS_UP=up_FD is not None,
+        RELU_UP=relu_up, WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=pad,
+        **config, **options(x_TD),
+    )  # fmt: skip
+    return out

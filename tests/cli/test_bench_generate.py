@@ -1,0 +1,94 @@
+"""What `bench generate` times, and that it says which tokens came out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsecast.cli.bench_generate import BenchGenerateConfig, bench
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.models import load_model
+from sparsecast.kernels.decode import Decoder
+from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
+from sparsecast.predictors.mlp import Predictor
+
+
+@pytest.fixture
+def predictors(model_folder, tmp_path):
+    """Half of the neurons at random, so that predicted tokens soon differ."""
+    layers = [Predictor(torch.randn(8, 64).half(), torch.randn(1280, 8).half())] * 3
+    manifest = PredictorManifest(
+        model=str(model_folder),
+        fingerprint=Checkpoint(str(model_folder)).fingerprint,
+        convention="residual-before-ffn-norm",
+        activation="fatrelu",
+        activation_threshold=0.2,
+        hidden_size=64,
+        ffn_width=1280,
+        ffn_matrices=3,
+        dtypes=["f16"] * 3,
+        ranks=[8] * 3,
+        calibration=[{"recall": 0.95, "predicted_sparsity": 0.5}] * 3,
+        recipe={},
+    )
+    PredictorSet(layers, 0.0, manifest).save(tmp_path / "p")
+    return tmp_path / "p"
+
+
+@pytest.fixture
+def cfg(model_folder, predictors, tmp_path):
+    return BenchGenerateConfig(
+        model=str(model_folder),
+        predictors=predictors,
+        tokens=12,
+        rounds=2,
+        device="cpu",
+        json=tmp_path / "b.json",
+    )
+
+
+def test_every_policy_generates_and_is_compared(cfg, model_folder):
+    values = bench(cfg)
+
+    assert json.loads(cfg.json.read_text()) == values
+    rows = {row["policy"]: row for row in values["rows"]}
+    assert list(rows) == ["dense", "exact", "predicted", "auto"]
+    assert rows["dense"]["layers"] == {"dense": 3, "exact": 0, "predicted": 0}
+    assert rows["exact"]["layers"] == {"dense": 0, "exact": 3, "predicted": 0}
+    assert rows["predicted"]["layers"] == {"dense": 0, "exact": 0, "predicted": 3}
+    assert rows["auto"]["layers"] == {"dense": 3, "exact": 0, "predicted": 0}
+    equal = {name: row["equal_tokens"] for name, row in rows.items()}
+    assert equal["dense"] == equal["exact"] == equal["auto"] == 12
+    assert equal["predicted"] < 12
+    assert all(len(row["runs"]) == 2 and min(row["runs"]) > 0 for row in values["rows"])
+    assert values["device"] == "cpu"
+    assert values["dtype"] == "float32"
+
+
+def test_the_tokens_are_those_of_generate(cfg, model_folder):
+    model, tokenizer = load_model(str(model_folder), device="cpu")
+    ids = tokenizer(cfg.prompt, return_tensors="pt")["input_ids"]
+    want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    decoder = Decoder(model, ids[0], 12)
+    assert decoder.run()[0] == decoder.run()[0] == want[0, ids.shape[1] :].tolist()
+
+
+def test_what_cannot_be_compared_is_told(cfg, predictors, tmp_path):
+    with pytest.raises(InputError, match="--policies: got 'dense', expected exact, predicted"):
+        replace(cfg, policies=["exact", "dense"])
+    with pytest.raises(InputError, match="--tokens: must be at least 2, got 1"):
+        replace(cfg, tokens=1)
+    with pytest.raises(InputError, match="made for 256 positions"):
+        bench(replace(cfg, tokens=300))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "m.powerinfer.gguf").touch()
+    with pytest.raises(InputError, match="is a bundle"):
+        bench(replace(cfg, predictors=tmp_path / "b"))
+    manifest = json.loads((predictors / "manifest.json").read_text())
+    (predictors / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "1" * 16}))
+    with pytest.raises(InputError, match=r"/p: was trained for .* \(fingerprint 1111"):
+        bench(cfg)

@@ -1,0 +1,139 @@
+"""What `auto` makes of each layer, by its calibration and by what was measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsecast.kernels import measured
+from sparsecast.kernels.measured import most_tokens
+from sparsecast.kernels.module import SparseFFN
+from sparsecast.kernels.sparse_model import sparsify_model
+
+GOOD = {"recall": 0.95, "predicted_sparsity": 0.7, "true_sparsity": 0.9}
+ALWAYS = {"exact": {0.0: 4}, "predicted": {0.0: 4}}
+
+
+@pytest.fixture(autouse=True)
+def _enough_threads(monkeypatch):
+    monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads())
+
+
+@pytest.fixture
+def table(monkeypatch):
+    def set_to(row, device: str = "cpu", matrices: int = 3) -> None:
+        monkeypatch.setattr(measured, "MOST_TOKENS", {device: {(1, 1, matrices): row}})
+
+    return set_to
+
+
+def paths(model) -> list[str]:
+    found = []
+    for layer in model.base_model.layers:
+        if isinstance(layer.mlp, SparseFFN):
+            found.append("predicted" if layer.mlp.predicts else "exact")
+        else:
+            found.append("dense")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changed", "path"),
+    [
+        ({}, "predicted"),
+        ({"recall": 0.8}, "exact"),
+        ({"energy_recall": 0.94}, "exact"),
+        ({"energy_recall": 0.0}, "exact"),
+        ({"energy_recall": 0.96}, "predicted"),
+        ({"energy_recall": None}, "predicted"),
+    ],
+)
+def test_a_layer_below_a_bound_is_exact(changed, path, table, make, predictors):
+    table(ALWAYS)
+    source = predictors(calibration=[GOOD, {**GOOD, **changed}])
+    assert paths(sparsify_model(make("llama"), source)) == ["predicted", path]
+
+
+def test_bounds_are_the_callers(table, make, predictors):
+    table(ALWAYS)
+    source = predictors(calibration=[GOOD, {**GOOD, "recall": 0.5, "energy_recall": 0.6}])
+    model = sparsify_model(make("llama"), source, least_recall=0.5, least_energy_recall=0.6)
+    assert paths(model) == ["predicted", "predicted"]
+    model = sparsify_model(make("llama"), source, least_recall=0.96)
+    assert paths(model) == ["exact", "exact"]
+
+
+def test_without_a_calibration_layers_are_exact(table, make, predictors):
+    table(ALWAYS)
+    for source in (None, predictors()):
+        assert paths(sparsify_model(make("llama"), source)) == ["exact", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("row", "want"),
+    [
+        ({"exact": {0.85: 4}, "predicted": {0.65: 4}}, ["predicted", "exact"]),
+        ({"exact": {0.95: 4}, "predicted": {0.65: 4}}, ["predicted", "dense"]),
+        ({"exact": {0.85: 4}, "predicted": {0.75: 4}}, ["dense", "exact"]),
+        ({"exact": {0.85: 0}, "predicted": {0.65: 0}}, ["dense", "dense"]),
+        ({}, ["dense", "dense"]),
+    ],
+)
+def test_what_was_slower_stays_as_it_was(row, want, table, make, predictors):
+    """Predicted layers go by their predicted sparsity, exact ones by the true one."""
+    table(row)
+    source = predictors(calibration=[GOOD, {**GOOD, "recall": 0.2}])
+    assert paths(sparsify_model(make("llama"), source)) == want
+
+
+def test_dtypes_and_devices_that_were_not_measured_are_dense(table, make, predictors):
+    table(ALWAYS)
+    source = predictors(calibration=[GOOD, GOOD])
+    assert paths(sparsify_model(make("llama", torch.float64), source)) == ["dense", "dense"]
+    # Under the interpreter, 16 bits on a CPU stand for the kernels.
+    assert paths(sparsify_model(make("llama", torch.float16), source)) == ["dense", "dense"]
+    table(ALWAYS, device="cuda")
+    assert paths(sparsify_model(make("llama", torch.float16), source)) == ["predicted"] * 2
+    table(ALWAYS, matrices=2)
+    assert paths(sparsify_model(make("llama"), source)) == ["dense", "dense"]
+
+
+def test_more_threads_than_were_measured_are_dense(table, make, predictors, monkeypatch):
+    table(ALWAYS)
+    monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads() - 1)
+    assert paths(sparsify_model(make("llama"), predictors())) == ["dense", "dense"]
+
+
+def test_small_models_are_dense(make, predictors):
+    source = predictors(calibration=[GOOD, GOOD])
+    assert paths(sparsify_model(make("llama"), source)) == ["dense", "dense"]
+
+
+def test_prompts_and_large_batches_are_the_models_own(table, make, predictors, ids, logits, near):
+    table(ALWAYS)
+    dense = make("prosparse")
+    model = sparsify_model(make("prosparse"), predictors(calibration=[GOOD, GOOD]))
+
+    for shape in ((1, 5), (5, 1), (1, 40)):
+        near(logits(model, ids(*shape)), logits(dense, ids(*shape)))
+    difference = (logits(model, ids(1, 4)) - logits(dense, ids(1, 4))).abs().max()
+    assert difference > 0.1
+
+
+def test_the_nearest_smaller_measurement_decides(monkeypatch):
+    small, large = {"exact": {0.7: 1, 0.9: 3}}, {"exact": {0.7: 8}}
+    shapes = {(10, 100, 3): small, (20, 100, 3): large, (11, 100, 2): {"exact": {0.0: 16}}}
+    monkeypatch.setattr(measured, "MOST_TOKENS", {"cuda": shapes})
+
+    def tokens(hidden: int, sparsity: float | None, matrices: int = 3, path: str = "exact") -> int:
+        return most_tokens(path, sparsity, device="cuda", shape=(hidden, 100, matrices))
+
+    assert tokens(9, 0.9) == 0
+    assert tokens(10, 0.9) == 3
+    assert tokens(19, 0.89) == 1
+    assert tokens(19, 0.69) == 0
+    assert tokens(19, None) == 1
+    assert tokens(30, 0.9) == 8
+    assert tokens(30, 0.9, matrices=2) == 16
+    assert tokens(30, 0.9, path="predicted") == 0
+    assert most_tokens("exact", 0.9, device="cpu", shape=(99, 99, 3)) == 0

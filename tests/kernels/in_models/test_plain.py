@@ -1,0 +1,74 @@
+"""The FFN in plain torch: dense products and chosen rows against float64 written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsecast.kernels import plain
+from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_reference, predicted_reference
+from sparsecast.kernels.quantised import quantised
+
+D, F, R = 64, 48, 32
+
+
+def ffn(act: str, dtype: torch.dtype) -> FFN:
+    gate, up, down = ((torch.randn(F, D) * 0.2).to(dtype) for _ in range(3))
+    if act == "plain":
+        return FFN(None, up, down, *(torch.randn(n).to(dtype) for n in (F, D)))
+    return FFN(gate, up, down, act=act, threshold=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("act", ["relu", "fatrelu", "drelu", "plain"])
+def test_both_are_the_ffn(act, tokens, dtype, monkeypatch, near):
+    monkeypatch.setattr(plain, "CHUNK", 16 * D)  # several chunks
+    weights, x = ffn(act, dtype), torch.randn(tokens, D, dtype=dtype)
+    want, union = exact_reference(x, weights)
+    assert 16 < union <= F
+    near(plain.dense(x, weights), want)
+    near(plain.over_rows(x, weights), want)
+
+
+@pytest.mark.parametrize("format", ["f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("act", ["fatrelu", "drelu", "plain"])
+def test_both_leave_out_what_is_not_predicted(act, format, near):
+    weights, x, z = ffn(act, torch.float32), torch.randn(5, D), torch.randn(5, D) * 3
+    fc1, fc2 = torch.randn(R, D) * 0.1, torch.randn(F, R)
+    kept = {"f16": torch.float16, "bf16": torch.bfloat16}
+    if format in kept:
+        pair = (fc1.to(kept[format]), fc2.to(kept[format]))
+    else:
+        pair = (quantised(fc1, format), quantised(fc2, format))
+    predictor = PredictorWeights(*pair, 0.1)
+
+    predicted = plain.predicted(z, predictor)
+
+    want, union = predicted_reference(x, z, weights, predictor)
+    assert predicted.any(0).sum() == union
+    assert 0.2 < predicted.float().mean() < 0.8
+    near(plain.dense(x, weights, predicted), want)
+    near(plain.over_rows(x, weights, predicted), want)
+
+
+def test_nobody_fires_or_is_predicted():
+    weights, x = ffn("plain", torch.float32), torch.randn(2, D)
+    nothing = torch.zeros(2, F, dtype=torch.bool)
+    bias = weights.down_bias_D.expand(2, D)
+    assert torch.equal(plain.over_rows(x, weights, nothing), bias)
+    silent = weights._replace(up_FD=weights.up_FD * 0, up_bias_F=-weights.up_bias_F.abs())
+    assert torch.equal(plain.over_rows(x, silent), bias)
+
+
+def test_rows_that_nobody_needs_are_not_read():
+    """The gate's where nobody predicts, the others' where nothing that is predicted fires."""
+    weights, x = ffn("fatrelu", torch.float32), torch.randn(3, D)
+    predicted = torch.rand(3, F) < 0.3
+    want = plain.over_rows(x, weights, predicted)
+    fires = predicted & (torch.nn.functional.linear(x, weights.gate_FD) >= weights.threshold)
+    unpredicted, silent = ~predicted.any(0), ~fires.any(0)
+    assert silent.sum() > unpredicted.sum() > 0
+    weights.gate_FD[unpredicted] = torch.nan
+    weights.up_FD[silent] = weights.down_FD[silent] = torch.nan
+    assert torch.equal(plain.over_rows(x, weights, predicted), want)

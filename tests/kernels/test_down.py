@@ -1,0 +1,54 @@
+"""The down projection over a list: any length, any width, and tickets that come back as zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsecast.kernels import down, rows
+
+
+@pytest.fixture
+def listed(banded):
+    """A list of `total` of f neurons, half of whose x1 are zero for some token or for all."""
+
+    def make(f, total, tokens, dtype):
+        row = torch.empty(f, dtype=torch.int32)
+        row[:total] = torch.randperm(f)[:total].sort().values
+        x1 = torch.empty(f, tokens, dtype=dtype)
+        x1[:total] = torch.randn(total, tokens) * (torch.rand(total, tokens) < 0.7)
+        x1[:total:3] = 0
+        count = torch.tensor(total, dtype=torch.int32)
+        ticket = torch.zeros(8, dtype=torch.int32)
+        return rows.Rows(*map(banded, (row, x1, count, ticket)))
+
+    return make
+
+
+@pytest.mark.parametrize("total", [0, 1, 63, 700])
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_it_sums_the_listed_rows(dtype, tokens, total, listed, banded, near):
+    f, d = 700, 130
+    weight = banded(torch.randn(f, d).to(dtype))
+    chosen = listed(f, total, tokens, dtype)
+    read = chosen.row_F[:total][(chosen.x1_FT[:total] != 0).any(1)].long()
+    unread = torch.ones(f, dtype=torch.bool).scatter(0, read.cpu(), False)
+    want = down.reference(chosen, weight, None)
+    weight[unread] = torch.nan
+
+    got = down.down(chosen, weight, None)
+
+    near(got, want)
+    assert not chosen.ticket_C.any()
+    assert torch.equal(down.down(chosen, weight, None), got)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("total", [0, 20])
+def test_a_bias_is_added_once(total, tokens, listed, banded, near):
+    dtype, d = torch.float16, 33
+    weight, bias = (banded(torch.randn(*s).to(dtype)) for s in ((40, d), (d,)))
+    chosen = listed(40, total, tokens, dtype)
+
+    near(down.down(chosen, weight, bias), down.reference(chosen, weight, bias))

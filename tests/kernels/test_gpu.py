@@ -1,0 +1,97 @@
+"""What runs otherwise on a GPU: large rows, graphs, torch.compile, and no wait for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsecast.kernels import predictor, problem
+from sparsecast.kernels.ffn import exact_ffn, exact_reference, predicted_ffn, predicted_reference
+from sparsecast.kernels.quantised import dequantised, quantised
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SHAPES = [(1536, 3840, 384), (4096, 11008, 1024), (5120, 13824, 1280), (200, 130, 32)]
+
+
+def both(x, weights, named):
+    return exact_ffn(x, weights) + predicted_ffn(x, x, weights, named)
+
+
+@pytest.fixture
+def case(device):
+    def make(shape, tokens, dtype, stored="q4_0"):
+        d, f, rank = shape
+        goal = problem.targets(f, tokens, 0.89, device)
+        x = problem.inputs(tokens, d, dtype, device)
+        named = problem.predictor(goal.predicted_TF, d, rank, stored, dtype)
+        return x, problem.ffn(goal.active_TF, d, dtype), named
+
+    return make
+
+
+@pytest.mark.parametrize("stored", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_the_reference_at_the_models_sizes(shape, dtype, tokens, stored, case, near):
+    if stored != "f16" and shape[0] % 32:
+        pytest.skip("rows without blocks")
+    x, weights, named = case(shape, tokens, dtype, stored)
+    y, union, predicted_y, predicted = both(x, weights, named)
+    want, want_union = exact_reference(x, weights)
+    near(y, want)
+    assert abs(int(union) - int(want_union)) <= 2
+    want, want_union = predicted_reference(x, x, weights, named)
+    assert abs(int(predicted) - int(want_union)) <= 2
+    if int(predicted) == int(want_union):
+        near(predicted_y, want)
+
+
+@pytest.mark.parametrize("stored", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("rank", [160, 256, 1024, 1280])
+def test_it_decides_as_its_reference_where_logits_are_dense(rank, tokens, stored, device):
+    """Predictors of a problem keep away from the threshold, and so would hide a wrong sum."""
+    hidden = torch.randn(tokens, rank, device=device).relu()
+    weight = torch.randn(11008, rank, device=device) * rank**-0.5
+    kept = torch.bfloat16 if stored == "f16" else torch.float16
+    fc2 = weight.to(kept) if stored == "f16" else quantised(weight, stored)
+
+    _, chosen = predictor.select(hidden.to(kept), fc2, 0.0)
+
+    logits = hidden.to(kept).double() @ dequantised(fc2).double().T
+    got = ((chosen >> torch.arange(tokens, device=device)[:, None]) & 1).bool()
+    assert (logits[got != (logits >= 0)].abs() < 2e-3).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_graph_takes_new_inputs_and_gives_the_same_bits(tokens, case):
+    x, weights, named = case((1536, 3840, 384), tokens, torch.bfloat16)
+    static = x.clone()
+    both(static, weights, named)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = both(static, weights, named)
+    for scale in (1, 0.5, 0, -1):
+        static.copy_(x * scale)
+        graph.replay()
+        for got, want in zip(out, both(x * scale, weights, named), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_the_host_never_waits(case):
+    x, weights, named = case((1536, 3840, 384), 1, torch.bfloat16)
+    both(x, weights, named)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both(x, weights, named)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_inductor_takes_the_operators(case):
+    x, weights, named = case((1536, 3840, 384), 2, torch.bfloat16)
+    compiled = torch.compile(lambda x: both(2 * x, weights, named), fullgraph=True)
+    for got, want in zip(compiled(x), both(2 * x, weights, named), strict=True):
+        assert torch.equal(got, want)

@@ -1,0 +1,79 @@
+"""The predictor: hidden units, decisions, and the formats of its weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
+
+from sparsecast.kernels import bits, predictor
+from sparsecast.kernels.quantised import Quantised, dequantised, quantised
+from sparsecast.predictors.formats import rounded
+
+
+@pytest.fixture
+def weights(matrix, banded):
+    def make(rows, columns, dtype):
+        if dtype in ("f16", "bf16"):
+            return matrix(rows, columns, {"f16": torch.float16, "bf16": torch.bfloat16}[dtype])
+        return Quantised(*map(banded, quantised(torch.randn(rows, columns) * 0.1, dtype)))
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("shape", [(96, 64, 130), (32, 32, 17), (1312, 32, 16)], ids=str)
+def test_it_decides_as_its_reference(shape, tokens, dtype, weights, banded, near):
+    d, rank, f = shape
+    fc1, fc2 = weights(rank, d, dtype), weights(f, rank, dtype)
+    z = banded(3 * torch.randn(tokens, d).to(torch.bfloat16))
+
+    hidden = predictor.hidden(z, fc1)
+    near(hidden, predictor.reference(z, fc1, fc2)[0])
+    mask, chosen = predictor.select(hidden, fc2, 0.25)
+
+    logits = hidden.double() @ dequantised(fc2).double().T
+    token = torch.arange(tokens, device=z.device)
+    got = ((chosen >> token[:, None]) & 1).bool()
+    differ = got != (logits >= 0.25)
+    # Codes times scales are rounded once more on the way to the tensor cores.
+    assert not (differ & ((logits - 0.25).abs() > 2e-3 * logits.abs().max())).any()
+    assert differ.float().mean() < 0.01
+    assert torch.equal(bits.reference(mask, f), got.any(0))
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_odd_widths_and_a_logit_at_the_threshold(tokens, dtype, banded):
+    """PowerInfer computes a neuron whose logit equals the threshold."""
+    z = banded(torch.ones(tokens, 3))
+    fc1 = banded(torch.tensor([[1.0, 1, 1], [-1, -1, -1]], dtype=dtype))
+    fc2 = banded(torch.tensor([[0.5, 9], [0.4, 9], [-1, -9], [1, 0]], dtype=dtype))
+
+    mask, chosen = predictor.predict(z, fc1, fc2, 1.5)
+
+    assert bits.reference(mask, 4).tolist() == [True, False, False, True]
+    assert chosen.tolist() == [2**tokens - 1, 0, 0, 2**tokens - 1]
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_codes_are_ggmls_and_values_those_of_the_predictors_file(dtype):
+    weight = torch.randn(7, 96)
+    ours = quantised(weight, dtype)
+
+    ggml = quantize(weight.numpy(), GGMLQuantizationType[dtype.upper()]).reshape(7, 3, -1)
+    assert (ggml[..., 2:].reshape(7, -1) == ours.code_NC.view(torch.uint8).numpy()).all()
+    assert torch.equal(dequantised(ours), rounded(weight, dtype))
+    again = quantised(dequantised(ours), dtype)
+    assert torch.equal(again.code_NC, ours.code_NC)
+    assert torch.equal(again.scale_NB, ours.scale_NB)
+    assert ours.shape == (7, 96)
+    assert ours.nbytes * 8 / weight.numel() == {"q8_0": 8.5, "q4_0": 4.5}[dtype]
+
+
+def test_what_has_no_blocks_is_refused():
+    for weight, dtype in ((torch.ones(2, 40), "q4_0"), (torch.ones(2, 32), "q5_0")):
+        with pytest.raises(ValueError, match="expected 'q8_0'|use f16 weights"):
+            quantised(weight, dtype)

@@ -1,0 +1,108 @@
+"""x1 of a set's neurons: exact, behind a prediction, and without a gate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsecast.kernels import bits, gate, rows
+
+D = 100
+SETS = ["none", "first", "last", "some", "all"]
+
+
+@pytest.fixture
+def mask_of(banded):
+    def make(on_F):
+        padded = torch.zeros(-(-len(on_F) // 16) * 16, dtype=torch.int64)
+        padded[: len(on_F)] = on_F
+        word = (padded.view(-1, 16) << torch.arange(16)).sum(1)
+        return banded(torch.where(word < 2**15, word, word - 2**16).to(torch.int16))
+
+    return make
+
+
+def chosen_set(name: str, f: int) -> torch.Tensor:
+    on = torch.zeros(f, dtype=torch.bool)
+    if name == "some":
+        on = torch.rand(f) < 0.3
+    elif name != "none":
+        on[{"first": slice(1), "last": slice(f - 1, f), "all": slice(f)}[name]] = True
+    return on
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("f", [130, 16, 5])
+def test_only_the_sets_rows_are_listed_and_right(f, tokens, name, matrix, banded, mask_of, near):
+    dtype = torch.float16
+    on = chosen_set(name, f)
+    act = banded((torch.rand(f, tokens) + 0.1).to(dtype) * on[:, None])
+    x, up = banded(torch.randn(tokens, D).to(dtype)), matrix(f, D, dtype)
+    up[~on] = torch.nan  # whoever reads these tells
+
+    got = rows.rows(x, mask_of(on), rows.FromGate(act), up, width=f, relu_up=False)
+
+    row, x1 = rows.reference(x, on.to(x.device), rows.FromGate(act), up, False)
+    assert int(got.total) == on.sum()
+    assert torch.equal(got.row_F[: len(row)], row.int())
+    near(got.x1_FT[: len(row)], x1)
+    assert not got.ticket_C.any()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("relu_up", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_cascade_reads_up_where_the_gate_fired(
+    dtype, relu_up, tokens, matrix, banded, mask_of, near
+):
+    f = 50
+    x = banded(torch.randn(tokens, D).to(dtype))
+    first, up = matrix(f, D, dtype), matrix(f, D, dtype)
+    chosen_TF = torch.rand(tokens, f) < 0.5
+    bit = 1 << torch.arange(tokens, dtype=torch.int32)
+    chosen = banded((chosen_TF.int() * bit[:, None]).sum(0, dtype=torch.int32))
+    on = chosen_TF.any(0)
+    source = rows.FromRows(first, None, 0.25, chosen)
+    row, act = rows.reference(x, on.to(x.device), source, None, False)
+    want = rows.reference(x, on.to(x.device), source, up, relu_up)[1]
+    first[~on], up[~on] = torch.nan, torch.nan
+    up[row[~(act != 0).any(1)]] = torch.nan
+
+    got = rows.rows(x, mask_of(on), source, up, width=f, relu_up=relu_up)
+
+    assert torch.equal(got.row_F[: len(row)], row.int())
+    near(got.x1_FT[: len(row)], want)
+    assert (got.x1_FT[: len(row)][~chosen_TF.T[on]] == 0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("predicted", [False, True])
+def test_without_a_gate_x1_is_what_fired(predicted, tokens, matrix, banded, mask_of, near):
+    dtype, f = torch.bfloat16, 40
+    x, first = banded(torch.randn(tokens, D).to(dtype)), matrix(f, D, dtype)
+    bias = banded(torch.randn(f).to(dtype))
+    act, mask = gate.gate(x, first, bias, 0.0)
+    source = rows.FromGate(act)
+    if predicted:
+        on = torch.rand(f) < 0.5
+        mask, chosen = mask_of(on), banded(on.int() * (2**tokens - 1))
+        source = rows.FromRows(first, bias, 0.0, chosen)
+
+    got = rows.rows(x, mask, source, None, width=f, relu_up=False)
+
+    row, want = rows.reference(x, bits.reference(mask, f), source, None, False)
+    assert torch.equal(got.row_F[: len(row)], row.int())
+    near(got.x1_FT[: len(row)], want)
+
+
+def test_a_row_of_4096_goes_at_once(matrix, banded, mask_of, near):
+    dtype, f = torch.float16, 20
+    on = chosen_set("some", f)
+    act = banded((torch.rand(f, 1) + 0.1).to(dtype) * on[:, None])
+    x, up = banded(torch.randn(1, 4096).to(dtype)), matrix(f, 4096, dtype)
+
+    got = rows.rows(x, mask_of(on), rows.FromGate(act), up, width=f, relu_up=False)
+
+    row, x1 = rows.reference(x, on.to(x.device), rows.FromGate(act), up, False)
+    near(got.x1_FT[: len(row)], x1)
