@@ -33,9 +33,9 @@ from sparsecast.export.checks import Check
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.protocol import perplexity
 from sparsecast.export.reader import GGUFFile
-from sparsecast.export.sources import module_of
+from sparsecast.export.sources import module_of, rounded
+from sparsecast.export.tensor_types import TensorType
 from sparsecast.export.tensors import expected_shapes
-from sparsecast.predictors.formats import rounded
 
 MEAN_FACTOR, MAX_FACTOR = 3.0, 6.0
 FLOOR = 1e-5
@@ -114,20 +114,20 @@ def with_relu(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def linear_types(file: GGUFFile) -> dict[str, str]:
+def linear_types(file: GGUFFile) -> dict[str, TensorType]:
     """Type of the file by name of the model's module, for its matrices."""
     types = {}
     for name in expected_shapes(file):
         source, entry = module_of(file, name), file.entries[name]
         if source is not None and len(entry.shape) == 2:
-            types[source] = entry.type.name
+            types[source] = entry.type
     # An OPT's file has no output matrix: its embedding serves.
-    types.setdefault("lm_head", file.entries["token_embd.weight"].type.name)
+    types.setdefault("lm_head", file.entries["token_embd.weight"].type)
     return types
 
 
 def as_stored(
-    model: PreTrainedModel, types: dict[str, str], *, inputs: bool = False
+    model: PreTrainedModel, types: dict[str, TensorType], *, inputs: bool = False
 ) -> PreTrainedModel:
     """A twin that computes with weights as a file of these types holds them; shares the weights.
 
@@ -152,16 +152,17 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _linear(
-    dtype: str, flipped: bool, inputs: bool, module: nn.Linear, args: tuple[Tensor], _: Tensor
+    kind: TensorType, flipped: bool, inputs: bool, module: nn.Linear, args: tuple[Tensor], _: Tensor
 ) -> Tensor:
-    weight = _weight(module.weight.T, dtype).T if flipped else _weight(module.weight, dtype)
+    weight = _weight(module.weight.T, kind).T if flipped else _weight(module.weight, kind)
     x = args[0].half().float() if inputs else args[0]
     return nn.functional.linear(x, weight, module.bias)
 
 
-def _rows(dtype: str, _: nn.Embedding, __: tuple[Tensor], output: Tensor) -> Tensor:
-    return _weight(output, dtype)
+def _rows(kind: TensorType, _: nn.Embedding, __: tuple[Tensor], output: Tensor) -> Tensor:
+    return _weight(output, kind)
 
 
-def _weight(weight: Tensor, dtype: str) -> Tensor:
-    return weight if dtype == "f32" else rounded(weight, dtype)
+def _weight(weight: Tensor, kind: TensorType) -> Tensor:
+    """As the file was rounded: of two codes equally near, the other is a whole step off."""
+    return rounded(weight.detach(), kind).float()
