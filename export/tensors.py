@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from sparsecast.export.checks import Check
 from sparsecast.export.header import Header, header_of
 from sparsecast.export.reader import GGUFFile
+from sparsecast.export.sources import parts
 
 PREDICTOR_SHAPES = {"fc1.weight": "RD", "fc2.weight": "FR"}
 GATED = {
@@ -88,7 +89,7 @@ def check_tensors(file: GGUFFile) -> Check:
         if entry.shape != shape:
             hint = " (transposed)" if entry.shape == shape[::-1] else ""
             wrong.append(f"{name} is {entry.shape}, expected {shape}{hint}")
-        types = VECTOR if len(letters) == 1 else TYPES.get(kind_of(name), MATRIX)
+        types = VECTOR if len(letters) == 1 else TYPES.get(parts(name)[1], MATRIX)
         if entry.type.name not in types:
             wrong.append(f"{name} is {entry.type.name}, expected {' or '.join(types)}")
         if entry.shape[-1] % entry.type.block:
@@ -132,11 +133,6 @@ def expected_shapes(file: GGUFFile) -> dict[str, str]:
         f"blk.{i}.{name}": shape for i in range(header.layers) for name, shape in block.items()
     }
     return {**ends, **inner}
-
-
-def kind_of(name: str) -> str:
-    """attn_q of blk.3.attn_q.weight or .bias, output of output.weight."""
-    return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _sizes(file: GGUFFile, header: Header, name: str, letters: str) -> tuple[int, ...]:
