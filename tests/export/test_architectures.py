@@ -94,6 +94,21 @@ def test_our_evaluation_is_transformers_with_the_mask_put_in_by_hooks(exported, 
     assert (masked_NSV - dense_NSV).abs().amax(-1).median() > 0.1 * spread
 
 
+def test_an_opt_is_evaluated_without_its_norms_epsilon(exported, zoo):
+    """As its engine does; on inputs so small that an epsilon would show."""
+    emulator = Emulator(GGUFFile(bundle_file(exported("opt", "f16"))))
+    model = load_model(str(zoo("opt")), device="cpu", dtype="float32")[0]
+    twin = with_relu(model)
+    x_TD = 1e-3 * torch.randn(5, 64)
+
+    for i, layer in enumerate(twin.model.decoder.layers):
+        own = model.model.decoder.layers[i].self_attn_layer_norm
+        want = torch.nn.functional.layer_norm(x_TD, (64,), own.weight, own.bias, 0.0)
+        for got in (layer.self_attn_layer_norm(x_TD), emulator._norm(x_TD, f"blk.{i}.attn_norm")):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(own(x_TD), want, rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_ffn_matters_in_these_models(exported, corpus, name):
     """Otherwise no test here would see a wrong mask."""

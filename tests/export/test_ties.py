@@ -22,52 +22,54 @@ def by_hand(scale_x, code_x, scale_w, code_w) -> float:
     return float((low[0] + low[2]) + (low[1] + low[3]))
 
 
+def q8_0(hidden_R):
+    """Scales and codes of a token's hidden units, block by block."""
+    blocks = hidden_R.reshape(-1, 32)
+    largest = abs(blocks).max(1, keepdims=True)
+    codes = np.rint(blocks * (np.float32(127) / largest))
+    return (largest[:, 0] / np.float32(127)).astype(np.float16).astype(np.float32), codes
+
+
 def case(blocks: int):
-    """A token's hidden units, and rows of fc2 whose terms cancel in exact arithmetic."""
+    """A token's hidden units, and rows of fc2; scales have all their bits, so that sums round."""
     generator = np.random.default_rng(blocks)
-    hidden_R = generator.integers(1, 128, blocks * 32).astype(np.float32)
-    hidden_R[::32] = 127  # so that codes are the numbers themselves
+    hidden_R = generator.random(blocks * 32).astype(np.float32) + np.float32(0.1)
     code_FBK = generator.integers(-7, 8, (400, blocks, 32), np.int8)
-    code_FBK[:, :, 31] = 0
-    scale_FB = np.float16(0.37) * np.ones((400, blocks), np.float32)
+    scale_FB = (generator.random((400, blocks)) + 0.3).astype(np.float16).astype(np.float32)
     return hidden_R, scale_FB, code_FBK
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_near_logits_are_summed_as_the_engine_does(blocks):
+    """With the threshold at a logit's exact value it is near."""
     hidden_R, scale_FB, code_FBK = case(blocks)
-    x_TR = torch.from_numpy(hidden_R)[None]
-    want_F = [
-        by_hand([1.0] * blocks, hidden_R.reshape(blocks, 32), s, c)
-        for s, c in zip(scale_FB, code_FBK, strict=True)
-    ]
-    exact_F = (hidden_R.reshape(blocks, 32) * code_FBK).sum((1, 2)) * np.float64(scale_FB[0, 0])
+    scale_B, code_BK = q8_0(hidden_R)
+    moved = 0
+    for scales, codes in zip(scale_FB[::7], code_FBK[::7], strict=True):
+        terms_BK = scale_B[:, None].astype(np.float64) * scales[:, None] * code_BK * codes
+        exact = torch.tensor([[terms_BK.sum()]], dtype=torch.float32)
+        weights = torch.from_numpy(scales)[None], torch.from_numpy(codes)[None]
 
-    for f in range(0, 400, 7):  # with the threshold at the logit every one of them is near
-        logits_TF = torch.full((1, 1), float(exact_F[f]))
-        got = settled(
-            logits_TF,
-            x_TR,
-            torch.from_numpy(scale_FB[f : f + 1]),
-            torch.from_numpy(code_FBK[f : f + 1]),
-            float(exact_F[f]),
-        )
-        assert got.item() == want_F[f]
+        got = settled(exact, torch.from_numpy(hidden_R)[None], *weights, exact.item())
+
+        assert got.item() == by_hand(scale_B, code_BK, scales, codes)
+        moved += got.item() != exact.item()
+    assert moved > 20
 
 
 def test_terms_that_cancel_need_not_leave_zero():
-    """A third of 10 + 20 + ... - 60 in float32 is no zero in the engine, and is none here."""
-    code_x = np.array([1, 0, 0, 0] * 8, np.float32)
-    code_x[0] = 127
-    code_w = np.zeros(32, np.int8)
-    code_w[0], code_w[4], code_w[8], code_w[12] = 1, -64, -62, -1
-    scale = np.float32(np.float16(1 / 3))
-    x_TR = torch.from_numpy(code_x)[None]
-    weights = torch.full((1, 1), float(scale)), torch.from_numpy(code_w)[None, None]
+    """127 - 100 - 27 times a scale of 22 bits, in three of the eight sums."""
+    code_K = np.zeros(32, np.float32)
+    code_K[[0, 4, 8]] = 127, 100, 27
+    weight_K = np.zeros(32, np.int8)
+    weight_K[[0, 4, 8]] = 1, -1, -1
+    scale, weight_scale = np.float32(np.float16(0.1234)), np.float32(np.float16(0.777))
+    weights = torch.full((1, 1), float(weight_scale)), torch.from_numpy(weight_K)[None, None]
 
-    got = settled(torch.zeros(1, 1), x_TR, *weights, 0.0)
+    got = settled(torch.zeros(1, 1), torch.from_numpy(scale * code_K)[None], *weights, 0.0)
 
-    assert got.item() == by_hand([1.0], [code_x], [scale], [code_w])
+    assert got.item() != 0
+    assert got.item() == by_hand([scale], [code_K], [weight_scale], [weight_K])
 
 
 def test_logits_away_from_the_threshold_and_true_zeros_stay():
