@@ -32,10 +32,10 @@ def words(on_N):
 
 
 @triton.jit
-def ones_before(mask, w, WORDS: tl.constexpr):
-    """How many neurons the words before word w hold; WORDS is a power of two above w."""
+def words_before(mask, w, WORDS: tl.constexpr):
+    """(WORDS,) int32: the words before word w, then zeros; WORDS is a power of two above w."""
     other_W = tl.arange(0, WORDS)
-    return tl.sum(ones(tl.load(mask + other_W, mask=other_W < w, other=0).to(tl.int32) & 0xFFFF), 0)
+    return tl.load(mask + other_W, mask=other_W < w, other=0).to(tl.int32) & 0xFFFF
 
 
 @triton.jit

@@ -47,7 +47,7 @@ def check_quantised(
     rows, columns = shape
     scales = (rows, columns // BLOCK)
     check_weight(f"{name}.scale_NB", weight.scale_NB, scales, (torch.float16,), device)
-    codes = (rows, columns // 2 if weight.is_q4_0 else columns)
-    check_weight(f"{name}.code_NC", weight.code_NC, codes, (torch.int8, torch.uint8), device)
+    codes = (rows, columns * weight.bits // 32)
+    check_weight(f"{name}.code_NC", weight.code_NC, codes, (torch.int32,), device)
     if columns % BLOCK:
         raise ValueError(f"{name}: rows of {columns} do not divide into blocks of {BLOCK}; use f16")

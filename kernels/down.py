@@ -22,8 +22,8 @@ from sparsecast.kernels.products import dot, rounded
 from sparsecast.kernels.rows import Rows
 
 CONFIGS = {
-    1: {"BLOCK_K": 64, "BLOCK_D": 128, "GROUPS": 8, "STAGES": 1, "num_warps": 4},
-    16: {"BLOCK_K": 32, "BLOCK_D": 128, "GROUPS": 16, "STAGES": 5, "num_warps": 8},
+    1: {"BLOCK_K": 32, "BLOCK_D": 128, "GROUPS": 16, "STAGES": 1, "num_warps": 2},
+    16: {"BLOCK_K": 32, "BLOCK_D": 128, "GROUPS": 16, "STAGES": 5, "num_warps": 4},
 }
 """By padded tokens. BLOCK_D is at least rows.py's LEAST_PIECE."""
 
@@ -61,6 +61,15 @@ def _rows(down, n_K, x1_TK, ok_K, d, D: tl.constexpr):
     return w_KD, x1_TK
 
 
+@triton.jit
+def _summed(acc_SD, w_KD, x1_TK):
+    """One token: rows that share a thread are added in it."""
+    term_KD = tl.trans(x1_TK).to(tl.float32) * w_KD.to(tl.float32)
+    S: tl.constexpr = acc_SD.shape[0]
+    K: tl.constexpr = w_KD.shape[0]
+    return acc_SD + tl.sum(tl.reshape(term_KD, (K // S, S, w_KD.shape[1])), 0)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _kernel(
     row,
@@ -94,14 +103,14 @@ def _kernel(
     dtype: tl.constexpr = down.dtype.element_ty
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     if T == 1:
-        acc_KD = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        acc_SD = tl.zeros((16, BLOCK_D), tl.float32)
         for _ in range(group * BLOCK_K, total, groups * BLOCK_K):
             w_KD, x1_TK = _rows(down, n_K, x1_TK, k < total, d, D)
             k += groups * BLOCK_K
             n_K, next_TK = _entries(row, x1, k, F, tokens, t)
-            acc_KD += tl.trans(x1_TK).to(tl.float32) * w_KD.to(tl.float32)
+            acc_SD = _summed(acc_SD, w_KD, x1_TK)
             x1_TK = next_TK
-        acc_TD = tl.sum(acc_KD, 0)[None, :]
+        acc_TD = tl.sum(acc_SD, 0)[None, :]
     else:
         acc_TD = tl.zeros((T, BLOCK_D), tl.float32)
         for start in tl.range(group * BLOCK_K, total, groups * BLOCK_K, num_stages=STAGES):

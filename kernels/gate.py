@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.bits import WORD, words
-from sparsecast.kernels.launch import after_previous, options, padded
+from sparsecast.kernels.launch import after_previous, options, padded, start_next
 from sparsecast.kernels.products import products, rounded
 
 CONFIGS = {
@@ -63,8 +63,9 @@ def _kernel(
     PDL: tl.constexpr,
 ):
     after_previous(PDL)
+    start_next(PDL)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    gate_FT = products(first, first, f, f < F, x, tokens, D, 16, BLOCK_D, STAGES, T)
+    gate_FT = products(first, f, f < F, x, tokens, D, BLOCK_D, STAGES, T)
     if HAS_BIAS:
         gate_FT += tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
     act_FT = fired(gate_FT, threshold, x.dtype.element_ty)

@@ -1,8 +1,11 @@
 """How every kernel here is launched: where it can run, and in which order.
 
 Kernels of one FFN follow each other within microseconds, so on Hopper and later each may start
-before the last one has ended (programmatic dependent launch): it waits in `after_previous`, before
-it reads or writes anything. Blocks are a table that was measured, not Triton's autotuner: that one
+before the last one has ended (programmatic dependent launch). It waits in `after_previous` before
+it reads what that one wrote, and writes; its own weights it may read before. The first kernel of an
+FFN waits before it lets the next one start, so nothing is read too early of what was written before
+the FFN; and the last one lets nothing start, as what follows in a model would not know to wait.
+Blocks are a table that was measured, not Triton's autotuner: that one
 times kernels at their first call, which a CUDA graph cannot record.
 """
 
@@ -24,9 +27,15 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @triton.jit
 def after_previous(PDL: tl.constexpr):
-    """Wait for the kernel before this one, then let the next one start."""
+    """Wait until the kernel before this one has ended and its results can be read."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def start_next(PDL: tl.constexpr):
+    """Let the kernel after this one start, once all programs of this one have come here."""
+    if PDL:
         gdc_launch_dependents()
 
 

@@ -16,27 +16,27 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.bits import WORD, words
-from sparsecast.kernels.launch import after_previous, options, padded
-from sparsecast.kernels.products import products, rounded
+from sparsecast.kernels.launch import after_previous, options, padded, start_next
+from sparsecast.kernels.products import code_products, products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
 
 HIDDEN_CONFIGS = {
-    (1, 16): {"BLOCK_N": 1, "BLOCK_K": 4096, "STAGES": 1, "num_warps": 8},
-    (1, 8): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
-    (1, 4): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
+    (1, 16): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
+    (1, 8): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
+    (1, 4): {"BLOCK_N": 2, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
     (16, 16): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
     (16, 8): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 2},
     (16, 4): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
 }
 SELECT_CONFIGS = {
-    (1, 16): {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 8},
-    (1, 8): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 1, "num_warps": 4},
-    (1, 4): {"BLOCK_N": 16, "BLOCK_K": 1024, "STAGES": 1, "num_warps": 4},
+    (1, 16): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 1, "num_warps": 8},
+    (1, 8): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 1, "num_warps": 8},
+    (1, 4): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4},
     (16, 16): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
-    (16, 8): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
-    (16, 4): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
+    (16, 8): {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4},
+    (16, 4): {"BLOCK_N": 64, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
 }
-"""By padded tokens and bits of a weight. BLOCK_K is an upper limit, see `_fitted`."""
+"""By padded tokens (1 serves up to 4 that meet codes) and bits of a weight."""
 
 
 def reference(
@@ -65,8 +65,14 @@ def _hidden_kernel(
     PDL: tl.constexpr,
 ):
     after_previous(PDL)
+    start_next(PDL)
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    hidden_NT = products(weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T)
+    if BITS == 16:
+        hidden_NT = products(weight, r, r < R, z, tokens, K, BLOCK_K, STAGES, T)
+    else:
+        hidden_NT = code_products(
+            weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T, PDL=False
+        )
     t = tl.arange(0, T)
     tl.store(
         hidden + t[None, :] * R + r[:, None],
@@ -93,9 +99,14 @@ def _select_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    after_previous(PDL)
+    start_next(PDL)
     f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    logit_NT = products(weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T)
+    if BITS == 16:
+        logit_NT = products(weight, f, f < F, hidden, tokens, K, BLOCK_K, STAGES, T, PDL)
+    else:
+        logit_NT = code_products(
+            weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T, PDL
+        )
     t = tl.arange(0, T)
     on_NT = (logit_NT >= threshold) & (f < F)[:, None] & (t < tokens)[None, :]
     tokens_N = tl.sum(on_NT.to(tl.int32) << t[None, :], 1)
@@ -120,10 +131,10 @@ def predict(
 def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
     """relu(fc1 . z), (T, R) in the weights' 16-bit type."""
     (tokens, d), (rank, _) = z_TD.shape, fc1_RD.shape
-    pad = padded(tokens)
     hidden_TR = torch.empty(tokens, rank, dtype=_kept(fc1_RD), device=z_TD.device)
     bits = _bits(fc1_RD)
-    config = _fitted(HIDDEN_CONFIGS[pad, bits], d)
+    pad = _padded(tokens, bits)
+    config = HIDDEN_CONFIGS[1 if pad <= 4 else 16, bits]
     _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
         z_TD, *_parts(fc1_RD), hidden_TR, tokens, rank,
         K=d, BITS=bits, T=pad, **config, **options(z_TD),
@@ -136,12 +147,12 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """fc2, the threshold and the set; returns what `predict` does."""
     (tokens, rank), (f, _) = hidden_TR.shape, fc2_FR.shape
-    pad = padded(tokens)
     device = hidden_TR.device
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=device)
     chosen_F = torch.empty(f, dtype=torch.int32, device=device)
     bits = _bits(fc2_FR)
-    config = _fitted(SELECT_CONFIGS[pad, bits], rank)
+    pad = _padded(tokens, bits)
+    config = _fitted(SELECT_CONFIGS[1 if pad <= 4 else 16, bits], rank)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
         hidden_TR, *_parts(fc2_FR), mask_W, chosen_F, threshold, tokens, f,
         K=rank, BITS=bits, T=pad, **config, **options(hidden_TR),
@@ -161,12 +172,15 @@ def _parts(weight: Tensor | Quantised) -> tuple[Tensor, Tensor]:
 def _bits(weight: Tensor | Quantised) -> int:
     if isinstance(weight, Tensor):
         return 16
-    return 4 if weight.is_q4_0 else 8
+    return weight.bits
 
 
-def _fitted(config: dict[str, int], width: int) -> dict[str, int]:
-    """Without a last piece that is mostly empty: ranks are often no multiples of 1024."""
-    piece = config["BLOCK_K"]
-    while piece > 256 and width % piece:
-        piece //= 2
-    return config | {"BLOCK_K": piece}
+def _fitted(config: dict[str, int], rank: int) -> dict[str, int]:
+    """Smaller tiles where large ones would leave the last one partly empty."""
+    if config["BLOCK_K"] > 256 and rank % config["BLOCK_K"]:
+        return config | {"BLOCK_K": 256, "num_warps": config["num_warps"] // 2}
+    return config
+
+
+def _padded(tokens: int, bits: int) -> int:
+    return triton.next_power_of_2(tokens) if bits < 16 and tokens <= 4 else padded(tokens)

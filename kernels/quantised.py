@@ -1,11 +1,15 @@
 """Predictor weights in q8_0 and q4_0, laid out for a GPU: codes and scales as two tensors.
 
+A thread takes a unit of 16 bytes: 4 words of 32 bits. Field p of word w, counted from the lowest
+bits, is the code of the unit's column 4 p + w, so that one mask gives four neighbours. Codes are
+unsigned: q8_0's are kept plus 128.
+
 The formats are ggml's (ggml-quants.c, `quantize_row_q8_0_reference` and its sister of q4_0): blocks
 of 32 along a row, w = d q with d = max |w| / 127 in q8_0, w = d (q - 8) with d = (the w of largest
 magnitude) / -8 in q4_0, d kept in float16. Quantising is idempotent, so values that were rounded to
 a format once get the codes that stand in PowerInfer's file.
 
-Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C codes of a row.
+Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C words of a row.
 """
 
 from __future__ import annotations
@@ -16,14 +20,15 @@ import torch
 from torch import Tensor
 
 BLOCK = 32
+WORDS = 4
+"""Of a unit."""
 
 
 class Quantised(NamedTuple):
     """A matrix (N, K) in blocks of 32."""
 
     code_NC: Tensor
-    """q8_0: int8, C = K. q4_0: uint8, C = K / 2; byte j of a block holds its codes j and, in the
-    high half, j + 16, as in ggml."""
+    """int32, C = 8 B in q8_0, 4 B in q4_0."""
     scale_NB: Tensor
     """float16."""
 
@@ -32,8 +37,9 @@ class Quantised(NamedTuple):
         return self.scale_NB.shape[0], self.scale_NB.shape[1] * BLOCK
 
     @property
-    def is_q4_0(self) -> bool:
-        return self.code_NC.dtype == torch.uint8
+    def bits(self) -> int:
+        """Of a code."""
+        return 4 if self.code_NC.shape[1] == 4 * self.scale_NB.shape[1] else 8
 
     @property
     def nbytes(self) -> int:
@@ -56,24 +62,33 @@ def quantised(weight_NK: Tensor, dtype: str) -> Quantised:
     blocks = weight_NK.float().reshape(len(weight_NK), -1, BLOCK)
     if dtype == "q8_0":
         scale = blocks.abs().amax(-1, keepdim=True) / 127
-        code = (blocks * _inverse(scale)).round().to(torch.int8).flatten(1)
+        code = (blocks * _inverse(scale)).round() + 128
     else:
         scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
-        nibble = (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15).to(torch.uint8)
-        code = (nibble[..., :16] | nibble[..., 16:] << 4).flatten(1)
-    return Quantised(code.contiguous(), scale.squeeze(-1).half().contiguous())
+        code = (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15)
+    bits = 8 if dtype == "q8_0" else 4
+    return Quantised(_packed(code.flatten(1), bits), scale.squeeze(-1).half().contiguous())
 
 
 def dequantised(weight: Tensor | Quantised) -> Tensor:
     """(N, K) float32: the values that the format holds; of a plain tensor, its own."""
     if isinstance(weight, Tensor):
         return weight.float()
-    if weight.is_q4_0:
-        byte = weight.code_NC.reshape(len(weight.code_NC), -1, BLOCK // 2)
-        code = torch.cat([byte & 15, byte >> 4], -1).float() - 8
-    else:
-        code = weight.code_NC.reshape(len(weight.code_NC), -1, BLOCK).float()
-    return (code * weight.scale_NB.float().unsqueeze(-1)).flatten(1)
+    code_NK = _unpacked(weight.code_NC, weight.bits) - 2 ** (weight.bits - 1)
+    blocks = code_NK.float().reshape(len(code_NK), -1, BLOCK)
+    return (blocks * weight.scale_NB.float().unsqueeze(-1)).flatten(1)
+
+
+def _packed(code_NK: Tensor, bits: int) -> Tensor:
+    fields = code_NK.int().reshape(len(code_NK), -1, 32 // bits, WORDS)
+    shift = torch.arange(0, 32, bits, dtype=torch.int32, device=code_NK.device)
+    return (fields << shift[:, None]).sum(2, dtype=torch.int32).flatten(1).contiguous()
+
+
+def _unpacked(code_NC: Tensor, bits: int) -> Tensor:
+    words = code_NC.reshape(len(code_NC), -1, 1, WORDS)
+    shift = torch.arange(0, 32, bits, dtype=torch.int32, device=code_NC.device)
+    return ((words >> shift[:, None]) & (2**bits - 1)).flatten(1)
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -4,10 +4,10 @@
     predicted   x1 = act * (up . x), act from the gate's rows of the set; up is read where it fired
     no gate     x1 = act
 
-A program takes BLOCK_N neurons of a word, if there are as many; rows of weights are read once for
-all tokens. What leaves is a list in the order of the neurons: their numbers, x1 per token (0 where
-that token's neuron did not fire), and how many there are. Bytes: the gate's rows of the set where
-it is computed here, and up's rows that fired for any token.
+SLOTS programs share the neurons of a word, each takes BLOCK_N at a time; rows of weights are read
+once for all tokens. What leaves is a list in the order of the neurons: their numbers, x1 per token
+(0 where that token's neuron did not fire), and how many there are. Bytes: the gate's rows of the
+set where it is computed here, and up's rows that fired for any token.
 
 Shape letters: T tokens, D hidden, F FFN width, N neurons of a tile, W words of 16 neurons.
 """
@@ -21,16 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecast.kernels.bits import WORD, kth_ones, ones, ones_before
+from sparsecast.kernels.bits import kth_ones, ones, words_before
 from sparsecast.kernels.gate import fired
-from sparsecast.kernels.launch import after_previous, options, padded
+from sparsecast.kernels.launch import after_previous, options, padded, start_next
 from sparsecast.kernels.products import products, rounded
 
-WHOLE = {"BLOCK_N": 4, "BLOCK_D": 4096, "STAGES": 1, "num_warps": 4}
-EXACT = {"BLOCK_N": 4, "BLOCK_D": 512, "STAGES": 5, "num_warps": 4}
-PREDICTED = {"BLOCK_N": 2, "BLOCK_D": 1024, "STAGES": 1, "num_warps": 4}
-TOKENS = {"BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2}
-"""One token: whole rows where they are 4096 wide, pieces of them otherwise; and several tokens."""
+CONFIGS = {
+    1: {"SLOTS": 4, "BLOCK_N": 1, "BLOCK_D": 2048, "STAGES": 1, "num_warps": 4},
+    16: {"SLOTS": 1, "BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2},
+}
+"""By padded tokens."""
 LEAST_PIECE = 128
 """Of the hidden size, as `down` cuts it; every piece has a ticket, which is set to zero here."""
 
@@ -108,49 +108,49 @@ def _kernel(
     WORDS: tl.constexpr,
     TICKETS: tl.constexpr,
     T: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    start_next(PDL)
     after_previous(PDL)
     w = tl.program_id(0)
     word = tl.load(mask + w).to(tl.int32) & 0xFFFF
+    before_W = words_before(mask, w, WORDS)
     here = ones(word)
-    counts = (w == tl.num_programs(0) - 1) & (tl.program_id(1) == 0)
-    if (tl.program_id(1) * BLOCK_N >= here) & (counts == 0):
-        return
-    before = ones_before(mask, w, WORDS)
-    if counts:
-        tl.store(count, before + here)
+    if (w == tl.num_programs(0) - 1) & (tl.program_id(1) == 0):
+        tl.store(count, tl.sum(ones(before_W), 0) + here)
         tl.store(ticket + tl.arange(0, TICKETS), tl.zeros((TICKETS,), tl.int32))
     dtype: tl.constexpr = x.dtype.element_ty
     t = tl.arange(0, T)
-    i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_N = i < here
-    n = w * 16 + kth_ones(word, i)
-    ok_NT = in_N[:, None] & (t < tokens)[None, :]
-    if COMPUTES_GATE:
-        gate_NT = products(first, first, n, in_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
-        if HAS_BIAS:
-            gate_NT += tl.load(bias + n, mask=in_N, other=0.0).to(tl.float32)[:, None]
-        act_NT = fired(gate_NT, threshold, dtype)
-        if T > 1:
-            chosen_N = tl.load(chosen + n, mask=in_N, other=0)
-            act_NT = tl.where((chosen_N[:, None] >> t[None, :]) & 1 == 1, act_NT, 0.0)
-    else:
-        act_NT = tl.load(act + n[:, None] * tokens + t[None, :], mask=ok_NT, other=0.0)
-        act_NT = act_NT.to(tl.float32)
-    if HAS_UP:
-        # What the gate's set names fires, so that up need not wait for act.
-        fires_N = in_N & (tl.max(act_NT, 1) > 0) if COMPUTES_GATE else in_N
-        up_NT = products(up, up, n, fires_N, x, tokens, D, 16, BLOCK_D, STAGES, T)
-        if RELU_UP:
-            up_NT = tl.maximum(up_NT, 0.0)
-        act_NT = act_NT * up_NT
-    k = before + i
-    tl.store(row + k, n, mask=in_N)
-    tl.store(x1 + k[:, None] * tokens + t[None, :], rounded(act_NT, dtype), mask=ok_NT)
+    for first_i in tl.range(tl.program_id(1) * BLOCK_N, here, SLOTS * BLOCK_N, num_stages=1):
+        i = first_i + tl.arange(0, BLOCK_N)
+        in_N = i < here
+        n = w * 16 + kth_ones(word, i)
+        ok_NT = in_N[:, None] & (t < tokens)[None, :]
+        if COMPUTES_GATE:
+            gate_NT = products(first, n, in_N, x, tokens, D, BLOCK_D, STAGES, T)
+            if HAS_BIAS:
+                gate_NT += tl.load(bias + n, mask=in_N, other=0.0).to(tl.float32)[:, None]
+            act_NT = fired(gate_NT, threshold, dtype)
+            if T > 1:
+                chosen_N = tl.load(chosen + n, mask=in_N, other=0)
+                act_NT = tl.where((chosen_N[:, None] >> t[None, :]) & 1 == 1, act_NT, 0.0)
+        else:
+            act_NT = tl.load(act + n[:, None] * tokens + t[None, :], mask=ok_NT, other=0.0)
+            act_NT = act_NT.to(tl.float32)
+        if HAS_UP:
+            # What the gate's set names fires, so that up need not wait for act.
+            fires_N = in_N & (tl.max(act_NT, 1) > 0) if COMPUTES_GATE else in_N
+            up_NT = products(up, n, fires_N, x, tokens, D, BLOCK_D, STAGES, T)
+            if RELU_UP:
+                up_NT = tl.maximum(up_NT, 0.0)
+            act_NT = act_NT * up_NT
+        k = tl.sum(ones(before_W), 0) + i
+        tl.store(row + k, n, mask=in_N)
+        tl.store(x1 + k[:, None] * tokens + t[None, :], rounded(act_NT, dtype), mask=ok_NT)
 
 
 def rows(
@@ -180,8 +180,8 @@ def rows(
         act = None
     # x stands in for what this form of the kernel never loads.
     maybe = (x_TD if a is None else a for a in (act, first, bias, chosen, up_FD))
-    config = TOKENS if pad > 1 else WHOLE if d == 4096 else PREDICTED if act is None else EXACT
-    _kernel[(len(mask_W), WORD // config["BLOCK_N"])](
+    config = CONFIGS[pad]
+    _kernel[(len(mask_W), config["SLOTS"])](
         x_TD, mask_W, *maybe, *out,
         threshold, tokens,
         D=d, COMPUTES_GATE=act is None, HAS_BIAS=bias is not None, HAS_UP=up_FD is not None,

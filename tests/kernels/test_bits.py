@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsecast.kernels.bits import kth_ones, ones_before, reference, words
+from sparsecast.kernels.bits import kth_ones, ones, reference, words, words_before
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _read(mask, places, before, WORDS: tl.constexpr):
     k = tl.arange(0, 16)
     word = tl.load(mask + w).to(tl.int32) & 0xFFFF
     tl.store(places + w * 16 + k, kth_ones(word, k))
-    tl.store(before + w, ones_before(mask, w, WORDS))
+    tl.store(before + w, tl.sum(ones(words_before(mask, w, WORDS)), 0))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -23,7 +26,7 @@ def weights(matrix, banded):
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 16])
 @pytest.mark.parametrize("shape", [(96, 64, 130), (32, 32, 17), (1312, 32, 16)], ids=str)
 def test_it_decides_as_its_reference(shape, tokens, dtype, weights, banded, near):
     d, rank, f = shape
@@ -63,8 +66,18 @@ def test_codes_are_ggmls_and_values_those_of_the_predictors_file(dtype):
     weight = torch.randn(7, 96)
     ours = quantised(weight, dtype)
 
-    ggml = quantize(weight.numpy(), GGMLQuantizationType[dtype.upper()]).reshape(7, 3, -1)
-    assert (ggml[..., 2:].reshape(7, -1) == ours.code_NC.view(torch.uint8).numpy()).all()
+    stored = quantize(weight.numpy(), GGMLQuantizationType[dtype.upper()]).reshape(7, 3, -1)[
+        ..., 2:
+    ]
+    if dtype == "q8_0":
+        theirs, bits = stored.astype(np.int16).reshape(7, -1) ^ 128, 8
+    else:
+        theirs, bits = np.concatenate([stored & 15, stored >> 4], -1).reshape(7, -1), 4
+    unit = 128 // bits
+    for row, column in itertools.product(range(7), range(96)):
+        field, word = divmod(column % unit, 4)
+        code = int(ours.code_NC[row, column // unit * 4 + word]) >> bits * field & 2**bits - 1
+        assert code == theirs[row, column]
     assert torch.equal(dequantised(ours), rounded(weight, dtype))
     again = quantised(dequantised(ours), dtype)
     assert torch.equal(again.code_NC, ours.code_NC)
