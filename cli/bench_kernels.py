@@ -116,7 +116,18 @@ def _show(values: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     table = Table()
-    names = ("shape", "batch", "sparsity", "step", "us", "dense us", "speedup", "GB/s", "of copy")
+    names = (
+        "shape",
+        "batch",
+        "sparsity",
+        "step",
+        "us",
+        "dense us",
+        "speedup",
+        "GB/s",
+        "of copy",
+        "auto",
+    )
     for name in names:
         table.add_column(name, justify="left" if name in ("shape", "step") else "right")
     for row in values["rows"]:
@@ -131,5 +142,6 @@ def _show(values: dict[str, Any]) -> None:
             f"{row['speedup']:.2f}" if has_dense else "",
             f"{row['gb_per_s']:,.0f}",
             f"{row['of_copy_bandwidth']:.0%}",
+            {None: "", True: "yes", False: "no"}[row["auto"]],
         )
     console.print(table)

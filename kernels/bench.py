@@ -9,7 +9,8 @@
 Dense is the faster of cuBLAS and torch.compile, both of the same step; the predictor and the
 cascade have none (the whole has). Tokens of a batch select independently, which is the largest
 union there can be. Bytes are those of the weight rows that had to be read. Both sides are CUDA
-graphs over weights that rotate (timing.py).
+graphs over weights that rotate (timing.py). Of a whole FFN a row also says whether the policy auto
+would take this path; where it would not, the model's own FFN runs.
 
 Shape letters: T tokens, D hidden, F FFN width, R rank.
 """
@@ -32,6 +33,7 @@ from sparsecast.kernels.bench_checks import (
     check_rows,
 )
 from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
+from sparsecast.kernels.measured import most_tokens
 from sparsecast.kernels.quantised import BLOCK
 
 SHAPES = {"1b": (1536, 3840), "7b": (4096, 11008), "13b": (5120, 13824), "70b": (8192, 28672)}
@@ -196,6 +198,14 @@ def _matrix(case: Case) -> Tensor:
 def as_row(case: Case, timed: Timed, copy_gb_per_s: float) -> dict[str, Any]:
     """One row of the JSON report."""
     rate = timed.read_bytes / timed.us / 1e3
+    path = timed.step.split()[0]
+    auto = None
+    if path in ("exact", "predicted"):
+        own = case.sparsity
+        if path == "predicted":
+            own = max(0.0, 1 - (1 - own) * problem.PREDICTED_PER_ACTIVE)
+        shape = (case.d, case.f, 3)
+        auto = most_tokens(path, own, device=case.device.type, shape=shape) >= case.tokens
     return {
         "shape": case.name,
         "step": timed.step,
@@ -206,4 +216,5 @@ def as_row(case: Case, timed: Timed, copy_gb_per_s: float) -> dict[str, Any]:
         "speedup": timed.dense_us and timed.dense_us / timed.us,
         "gb_per_s": rate,
         "of_copy_bandwidth": rate / copy_gb_per_s,
+        "auto": auto,
     }

@@ -14,7 +14,7 @@ from sparsecast.kernels import down, problem
 
 KEYS = {
     "shape", "step", "sparsity", "batch", "us", "dense_us", "speedup", "gb_per_s",
-    "of_copy_bandwidth",
+    "of_copy_bandwidth", "auto",
 }  # fmt: skip
 
 
