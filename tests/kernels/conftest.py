@@ -11,8 +11,13 @@ import math
 import pytest
 import torch
 
+from sparsecast.kernels import gate, predictor, rows
+from sparsecast.kernels.launch import rounded_threshold
+
 BAND = 64
 """Elements on either side."""
+LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Of max |out - ref| / max |ref|."""
 real_empty = torch.empty
 
 
@@ -77,12 +82,66 @@ def matrix(banded):
 @pytest.fixture
 def near():
     """max |out - ref| / max |ref| below what the dtype allows; NaN never is."""
-    limits = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
     def check(got: torch.Tensor, want: torch.Tensor) -> None:
         assert got.shape == want.shape
         scale = float(want.abs().max()) if want.numel() else 0.0
         error = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
-        assert error <= limits[got.dtype] * scale, f"off by {error}, of {scale}"
+        assert error <= LIMITS[got.dtype] * scale, f"off by {error}, of {scale}"
 
     return check
+
+
+@pytest.fixture
+def decided():
+    """What the whole FFN must give, in float64, for the decisions that its kernels make themselves.
+
+    Those are compared one by one: they may differ only where the number that decides is within
+    rounding of the threshold.
+    """
+
+    def check(got_TF, number_TF, cut, dtype) -> None:
+        near_by = LIMITS[dtype] * float(number_TF.abs().max())
+        far_off = (got_TF != (number_TF >= cut)) & ((number_TF - cut).abs() > near_by)
+        assert not far_off.any()
+
+    def reference(x_TD, ffn, z_TD=None, named=None):
+        first = ffn.up_FD if ffn.gate_FD is None else ffn.gate_FD
+        cut = rounded_threshold(ffn.threshold, x_TD.dtype) if ffn.act == "fatrelu" else 0.0
+        token_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None]
+        if named is None:
+            act_FT, mask_W = gate.gate(x_TD, first, ffn.up_bias_F, cut)
+            source = rows.FromGate(act_FT)
+            selected_TF = act_FT.T != 0
+        else:
+            mask_W, chosen_F = predictor.predict(z_TD, *named)
+            source = rows.FromRows(first, ffn.up_bias_F, cut, chosen_F)
+            selected_TF = (chosen_F >> token_T1) & 1 == 1
+            logits_TF = predictor.reference(z_TD, named.fc1_RD, named.fc2_FR)[1]
+            kept = named.fc1_RD.dtype if isinstance(named.fc1_RD, torch.Tensor) else torch.float16
+            check(selected_TF, logits_TF, named.threshold, kept)
+        up_FD = None if ffn.gate_FD is None else ffn.up_FD
+        relu_up = ffn.act == "drelu"
+        got = rows.rows(x_TD, mask_W, source, up_FD, width=len(first), relu_up=relu_up)
+        total = int(got.total)
+        fires_TF = torch.zeros_like(selected_TF)
+        fires_TF[:, got.row_F[:total].long()] = got.x1_FT[:total].T != 0
+
+        gate_TF = x_TD.double() @ first.double().T
+        if ffn.up_bias_F is not None:
+            gate_TF += ffn.up_bias_F.double()
+        if named is None:
+            check(selected_TF, gate_TF, cut, x_TD.dtype)
+        x1_TF = gate_TF.to(x_TD.dtype).double()
+        if up_FD is not None:
+            up_TF = x_TD.double() @ up_FD.double().T
+            x1_TF = x1_TF * (up_TF.relu() if relu_up else up_TF)
+        counts_TF = selected_TF & (x1_TF != 0)  # a product of 0 fires or not, it is the same
+        check(fires_TF[counts_TF], gate_TF[counts_TF], cut, x_TD.dtype)
+        assert not fires_TF[~selected_TF].any()
+        y_TD = (x1_TF * fires_TF) @ ffn.down_FD.double()
+        if ffn.down_bias_D is not None:
+            y_TD += ffn.down_bias_D.double()
+        return y_TD.to(x_TD.dtype), int(selected_TF.any(0).sum())
+
+    return reference

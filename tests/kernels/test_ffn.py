@@ -11,7 +11,6 @@ from sparsecast.kernels.ffn import (
     exact_ffn,
     exact_reference,
     predicted_ffn,
-    predicted_reference,
 )
 from sparsecast.kernels.quantised import Quantised, quantised
 
@@ -45,12 +44,12 @@ def predictor(matrix, banded):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_exact_is_the_dense_ffn(dtype, tokens, act, ffn, banded, near):
+def test_exact_is_the_dense_ffn(dtype, tokens, act, ffn, banded, decided, near):
     weights, x = ffn(act, dtype), banded(torch.randn(tokens, D).to(dtype))
 
     y, union = exact_ffn(x, weights)
 
-    want, want_union = exact_reference(x, weights)
+    want, want_union = decided(x, weights)
     near(y, want)
     assert union.dtype == torch.int32
     assert union.shape == ()
@@ -61,14 +60,14 @@ def test_exact_is_the_dense_ffn(dtype, tokens, act, ffn, banded, near):
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("stored", ["f16", "q8_0", "q4_0"])
 def test_predicted_is_the_ffn_of_what_the_predictor_names(
-    stored, tokens, act, ffn, predictor, banded, near
+    stored, tokens, act, ffn, predictor, banded, decided, near
 ):
     weights, named = ffn(act, torch.float16), predictor(stored)
     x, z = banded(torch.randn(tokens, D).half()), banded(torch.randn(tokens, D))
 
     y, union = predicted_ffn(x, z, weights, named)
 
-    want, want_union = predicted_reference(x, z, weights, named)
+    want, want_union = decided(x, weights, z, named)
     near(y, want)
     assert union == want_union
 

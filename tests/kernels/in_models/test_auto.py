@@ -90,12 +90,19 @@ def test_dtypes_and_devices_that_were_not_measured_are_dense(table, make, predic
     table(ALWAYS)
     source = predictors(calibration=[GOOD, GOOD])
     assert paths(sparsify_model(make("llama", torch.float64), source)) == ["dense", "dense"]
-    # Under the interpreter, 16 bits on a CPU stand for the kernels.
     assert paths(sparsify_model(make("llama", torch.float16), source)) == ["dense", "dense"]
-    table(ALWAYS, device="cuda")
-    assert paths(sparsify_model(make("llama", torch.float16), source)) == ["predicted"] * 2
     table(ALWAYS, matrices=2)
     assert paths(sparsify_model(make("llama"), source)) == ["dense", "dense"]
+
+
+def test_where_kernels_run_the_gpus_table_decides(table, make, predictors):
+    """Under the interpreter, 16 bits on a CPU stand for it."""
+    table(ALWAYS, device="cuda")
+    model = make("llama", torch.float16)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    source = predictors(calibration=[GOOD, GOOD])
+    assert paths(sparsify_model(model, source)) == ["predicted"] * 2
 
 
 def test_more_threads_than_were_measured_are_dense(table, make, predictors, monkeypatch):
