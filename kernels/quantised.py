@@ -74,7 +74,7 @@ def dequantised(weight: Tensor | Quantised) -> Tensor:
     """(N, K) float32: the values that the format holds; of a plain tensor, its own."""
     if isinstance(weight, Tensor):
         return weight.float()
-    code_NK = _unpacked(weight.code_NC, weight.bits) - 2 ** (weight.bits - 1)
+    code_NK = _unpacked(weight.code_NC, weight.bits) - (1 << weight.bits - 1)
     blocks = code_NK.float().reshape(len(code_NK), -1, BLOCK)
     return (blocks * weight.scale_NB.float().unsqueeze(-1)).flatten(1)
 
@@ -82,13 +82,15 @@ def dequantised(weight: Tensor | Quantised) -> Tensor:
 def _packed(code_NK: Tensor, bits: int) -> Tensor:
     fields = code_NK.int().reshape(len(code_NK), -1, 32 // bits, WORDS)
     shift = torch.arange(0, 32, bits, dtype=torch.int32, device=code_NK.device)
-    return (fields << shift[:, None]).sum(2, dtype=torch.int32).flatten(1).contiguous()
+    words: Tensor = (fields << shift[:, None]).sum(2, dtype=torch.int32)
+    return words.flatten(1).contiguous()
 
 
 def _unpacked(code_NC: Tensor, bits: int) -> Tensor:
     words = code_NC.reshape(len(code_NC), -1, 1, WORDS)
     shift = torch.arange(0, 32, bits, dtype=torch.int32, device=code_NC.device)
-    return ((words >> shift[:, None]) & (2**bits - 1)).flatten(1)
+    fields: Tensor = (words >> shift[:, None]) & (2**bits - 1)
+    return fields.flatten(1)
 
 
 def _inverse(scale: Tensor) -> Tensor:
