@@ -13,19 +13,10 @@ from typing import Any
 from sparsecast.collect.errors import InputError
 
 
-@contextmanager
-def new_folder(
+def check_new(
     path: Path, *, replaces: str | None = None, beside: tuple[str, ...] | None = None
-) -> Iterator[Path]:
-    """Fill a hidden sibling of `path` and move it there when the block ends without an error.
-
-    Args:
-        path: The folder to make. An empty one that exists is used.
-        replaces: Glob that marks a folder of ours, which may be replaced; anything else that
-            exists under `path` is refused.
-        beside: Globs of what else such a folder may hold, with one file that marks it; unset:
-            whatever is there goes with it.
-    """
+) -> Path:
+    """The folder that `new_folder` would make, refused where that would; before long work."""
     path = Path(os.path.realpath(path))  # a link stays one, and "." has a name
     if not path.name or path.is_mount():
         raise InputError(f"{path}: cannot be replaced as a whole; choose a folder in it for --out")
@@ -40,6 +31,23 @@ def new_folder(
                 f"{path}: exists and holds other files, expected a new or empty folder; choose "
                 "another --out or remove it"
             )
+    return path
+
+
+@contextmanager
+def new_folder(
+    path: Path, *, replaces: str | None = None, beside: tuple[str, ...] | None = None
+) -> Iterator[Path]:
+    """Fill a hidden sibling of `path` and move it there when the block ends without an error.
+
+    Args:
+        path: The folder to make. An empty one that exists is used.
+        replaces: Glob that marks a folder of ours, which may be replaced; anything else that
+            exists under `path` is refused.
+        beside: Globs of what else such a folder may hold, with one file that marks it; unset:
+            whatever is there goes with it.
+    """
+    path = check_new(path, replaces=replaces, beside=beside)
     part = path.with_name(f".{path.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from sparsecast.collect.atomic import new_folder, read_json, write_json, write_text
+from sparsecast.collect.atomic import check_new, new_folder, read_json, write_json, write_text
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
@@ -54,8 +54,10 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     sign, see `score_sign`.
 
     Raises:
-        InputError: No predictors, activations or model there, or they belong to different models.
+        InputError: No predictors, activations or model there, or they belong to different models;
+            `cfg.out` holds other files than a report's.
     """
+    check_new(cfg.out, replaces="report.json", beside=_beside(cfg))
     store = ActivationStore(cfg.activations)
     predictors = _predictors(cfg.predictors, store)
     others = {item if item == "sign" else item.resolve(): item for item in cfg.against or []}
@@ -194,12 +196,18 @@ def _write(
         side,
         {shared: (data_needed(entries), data[shared]) for shared, entries in needed.items()},
     )
-    with new_folder(cfg.out, replaces="report.json") as folder:
+    with new_folder(cfg.out, replaces="report.json", beside=_beside(cfg)) as folder:
         write_json(folder / "report.json", result)
         write_text(folder / "report.md", _markdown(result, rows, side, data))
         write_text(folder / "report.html", html)
     if cfg.json is not None:
         write_json(cfg.json, result)
+
+
+def _beside(cfg: ReportConfig) -> tuple[str, ...]:
+    """What an earlier report may have left there."""
+    own = cfg.json is not None and cfg.json.resolve().parent == cfg.out.resolve()
+    return ("report.md", "report.html", *([cfg.json.name] if cfg.json and own else []))
 
 
 def _number(value: float | None) -> str:

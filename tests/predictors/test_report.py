@@ -258,6 +258,20 @@ def test_predictors_that_differ_in_training_tokens_say_how_much_is_enough(cfg, v
     assert "How much data is enough" in html
 
 
+def test_a_second_report_replaces_the_first_and_nothing_else(cfg, monkeypatch):
+    cfg = replace(cfg, json=cfg.out / "numbers.json")
+    report(cfg)
+    report(cfg)
+    assert {path.name for path in cfg.out.iterdir()} == {
+        "report.json", "report.md", "report.html", "numbers.json",
+    }  # fmt: skip
+    (cfg.out / "notes.txt").write_text("mine")
+    monkeypatch.setattr("sparsecast.predictors.report.score_layers", None)
+    with pytest.raises(InputError, match="holds other files"):
+        report(cfg)
+    assert (cfg.out / "notes.txt").read_text() == "mine"
+
+
 def test_others_of_another_model_are_refused_before_anything_is_scored(
     cfg, trained, tmp_path, monkeypatch
 ):
