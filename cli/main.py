@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -159,7 +160,14 @@ def main(argv: list[str] | None = None) -> None:
     if name not in STAGES:
         found = f"no stage is called {name!r}" if args else "no stage given"
         sys.exit(_complain(f"{found}; expected one of {', '.join(STAGES)}", 2))
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
     sys.exit(_run(name, STAGES[name], rest))
+
+
+def _as_ctrl_c(number: int, frame: object) -> NoReturn:
+    """SIGTERM leaves nothing half-written either."""
+    raise KeyboardInterrupt
 
 
 def _run(name: str, stage: Stage, args: list[str]) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsecast.cli.main import STAGES, _load, _parse, main
+from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.mlp import Predictor
 from sparsecast.sparsify.tiny import TINY_PROSPARSE
 
 
@@ -160,9 +164,40 @@ def test_an_interrupt_before_the_first_shard_leaves_nothing(model_folder, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_installed_model_says_what_it_is():
-    from sparsecast.sparsify.tiny import TINY_PROSPARSE
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_no_part_of_a_bundle(number, tmp_path):
+    code = """
+import os, sys
+from sparsecast.cli.main import main
+import sparsecast.export.run as run
+def write(*args, **options):
+    os.kill(os.getpid(), int(sys.argv[1]))
+run.write_model = write
+main(["export", *sys.argv[2:]])
+"""
+    args = ["--model", str(TINY_PROSPARSE), "--predictors", str(tmp_path / "pred")]
+    _predictors().save(tmp_path / "pred")
 
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(int(number)), *args, "--out", str(tmp_path / "b")],
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 1
+    assert "interrupted; nothing half-written is left behind" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["pred"]
+
+
+def _predictors() -> PredictorSet:
+    """Of the shapes of the model that ships with the package."""
+    config = json.loads((TINY_PROSPARSE / "config.json").read_text())
+    d, f = config["hidden_size"], config["intermediate_size"]
+    one = Predictor(torch.randn(8, d), torch.randn(f, 8), "f16")
+    return PredictorSet([one] * config["num_hidden_layers"], 0.0, None)
+
+
+def test_the_installed_model_says_what_it_is():
     config = json.loads((TINY_PROSPARSE / "config.json").read_text())
     assert config["hidden_act"] == "fatrelu"
     assert config["hidden_act_param"] == 0.0741
