@@ -166,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _as_ctrl_c(number: int, frame: object) -> NoReturn:
-    """SIGTERM leaves nothing half-written either."""
+    """SIGTERM leaves nothing half-written either; another one does not disturb the clearing."""
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
