@@ -59,6 +59,7 @@ class Timed(NamedTuple):
 
 def dense(case: Case) -> Dense:
     """The faster of cuBLAS and torch.compile for each step; sparsity does not matter to them."""
+    torch.compiler.reset()  # past a number of shapes, torch.compile would quietly run eagerly
     row_bytes = case.d * case.dtype.itemsize
     # One matrix of a set is read by a step alone, so a step's own bytes decide how many there are.
     count = timing.copies(case.f * row_bytes, case.device)
@@ -205,7 +206,9 @@ def as_row(case: Case, timed: Timed, copy_gb_per_s: float) -> dict[str, Any]:
         if path == "predicted":
             own = max(0.0, 1 - (1 - own) * problem.PREDICTED_PER_ACTIVE)
         shape = (case.d, case.f, 3)
-        auto = most_tokens(path, own, device=case.device.type, shape=shape) >= case.tokens
+        rank = case.rank if path == "predicted" else None
+        most = most_tokens(path, own, device=case.device.type, shape=shape, rank=rank)
+        auto = most >= case.tokens
     return {
         "shape": case.name,
         "step": timed.step,

@@ -45,9 +45,9 @@ def check_quantised(
 ) -> None:
     """Blocks of q8_0 or q4_0 that hold a matrix of this shape."""
     rows, columns = shape
+    if columns % BLOCK:
+        raise ValueError(f"{name}: rows of {columns} do not divide into blocks of {BLOCK}; use f16")
     scales = (rows, columns // BLOCK)
     check_weight(f"{name}.scale_NB", weight.scale_NB, scales, (torch.float16,), device)
     codes = (rows, columns * weight.bits // 32)
     check_weight(f"{name}.code_NC", weight.code_NC, codes, (torch.int32,), device)
-    if columns % BLOCK:
-        raise ValueError(f"{name}: rows of {columns} do not divide into blocks of {BLOCK}; use f16")

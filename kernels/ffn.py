@@ -4,8 +4,9 @@
     predicted   gate over the neurons that the predictor names, then up and down where it fired
 
 An FFN of two matrices has no gate: its first projection takes the gate's place, and down follows.
-Decisions are per token. Weight rows are read for the union of a batch's tokens; where a token did
-not select a neuron, that neuron adds nothing to it.
+Decisions are per token, and differ between batch sizes within rounding of the threshold alone.
+Weight rows are read for the union of a batch's tokens; where a token did not select a neuron, that
+neuron adds nothing to it.
 
 Both are torch operators: they run under torch.compile and inside CUDA graphs, wait for nothing on
 the host, and launch the same programs whatever was selected.
@@ -53,7 +54,8 @@ class PredictorWeights(NamedTuple):
     """logits = fc2 @ relu(fc1 @ z); a neuron is predicted where its logit >= threshold."""
 
     fc1_RD: Tensor | Quantised
-    """A float16 or bfloat16 tensor, or blocks of q8_0 or q4_0."""
+    """A float16 or bfloat16 tensor, or blocks of q8_0 or q4_0. Beside float16 and blocks, inputs are
+    rounded to float16, whose largest number is 65504."""
     fc2_FR: Tensor | Quantised
     threshold: float = 0.0
 
@@ -183,7 +185,7 @@ def _x1(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
     if ffn.up_bias_F is not None:
         gate_TF = gate_TF + ffn.up_bias_F.double()
     gate_TF = gate_TF.to(x_TD.dtype)
-    act_TF = torch.where((gate_TF >= _threshold(ffn)) & (gate_TF > 0), gate_TF, 0).double()
+    act_TF = torch.where((gate_TF < _threshold(ffn)) | (gate_TF <= 0), 0, gate_TF).double()
     if ffn.gate_FD is None:
         return act_TF, act_TF
     up_TF = x_TD.double() @ ffn.up_FD.double().T

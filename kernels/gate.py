@@ -33,15 +33,15 @@ def reference(
     if bias_F is not None:
         gate_TF = gate_TF + bias_F.double()
     gate_TF = gate_TF.to(x_TD.dtype)
-    act_TF = torch.where((gate_TF >= threshold) & (gate_TF > 0), gate_TF, 0)
+    act_TF = torch.where((gate_TF < threshold) | (gate_TF <= 0), 0, gate_TF)
     return act_TF.T.contiguous(), (act_TF != 0).any(0)
 
 
 @triton.jit
 def fired(gate, threshold, dtype: tl.constexpr):
-    """The activation of float32 gates, in float32 but of the values that `dtype` holds."""
+    """The activation of float32 gates, float32 of the values that `dtype` holds. NaN fires."""
     gate = rounded(gate, dtype).to(tl.float32)
-    return tl.where((gate >= threshold) & (gate > 0), gate, 0.0)
+    return tl.where((gate < threshold) | (gate <= 0), 0.0, gate)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -76,7 +76,7 @@ def _kernel(
         act + f[:, None] * tokens + t[None, :], rounded(act_FT, x.dtype.element_ty), mask=ok_FT
     )
     w = tl.program_id(0) * (BLOCK_F // 16) + tl.arange(0, BLOCK_F // 16)
-    tl.store(mask + w, words(tl.max(act_FT, 1) > 0), mask=w * 16 < F)
+    tl.store(mask + w, words(tl.max((act_FT != 0).to(tl.int32), 1) > 0), mask=w * 16 < F)
 
 
 def gate(

@@ -2,11 +2,13 @@
 
 Kernels of one FFN follow each other within microseconds, so on Hopper and later each may start
 before the last one has ended (programmatic dependent launch). It waits in `after_previous` before
-it reads what that one wrote, and writes; its own weights it may read before. The first kernel of an
-FFN waits before it lets the next one start, so nothing is read too early of what was written before
-the FFN; and the last one lets nothing start, as what follows in a model would not know to wait.
-Blocks are a table that was measured, not Triton's autotuner: that one
-times kernels at their first call, which a CUDA graph cannot record.
+it reads what that one wrote, and before it writes; its own weights it may read earlier. The first
+kernel of an FFN waits before it lets the next one start, so nothing is read too early of what was
+written before the FFN. The last one lets nothing start: what follows in a model waits for its end
+anyway, and a benchmark of many FFNs shall not gain what a model would not.
+
+Blocks are a table that was measured, not Triton's autotuner: that one times kernels at their first
+call, which a CUDA graph cannot record.
 """
 
 from __future__ import annotations

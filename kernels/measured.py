@@ -3,9 +3,11 @@
     MOST_TOKENS[device type][hidden size, FFN width, matrices][path][sparsity] = tokens
 
 means that at this sparsity (true sparsity for `exact`, predicted sparsity for `predicted`) the path
-took no longer than the dense FFN for one token and every measured batch up to that many. A shape
-between two measured ones counts as the smaller, a sparsity between two as the lower: the larger and
-the sparser FFN gains more. What lies below all that was measured is dense.
+took no longer than the dense FFN for one token and every measured batch up to that many. Between
+two measured shapes both must say so; a shape above all of them counts as the largest, a sparsity
+between two as the lower. What lies below all that was measured is dense, and so are predictors of
+a larger rank than was measured, and FFNs of two matrices on a GPU. An H100 stands for
+every CUDA device.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ MOST_TOKENS: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
         },
     },
 }
+MOST_RANK = 0.25
+"""Of the hidden size: what the predictors that were measured had."""
 CPU_THREADS = 2
 """With more than were measured, a CPU stays dense: its dense products use them better."""
 
@@ -49,6 +53,7 @@ def most_tokens(
     *,
     device: str,
     shape: tuple[int, int, int],
+    rank: int | None = None,
 ) -> int:
     """Up to how many tokens a path pays; 0 where the FFN had better stay dense.
 
@@ -57,17 +62,26 @@ def most_tokens(
         sparsity: None where it is not known: then the lowest that was measured decides.
         device: A torch device type.
         shape: Hidden size, FFN width, matrices.
+        rank: Of the predictor.
     """
     if device == "cpu" and torch.get_num_threads() > CPU_THREADS:
         return 0
     hidden, width, matrices = shape
-    smaller = [
-        key
-        for key in MOST_TOKENS.get(device, {})
-        if key[2] == matrices and key[0] * key[1] <= hidden * width
-    ]
-    if not smaller:
+    if rank is not None and rank > MOST_RANK * hidden:
         return 0
-    by_sparsity = MOST_TOKENS[device][max(smaller, key=lambda key: key[0] * key[1])].get(path, {})
-    lower = [s for s in by_sparsity if s <= (min(by_sparsity) if sparsity is None else sparsity)]
-    return by_sparsity[max(lower)] if lower else 0
+    size = hidden * width
+    by_size = {
+        key[0] * key[1]: paths.get(path, {})
+        for key, paths in MOST_TOKENS.get(device, {}).items()
+        if key[2] == matrices
+    }
+    below, above = ([s for s in by_size if s <= size], [s for s in by_size if s >= size])
+    if not below:
+        return 0
+    nearest = [max(below), min(above, default=max(below))]
+    return min(_at(by_size[size], sparsity) for size in nearest)
+
+
+def _at(by_sparsity: Sparsities, sparsity: float | None) -> int:
+    lower = [s for s in by_sparsity if sparsity is None or s <= sparsity]
+    return by_sparsity[(min if sparsity is None else max)(lower)] if lower else 0

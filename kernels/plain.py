@@ -65,6 +65,19 @@ def _over_rows(
     cut: float,
     relu_up: bool,
 ) -> torch.Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # rows are summed in one dtype
+        return _sum_of_rows(x, predicted, FFN(gate, up, down, up_bias, down_bias), cut, relu_up)
+
+
+@_over_rows.register_fake
+def _shape(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _sum_of_rows(
+    x: Tensor, predicted: Tensor | None, ffn: FFN, cut: float, relu_up: bool
+) -> Tensor:
+    gate, up, down, up_bias, down_bias = ffn[:5]
     first = up if gate is None else gate
     if predicted is None:
         act_TF = _fired(functional.linear(x, first, up_bias), cut)
@@ -88,13 +101,8 @@ def _over_rows(
     return y
 
 
-@_over_rows.register_fake
-def _shape(x: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
 def _fired(gate_TF: Tensor, cut: float) -> Tensor:
-    return torch.where(gate_TF >= cut, gate_TF, 0).relu()
+    return torch.where(gate_TF < cut, 0, gate_TF).relu()
 
 
 def _any(on_TF: Tensor) -> Tensor:

@@ -145,7 +145,10 @@ def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
 def select(
     hidden_TR: Tensor, fc2_FR: Tensor | Quantised, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """fc2, the threshold and the set; returns what `predict` does."""
+    """fc2, the threshold and the set; returns what `predict` does.
+
+    It reads fc2 before the kernel in front of it has ended, which must be `hidden`.
+    """
     (tokens, rank), (f, _) = hidden_TR.shape, fc2_FR.shape
     device = hidden_TR.device
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=device)
@@ -176,7 +179,8 @@ def _bits(weight: Tensor | Quantised) -> int:
 
 
 def _fitted(config: dict[str, int], rank: int) -> dict[str, int]:
-    """Smaller tiles where large ones would leave the last one partly empty."""
+    """f16 weights of a rank such as 1280, which large tiles do not divide, were faster in small
+    ones."""
     if config["BLOCK_K"] > 256 and rank % config["BLOCK_K"]:
         return config | {"BLOCK_K": 256, "num_warps": config["num_warps"] // 2}
     return config

@@ -1,13 +1,11 @@
 """Products of weight rows with 1 to 16 tokens, inside a kernel, for every weight format.
 
 One token is a sum of products in registers, and so are up to 4 that meet codes; more go through the
-tensor cores. The tokens are
-rounded to the weights' 16-bit type (float16 beside codes), sums are float32.
-
-Codes come in units of four words (quantised.py).
+tensor cores. The tokens are rounded to the weights' 16-bit type (float16 beside codes), sums are
+float32. Codes come in units of four words (quantised.py).
 
 Shape letters: N rows of a tile, K columns of a weight, U units of a row, W words of a unit, T
-tokens as padded (a power of two).
+tokens as padded.
 """
 
 from __future__ import annotations
@@ -53,9 +51,9 @@ def products(
 ):
     """(N, T) float32: the rows `row_N` of a 16-bit weight times x (tokens, K).
 
-    Rows that are not ok are not read; their products are 0. STAGES is how many tiles of BLOCK_K
-    columns are on their way at once; 1 unrolls the loop, for one token. With PDL this waits for x
-    to be written (launch.py), in the latter case with the first tile on its way already.
+    Rows that are not ok are not read; their products count for nothing. STAGES is how many tiles of
+    BLOCK_K columns are on their way at once; 1, for one token, unrolls the loop. With PDL this
+    waits for x to be written (launch.py), after asking for the first tile where it unrolls.
     """
     row_N = row_N.to(tl.int64)
     if T == 1:

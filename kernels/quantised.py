@@ -94,4 +94,6 @@ def _unpacked(code_NC: Tensor, bits: int) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0.0, 1 / scale)
+    """1 / scale; 0 where that is no number."""
+    inverse = 1 / scale
+    return torch.where(inverse.isfinite(), inverse, 0.0)

@@ -77,8 +77,8 @@ def reference(
         gate_KT = gate_KT.to(x_TD.dtype).double()
         token = torch.arange(len(x_TD), device=x_TD.device)
         chosen_KT = (source.chosen_F[row_K, None] >> token) & 1 == 1
-        fires_KT = (gate_KT >= source.threshold) & (gate_KT > 0) & chosen_KT
-        act_KT = torch.where(fires_KT, gate_KT, 0)
+        silent_KT = (gate_KT < source.threshold) | (gate_KT <= 0) | ~chosen_KT
+        act_KT = torch.where(silent_KT, 0, gate_KT)
     if up_FD is None:
         return row_K, act_KT
     up_KT = up_FD[row_K].double() @ x_TD.double().T
@@ -143,12 +143,12 @@ def _kernel(
             act_NT = act_NT.to(tl.float32)
         if HAS_UP:
             # What the gate's set names fires, so that up need not wait for act.
-            fires_N = in_N & (tl.max(act_NT, 1) > 0) if COMPUTES_GATE else in_N
+            fires_N = in_N & (tl.max((act_NT != 0).to(tl.int32), 1) > 0) if COMPUTES_GATE else in_N
             up_NT = products(up, n, fires_N, x, tokens, D, BLOCK_D, STAGES, T)
             if RELU_UP:
                 up_NT = tl.maximum(up_NT, 0.0)
             act_NT = act_NT * up_NT
-        k = tl.sum(ones(before_W), 0) + i
+        k = tl.sum(ones(before_W), 0) + i  # here, so that weights need not wait for this sum
         tl.store(row + k, n, mask=in_N)
         tl.store(x1 + k[:, None] * tokens + t[None, :], rounded(act_NT, dtype), mask=ok_NT)
 

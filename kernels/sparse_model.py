@@ -2,8 +2,8 @@
 
     exact       no prediction; up and down where the gate fired
     predicted   the rows that the predictors name, and the model's own activation on them
-    auto        layer by layer: predicted where the calibration says that little is lost, else
-                exact; and dense, as the model was, wherever that is faster (measured.py)
+    auto        layer by layer: predicted where the calibration says that little is lost and it
+                pays, else exact; and dense, as the model was, where neither pays (measured.py)
 
 Prompts are dense but for what `predicted` leaves out. Every path but the predicted one gives the
 model's own output up to rounding. From a BUNDLE the model first gets all of the file's weights, and
@@ -135,9 +135,16 @@ def _plan(
     if device == "cpu" and (up_FD.is_cuda or up_FD.dtype != torch.float32):
         return Plan(False, 0)
     shape = (up_FD.shape[1], up_FD.shape[0], matrices)
-    sparsity = scores.get("predicted_sparsity" if predicted else "true_sparsity")
-    path = "predicted" if predicted else "exact"
-    return Plan(predicted, most_tokens(path, sparsity, device=device, shape=shape))
+    if predicted:
+        assert predictors is not None
+        rank = predictors.layers[layer].rank
+        sparsity = scores.get("predicted_sparsity")
+        tokens = most_tokens("predicted", sparsity, device=device, shape=shape, rank=rank)
+        if tokens:
+            return Plan(True, tokens)
+    return Plan(
+        False, most_tokens("exact", scores.get("true_sparsity"), device=device, shape=shape)
+    )
 
 
 def _check(layer: nn.Module, family: Family, where: str) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from sparsecast.cli.bench_kernels import BenchKernelsConfig, bench
 from sparsecast.collect.errors import InputError
-from sparsecast.kernels import down, problem
+from sparsecast.kernels import bench as bench_steps
+from sparsecast.kernels import bench_checks, down, measured, problem, timing
 
 KEYS = {
     "shape", "step", "sparsity", "batch", "us", "dense_us", "speedup", "gb_per_s",
@@ -35,6 +36,9 @@ def untimed(monkeypatch, device):
     shapes = {"1b": (32, 32)}
     monkeypatch.setattr("sparsecast.kernels.bench.SHAPES", shapes)
     monkeypatch.setattr("sparsecast.cli.bench_kernels.SHAPES", shapes)
+    paths = {"exact": {0.75: 1, 0.8: 2}, "predicted": {0.532: 1}}
+    monkeypatch.setattr(measured, "MOST_TOKENS", {device.type: {(32, 32, 3): paths}})
+    monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads())
 
 
 def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
@@ -55,7 +59,22 @@ def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
     active, row = 8, 32 * 2
     assert one["up"]["gb_per_s"] == pytest.approx(active * row / 1e3)
     assert one["exact"]["gb_per_s"] == pytest.approx((32 + 2 * active) * row / 1e3)
-    assert one["predictor q4_0"]["gb_per_s"] == pytest.approx((2 * 32 * 32) * 4.5 / 8 / 1e3)
+    own = {
+        name: 2 * 32 * 32 * bits / 8 for name, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5))
+    }
+    predicted, fired = 15, 7  # 0.21 / 0.11 of 8, and 0.92 of 8
+    cascade = (predicted + fired) * row
+    for step, read in (
+        ("gate", 32 * row),
+        ("down", active * row),
+        ("cascade", cascade),
+        *((f"predictor {name}", nbytes) for name, nbytes in own.items()),
+        *((f"predicted {name}", n + cascade + fired * row) for name, n in own.items()),
+    ):
+        assert one[step]["gb_per_s"] == pytest.approx(read / 1e3), step
+    assert {step: r["auto"] for step, r in one.items() if r["auto"] is not None} == {
+        "exact": True, "predicted f16": False, "predicted q8_0": False, "predicted q4_0": False,
+    }  # fmt: skip
     assert one["up"]["of_copy_bandwidth"] == pytest.approx(one["up"]["gb_per_s"] / 1e-3)
     assert one["exact"]["speedup"] == 1
     assert one["cascade"]["dense_us"] is None
@@ -67,6 +86,60 @@ def test_a_wrong_kernel_is_not_timed(untimed, monkeypatch):
     monkeypatch.setattr(down, "down", lambda *given: real(*given) * 1.03)
     with pytest.raises(RuntimeError, match="down is off its reference by 0.03"):
         bench(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
+
+
+@pytest.mark.parametrize("check", ["check_gate", "check_predictor", "check_rows", "check_down"])
+def test_every_step_is_checked(check, untimed, monkeypatch):
+    def refuse(case, *_):
+        raise RuntimeError(f"{check} of {case.name}")
+
+    monkeypatch.setattr(bench_steps, check, refuse)
+    with pytest.raises(RuntimeError, match=f"{check} of 1b"):
+        bench(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
+
+
+def test_a_predictor_that_decides_otherwise_is_not_timed(untimed, monkeypatch):
+    real = bench_checks.predictor.predict
+
+    def all_but_one(*given):
+        mask, chosen = real(*given)
+        return mask, chosen ^ (torch.arange(len(chosen), device=chosen.device) == 3).int()
+
+    monkeypatch.setattr(bench_checks.predictor, "predict", all_but_one)
+    with pytest.raises(RuntimeError, match="decides unlike its reference"):
+        bench(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
+
+
+def test_dense_is_the_faster_side_and_compiled_for_every_shape(untimed, monkeypatch, device):
+    """Past eight shapes torch.compile would run eagerly, were it not reset."""
+    reset = []
+    monkeypatch.setattr("torch.compiler.reset", lambda: reset.append(1))
+    monkeypatch.setattr("torch.compile", lambda step, **_: (step, "compiled"))
+
+    def microseconds(runs):
+        return 2.0 if isinstance(runs[0].func, tuple) else 3.0
+
+    monkeypatch.setattr("sparsecast.kernels.bench.partial", _Bound)
+    monkeypatch.setattr(timing, "microseconds", microseconds)
+    case = bench_checks.Case("1b", 32, 32, 32, 0.5, 1, torch.bfloat16, device)
+    assert bench_steps.dense(case) == (2.0, 2.0, 2.0, 2.0)
+    assert reset == [1]
+
+
+class _Bound:
+    def __init__(self, func, *args):
+        self.func, self.args = func, args
+
+
+def test_weights_rotate_over_more_than_four_times_the_l2(monkeypatch):
+    class Properties:
+        L2_cache_size = 50_000_000
+
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Properties)
+    for read in (1e6, 7e6, 60e6):
+        count = timing.copies(read, torch.device("cuda"))
+        assert 4 * 50e6 < count * read < 4 * 50e6 + 2 * read + 10e6
+    assert timing.copies(1e12, torch.device("cuda")) == 2
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -84,7 +157,8 @@ def test_what_the_benchmark_refuses():
         ({"shapes": ["8b"]}, "--shapes: got '8b', expected 1b, 7b, 13b, 70b"),
         ({"shapes": []}, "--shapes: got nothing"),
         ({"dtype": "f32"}, "--dtype: got 'f32', expected bf16, f16"),
-        ({"sparsities": [1.0]}, "--sparsities"),
+        ({"sparsities": [0.995]}, "--sparsities: got .*, expected numbers from 0 to 0.99;"),
+        ({"sparsities": []}, "--sparsities"),
         ({"batches": [17]}, "--batches"),
         ({"rank": 8}, "--rank: must be at least 16, got 8"),
     ):

@@ -106,6 +106,30 @@ def test_nothing_fires_everything_fires(tokens, ffn, predictor, banded, near):
     assert not y.any()
 
 
+@pytest.mark.parametrize("predicts", [False, True])
+@pytest.mark.parametrize("tokens", [2, 6])
+def test_a_nan_stays_in_its_token_and_is_seen(tokens, predicts, ffn, predictor, banded, near):
+    weights, named = ffn("fatrelu", torch.float16), predictor("q8_0")
+    x = banded(torch.randn(tokens, D).half())
+    x[1, 5] = torch.nan
+    clean = x.nan_to_num()
+
+    def run(x):
+        z = clean
+        return predicted_ffn(x, z, weights, named)[0] if predicts else exact_ffn(x, weights)[0]
+
+    assert run(x)[1].isnan().all()
+    others = torch.arange(tokens) != 1
+    near(run(x)[others], run(clean)[others])
+
+
+def test_a_hidden_size_of_more_pieces_than_one(matrix, banded, decided, near):
+    """Each has its own ticket in the down projection."""
+    weights = FFN(*(matrix(40, 1100, torch.float16) for _ in range(3)))
+    x = banded(torch.randn(1, 1100).half())
+    near(exact_ffn(x, weights)[0], decided(x, weights)[0])
+
+
 def test_tensors_of_other_strides_are_taken(ffn, banded, near):
     weights = ffn("relu", torch.float16)
     x = torch.randn(D, 3, device=weights.up_FD.device).half().T

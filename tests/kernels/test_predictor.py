@@ -27,24 +27,31 @@ def weights(matrix, banded):
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("tokens", [1, 3, 5, 16])
-@pytest.mark.parametrize("shape", [(96, 64, 130), (32, 32, 17), (1312, 32, 16)], ids=str)
-def test_it_decides_as_its_reference(shape, tokens, dtype, weights, banded, near):
+@pytest.mark.parametrize(
+    ("shape", "threshold"),
+    [((96, 64, 130), 0.25), ((32, 32, 17), 0.0), ((32, 64, 21), -0.1), ((1312, 32, 16), 0.25)],
+    ids=str,
+)
+def test_it_decides_as_its_reference(shape, threshold, tokens, dtype, weights, banded, near):
+    """Behind the last token and neuron, at a threshold of 0, nothing is predicted."""
     d, rank, f = shape
     fc1, fc2 = weights(rank, d, dtype), weights(f, rank, dtype)
-    z = banded(3 * torch.randn(tokens, d).to(torch.bfloat16))
+    z = banded(3 * torch.randn(tokens, d))
 
     hidden = predictor.hidden(z, fc1)
     near(hidden, predictor.reference(z, fc1, fc2)[0])
-    mask, chosen = predictor.select(hidden, fc2, 0.25)
+    mask, chosen = predictor.select(hidden, fc2, threshold)
 
     logits = hidden.double() @ dequantised(fc2).double().T
     token = torch.arange(tokens, device=z.device)
     got = ((chosen >> token[:, None]) & 1).bool()
-    differ = got != (logits >= 0.25)
+    differ = got != (logits >= threshold)
     # Codes times scales are rounded once more on the way to the tensor cores.
-    assert not (differ & ((logits - 0.25).abs() > 2e-3 * logits.abs().max())).any()
+    assert not (differ & ((logits - threshold).abs() > 2e-3 * logits.abs().max())).any()
     assert differ.float().mean() < 0.01
     assert torch.equal(bits.reference(mask, f), got.any(0))
+    assert not bits.reference(mask, 16 * len(mask))[f:].any()
+    assert (chosen >> tokens == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -84,6 +91,19 @@ def test_codes_are_ggmls_and_values_those_of_the_predictors_file(dtype):
     assert torch.equal(again.scale_NB, ours.scale_NB)
     assert ours.shape == (7, 96)
     assert ours.nbytes * 8 / weight.numel() == {"q8_0": 8.5, "q4_0": 4.5}[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_blocks_of_zeros_and_of_next_to_nothing_are_zero(dtype):
+    weight = torch.randn(3, 96)
+    weight[0, :32], weight[1, 32:64] = 0, 1e-41
+    ours = quantised(weight, dtype)
+    assert torch.equal(dequantised(ours), rounded(weight, dtype))
+    assert not dequantised(ours)[0, :32].any()
+    assert not dequantised(ours)[1, 32:64].any()
+    zero = {"q8_0": 0x80808080 - 2**32, "q4_0": 0x88888888 - 2**32}[dtype]
+    assert (ours.code_NC[0, : ours.bits] == zero).all()
+    assert (ours.code_NC[1, ours.bits : 2 * ours.bits] == zero).all()
 
 
 def test_what_has_no_blocks_is_refused():

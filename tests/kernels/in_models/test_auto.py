@@ -15,8 +15,9 @@ ALWAYS = {"exact": {0.0: 4}, "predicted": {0.0: 4}}
 
 
 @pytest.fixture(autouse=True)
-def _enough_threads(monkeypatch):
+def _all_was_measured(monkeypatch):
     monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads())
+    monkeypatch.setattr(measured, "MOST_RANK", 0.5)
 
 
 @pytest.fixture
@@ -74,7 +75,8 @@ def test_without_a_calibration_layers_are_exact(table, make, predictors):
     [
         ({"exact": {0.85: 4}, "predicted": {0.65: 4}}, ["predicted", "exact"]),
         ({"exact": {0.95: 4}, "predicted": {0.65: 4}}, ["predicted", "dense"]),
-        ({"exact": {0.85: 4}, "predicted": {0.75: 4}}, ["dense", "exact"]),
+        ({"exact": {0.85: 4}, "predicted": {0.75: 4}}, ["exact", "exact"]),
+        ({"exact": {0.95: 4}, "predicted": {0.75: 4}}, ["dense", "dense"]),
         ({"exact": {0.85: 0}, "predicted": {0.65: 0}}, ["dense", "dense"]),
         ({}, ["dense", "dense"]),
     ],
@@ -116,6 +118,16 @@ def test_small_models_are_dense(make, predictors):
     assert paths(sparsify_model(make("llama"), source)) == ["dense", "dense"]
 
 
+def test_ranks_above_those_that_were_measured_are_exact(monkeypatch, table, make, predictors):
+    table(ALWAYS)
+    source = predictors(calibration=[GOOD, GOOD])
+    share = source.layers[0].rank / make("llama").config.hidden_size
+    monkeypatch.setattr(measured, "MOST_RANK", share)
+    assert paths(sparsify_model(make("llama"), source)) == ["predicted"] * 2
+    monkeypatch.setattr(measured, "MOST_RANK", share - 0.01)
+    assert paths(sparsify_model(make("llama"), source)) == ["exact"] * 2
+
+
 def test_prompts_and_large_batches_are_the_models_own(table, make, predictors, ids, logits, near):
     table(ALWAYS)
     dense = make("prosparse")
@@ -127,9 +139,14 @@ def test_prompts_and_large_batches_are_the_models_own(table, make, predictors, i
     assert difference > 0.1
 
 
-def test_the_nearest_smaller_measurement_decides(monkeypatch):
+def test_the_nearest_measurements_decide(monkeypatch):
     small, large = {"exact": {0.7: 1, 0.9: 3}}, {"exact": {0.7: 8}}
-    shapes = {(10, 100, 3): small, (20, 100, 3): large, (11, 100, 2): {"exact": {0.0: 16}}}
+    shapes = {
+        (10, 100, 3): small,
+        (20, 100, 3): large,
+        (40, 100, 3): {"exact": {0.7: 2}},
+        (11, 100, 2): {"exact": {0.0: 16}},
+    }
     monkeypatch.setattr(measured, "MOST_TOKENS", {"cuda": shapes})
 
     def tokens(hidden: int, sparsity: float | None, matrices: int = 3, path: str = "exact") -> int:
@@ -140,7 +157,9 @@ def test_the_nearest_smaller_measurement_decides(monkeypatch):
     assert tokens(19, 0.89) == 1
     assert tokens(19, 0.69) == 0
     assert tokens(19, None) == 1
-    assert tokens(30, 0.9) == 8
+    assert tokens(20, 0.9) == 8
+    assert tokens(30, 0.9) == 2
+    assert tokens(50, 0.9) == 2
     assert tokens(30, 0.9, matrices=2) == 16
     assert tokens(30, 0.9, path="predicted") == 0
     assert most_tokens("exact", 0.9, device="cpu", shape=(99, 99, 3)) == 0

@@ -72,3 +72,21 @@ def test_rows_that_nobody_needs_are_not_read():
     weights.gate_FD[unpredicted] = torch.nan
     weights.up_FD[silent] = weights.down_FD[silent] = torch.nan
     assert torch.equal(plain.over_rows(x, weights, predicted), want)
+
+
+def test_a_nan_is_seen():
+    weights = FFN(*(torch.randn(24, 16) for _ in range(3)))
+    x = torch.randn(2, 16)
+    x[1, 3] = torch.nan
+    for product in (plain.over_rows, plain.dense):
+        y = product(x, weights)
+        assert y[1].isnan().all()
+        assert not y[0].isnan().any()
+
+
+def test_rows_are_summed_in_the_weights_dtype_under_autocast():
+    weights = FFN(*(torch.randn(24, 16) for _ in range(3)))
+    x = torch.randn(1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = plain.over_rows(x, weights)
+    assert torch.equal(got, plain.over_rows(x, weights))
