@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import check_length, load_model
+from sparsecast.collect.models import load_model, positions
 from sparsecast.collect.progress import bar, console
+from sparsecast.collect.tokens import encode
 from sparsecast.kernels.bundle import is_bundle
 from sparsecast.kernels.decode import Decoder
 from sparsecast.kernels.module import SparseFFN
@@ -52,8 +53,8 @@ class BenchGenerateConfig:
     rounds: int = 5
     """Runs of each policy."""
 
-    prompt: str = "def "
-    """What all of them continue."""
+    prompt: str = "import os\n"
+    """What all of them continue, behind BOS where the tokenizer has one."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -95,8 +96,16 @@ def bench(cfg: BenchGenerateConfig) -> dict[str, Any]:
         dtype=cfg.dtype,
         activation_threshold=cfg.activation_threshold,
     )
-    prompt_S: Tensor = tokenizer(cfg.prompt, return_tensors="pt")["input_ids"][0]
-    check_length(len(prompt_S) + cfg.tokens, model, cfg.model)
+    prompt_S = torch.tensor(encode(tokenizer, cfg.prompt, sys.maxsize), dtype=torch.int64)
+    if not len(prompt_S):
+        raise InputError("--prompt: is empty, and this tokenizer has no BOS; give some text")
+    most = positions(model)
+    if len(prompt_S) + cfg.tokens > most:
+        raise InputError(
+            f"--tokens: got {cfg.tokens}, but {cfg.model} was made for {most:g} positions and the "
+            f"prompt has {len(prompt_S)}; choose at most {most - len(prompt_S):g}, or a shorter "
+            "--prompt"
+        )
     models = {"dense": model}
     models |= {name: sparsify_model(_twin(model), cfg.predictors, name) for name in cfg.policies}
     rates: dict[str, list[float]] = {name: [] for name in models}

@@ -176,8 +176,8 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
         os.environ.setdefault(variable, value)
     from sparsecast.collect.errors import InputError
 
-    config_type = _load(stage.config)
     try:
+        config_type = _load(stage.config)
         config = config_type(**_parse(name, config_type, stage.positional, args))
         run = _load(stage.run)
         _quiet()

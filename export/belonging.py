@@ -19,6 +19,7 @@ from sparsecast.predictors.checkpoint import (
     PredictorSet,
     check_fits,
     load_predictors,
+    used_otherwise,
 )
 
 
@@ -70,13 +71,4 @@ def differences(
             f"fingerprint {checkpoint.fingerprint}"
         )
     convention = family_of(checkpoint.config, model).convention
-    if manifest.convention != convention:
-        found.append(
-            f"trained on the input {manifest.convention!r}, but PowerInfer gives predictors of "
-            f"{model} the input {convention!r}"
-        )
-    theirs = ActivationRule(manifest.activation, manifest.activation_threshold)
-    if (theirs.on_up, theirs.threshold) != (rule.on_up, rule.threshold):
-        lost = f" (--activation-threshold {theirs.threshold:g}?)" if theirs.threshold else ""
-        found.append(f"trained for {theirs} in the FFN, but {model} has {rule}{lost}")
-    return found
+    return found + used_otherwise(manifest, rule, convention, model)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import activation_rule
+from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.models import set_activation
 from sparsecast.export.config import SUFFIX
 from sparsecast.export.header import Header, header_of
@@ -59,7 +59,8 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
     """Copy every tensor but the predictors into `model`, in place, and set its activation.
 
     Raises:
-        InputError: The file is of another architecture or of other shapes; nothing was changed.
+        InputError: The file is of another architecture or of other shapes, or holds numbers that
+            are not finite; nothing was changed.
     """
     name, header = str(model.config.name_or_path), header_of(file)
     drelu = activation_rule(model.config, name).on_up
@@ -74,6 +75,9 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
     tied = bool(model.config.tie_word_embeddings)
     rows = list(model_rows(arch, header.layers, tied=tied, norms=norms))
     targets = {row.target: _parameter(model, row, file) for row in rows}
+    for row in rows:
+        if not file.tensor(row.target).isfinite().all():
+            raise InputError(f"{file.path}: {row.target} is not finite; export it again")
     if tied and arch != "opt":
         _untie(model, file, targets)
     for row in rows:
@@ -81,10 +85,19 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
         targets[row.target].copy_(_as_in_source(stored, row, header))
     if not drelu:
         set_activation(model, ActivationRule("relu"))
+        _say_relu(model)
     if arch == "opt":
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 0.0
+
+
+def _say_relu(model: PreTrainedModel) -> None:
+    """In the config too, so that the model is the same after it was saved."""
+    config: Any = model.config
+    setattr(config, family_of(config, str(config.name_or_path)).act_key, "relu")
+    if hasattr(config, "hidden_act_param"):
+        del config.hidden_act_param
 
 
 def _predictor(file: GGUFFile, layer: int) -> Predictor:

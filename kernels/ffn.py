@@ -54,7 +54,7 @@ class PredictorWeights(NamedTuple):
     """logits = fc2 @ relu(fc1 @ z); a neuron is predicted where its logit >= threshold."""
 
     fc1_RD: Tensor | Quantised
-    """A float16 or bfloat16 tensor, or blocks of q8_0 or q4_0. Beside float16 and blocks, inputs are
+    """A float16 or bfloat16 tensor, or blocks of q8_0 or q4_0. What meets float16 or blocks is
     rounded to float16, whose largest number is 65504."""
     fc2_FR: Tensor | Quantised
     threshold: float = 0.0

@@ -27,12 +27,13 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import Family, activation_rule, family_of
 from sparsecast.collect.models import ffn_shape
+from sparsecast.export.traffic import scored
 from sparsecast.kernels.bundle import is_bundle, load_weights, open_bundle
 from sparsecast.kernels.ffn import FFN, PredictorWeights
 from sparsecast.kernels.measured import most_tokens
 from sparsecast.kernels.module import SparseFFN, runs_kernels
 from sparsecast.kernels.quantised import Quantised, quantised
-from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, check_use, load_predictors
 from sparsecast.predictors.mlp import Predictor
 
 POLICIES = ("exact", "predicted", "auto")
@@ -40,7 +41,7 @@ POLICIES = ("exact", "predicted", "auto")
 
 def sparsify_model(
     model: PreTrainedModel,
-    source: str | Path | PredictorSet | None,
+    source: str | Path | PredictorSet | None = None,
     policy: str = "auto",
     *,
     least_recall: float = 0.9,
@@ -84,6 +85,9 @@ def sparsify_model(
     if predictors is not None:
         where = "the predictors" if isinstance(source, PredictorSet) else str(source)
         _check_belongs(predictors, where, model, name)
+        if file is None:  # a bundle computes what it says itself
+            rule = _rule(layers[0], family, model, name)
+            check_use(predictors, where, rule, family.convention, name)
     if file is not None:
         load_weights(file, model)
     bounds = (least_recall, least_energy_recall)
@@ -182,6 +186,15 @@ def _rule(layer: nn.Module, family: Family, model: PreTrainedModel, name: str) -
 def _check_belongs(predictors: PredictorSet, where: str, model: PreTrainedModel, name: str) -> None:
     layers, hidden_size, ffn_width = ffn_shape(model)
     manifest = predictors.manifest
+    if manifest is not None and not (
+        scored(manifest.calibration, layers)
+        and isinstance(manifest.activation_threshold, (int, float))
+    ):
+        raise InputError(
+            f"{where}: expected in manifest.json a number under activation_threshold, and under "
+            "calibration recall and predicted_sparsity of every layer, from 0 to 1; copy the whole "
+            "folder again"
+        )
     if (Path(name) / "config.json").is_file():
         fingerprint = Checkpoint(name).fingerprint
     else:

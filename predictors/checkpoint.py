@@ -18,6 +18,7 @@ from zipfile import BadZipFile, is_zipfile
 
 import torch
 
+from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import new_folder, read_json, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.predictors.formats import BITS, BLOCK, rounded
@@ -249,3 +250,29 @@ def check_belongs(
             f"{where}: was trained for {manifest.model} (fingerprint {manifest.fingerprint}), but "
             f"{model} has fingerprint {fingerprint}; train predictors for this model"
         )
+
+
+def used_otherwise(
+    manifest: PredictorManifest, rule: ActivationRule, convention: str, model: str
+) -> list[str]:
+    """What the manifest says of the predictors' input and of the activation that is not so."""
+    found = []
+    if manifest.convention != convention:
+        found.append(
+            f"trained on the input {manifest.convention!r}, but PowerInfer gives predictors of "
+            f"{model} the input {convention!r}"
+        )
+    theirs = ActivationRule(manifest.activation, manifest.activation_threshold)
+    if (theirs.on_up, theirs.threshold) != (rule.on_up, rule.threshold):
+        lost = f" (--activation-threshold {theirs.threshold:g}?)" if theirs.threshold else ""
+        found.append(f"trained for {theirs} in the FFN, but {model} has {rule}{lost}")
+    return found
+
+
+def check_use(
+    predictors: PredictorSet, where: str, rule: ActivationRule, convention: str, model: str
+) -> None:
+    """Refuse predictors that were trained for another input or activation."""
+    manifest = predictors.manifest
+    if manifest is not None and (odd := used_otherwise(manifest, rule, convention, model)):
+        raise InputError(f"{where}: {'; '.join(odd)}; give predictors of this model")

@@ -24,13 +24,13 @@ from sparsecast.collect.atomic import write_json
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import activation_rule
+from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.models import embedding_rows, ffn_shape, load_model, set_activation
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import TokenBatch, batches
-from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, check_use, load_predictors
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.in_loop import exact_ffn, predicted_ffn
 
@@ -43,8 +43,8 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     Memory beyond the model: one batch's logits and one layer's mask.
 
     Raises:
-        InputError: See `load_model`, `load_predictors`, `check_belongs` and `documents`; no
-            held-out text in the corpus.
+        InputError: See `load_model`, `load_predictors`, `check_belongs`, `check_use` and
+            `documents`; no held-out text in the corpus.
     """
     predictors = load_predictors(cfg.predictors)
     model, tokenizer = load_model(
@@ -63,6 +63,9 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         fingerprint=Checkpoint(cfg.model).fingerprint,
         model=cfg.model,
     )
+    rule = activation_rule(model.config, cfg.model)
+    convention = family_of(model.config, cfg.model).convention
+    check_use(predictors, str(cfg.predictors), rule, convention, cfg.model)
     data = list(
         batches(
             assign(documents(cfg.corpus, seq_len=cfg.seq_len)),

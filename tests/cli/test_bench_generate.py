@@ -12,6 +12,7 @@ from sparsecast.cli.bench_generate import BenchGenerateConfig, bench
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
+from sparsecast.collect.tokens import encode
 from sparsecast.kernels.decode import Decoder
 from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
 from sparsecast.predictors.mlp import Predictor
@@ -71,10 +72,13 @@ def test_every_policy_generates_and_is_compared(cfg, model_folder):
 
 def test_the_tokens_are_those_of_generate(cfg, model_folder):
     model, tokenizer = load_model(str(model_folder), device="cpu")
-    ids = tokenizer(cfg.prompt, return_tensors="pt")["input_ids"]
+    ids = torch.tensor([encode(tokenizer, cfg.prompt, 99)])
+    assert ids[0, 0] == tokenizer.bos_token_id
     want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
     decoder = Decoder(model, ids[0], 12)
     assert decoder.run()[0] == decoder.run()[0] == want[0, ids.shape[1] :].tolist()
+    assert bench(cfg)["prompt_tokens"] == ids.shape[1]
+    assert bench(replace(cfg, prompt="", policies=["exact"]))["prompt_tokens"] == 1
 
 
 def test_what_cannot_be_compared_is_told(cfg, predictors, tmp_path):
@@ -82,8 +86,13 @@ def test_what_cannot_be_compared_is_told(cfg, predictors, tmp_path):
         replace(cfg, policies=["exact", "dense"])
     with pytest.raises(InputError, match="--tokens: must be at least 2, got 1"):
         replace(cfg, tokens=1)
-    with pytest.raises(InputError, match="made for 256 positions"):
+    told = r"--tokens: got 300, but .* made for 256 positions .* choose at most 2\d\d, or a shorter"
+    with pytest.raises(InputError, match=told):
         bench(replace(cfg, tokens=300))
+    with pytest.raises(
+        InputError, match=r"trained for fatrelu\(0.2\) in the FFN, but .* fatrelu\(0.7"
+    ):
+        bench(replace(cfg, activation_threshold=0.7))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "m.powerinfer.gguf").touch()
     with pytest.raises(InputError, match="is a bundle"):

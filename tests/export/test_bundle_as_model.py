@@ -187,3 +187,26 @@ def test_a_damaged_bundle_is_told(bundle, model_folder):
     path.write_bytes(path.read_bytes()[:-4096])
     with pytest.raises(InputError, match="truncated"):
         sparsify_model(model, bundle, "predicted")
+
+
+def test_a_bundle_with_a_nan_is_told_and_changes_nothing(bundle, model_folder, ids):
+    model, _ = load_model(str(model_folder), device="cpu", dtype="float32")
+    before = model_logits(model, ids[:1])
+    file = GGUFFile(bundle_file(bundle))
+    stored = file.tensor("blk.1.ffn_up.weight")
+    place = file.path.read_bytes().index(stored.numpy().tobytes()[:64])
+    with file.path.open("r+b") as out:
+        out.seek(place)
+        out.write(b"\xff\xff")
+    with pytest.raises(InputError, match=r"blk.1.ffn_up.weight is not finite; export it again"):
+        sparsify_model(model, bundle, "predicted")
+    assert torch.equal(model_logits(model, ids[:1]), before)
+
+
+def test_saved_it_is_still_the_bundles_model(made, model_folder, ids, tmp_path):
+    model, tokenizer = load_model(str(model_folder), device="cpu", dtype="float32")
+    sparsify_model(model, made, "exact")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_model(str(tmp_path), device="cpu", dtype="float32")
+    assert torch.allclose(model_logits(again, ids[:1]), model_logits(model, ids[:1]), atol=1e-5)

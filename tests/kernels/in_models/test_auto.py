@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -131,7 +133,9 @@ def test_ranks_above_those_that_were_measured_are_exact(monkeypatch, table, make
 def test_prompts_and_large_batches_are_the_models_own(table, make, predictors, ids, logits, near):
     table(ALWAYS)
     dense = make("prosparse")
-    model = sparsify_model(make("prosparse"), predictors(calibration=[GOOD, GOOD]))
+    source = predictors(calibration=[GOOD, GOOD])
+    fatrelu = replace(source.manifest, activation="fatrelu", activation_threshold=0.3)
+    model = sparsify_model(make("prosparse"), replace(source, manifest=fatrelu))
 
     for shape in ((1, 5), (5, 1), (1, 40)):
         near(logits(model, ids(*shape)), logits(dense, ids(*shape)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from sparsecast.collect.models import load_model
 from sparsecast.kernels.module import SparseFFN
 from sparsecast.kernels.sparse_model import sparsify_model
 from sparsecast.predictors.checkpoint import PredictorSet
+
+SCORES = {"recall": 1.0, "predicted_sparsity": 0.5}
 
 
 def refused(model, source, policy, match) -> None:
@@ -39,9 +43,28 @@ def test_the_fingerprint_counts_where_the_model_has_a_folder(model_folder, tmp_p
     model = load_model(str(model_folder), device="cpu")[0]
     layer = predictors().layers[0]
     wide = type(layer)(layer.fc1_RD, torch.randn(1280, 32).half())
-    manifest = predictors(calibration=[{"recall": 1.0}] * 3).manifest
+    manifest = predictors(calibration=[SCORES] * 3).manifest
     refused(model, PredictorSet([wide] * 3, 0.0, manifest), "predicted", "fingerprint")
     sparsify_model(model, PredictorSet([wide] * 3, 0.0, None), "predicted")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"activation": "fatrelu", "activation_threshold": 0.1}, r"fatrelu\(0.1\) in the FFN, but"),
+        ({"activation": "drelu"}, "trained for drelu in the FFN"),
+        ({"convention": "ffn-input"}, "trained on the input 'ffn-input'"),
+        ({"calibration": [SCORES]}, "recall and predicted_sparsity of every layer"),
+        ({"calibration": [SCORES, 3]}, "recall and predicted_sparsity of every layer"),
+        ({"calibration": [SCORES, {**SCORES, "recall": None}]}, "recall and predicted_sparsity"),
+        ({"activation_threshold": "0"}, "a number under activation_threshold"),
+    ],
+)
+def test_predictors_for_another_use(changed, match, make, predictors):
+    source = predictors(calibration=[SCORES] * 2)
+    source = replace(source, manifest=replace(source.manifest, **changed))
+    for policy in ("predicted", "auto"):
+        refused(make("llama"), source, policy, match)
 
 
 def test_models_and_layers(make):
