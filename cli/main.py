@@ -147,7 +147,7 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run one stage and exit with its code."""
     args = sys.argv[1:] if argv is None else argv
-    if args[:1] in (["-h"], ["--help"]):
+    if args[:1] in (["-h"], ["--help"]) or args[:2] in (["bench", "-h"], ["bench", "--help"]):
         sys.stdout.write(usage() + "\n")
         return
     if args[:1] == ["--version"]:

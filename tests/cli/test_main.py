@@ -36,6 +36,12 @@ def test_help_lists_every_stage_and_imports_no_torch():
         assert stage.help in done.stdout
 
 
+@pytest.mark.parametrize("args", [["--help"], ["bench", "--help"], ["bench", "-h"]])
+def test_benchmarks_are_among_the_stages(args, capsys):
+    main(args)
+    assert "bench kernels" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_documents_its_options_with_dashes(stage, capsys):
     with pytest.raises(SystemExit) as exit_info:
