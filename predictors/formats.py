@@ -85,7 +85,7 @@ def q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     blocks = x_NK.float().reshape(*x_NK.shape[:-1], -1, BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(largest, 127).div(largest)
-    codes = (blocks * torch.where(largest == 0, 0.0, inverse)).round()
+    codes = (blocks * torch.where(inverse.isfinite(), inverse, 0.0)).round()
     return (largest[..., 0] / 127).half().float(), codes
 
 
@@ -103,4 +103,6 @@ def check_widths(dtype: str, *, rank: int, hidden_size: int) -> None:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0.0, 1 / scale)
+    """1 / scale; 0 where that is no number, which stands for a block of zeros or nearly so."""
+    inverse = 1 / scale
+    return torch.where(inverse.isfinite(), inverse, 0.0)

@@ -168,3 +168,14 @@ def test_inputs_of_products_are_rounded_to_the_formats_partner(dtype):
     x = torch.randn(4, 64)
     partner = "f16" if dtype == "f16" else "q8_0"
     assert torch.equal(rounded_input(x, dtype), rounded(x, partner))
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("tiny", [0.0, 1e-41, -1e-39])
+def test_blocks_of_next_to_nothing_are_zeros_and_not_nan(tiny, dtype):
+    values = torch.full((2, 64), tiny)
+    values[0, 32:] = 1.0
+    for held in (rounded(values, dtype), rounded_input(values, dtype)):
+        assert (held[0, :32] == 0).all()
+        assert (held[1] == 0).all()
+        assert ((held[0, 32:] - 1).abs() < 1e-3).all()
