@@ -120,17 +120,9 @@ def _show(values: dict[str, Any]) -> None:
     )
     table = Table()
     names = (
-        "shape",
-        "batch",
-        "sparsity",
-        "step",
-        "us",
-        "dense us",
-        "speedup",
-        "GB/s",
-        "of copy",
-        "auto",
-    )
+        "shape", "batch", "sparsity", "step",
+        "us", "dense us", "speedup", "GB/s", "of copy", "auto",
+    )  # fmt: skip
     for name in names:
         table.add_column(name, justify="left" if name in ("shape", "step") else "right")
     for row in values["rows"]:

@@ -42,15 +42,7 @@ def predictors_for(
         model=checkpoint.source,
     )
     manifest = predictors.manifest
-    if manifest is not None and not (
-        scored(manifest.calibration, hyper.layers)
-        and isinstance(manifest.activation_threshold, (int, float))
-    ):
-        raise InputError(
-            f"{folder / 'manifest.json'}: expected a number under activation_threshold, and under "
-            "calibration recall and predicted_sparsity of every layer, from 0 to 1; copy the whole "
-            "folder again"
-        )
+    check_numbers(manifest, hyper.layers, str(folder / "manifest.json"))
     odd = [] if manifest is None else differences(manifest, checkpoint, hyper.activation)
     if odd and not force:
         raise InputError(
@@ -58,6 +50,19 @@ def predictors_for(
             "--force"
         )
     return predictors, odd
+
+
+def check_numbers(manifest: PredictorManifest | None, layers: int, where: str) -> None:
+    """Refuse a manifest, if there is one, without the numbers that are read from it."""
+    if manifest is not None and not (
+        scored(manifest.calibration, layers)
+        and isinstance(manifest.activation_threshold, (int, float))
+    ):
+        raise InputError(
+            f"{where}: expected a number under activation_threshold, and under "
+            "calibration recall and predicted_sparsity of every layer, from 0 to 1; copy the whole "
+            "folder again"
+        )
 
 
 def differences(

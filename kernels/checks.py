@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparsecast.kernels.launch import padded
-from sparsecast.kernels.quantised import BLOCK, Quantised
+from sparsecast.kernels.quantised import Quantised
+from sparsecast.predictors.formats import BLOCK
 
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -44,6 +44,12 @@ def fired(gate, threshold, dtype: tl.constexpr):
     return tl.where((gate < threshold) | (gate <= 0), 0.0, gate)
 
 
+@triton.jit
+def fires(act_NT):
+    """Which neurons fired for any token."""
+    return tl.max((act_NT != 0).to(tl.int32), 1) > 0
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _kernel(
     x,
@@ -76,7 +82,7 @@ def _kernel(
         act + f[:, None] * tokens + t[None, :], rounded(act_FT, x.dtype.element_ty), mask=ok_FT
     )
     w = tl.program_id(0) * (BLOCK_F // 16) + tl.arange(0, BLOCK_F // 16)
-    tl.store(mask + w, words(tl.max((act_FT != 0).to(tl.int32), 1) > 0), mask=w * 16 < F)
+    tl.store(mask + w, words(fires(act_FT)), mask=w * 16 < F)
 
 
 def gate(

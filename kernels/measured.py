@@ -6,8 +6,8 @@ means that at this sparsity (true sparsity for `exact`, predicted sparsity for `
 took no longer than the dense FFN for one token and every measured batch up to that many. Between
 two measured shapes both must say so; a shape above all of them counts as the largest, a sparsity
 between two as the lower. What lies below all that was measured is dense, and so are predictors of
-a larger rank than was measured, and FFNs of two matrices on a GPU. An H100 stands for
-every CUDA device.
+a larger rank than was measured, and FFNs of two matrices on a GPU. An H100 stands for every CUDA
+device.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def most_tokens(
     if not below:
         return 0
     nearest = [max(below), min(above, default=max(below))]
-    return min(_at(by_size[size], sparsity) for size in nearest)
+    return min(_at(by_size[measured], sparsity) for measured in nearest)
 
 
 def _at(by_sparsity: Sparsities, sparsity: float | None) -> int:

@@ -49,7 +49,8 @@ def dense(x_TD: Tensor, ffn: FFN, predicted_TF: Tensor | None = None) -> Tensor:
 def over_rows(x_TD: Tensor, ffn: FFN, predicted_TF: Tensor | None = None) -> Tensor:
     """The same sums over fewer rows."""
     weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
-    y_TD: Tensor = _over_rows(x_TD, predicted_TF, *weights, _cut(ffn), ffn.act == "drelu")
+    with torch.autocast(x_TD.device.type, enabled=False):  # rows are summed in one dtype
+        y_TD: Tensor = _over_rows(x_TD, predicted_TF, *weights, _cut(ffn), ffn.act == "drelu")
     return y_TD
 
 
@@ -65,19 +66,6 @@ def _over_rows(
     cut: float,
     relu_up: bool,
 ) -> torch.Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # rows are summed in one dtype
-        return _sum_of_rows(x, predicted, FFN(gate, up, down, up_bias, down_bias), cut, relu_up)
-
-
-@_over_rows.register_fake
-def _shape(x: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _sum_of_rows(
-    x: Tensor, predicted: Tensor | None, ffn: FFN, cut: float, relu_up: bool
-) -> Tensor:
-    gate, up, down, up_bias, down_bias = ffn[:5]
     first = up if gate is None else gate
     if predicted is None:
         act_TF = _fired(functional.linear(x, first, up_bias), cut)
@@ -99,6 +87,11 @@ def _sum_of_rows(
             x1_TK = x1_TK * (up_TK.relu() if relu_up else up_TK)
         y.addmm_(x1_TK, down.index_select(0, row_K))
     return y
+
+
+@_over_rows.register_fake
+def _shape(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 def _fired(gate_TF: Tensor, cut: float) -> Tensor:

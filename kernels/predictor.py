@@ -133,8 +133,7 @@ def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
     (tokens, d), (rank, _) = z_TD.shape, fc1_RD.shape
     hidden_TR = torch.empty(tokens, rank, dtype=_kept(fc1_RD), device=z_TD.device)
     bits = _bits(fc1_RD)
-    pad = _padded(tokens, bits)
-    config = HIDDEN_CONFIGS[1 if pad <= 4 else 16, bits]
+    pad, config = _tiles(HIDDEN_CONFIGS, tokens, bits)
     _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
         z_TD, *_parts(fc1_RD), hidden_TR, tokens, rank,
         K=d, BITS=bits, T=pad, **config, **options(z_TD),
@@ -154,8 +153,8 @@ def select(
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=device)
     chosen_F = torch.empty(f, dtype=torch.int32, device=device)
     bits = _bits(fc2_FR)
-    pad = _padded(tokens, bits)
-    config = _fitted(SELECT_CONFIGS[1 if pad <= 4 else 16, bits], rank)
+    pad, config = _tiles(SELECT_CONFIGS, tokens, bits)
+    config = _fitted(config, rank)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
         hidden_TR, *_parts(fc2_FR), mask_W, chosen_F, threshold, tokens, f,
         K=rank, BITS=bits, T=pad, **config, **options(hidden_TR),
@@ -173,9 +172,7 @@ def _parts(weight: Tensor | Quantised) -> tuple[Tensor, Tensor]:
 
 
 def _bits(weight: Tensor | Quantised) -> int:
-    if isinstance(weight, Tensor):
-        return 16
-    return weight.bits
+    return 16 if isinstance(weight, Tensor) else weight.bits
 
 
 def _fitted(config: dict[str, int], rank: int) -> dict[str, int]:
@@ -186,5 +183,11 @@ def _fitted(config: dict[str, int], rank: int) -> dict[str, int]:
     return config
 
 
-def _padded(tokens: int, bits: int) -> int:
-    return triton.next_power_of_2(tokens) if bits < 16 and tokens <= 4 else padded(tokens)
+def _tiles(
+    table: dict[tuple[int, int], dict[str, int]], tokens: int, bits: int
+) -> tuple[int, dict[str, int]]:
+    """Padded tokens, and the blocks for them."""
+    if bits < 16 and tokens <= 4:
+        return triton.next_power_of_2(tokens), table[1, bits]
+    pad = padded(tokens)
+    return pad, table[pad, bits]

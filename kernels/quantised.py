@@ -4,10 +4,9 @@ A thread takes a unit of 16 bytes: 4 words of 32 bits. Field p of word w, counte
 bits, is the code of the unit's column 4 p + w, so that one mask gives four neighbours. Codes are
 unsigned: q8_0's are kept plus 128.
 
-The formats are ggml's (ggml-quants.c, `quantize_row_q8_0_reference` and its sister of q4_0): blocks
-of 32 along a row, w = d q with d = max |w| / 127 in q8_0, w = d (q - 8) with d = (the w of largest
-magnitude) / -8 in q4_0, d kept in float16. Quantising is idempotent, so values that were rounded to
-a format once get the codes that stand in PowerInfer's file.
+Codes and scales are those of the predictors' formats (predictors/formats.py). Quantising is
+idempotent, so values that were rounded to a format once get the codes that stand in PowerInfer's
+file.
 
 Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C words of a row.
 """
@@ -19,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 32
+from sparsecast.predictors.formats import BLOCK, scales_and_codes
+
 WORDS = 4
 """Of a unit."""
 
@@ -59,15 +59,10 @@ def quantised(weight_NK: Tensor, dtype: str) -> Quantised:
             f"weight: {dtype} stores rows in blocks of {BLOCK}, but its shape is "
             f"{tuple(weight_NK.shape)}; use f16 weights instead"
         )
-    blocks = weight_NK.float().reshape(len(weight_NK), -1, BLOCK)
-    if dtype == "q8_0":
-        scale = blocks.abs().amax(-1, keepdim=True) / 127
-        code = (blocks * _inverse(scale)).round() + 128
-    else:
-        scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
-        code = (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15)
+    scale, code = scales_and_codes(weight_NK, dtype)
     bits = 8 if dtype == "q8_0" else 4
-    return Quantised(_packed(code.flatten(1), bits), scale.squeeze(-1).half().contiguous())
+    unsigned_NK = (code + (1 << bits - 1)).flatten(1)
+    return Quantised(_packed(unsigned_NK, bits), scale.squeeze(-1).half().contiguous())
 
 
 def dequantised(weight: Tensor | Quantised) -> Tensor:
@@ -91,9 +86,3 @@ def _unpacked(code_NC: Tensor, bits: int) -> Tensor:
     shift = torch.arange(0, 32, bits, dtype=torch.int32, device=code_NC.device)
     fields: Tensor = (words >> shift[:, None]) & (2**bits - 1)
     return fields.flatten(1)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale; 0 where that is no number."""
-    inverse = 1 / scale
-    return torch.where(inverse.isfinite(), inverse, 0.0)

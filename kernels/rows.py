@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.bits import kth_ones, ones, words_before
-from sparsecast.kernels.gate import fired
+from sparsecast.kernels.gate import fired, fires
 from sparsecast.kernels.launch import after_previous, options, padded, start_next
 from sparsecast.kernels.products import products, rounded
 
@@ -143,7 +143,7 @@ def _kernel(
             act_NT = act_NT.to(tl.float32)
         if HAS_UP:
             # What the gate's set names fires, so that up need not wait for act.
-            fires_N = in_N & (tl.max((act_NT != 0).to(tl.int32), 1) > 0) if COMPUTES_GATE else in_N
+            fires_N = in_N & fires(act_NT) if COMPUTES_GATE else in_N
             up_NT = products(up, n, fires_N, x, tokens, D, BLOCK_D, STAGES, T)
             if RELU_UP:
                 up_NT = tl.maximum(up_NT, 0.0)

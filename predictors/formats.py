@@ -31,16 +31,20 @@ def rounded(weight_NK: Tensor, dtype: str) -> Tensor:
     """The values that a file of this format holds, float32."""
     if dtype == "f16":
         return weight_NK.half().float()
+    scale, code = scales_and_codes(weight_NK, dtype)
+    values: Tensor = code * scale.half().float()
+    return values.flatten(-2)
+
+
+def scales_and_codes(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Of q8_0 or q4_0: scales (..., K / 32, 1) before their rounding to f16, and codes
+    (..., K / 32, 32) with 0 for a weight of 0, both float32."""
     blocks = weight_NK.float().reshape(*weight_NK.shape[:-1], -1, BLOCK)
     if dtype == "q8_0":
         scale = blocks.abs().amax(-1, keepdim=True) / 127
-        codes = (blocks * _inverse(scale)).round()
-    else:
-        place = blocks.abs().argmax(-1, keepdim=True)
-        scale = blocks.gather(-1, place) / -8
-        codes = (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15) - 8
-    values: Tensor = codes * scale.half().float()
-    return values.flatten(-2)
+        return scale, (blocks * _inverse(scale)).round()
+    scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
+    return scale, (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15) - 8
 
 
 def straight_through(weight_NK: Tensor, dtype: str) -> Tensor:
