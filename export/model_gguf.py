@@ -39,8 +39,8 @@ from sparsecast.export.hyper import Hyper
 from sparsecast.export.names import Layout, Row, arranged, model_rows, predictor_names
 from sparsecast.export.stored import Planned, one_thread, slabs
 from sparsecast.export.vocab import Vocabulary
+from sparsecast.predictors.blocks import BLOCK
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.formats import BLOCK
 
 MAGIC = b"PWRI"
 KEY_THRESHOLD = "powerinfer.sparse_threshold"

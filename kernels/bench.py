@@ -34,7 +34,7 @@ from sparsecast.kernels.bench_checks import (
 )
 from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
 from sparsecast.kernels.measured import most_tokens
-from sparsecast.predictors.formats import BLOCK
+from sparsecast.predictors.blocks import BLOCK
 
 SHAPES = {"1b": (1536, 3840), "7b": (4096, 11008), "13b": (5120, 13824), "70b": (8192, 28672)}
 """(D, F): MiniCPM-S-1B, Llama 2 7B and 13B, Llama 2 70B."""

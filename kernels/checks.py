@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsecast.kernels.launch import padded
 from sparsecast.kernels.quantised import Quantised
-from sparsecast.predictors.formats import BLOCK
+from sparsecast.predictors.blocks import BLOCK
 
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -4,9 +4,8 @@ A thread takes a unit of 16 bytes: 4 words of 32 bits. Field p of word w, counte
 bits, is the code of the unit's column 4 p + w, so that one mask gives four neighbours. Codes are
 unsigned: q8_0's are kept plus 128.
 
-Codes and scales are those of the predictors' formats (predictors/formats.py). Quantising is
-idempotent, so values that were rounded to a format once get the codes that stand in PowerInfer's
-file.
+Codes and scales are ggml's (predictors/blocks.py). Quantising is idempotent, so values that were
+rounded to a format once get the codes that stand in PowerInfer's file.
 
 Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C words of a row.
 """
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecast.predictors.formats import BLOCK, scales_and_codes
+from sparsecast.predictors.blocks import BLOCK, scales_and_codes
 
 WORDS = 4
 """Of a unit."""

@@ -21,7 +21,8 @@ import torch
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import new_folder, read_json, write_json
 from sparsecast.collect.errors import InputError
-from sparsecast.predictors.formats import BITS, BLOCK, rounded
+from sparsecast.predictors.blocks import BLOCK
+from sparsecast.predictors.formats import BITS, rounded
 from sparsecast.predictors.mlp import Predictor
 
 FORMAT_VERSION = 2

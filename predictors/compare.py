@@ -25,11 +25,12 @@ from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.bias import bias_of
+from sparsecast.predictors.blocks import BLOCK
 from sparsecast.predictors.calibrate import constant_of
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import layer_batches
-from sparsecast.predictors.formats import BITS, BLOCK, check_widths
+from sparsecast.predictors.formats import BITS, check_widths
 from sparsecast.predictors.in_loop import predicted_ffn
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
 from sparsecast.predictors.objective import recorded_documents

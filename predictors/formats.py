@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from sparsecast.collect.errors import InputError
+from sparsecast.predictors.blocks import BLOCK, scales_and_codes
 from sparsecast.predictors.fused import fused
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 """Stored bits per weight."""
-BLOCK = 32
 
 
 def rounded(weight_NK: Tensor, dtype: str) -> Tensor:
@@ -34,17 +34,6 @@ def rounded(weight_NK: Tensor, dtype: str) -> Tensor:
     scale, code = scales_and_codes(weight_NK, dtype)
     values: Tensor = code * scale.half().float()
     return values.flatten(-2)
-
-
-def scales_and_codes(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Of q8_0 or q4_0: scales (..., K / 32, 1) before their rounding to f16, and codes
-    (..., K / 32, 32) with 0 for a weight of 0, both float32."""
-    blocks = weight_NK.float().reshape(*weight_NK.shape[:-1], -1, BLOCK)
-    if dtype == "q8_0":
-        scale = blocks.abs().amax(-1, keepdim=True) / 127
-        return scale, (blocks * _inverse(scale)).round()
-    scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
-    return scale, (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15) - 8
 
 
 def straight_through(weight_NK: Tensor, dtype: str) -> Tensor:
@@ -104,9 +93,3 @@ def check_widths(dtype: str, *, rank: int, hidden_size: int) -> None:
                 f"{width}; choose a multiple of {BLOCK}"
                 + (" with --rank" if name == "rank" else ", or f16")
             )
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale; 0 where that is no number, which stands for a block of zeros or nearly so."""
-    inverse = 1 / scale
-    return torch.where(inverse.isfinite(), inverse, 0.0)

@@ -19,9 +19,10 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.bias import BiasUnits, bias_of, bias_units
+from sparsecast.predictors.blocks import BLOCK
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import layer_batches
-from sparsecast.predictors.formats import BITS, BLOCK
+from sparsecast.predictors.formats import BITS
 from sparsecast.predictors.metrics import ScoreHistogram
 from sparsecast.predictors.warm_start import Moments, moments, reduced_rank
 
