@@ -67,7 +67,8 @@ def test_predictors_of_another_model_are_refused_unless_forced(
     assert f"## Predictors of another model The predictors were trained for {model_folder}" in card
     assert told in card
     assert f"sparsecast verify . --model {other} --engine" in card
-    assert told in " ".join(capsys.readouterr().err.replace("\n", "").split())
+    shown = "".join(capsys.readouterr().err.split())  # lines end where the terminal does
+    assert "".join(told.split()) in shown
     detail = verified(tmp_path / "b", corpus, model=str(other))["predictor model"]
     start = f"NOT for this model, exported with --force: trained for {model_folder}"
     assert detail.startswith(f"{start} (fingerprint {theirs})")
