@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecast.predictors.formats import q8_0_input
+from sparsecast.predictors.blocks import q8_0_input
 
 NEAR = 2.0**-20
 """Of the norms' product, which bounds the sum of the terms' sizes: 16 roundings of float32."""

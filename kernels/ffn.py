@@ -54,9 +54,10 @@ class PredictorWeights(NamedTuple):
     """logits = fc2 @ relu(fc1 @ z); a neuron is predicted where its logit >= threshold."""
 
     fc1_RD: Tensor | Quantised
-    """A float16 or bfloat16 tensor, or blocks of q8_0 or q4_0. What meets float16 or blocks is
-    rounded to float16, whose largest number is 65504."""
+    """A float16 or bfloat16 tensor, which rounds its input to its own dtype (the largest number of
+    float16 is 65504), or q8_0 or q4_0, which rounds it to q8_0 as PowerInfer's engine does."""
     fc2_FR: Tensor | Quantised
+    """Of the same kind: codes beside codes."""
     threshold: float = 0.0
 
 
@@ -233,6 +234,11 @@ def _check_predictor(x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorW
         raise ValueError(
             f"z: {tuple(z_TD.shape)} on {z_TD.device}, but x is {tuple(x_TD.shape)} on "
             f"{x_TD.device}; give the same tokens' residual"
+        )
+    if isinstance(predictor.fc1_RD, Tensor) != isinstance(predictor.fc2_FR, Tensor):
+        raise ValueError(
+            "fc1_RD, fc2_FR: one is a tensor and one in blocks, expected both of one kind; "
+            "quantise both or none"
         )
     (f, d), rank = ffn.up_FD.shape, predictor.fc1_RD.shape[0]
     shapes = ((rank, d), (f, rank))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsecast.kernels import plain
 from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
 from sparsecast.kernels.launch import INTERPRETED, MAX_TOKENS, rounded_threshold
+from sparsecast.kernels.predictor import input_dtype
 from sparsecast.kernels.quantised import Quantised, dequantised
 
 CPU_TOKENS = 8
@@ -70,6 +71,7 @@ class SparseFFN(nn.Module):
         self.predicts = predictor is not None
         if predictor is not None:
             self.cut = predictor.threshold
+            self.input_dtype = input_dtype(predictor.fc1_RD)
             for name, matrix in zip(("fc1", "fc2"), predictor[:2], strict=True):
                 if not runs_kernels(ffn.up_FD):
                     matrix = dequantised(matrix)
@@ -115,7 +117,7 @@ class SparseFFN(nn.Module):
         else:
             predicted_TF = None
             if z_TD is not None and (few or self.masks_prompts):
-                predicted_TF = plain.predicted(z_TD, self.predictor)
+                predicted_TF = plain.predicted(z_TD, self.predictor, self.input_dtype)
             product = plain.over_rows if few and not x_TD.is_cuda else plain.dense
             y_TD = product(x_TD, ffn, predicted_TF)
         return y_TD.view(x.shape)

@@ -5,7 +5,7 @@
                  prediction. Finding them waits for the device: meant for a CPU
 
 Both decide as the kernels do: the gate in its own dtype, predictions in float32 on inputs rounded
-to the predictor's 16-bit type.
+for the predictor's weights.
 
 Shape letters: T tokens, D hidden, F FFN width, R rank, K rows that some token needs.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecast.kernels.ffn import FFN, PredictorWeights
+from sparsecast.kernels.predictor import rounded_input
 from sparsecast.kernels.quantised import dequantised
 
 CHUNK = 2**20
@@ -24,13 +25,16 @@ CHUNK = 2**20
 enough that several threads seldom wait for each other."""
 
 
-def predicted(z_TD: Tensor, predictor: PredictorWeights) -> Tensor:
-    """(T, F) bools: what the predictor names, for inputs of any float dtype."""
-    fc1 = predictor.fc1_RD
-    in_bfloat16 = isinstance(fc1, Tensor) and fc1.dtype == torch.bfloat16
-    kept = torch.bfloat16 if in_bfloat16 else torch.float16
-    hidden_TR = functional.linear(z_TD.to(kept).float(), dequantised(fc1)).relu().to(kept)
-    logits_TF = functional.linear(hidden_TR.float(), dequantised(predictor.fc2_FR))
+def predicted(z_TD: Tensor, predictor: PredictorWeights, input_dtype: torch.dtype) -> Tensor:
+    """(T, F) bools: what the predictor names, for inputs of any float dtype.
+
+    Args:
+        predictor: Also with float32 weights: the values of others.
+        input_dtype: That of its products' inputs (predictor.py).
+    """
+    fc1_RD, fc2_FR = (dequantised(weight) for weight in predictor[:2])
+    hidden_TR = functional.linear(rounded_input(z_TD, input_dtype), fc1_RD).relu()
+    logits_TF = functional.linear(rounded_input(hidden_TR, input_dtype), fc2_FR)
     return logits_TF >= predictor.threshold
 
 

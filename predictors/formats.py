@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.collect.errors import InputError
-from sparsecast.predictors.blocks import BLOCK, scales_and_codes
+from sparsecast.predictors.blocks import BLOCK, q8_0_input, scales_and_codes
 from sparsecast.predictors.fused import fused
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
@@ -66,20 +66,6 @@ def rounded_input(x_NK: Tensor, dtype: str) -> Tensor:
         return x_NK.half().float()
     scale_NB, code_NBC = q8_0_input(x_NK)
     return (code_NBC * scale_NB[..., None]).flatten(-2)
-
-
-def q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (N, K / 32) and codes (N, K / 32, 32) of the input of a product, both float32.
-
-    Codes are x (127 / max), as the engine's vector code has it: the same codes at 5 million of 5
-    million random inputs. x (1 / (max / 127)), the reference code's rule for weights, gives another
-    at one of a million, and so does 127 times a reciprocal, as torch divides a number by a tensor.
-    """
-    blocks = x_NK.float().reshape(*x_NK.shape[:-1], -1, BLOCK)
-    largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.full_like(largest, 127).div(largest)
-    codes = (blocks * torch.where(inverse.isfinite(), inverse, 0.0)).round()
-    return (largest[..., 0] / 127).half().float(), codes
 
 
 def check_widths(dtype: str, *, rank: int, hidden_size: int) -> None:

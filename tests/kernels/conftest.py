@@ -16,8 +16,8 @@ from sparsecast.kernels.launch import rounded_threshold
 
 BAND = 64
 """Elements on either side."""
-LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Of max |out - ref| / max |ref|."""
+LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.int8: 2e-3}
+"""Of max |out - ref| / max |ref|; int8 stands for inputs in q8_0."""
 real_empty = torch.empty
 
 
@@ -118,7 +118,7 @@ def decided():
             source = rows.FromRows(first, ffn.up_bias_F, cut, chosen_F)
             selected_TF = (chosen_F >> token_T1) & 1 == 1
             logits_TF = predictor.reference(z_TD, named.fc1_RD, named.fc2_FR)[1]
-            kept = named.fc1_RD.dtype if isinstance(named.fc1_RD, torch.Tensor) else torch.float16
+            kept = predictor.input_dtype(named.fc1_RD)
             check(selected_TF, logits_TF, named.threshold, kept)
         up_FD = None if ffn.gate_FD is None else ffn.up_FD
         relu_up = ffn.act == "drelu"

@@ -181,15 +181,17 @@ def test_inputs_and_predictors_that_do_not_fit_are_refused(ffn, predictor, devic
             exact_ffn(wrong, weights)
     with pytest.raises(ValueError, match="give the same tokens' residual"):
         predicted_ffn(x, x.expand(2, -1), weights, named)
-    fc2 = named.fc2_FR
-    for wrong, told in (
-        (fc2._replace(code_NC=fc2.code_NC[1:]), "code_NC: is"),
-        (fc2._replace(scale_NB=fc2.scale_NB.float()), "scale_NB: is torch.float32"),
-        (torch.zeros(F, R - 1, device=device).half(), "fc2_FR: is"),
-        (torch.zeros(F, R, device=device), "fc2_FR: is torch.float32"),
+    plain, fc2 = predictor("f16"), named.fc2_FR
+    for named_by, wrong, told in (
+        (named, fc2._replace(code_NC=fc2.code_NC[1:]), "code_NC: is"),
+        (named, fc2._replace(scale_NB=fc2.scale_NB.float()), "scale_NB: is torch.float32"),
+        (plain, torch.zeros(F, R - 1, device=device).half(), "fc2_FR: is"),
+        (plain, torch.zeros(F, R, device=device), "fc2_FR: is torch.float32"),
+        (plain, fc2, "fc1_RD, fc2_FR: one is a tensor and one in blocks, expected both"),
+        (named, plain.fc2_FR, "quantise both or none"),
     ):
         with pytest.raises(ValueError, match=told):
-            predicted_ffn(x, x, weights, named._replace(fc2_FR=wrong))
+            predicted_ffn(x, x, weights, named_by._replace(fc2_FR=wrong))
 
 
 def test_elsewhere_than_on_a_gpu_or_in_the_interpreter_it_says_so(ffn, monkeypatch):

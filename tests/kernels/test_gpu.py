@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sparsecast.kernels import predictor, problem
+from sparsecast.kernels.codes import codes
 from sparsecast.kernels.ffn import exact_ffn, predicted_ffn
 from sparsecast.kernels.quantised import dequantised, quantised
+from sparsecast.predictors.blocks import q8_0_input
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -56,14 +58,27 @@ def test_it_decides_as_its_reference_where_logits_are_dense(rank, tokens, stored
     """Predictors of a problem keep away from the threshold, and so would hide a wrong sum."""
     hidden = torch.randn(tokens, rank, device=device).relu()
     weight = torch.randn(11008, rank, device=device) * rank**-0.5
-    kept = torch.bfloat16 if stored == "f16" else torch.float16
-    fc2 = weight.to(kept) if stored == "f16" else quantised(weight, stored)
+    fc2 = weight.bfloat16() if stored == "f16" else quantised(weight, stored)
 
-    _, chosen = predictor.select(hidden.to(kept), fc2, 0.0)
+    met = hidden.bfloat16() if stored == "f16" else codes(hidden)
+    _, chosen = predictor.select(met, fc2, 0.0)
 
-    logits = hidden.to(kept).double() @ dequantised(fc2).double().T
+    hidden = predictor.rounded_input(hidden, predictor.input_dtype(fc2)).double()
+    logits = hidden @ dequantised(fc2).double().T
     got = ((chosen >> torch.arange(tokens, device=device)[:, None]) & 1).bool()
-    assert (logits[got != (logits >= 0)].abs() < 2e-3).all()
+    assert (logits[got != (logits >= 0)].abs() < 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_inputs_get_the_codes_that_torch_gives_them(dtype, device):
+    """Both by the same rule; a million of them, with zeros and what is next to nothing."""
+    x = torch.randn(16, 65536, device=device) * torch.logspace(-3, 3, 16, device=device)[:, None]
+    x[3, :4096], x[4, :64] = 0, 1e-30
+    x = x.to(dtype)
+    got = codes(x)
+    scale, code = q8_0_input(x)
+    assert torch.equal(got[..., :8].contiguous().view(torch.int8).float(), code)
+    assert torch.equal(got[..., 8].view(torch.float32), scale)
 
 
 @pytest.mark.parametrize("tokens", [1, 16])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
 from sparsecast.kernels import bits, predictor
+from sparsecast.kernels.codes import values
 from sparsecast.kernels.quantised import Quantised, dequantised, quantised
 from sparsecast.predictors.formats import rounded
 
@@ -39,16 +37,21 @@ def test_it_decides_as_its_reference(shape, threshold, tokens, dtype, weights, b
     z = banded(3 * torch.randn(tokens, d))
 
     hidden = predictor.hidden(z, fc1)
-    near(hidden, predictor.reference(z, fc1, fc2)[0])
     mask, chosen = predictor.select(hidden, fc2, threshold)
 
+    met, _ = predictor.reference(z, fc1, fc2)
+    if hidden.dtype == torch.int32:
+        scale_TB, hidden = hidden[..., 8].view(torch.float32), values(hidden)
+        # A float32 sum beside a float64 one may fall to the other side of a half.
+        assert ((hidden - met).abs() <= 1.01 * scale_TB.repeat_interleave(32, -1)).all()
+        assert ((hidden - met).abs() > 1e-6).sum() <= 1
+    else:
+        near(hidden, met.to(hidden.dtype))
     logits = hidden.double() @ dequantised(fc2).double().T
     token = torch.arange(tokens, device=z.device)
     got = ((chosen >> token[:, None]) & 1).bool()
     differ = got != (logits >= threshold)
-    # Codes times scales are rounded once more on the way to the tensor cores.
-    assert not (differ & ((logits - threshold).abs() > 2e-3 * logits.abs().max())).any()
-    assert differ.float().mean() < 0.01
+    assert not (differ & ((logits - threshold).abs() > 1e-6 * logits.abs().max())).any()
     assert torch.equal(bits.reference(mask, f), got.any(0))
     assert not bits.reference(mask, 16 * len(mask))[f:].any()
     assert (chosen >> tokens == 0).all()
@@ -73,18 +76,10 @@ def test_codes_are_ggmls_and_values_those_of_the_predictors_file(dtype):
     weight = torch.randn(7, 96)
     ours = quantised(weight, dtype)
 
-    stored = quantize(weight.numpy(), GGMLQuantizationType[dtype.upper()]).reshape(7, 3, -1)[
-        ..., 2:
-    ]
-    if dtype == "q8_0":
-        theirs, bits = stored.astype(np.int16).reshape(7, -1) ^ 128, 8
-    else:
-        theirs, bits = np.concatenate([stored & 15, stored >> 4], -1).reshape(7, -1), 4
-    unit = 128 // bits
-    for row, column in itertools.product(range(7), range(96)):
-        field, word = divmod(column % unit, 4)
-        code = int(ours.code_NC[row, column // unit * 4 + word]) >> bits * field & 2**bits - 1
-        assert code == theirs[row, column]
+    stored = quantize(weight.numpy(), GGMLQuantizationType[dtype.upper()]).reshape(7, 3, -1)
+    unsigned = 0x88 if dtype == "q4_0" else 0
+    theirs = (stored[..., 2:] ^ unsigned).reshape(7, -1)
+    assert ours.code_NC.numpy().astype("<i4").tobytes() == theirs.tobytes()
     assert torch.equal(dequantised(ours), rounded(weight, dtype))
     again = quantised(dequantised(ours), dtype)
     assert torch.equal(again.code_NC, ours.code_NC)
@@ -101,9 +96,8 @@ def test_blocks_of_zeros_and_of_next_to_nothing_are_zero(dtype):
     assert torch.equal(dequantised(ours), rounded(weight, dtype))
     assert not dequantised(ours)[0, :32].any()
     assert not dequantised(ours)[1, 32:64].any()
-    zero = {"q8_0": 0x80808080 - 2**32, "q4_0": 0x88888888 - 2**32}[dtype]
-    assert (ours.code_NC[0, : ours.bits] == zero).all()
-    assert (ours.code_NC[1, ours.bits : 2 * ours.bits] == zero).all()
+    assert not ours.code_NC[0, : ours.bits].any()
+    assert not ours.code_NC[1, ours.bits : 2 * ours.bits].any()
 
 
 def test_what_has_no_blocks_is_refused():

@@ -7,6 +7,7 @@ import torch
 
 from sparsecast.kernels import plain
 from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_reference, predicted_reference
+from sparsecast.kernels.predictor import input_dtype
 from sparsecast.kernels.quantised import quantised
 
 D, F, R = 64, 48, 32
@@ -43,7 +44,7 @@ def test_both_leave_out_what_is_not_predicted(act, format, near):
         pair = (quantised(fc1, format), quantised(fc2, format))
     predictor = PredictorWeights(*pair, 0.1)
 
-    predicted = plain.predicted(z, predictor)
+    predicted = plain.predicted(z, predictor, input_dtype(predictor.fc1_RD))
 
     want, union = predicted_reference(x, z, weights, predictor)
     assert predicted.any(0).sum() == union

@@ -33,7 +33,7 @@ def test_exact_is_the_model(family, make, ids, logits, near):
         near(logits(sparse, ids(*shape)), logits(dense, ids(*shape)))
 
 
-@pytest.mark.parametrize("dtype", ["f16", "q4_0"])
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_predicted_is_the_model_with_masks(family, dtype, make, predictors, ids, logits, near):
     dense, predicted = make(family), predictors(dtype, threshold=0.05)
@@ -41,18 +41,10 @@ def test_predicted_is_the_model_with_masks(family, dtype, make, predictors, ids,
 
     assert all(layer.predicts for layer in sparse_layers(sparse))
     for shape in SHAPES:
-        with predicted_ffn(dense, _without_rounded_inputs(predicted)):
+        with predicted_ffn(dense, predicted):
             want = logits(dense, ids(*shape))
         near(logits(sparse, ids(*shape)), want)
     assert (want - logits(dense, ids(*shape))).abs().max() > 0.1 * want.abs().max()
-
-
-def _without_rounded_inputs(predictors):
-    """The same weights with inputs rounded to f16, as the kernels do, and not to q8_0."""
-    layers = [copy.copy(layer) for layer in predictors.layers]
-    for layer in layers:
-        object.__setattr__(layer, "dtype", "f16")
-    return type(predictors)(layers, predictors.threshold, None)
 
 
 @pytest.mark.parametrize("family", ["prosparse", "bamboo", "opt"])
@@ -64,7 +56,7 @@ def test_the_kernels_in_a_model(policy, family, make, predictors, ids, logits, n
 
     want = logits(dense, ids(1, 2))
     if policy == "predicted":
-        with predicted_ffn(dense, _without_rounded_inputs(predicted)):
+        with predicted_ffn(dense, predicted):
             want = logits(dense, ids(1, 2))
     near(logits(sparse, ids(1, 2)), want, 5e-3)
 
@@ -84,8 +76,8 @@ def test_batches_change_no_token(make, predictors):
 
     with torch.no_grad():
         alone = run(1)
-        assert torch.allclose(run(8), alone, atol=1e-6)
-        assert torch.allclose(run(16), alone, atol=1e-6)
+        assert torch.allclose(run(8), alone, atol=1e-5)
+        assert torch.allclose(run(16), alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(
