@@ -81,6 +81,26 @@ def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
     assert one["cascade"]["speedup"] is None
 
 
+@pytest.mark.parametrize(
+    ("step", "sparsity", "tokens", "rank", "auto"),
+    [
+        ("exact", 0.8, 2, 32, True),  # a predictor's rank is nothing to it
+        ("exact", 0.75, 1, 8, True),
+        ("exact", 0.75, 2, 8, False),
+        ("exact", 0.7, 1, 8, False),
+        ("predicted q4_0", 0.755, 1, 8, True),  # 0.532 of them predicted silent
+        ("predicted q4_0", 0.754, 1, 8, False),
+        ("predicted q4_0", 0.755, 2, 8, False),
+        ("predicted q4_0", 0.755, 1, 9, False),
+        ("down", 0.8, 1, 8, None),
+    ],
+)
+def test_a_row_says_what_auto_would_do(step, sparsity, tokens, rank, auto, untimed, device):
+    case = bench_checks.Case("1b", 32, 32, rank, sparsity, tokens, torch.bfloat16, device)
+    row = bench_steps.as_row(case, bench_steps.Timed(step, 1.0, 2.0, 1e6), 1e3)
+    assert row["auto"] is auto
+
+
 def test_a_wrong_kernel_is_not_timed(untimed, monkeypatch):
     real = down.down
     monkeypatch.setattr(down, "down", lambda *given: real(*given) * 1.03)

@@ -83,6 +83,7 @@ def test_a_nan_is_seen():
         y = product(x, weights)
         assert y[1].isnan().all()
         assert not y[0].isnan().any()
+        assert product(x[1:], weights).isnan().all()
 
 
 def test_rows_are_summed_in_the_weights_dtype_under_autocast():
