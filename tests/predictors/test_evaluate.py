@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import batches
-from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.evaluate import evaluate, perplexities
 from sparsecast.predictors.in_loop import exact_ffn, predicted_ffn
@@ -199,3 +201,42 @@ def test_predictors_of_another_model_are_refused(model_folder, corpus, trained, 
     cfg = EvaluateConfig(model=str(model_folder), predictors=recipe.out, corpus=str(corpus))
     with pytest.raises(InputError, match="predictors for 2 layers"):
         evaluate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, None),
+        ({"fingerprint": "0" * 16}, "has fingerprint"),
+        (
+            {"activation_threshold": 0.1},
+            r"trained for fatrelu\(0.1\) in the FFN, but .*fatrelu\(0.2",
+        ),
+        ({"activation": "relu", "activation_threshold": 0.0}, "trained for relu in the FFN"),
+        ({"convention": "ffn-input"}, "trained on the input 'ffn-input'"),
+    ],
+)
+def test_predictors_for_another_use_are_refused(changed, told, model_folder, corpus, tmp_path):
+    manifest = PredictorManifest(
+        model="m",
+        fingerprint=Checkpoint(str(model_folder)).fingerprint,
+        convention="residual-before-ffn-norm",
+        activation="fatrelu",
+        activation_threshold=0.2,
+        hidden_size=HIDDEN,
+        ffn_width=FFN,
+        ffn_matrices=3,
+        dtypes=["f16"] * LAYERS,
+        ranks=[8] * LAYERS,
+        calibration=[{"recall": 0.9, "predicted_sparsity": 0.5}] * LAYERS,
+        recipe={},
+    )
+    replace(random_set(), manifest=replace(manifest, **changed)).save(tmp_path / "p")
+    cfg = EvaluateConfig(
+        model=str(model_folder), predictors=tmp_path / "p", corpus=str(corpus), tokens=64
+    )
+    if told is None:
+        evaluate(cfg)
+    else:
+        with pytest.raises(InputError, match=told):
+            evaluate(cfg)
