@@ -149,7 +149,7 @@ def _predicted(
         return problem.predictor(goal.predicted_TF, case.d, case.rank, dtype, case.dtype)
 
     ours = made()
-    mask_W, chosen_F = predictor.predict(x_TD, *ours)
+    mask_W, chosen_F = predictor.predict(x_TD, *ours[:3])
     check_predictor(case, x_TD, ours)
     assert weights.gate_FD is not None
     source = rows.FromRows(weights.gate_FD, None, 0.0, chosen_F)
@@ -163,7 +163,7 @@ def _predicted(
     read = own + cascade + fired * row_bytes
 
     predictors = [made() for _ in range(timing.copies(own, case.device))]
-    runs: list[Any] = [partial(predictor.predict, x_TD, *p) for p in predictors]
+    runs: list[Any] = [partial(predictor.predict, x_TD, *p[:3]) for p in predictors]
     yield _timed(f"predictor {dtype}", runs, None, own)
     ffns = _ffns(case, goal.active_TF, cascade if with_cascade else read)
     if with_cascade:

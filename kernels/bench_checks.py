@@ -20,7 +20,7 @@ LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 LOGIT_LIMIT = 2e-2
-"""Of logits of order 4: hidden units, rounded to 16 bits, may turn over."""
+"""Of logits of order 4: hidden units, rounded to 16 bits or to q8_0, may turn over."""
 
 
 class Case(NamedTuple):

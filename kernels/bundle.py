@@ -3,8 +3,9 @@
 Every tensor of the file goes into the model's own parameters, the down projections as the others,
 q4_0 and q8_0 as the values that they hold; attention's rows go back to where transformers has them.
 The activation becomes ReLU (on gate and up in a bamboo), and an OPT's norms lose their epsilon, as
-in PowerInfer. Not as in PowerInfer, inputs of products are not rounded to f16 or q8_0 and softmax
-takes no table, so logits differ by that noise. A model in bfloat16 rounds what f16 holds.
+in PowerInfer. Not as in PowerInfer, inputs of the model's own products are not rounded to f16 or
+q8_0 and softmax takes no table, so logits differ by that noise; inputs of the predictors' are. A
+model in bfloat16 rounds what f16 holds.
 """
 
 from __future__ import annotations

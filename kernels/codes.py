@@ -1,8 +1,8 @@
 """Products of codes by codes: weights in q8_0 or q4_0, inputs rounded to q8_0 as ggml rounds them.
 
 A block's products are summed as integers, four to an instruction, and scaled once; blocks add up in
-float32. So a decision is that of PowerInfer's engine but for the order of a sum, and the same
-however many tokens there are.
+float32. So a decision is that of PowerInfer's engine but for the order in which blocks add up,
+which tiles decide, and tiles the number of tokens.
 
 Shape letters: T tokens, N rows of a tile, K columns, B blocks of 32 columns, W words of half a
 block of codes, C words of a row.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecast.kernels.launch import INTERPRETED, after_previous, options, start_next
+from sparsecast.kernels.launch import INTERPRETED, after_previous, options, padded, start_next
 from sparsecast.predictors.blocks import BLOCK
 
 STRIDE = 12
@@ -32,18 +32,17 @@ def empty_codes(tokens: int, columns: int, device: torch.device) -> Tensor:
 
 
 def codes(x_TK: Tensor) -> Tensor:
-    """(T, B, STRIDE) int32: an input of any float dtype. See `q8_0_input` for the rule."""
+    """(T, B, STRIDE) int32: an input of any float dtype. See `q8_0_input` for the rule.
+
+    Raises:
+        ValueError: Not between 1 and 16 tokens.
+    """
     tokens, columns = x_TK.shape
+    padded(tokens)
     rounded_TBS = empty_codes(tokens, columns, x_TK.device)
     grid = (triton.cdiv(columns // BLOCK, AT_ONCE), tokens)
     _kernel[grid](x_TK, rounded_TBS, K=columns, BLOCK_B=AT_ONCE, num_warps=4, **options(x_TK))
     return rounded_TBS
-
-
-def values(rounded_TBS: Tensor) -> Tensor:
-    """(T, K) float32: what the codes stand for."""
-    code_TBK = rounded_TBS[..., :8].contiguous().view(torch.int8)
-    return (code_TBK * rounded_TBS[..., 8:9].view(torch.float32)).flatten(1)
 
 
 @triton.jit
@@ -70,7 +69,7 @@ def store_codes(out, block_B, ok_B, x_BC4):
 def _in_codes(x_BC4):
     """(B, 8, 4) float32 as (B, 8) words of codes and (B,) float16 scales."""
     largest_B = tl.max(tl.max(tl.abs(x_BC4), 2), 1)
-    some_B = largest_B > 127 * 2.0**-128  # or 127 divided by it were infinite
+    some_B = largest_B > 127 * 2.0**-128  # else 127 / largest is infinite, and the codes are 0
     inverse_B = tl.div_rn(
         tl.where(some_B, 127.0, 0.0).to(tl.float32), tl.where(some_B, largest_B, 1.0)
     )

@@ -54,11 +54,14 @@ class PredictorWeights(NamedTuple):
     """logits = fc2 @ relu(fc1 @ z); a neuron is predicted where its logit >= threshold."""
 
     fc1_RD: Tensor | Quantised
-    """A float16 or bfloat16 tensor, which rounds its input to its own dtype (the largest number of
-    float16 is 65504), or q8_0 or q4_0, which rounds it to q8_0 as PowerInfer's engine does."""
+    """A float16 or bfloat16 tensor, which rounds its input to its own dtype (up to 65504 in
+    float16), or q8_0 or q4_0, which rounds it to q8_0 as PowerInfer's engine does (up to 8.3
+    million). What an input beyond that, or one that is not finite, predicts is left open."""
     fc2_FR: Tensor | Quantised
     """Of the same kind: codes beside codes."""
     threshold: float = 0.0
+    input_dtype: torch.dtype | None = None
+    """What float32 weights, which only plain torch takes, round their inputs to; int8 is q8_0."""
 
 
 def exact_ffn(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
@@ -172,7 +175,8 @@ def predicted_reference(
     x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorWeights
 ) -> tuple[Tensor, Tensor]:
     """`predicted_ffn` in plain torch, sums in float64."""
-    _, logits_TF = predictor_reference(z_TD, predictor.fc1_RD, predictor.fc2_FR)
+    fc1_RD, fc2_FR, _, dtype = predictor
+    _, logits_TF = predictor_reference(z_TD, fc1_RD, fc2_FR, dtype)
     predicted_TF = logits_TF >= predictor.threshold
     _, x1_TF = _x1(x_TD, ffn)
     return _down(x1_TF * predicted_TF, ffn, x_TD.dtype), _union(predicted_TF)

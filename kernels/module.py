@@ -91,9 +91,8 @@ class SparseFFN(nn.Module):
     @property
     def predictor(self) -> PredictorWeights:
         """Only where `predicts`."""
-        return PredictorWeights(
-            _matrix(self.fc1, self.fc1_scale), _matrix(self.fc2, self.fc2_scale), self.cut
-        )
+        fc1, fc2 = _matrix(self.fc1, self.fc1_scale), _matrix(self.fc2, self.fc2_scale)
+        return PredictorWeights(fc1, fc2, self.cut, self.input_dtype)
 
     def see(self, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         """A forward pre-hook for the module whose input the predictor reads: the norm in front."""
@@ -117,7 +116,7 @@ class SparseFFN(nn.Module):
         else:
             predicted_TF = None
             if z_TD is not None and (few or self.masks_prompts):
-                predicted_TF = plain.predicted(z_TD, self.predictor, self.input_dtype)
+                predicted_TF = plain.predicted(z_TD, self.predictor)
             product = plain.over_rows if few and not x_TD.is_cuda else plain.dense
             y_TD = product(x_TD, ffn, predicted_TF)
         return y_TD.view(x.shape)

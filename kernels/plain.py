@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecast.kernels.ffn import FFN, PredictorWeights
-from sparsecast.kernels.predictor import rounded_input
+from sparsecast.kernels.predictor import input_dtype, rounded_input
 from sparsecast.kernels.quantised import dequantised
 
 CHUNK = 2**20
@@ -25,16 +25,12 @@ CHUNK = 2**20
 enough that several threads seldom wait for each other."""
 
 
-def predicted(z_TD: Tensor, predictor: PredictorWeights, input_dtype: torch.dtype) -> Tensor:
-    """(T, F) bools: what the predictor names, for inputs of any float dtype.
-
-    Args:
-        predictor: Also with float32 weights: the values of others.
-        input_dtype: That of its products' inputs (predictor.py).
-    """
+def predicted(z_TD: Tensor, predictor: PredictorWeights) -> Tensor:
+    """(T, F) bools: what the predictor names, for inputs of any float dtype."""
+    dtype = predictor.input_dtype or input_dtype(predictor.fc1_RD)
     fc1_RD, fc2_FR = (dequantised(weight) for weight in predictor[:2])
-    hidden_TR = functional.linear(rounded_input(z_TD, input_dtype), fc1_RD).relu()
-    logits_TF = functional.linear(rounded_input(hidden_TR, input_dtype), fc2_FR)
+    hidden_TR = functional.linear(rounded_input(z_TD, dtype), fc1_RD).relu()
+    logits_TF = functional.linear(rounded_input(hidden_TR, dtype), fc2_FR)
     return logits_TF >= predictor.threshold
 
 

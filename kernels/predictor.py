@@ -21,7 +21,7 @@ from sparsecast.kernels.codes import code_products, codes, empty_codes, store_co
 from sparsecast.kernels.launch import after_previous, options, padded, start_next
 from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
-from sparsecast.predictors.blocks import BLOCK, q8_0_input
+from sparsecast.predictors.blocks import BLOCK, q8_0_values
 
 HIDDEN_CONFIGS = {
     1: {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
@@ -32,7 +32,8 @@ SELECT_CONFIGS = {
     16: {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
 }
 """Of 16-bit weights, by padded tokens."""
-SELECT_CODES_CONFIG = {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4}
+SELECT_CODES_CONFIG = {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4}
+"""Measured for codes that met 16-bit inputs, as `_hidden_codes_config` was not."""
 
 
 def input_dtype(weight: Tensor | Quantised) -> torch.dtype:
@@ -42,17 +43,21 @@ def input_dtype(weight: Tensor | Quantised) -> torch.dtype:
 
 def rounded_input(x_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """The float32 values of an input after its rounding, see `input_dtype`."""
-    if dtype != torch.int8:
-        return x_TK.to(dtype).float()
-    scale_TB, code_TBK = q8_0_input(x_TK)
-    return (code_TBK * scale_TB[..., None]).flatten(1)
+    return q8_0_values(x_TK) if dtype == torch.int8 else x_TK.to(dtype).float()
 
 
 def reference(
-    z_TD: Tensor, fc1_RD: Tensor | Quantised, fc2_FR: Tensor | Quantised
+    z_TD: Tensor,
+    fc1_RD: Tensor | Quantised,
+    fc2_FR: Tensor | Quantised,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """hidden_TR as it is rounded, float32, and logits_TF in float64."""
-    dtype = input_dtype(fc1_RD)
+    """hidden_TR as it is rounded, float32, and logits_TF in float64.
+
+    Args:
+        dtype: What inputs are rounded to, where fc1 does not say it.
+    """
+    dtype = dtype or input_dtype(fc1_RD)
     hidden_TR = (rounded_input(z_TD, dtype).double() @ dequantised(fc1_RD).double().T).relu()
     hidden_TR = rounded_input(hidden_TR, dtype)
     return hidden_TR, hidden_TR.double() @ dequantised(fc2_FR).double().T
@@ -189,7 +194,7 @@ def select(hidden: Tensor, fc2_FR: Tensor | Quantised, threshold: float) -> tupl
         config = _fitted(SELECT_CONFIGS[pad], rank)
     else:
         weight, bits, pad = (*fc2_FR,), fc2_FR.bits, triton.next_power_of_2(tokens)
-        config = SELECT_CODES_CONFIG | {"STAGES": 1}
+        config = SELECT_CODES_CONFIG
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=hidden.device)
     chosen_F = torch.empty(f, dtype=torch.int32, device=hidden.device)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
@@ -201,7 +206,8 @@ def select(hidden: Tensor, fc2_FR: Tensor | Quantised, threshold: float) -> tupl
 
 def _hidden_codes_config(tokens: int, bits: int, d: int) -> dict[str, int]:
     """The rows of a program are one block of what it writes, so programs are few; with one token a
-    thread has the registers to ask for all of its weights at once."""
+    thread has the registers to ask for all of its weights at once. Chosen by the compiler's
+    listing, not timed."""
     most = (8192 if bits == 4 else 4096) if tokens == 1 else 512 if tokens <= 8 else 256
     columns = min(triton.next_power_of_2(d), most)
     return {"BLOCK_N": BLOCK, "BLOCK_K": columns, "num_warps": min(32, columns // BLOCK)}

@@ -58,7 +58,8 @@ def quantised(weight_NK: Tensor, dtype: str) -> Quantised:
     if dtype == "q4_0":
         low_NBK, high_NBK = code_NBK.chunk(2, -1)
         code_NBK = low_NBK & 15 | high_NBK << 4
-    return Quantised(code_NBK.flatten(1).view(torch.int32), scale_NB1.squeeze(-1).half())
+    code_NK = code_NBK.flatten(1).contiguous()
+    return Quantised(code_NK.view(torch.int32), scale_NB1.squeeze(-1).half().contiguous())
 
 
 def dequantised(weight: Tensor | Quantised) -> Tensor:

@@ -38,6 +38,12 @@ def q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     return (largest[..., 0] / 127).half().float(), codes
 
 
+def q8_0_values(x_NK: Tensor) -> Tensor:
+    """float32, of x's shape: what the codes of an input stand for."""
+    scale_NB, code_NBC = q8_0_input(x_NK)
+    return (code_NBC * scale_NB[..., None]).flatten(-2)
+
+
 def _inverse(scale: Tensor) -> Tensor:
     """1 / scale; 0 where that is no number, which stands for a block of zeros or nearly so."""
     inverse = 1 / scale

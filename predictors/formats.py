@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.collect.errors import InputError
-from sparsecast.predictors.blocks import BLOCK, q8_0_input, scales_and_codes
+from sparsecast.predictors.blocks import BLOCK, q8_0_values, scales_and_codes
 from sparsecast.predictors.fused import fused
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
@@ -64,8 +64,7 @@ def rounded_input(x_NK: Tensor, dtype: str) -> Tensor:
     """What the engine multiplies weights of this format by, float32; any leading shape."""
     if dtype == "f16":
         return x_NK.half().float()
-    scale_NB, code_NBC = q8_0_input(x_NK)
-    return (code_NBC * scale_NB[..., None]).flatten(-2)
+    return q8_0_values(x_NK)
 
 
 def check_widths(dtype: str, *, rank: int, hidden_size: int) -> None:

@@ -1,7 +1,8 @@
 """Where kernels run, and memory that tells when one of them reads or writes what is not its own.
 
-Whatever a kernel's wrapper allocates holds NaN (or a large integer), inside bands of the same that
-are checked afterwards; weights and inputs lie in such bands as well.
+Whatever a kernel's wrapper allocates holds NaN (or the largest integer, whose bits are a NaN in
+float32), inside bands of the same that are checked afterwards; weights and inputs lie in such bands
+as well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ real_empty = torch.empty
 
 
 def poison(dtype: torch.dtype) -> float | int:
-    return math.nan if dtype.is_floating_point else min(torch.iinfo(dtype).max, 2**30 - 1)
+    return math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
 def is_poison(tensor: torch.Tensor) -> bool:
@@ -80,6 +81,17 @@ def matrix(banded):
 
 
 @pytest.fixture
+def values():
+    """(T, K) float32: what the codes of an input stand for."""
+
+    def of(rounded_TBS: torch.Tensor) -> torch.Tensor:
+        code_TBK = rounded_TBS[..., :8].contiguous().view(torch.int8)
+        return (code_TBK * rounded_TBS[..., 8:9].view(torch.float32)).flatten(1)
+
+    return of
+
+
+@pytest.fixture
 def near():
     """max |out - ref| / max |ref| below what the dtype allows; NaN never is."""
 
@@ -114,7 +126,7 @@ def decided():
             source = rows.FromGate(act_FT)
             selected_TF = act_FT.T != 0
         else:
-            mask_W, chosen_F = predictor.predict(z_TD, *named)
+            mask_W, chosen_F = predictor.predict(z_TD, *named[:3])
             source = rows.FromRows(first, ffn.up_bias_F, cut, chosen_F)
             selected_TF = (chosen_F >> token_T1) & 1 == 1
             logits_TF = predictor.reference(z_TD, named.fc1_RD, named.fc2_FR)[1]

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from sparsecast.kernels import predictor
-from sparsecast.kernels.codes import codes, values
+from sparsecast.kernels.codes import codes
 from sparsecast.kernels.quantised import Quantised, dequantised, quantised
-from sparsecast.predictors.blocks import q8_0_input
+from sparsecast.predictors.blocks import q8_0_input, q8_0_values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [32, 96, 1056])
-def test_inputs_are_rounded_as_torch_rounds_them(columns, dtype, banded):
+def test_inputs_are_rounded_as_torch_rounds_them(columns, dtype, banded, values):
     x = torch.randn(5, columns)
     x[0, :32] = 0
     x[1, :32] = torch.arange(32) * 1e-41
@@ -27,7 +27,7 @@ def test_inputs_are_rounded_as_torch_rounds_them(columns, dtype, banded):
     scale, code = q8_0_input(x)
     assert torch.equal(got[..., :8].contiguous().view(torch.int8).float(), code)
     assert torch.equal(got[..., 8].view(torch.float32), scale)
-    assert torch.equal(values(got), (code * scale[..., None]).flatten(1))
+    assert torch.equal(values(got), q8_0_values(x))
     assert not values(got)[0, :32].any()
     fraction = (x[2, :32].float() * (127 / x[2, :32].float().abs().max())).frac().abs()
     assert (fraction == 0.5).sum() > 10
@@ -35,7 +35,7 @@ def test_inputs_are_rounded_as_torch_rounds_them(columns, dtype, banded):
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16])
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
-def test_the_largest_codes_meet_exactly(dtype, tokens, banded):
+def test_the_largest_codes_meet_exactly(dtype, tokens, banded, values):
     """Whole numbers below 2^24: what comes out must be the product, to the last bit."""
     signs = torch.tensor([-1.0, 1.0])[torch.randint(0, 2, (64, 96))]
     largest = {"q8_0": 127, "q4_0": -8}[dtype]
@@ -48,14 +48,13 @@ def test_the_largest_codes_meet_exactly(dtype, tokens, banded):
     hidden = values(predictor.hidden(banded(z), fc1)).cpu()
 
     exact = (z @ dequantised(fc1).cpu().T).relu()
-    scale, code = q8_0_input(exact)
-    assert torch.equal(hidden, (code * scale[..., None]).flatten(1))
+    assert torch.equal(hidden, q8_0_values(exact))
     assert (exact > 1e4).any()
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
-def test_a_decision_is_the_same_in_every_batch(dtype, banded):
-    """Bit for bit, where the sum of blocks cannot depend on how many tokens there are."""
+def test_the_sum_of_a_block_is_the_same_in_every_batch(dtype, banded):
+    """So are decisions, bit for bit, where a row is one block."""
     fc1, fc2 = (
         Quantised(*map(banded, quantised(torch.randn(*shape) * 0.1, dtype)))
         for shape in ((32, 32), (100, 32))
@@ -65,3 +64,8 @@ def test_a_decision_is_the_same_in_every_batch(dtype, banded):
     for t in range(16):
         _, alone = predictor.predict(z[t : t + 1], fc1, fc2, 0.0)
         assert torch.equal(alone, (together >> t) & 1)
+
+
+def test_more_tokens_than_a_kernel_takes_are_refused():
+    with pytest.raises(ValueError, match="holds 17 tokens, expected 1 to 16"):
+        codes(torch.zeros(17, 32))

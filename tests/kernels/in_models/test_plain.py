@@ -7,8 +7,8 @@ import torch
 
 from sparsecast.kernels import plain
 from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_reference, predicted_reference
-from sparsecast.kernels.predictor import input_dtype
-from sparsecast.kernels.quantised import quantised
+from sparsecast.kernels.predictor import input_dtype, reference
+from sparsecast.kernels.quantised import dequantised, quantised
 
 D, F, R = 64, 48, 32
 
@@ -44,13 +44,33 @@ def test_both_leave_out_what_is_not_predicted(act, format, near):
         pair = (quantised(fc1, format), quantised(fc2, format))
     predictor = PredictorWeights(*pair, 0.1)
 
-    predicted = plain.predicted(z, predictor, input_dtype(predictor.fc1_RD))
+    predicted = plain.predicted(z, predictor)
 
     want, union = predicted_reference(x, z, weights, predictor)
     assert predicted.any(0).sum() == union
     assert 0.2 < predicted.float().mean() < 0.8
     near(plain.dense(x, weights, predicted), want)
     near(plain.over_rows(x, weights, predicted), want)
+
+
+@pytest.mark.parametrize("format", ["f16", "bf16", "q8_0", "q4_0"])
+def test_every_decision_is_the_references(format):
+    """Rounding decides on some of them; a logit at the threshold is predicted."""
+    fc1, fc2, z = torch.randn(R, D) * 0.1, torch.randn(999, R), torch.randn(200, D) * 3
+    z[7] = 0
+    kept = {"f16": torch.float16, "bf16": torch.bfloat16}
+    if format in kept:
+        fc1, fc2 = fc1.to(kept[format]), fc2.to(kept[format])
+    else:
+        fc1, fc2 = quantised(fc1, format), quantised(fc2, format)
+
+    got = plain.predicted(z, PredictorWeights(fc1, fc2))
+
+    _, logits = reference(z, fc1, fc2)
+    assert (logits[got != (logits >= 0)].abs() < 1e-5).all()
+    assert got[7].all()
+    values = PredictorWeights(dequantised(fc1), dequantised(fc2), 0.0, input_dtype(fc1))
+    assert torch.equal(plain.predicted(z, values), got)
 
 
 def test_nobody_fires_or_is_predicted():
