@@ -1,0 +1,114 @@
+"""What each kernel reads and writes before it waits for the one in front of it, from its PTX.
+
+Compiled for Hopper, which needs no GPU but a process without Triton's interpreter. Prints JSON:
+kernel to how often it waits, and the names of the arguments read and written before it does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparsecast.kernels import codes, down, gate, predictor, rows
+
+D, R, F = 1536, 384, 3840
+POINTERS = {
+    "threshold": "fp32",
+    **dict.fromkeys(("row", "count", "ticket", "chosen"), "*i32"),
+    **dict.fromkeys(("x", "z", "first", "up", "down", "weight", "bias", "act", "x1", "y"), "*bf16"),
+    "hidden": "*bf16",
+    "mask": "*i16",
+    "part": "*fp32",
+    "out": "*i32",
+}
+IN_CODES = {"z": "*i32", "hidden": "*i32", "weight": "*i32", "scale": "*fp16"}
+Kernel = tuple[str, Any, dict[str, str], dict[str, Any]]
+
+
+def kernels() -> Iterator[Kernel]:
+    """A name, the function, types that differ from `POINTERS`, and constants."""
+    yield "codes", codes._kernel, {}, {"K": D, "BLOCK_B": codes.AT_ONCE, "num_warps": 4}
+    for pad in (1, 16):
+        yield f"gate {pad}", gate._kernel, {}, {"D": D, "HAS_BIAS": True, **gate.CONFIGS[pad]}
+        yield f"hidden {pad}", predictor._hidden_kernel, {}, {
+            "K": D, **predictor.HIDDEN_CONFIGS[pad]
+        }  # fmt: skip
+        yield f"select {pad}", predictor._select_kernel, {"scale": "*bf16"}, {
+            "K": R, "BITS": 16, **predictor.SELECT_CONFIGS[pad]
+        }  # fmt: skip
+        for bits in (8, 4):
+            yield f"hidden {pad} q{bits}_0", predictor._hidden_codes_kernel, IN_CODES, {
+                "K": D, "BITS": bits, **predictor._hidden_codes_config(pad, bits, D)
+            }  # fmt: skip
+            yield f"select {pad} q{bits}_0", predictor._select_kernel, IN_CODES, {
+                "K": R, "BITS": bits, **predictor.SELECT_CODES_CONFIG
+            }  # fmt: skip
+        yield f"rows {pad}", rows._kernel, {}, {
+            "D": D, "COMPUTES_GATE": True, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
+            "WORDS": 256, "TICKETS": 16, **rows.CONFIGS[pad],
+        }  # fmt: skip
+        yield f"down {pad}", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down.CONFIGS[pad]}
+
+
+def ptx_of(function: Any, types: dict[str, str], constants: dict[str, Any], pad: int) -> str:
+    constants = {**constants, "T": pad, "PDL": True}
+    warps = constants.pop("num_warps")
+    names = function.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    kinds = {**POINTERS, **types}
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    compiled = triton.compile(
+        ASTSource(function, signature, constants, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "launch_pdl": True},
+    )
+    text: str = compiled.asm["ptx"]
+    return text
+
+
+def before_waiting(ptx: str, arguments: list[str]) -> dict[str, Any]:
+    sources: dict[str, set[str]] = {}
+    found: dict[str, Any] = {"waits": 0, "read": set(), "written": set()}
+    for line in ptx.splitlines():
+        code = re.sub(r"^\s*(@!?%\w+\s+)?", "", line.split("//")[0]).strip()
+        if code.startswith("griddepcontrol.wait"):
+            found["waits"] += 1
+        operation, _, operands = code.partition(" ")
+        registers = re.findall(r"%\w+", operands)
+        if operation.startswith("ld.param"):
+            number = int(operands.rpartition("_param_")[2].rstrip("];"))
+            name = arguments[number] if number < len(arguments) else "scratch"
+            sources[registers[0]] = {name}
+        elif re.match(r"(ld|st|cp\.async|atom|red)\b.*global", operation):
+            address = re.findall(r"%\w+", operands[operands.rindex("[") :])
+            side = "read" if operation.startswith(("ld", "cp")) else "written"
+            if not found["waits"]:
+                found[side] |= set().union(*(sources.get(a, {"unknown"}) for a in address))
+        elif registers:
+            sources[registers[0]] = set().union(*(sources.get(r, set()) for r in registers[1:]))
+    return {name: sorted(v) if isinstance(v, set) else v for name, v in found.items()}
+
+
+def main() -> None:
+    told = {}
+    for name, function, types, constants in kernels():
+        arguments = [n for n in function.arg_names if n not in {*constants, "T", "PDL"}]
+        pad = int(name.split()[1]) if " " in name else 1
+        told[name] = before_waiting(ptx_of(function, types, constants, pad), arguments)
+    sys.stdout.write(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
