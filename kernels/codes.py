@@ -28,6 +28,7 @@ _STRIDE = tl.constexpr(STRIDE)
 
 
 def empty_codes(tokens: int, columns: int, device: torch.device) -> Tensor:
+    """Room for an input in codes, see `codes`."""
     return torch.empty(tokens, columns // BLOCK, STRIDE, dtype=torch.int32, device=device)
 
 
