@@ -129,7 +129,8 @@ class Emulator:
         if bias in self.file.entries:
             x_TD = x_TD - x_TD.double().mean(-1, keepdim=True).float()
         mean_T1 = x_TD.square().double().mean(-1, keepdim=True).float()
-        y_TD = x_TD * (1 / (mean_T1 + self.header.eps).sqrt()) * self.file.tensor(f"{name}.weight")
+        scale_T1 = inverse_root(mean_T1 + self.header.eps)
+        y_TD = x_TD * scale_T1 * self.file.tensor(f"{name}.weight")
         return y_TD + self.file.tensor(bias) if bias in self.file.entries else y_TD
 
     def _rope_table(self, length: int) -> Rope:
@@ -141,7 +142,7 @@ class Emulator:
             angles.append(angle_S * (1.0 / self.header.rope_factor))
             angle_S = angle_S * step
         angle_SE = torch.stack(angles, -1)
-        return angle_SE.cos(), angle_SE.sin()
+        return angle_SE.double().cos().float(), angle_SE.double().sin().float()
 
     def _heads(self, x_TD: Tensor, batch: int) -> Tensor:
         """(T, heads E) to (B, heads, S, E)."""
@@ -197,7 +198,13 @@ def _halves_turned(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
     return torch.cat([first * cos_SE - second * sin_SE, first * sin_SE + second * cos_SE], -1)
 
 
+def inverse_root(x: Tensor) -> Tensor:
+    """1 / sqrt(x) with both results rounded to float32 as C does; torch's own are a last bit off on
+    some CPUs, and a code may hang on it."""
+    return (1 / x.double().sqrt().float().double()).float()
+
+
 def _softmax(scores: Tensor) -> Tensor:
     shifted = (scores - scores.amax(-1, keepdim=True)).half().float()
-    weights = shifted.exp().half().float()
+    weights = shifted.double().exp().float().half().float()
     return weights / weights.sum(-1, keepdim=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from sparsecast.collect.models import load_model
 from sparsecast.export.config import ExportConfig
-from sparsecast.export.emulate import Emulator
+from sparsecast.export.emulate import Emulator, inverse_root
 from sparsecast.export.numerics import model_logits, with_relu
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
@@ -87,3 +88,10 @@ def test_a_threshold_no_logit_reaches_masks_everything(precise, ids_NS):
         precise.header = header
 
     assert (masked_NSV - dense_NSV).abs().amax(-1).median() > 50 * TOLERANCE
+
+
+def test_a_norms_scale_is_rounded_as_c_rounds_it():
+    """numpy's float32 square root and division are correctly rounded."""
+    x = torch.rand(100_000) * torch.logspace(-9, 9, 100_000)
+    want = np.float32(1) / np.sqrt(x.numpy())
+    assert np.array_equal(inverse_root(x).numpy(), want)
