@@ -206,5 +206,5 @@ def inverse_root(x: Tensor) -> Tensor:
 
 def _softmax(scores: Tensor) -> Tensor:
     shifted = (scores - scores.amax(-1, keepdim=True)).half().float()
-    weights = shifted.double().exp().float().half().float()
+    weights = shifted.exp().half().float()
     return weights / weights.sum(-1, keepdim=True)

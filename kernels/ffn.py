@@ -4,7 +4,8 @@
     predicted   gate over the neurons that the predictor names, then up and down where it fired
 
 An FFN of two matrices has no gate: its first projection takes the gate's place, and down follows.
-Decisions are per token, and differ between batch sizes within rounding of the threshold alone.
+Decisions are per token, and differ between batch sizes within rounding of the threshold alone;
+behind a predictor in codes a last bit may turn over a code of its input, and so a step of q8_0.
 Weight rows are read for the union of a batch's tokens; where a token did not select a neuron, that
 neuron adds nothing to it.
 

@@ -33,7 +33,7 @@ SELECT_CONFIGS = {
 }
 """Of 16-bit weights, by padded tokens."""
 SELECT_CODES_CONFIG = {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4}
-"""Measured for codes that met 16-bit inputs, as `_hidden_codes_config` was not."""
+"""Measured when inputs still were 16-bit numbers."""
 
 
 def input_dtype(weight: Tensor | Quantised) -> torch.dtype:

@@ -30,6 +30,8 @@ from sparsecast.collect.store import (
 )
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder
+from sparsecast.predictors.checkpoint import PredictorManifest
+from sparsecast.predictors.mlp import Predictor
 from sparsecast.sparsify.tokenizer import train_tokenizer
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -38,6 +40,31 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def manifest_of():
+    """Of predictors for a model with FATReLU at 0.2, unless told otherwise."""
+
+    def make(layers: list[Predictor], **fields: object) -> PredictorManifest:
+        scores = {"recall": 0.9, "predicted_sparsity": 0.5}
+        manifest = PredictorManifest(
+            model="m",
+            fingerprint="0" * 16,
+            convention="residual-before-ffn-norm",
+            activation="fatrelu",
+            activation_threshold=0.2,
+            hidden_size=layers[0].fc1_RD.shape[1],
+            ffn_width=layers[0].fc2_FR.shape[0],
+            ffn_matrices=3,
+            dtypes=[layer.dtype for layer in layers],
+            ranks=[layer.rank for layer in layers],
+            calibration=[scores] * len(layers),
+            recipe={},
+        )
+        return replace(manifest, **fields)
+
+    return make
 
 
 @pytest.fixture(scope="session")

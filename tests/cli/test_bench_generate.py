@@ -14,28 +14,17 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.tokens import encode
 from sparsecast.kernels.decode import Decoder
-from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
+from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.mlp import Predictor
 
 
 @pytest.fixture
-def predictors(model_folder, tmp_path):
+def predictors(manifest_of, model_folder, tmp_path):
     """Half of the neurons at random, so that predicted tokens soon differ."""
     layers = [Predictor(torch.randn(8, 64).half(), torch.randn(1280, 8).half())] * 3
-    manifest = PredictorManifest(
-        model=str(model_folder),
-        fingerprint=Checkpoint(str(model_folder)).fingerprint,
-        convention="residual-before-ffn-norm",
-        activation="fatrelu",
-        activation_threshold=0.2,
-        hidden_size=64,
-        ffn_width=1280,
-        ffn_matrices=3,
-        dtypes=["f16"] * 3,
-        ranks=[8] * 3,
-        calibration=[{"recall": 0.95, "predicted_sparsity": 0.5}] * 3,
-        recipe={},
-    )
+    fingerprint = Checkpoint(str(model_folder)).fingerprint
+    calibration = [{"recall": 0.95, "predicted_sparsity": 0.5}] * 3
+    manifest = manifest_of(layers, fingerprint=fingerprint, calibration=calibration)
     PredictorSet(layers, 0.0, manifest).save(tmp_path / "p")
     return tmp_path / "p"
 

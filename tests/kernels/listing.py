@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from sparsecast.kernels import codes, down, gate, predictor, rows
 
-D, R, F = 1536, 384, 3840
+D, R = 1536, 384
 POINTERS = {
     "threshold": "fp32",
     **dict.fromkeys(("row", "count", "ticket", "chosen"), "*i32"),

@@ -17,7 +17,7 @@ from sparsecast.collect.models import load_model
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokens import batches
-from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
+from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.evaluate import evaluate, perplexities
 from sparsecast.predictors.in_loop import exact_ffn, predicted_ffn
@@ -216,22 +216,12 @@ def test_predictors_of_another_model_are_refused(model_folder, corpus, trained, 
         ({"convention": "ffn-input"}, "trained on the input 'ffn-input'"),
     ],
 )
-def test_predictors_for_another_use_are_refused(changed, told, model_folder, corpus, tmp_path):
-    manifest = PredictorManifest(
-        model="m",
-        fingerprint=Checkpoint(str(model_folder)).fingerprint,
-        convention="residual-before-ffn-norm",
-        activation="fatrelu",
-        activation_threshold=0.2,
-        hidden_size=HIDDEN,
-        ffn_width=FFN,
-        ffn_matrices=3,
-        dtypes=["f16"] * LAYERS,
-        ranks=[8] * LAYERS,
-        calibration=[{"recall": 0.9, "predicted_sparsity": 0.5}] * LAYERS,
-        recipe={},
-    )
-    replace(random_set(), manifest=replace(manifest, **changed)).save(tmp_path / "p")
+def test_predictors_for_another_use_are_refused(
+    changed, told, manifest_of, model_folder, corpus, tmp_path
+):
+    given = random_set()
+    fields = {"fingerprint": Checkpoint(str(model_folder)).fingerprint, **changed}
+    replace(given, manifest=manifest_of(given.layers, **fields)).save(tmp_path / "p")
     cfg = EvaluateConfig(
         model=str(model_folder), predictors=tmp_path / "p", corpus=str(corpus), tokens=64
     )

@@ -18,7 +18,7 @@ from transformers import (
 
 from sparsecast.collect.families import activation_rule
 from sparsecast.collect.models import set_activation
-from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
+from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.mlp import Predictor
 
 LAYERS, HIDDEN, FFN, RANK, VOCAB = 2, 64, 88, 32, 128
@@ -90,7 +90,7 @@ def make():
 
 
 @pytest.fixture
-def predictors():
+def predictors(manifest_of):
     """Random ones that predict about half; with a manifest where calibrations are given."""
 
     def make(dtype: str = "f16", calibration=None, threshold: float = 0.0) -> PredictorSet:
@@ -105,20 +105,8 @@ def predictors():
         ]
         if calibration is None:
             return PredictorSet(layers, threshold, None)
-        manifest = PredictorManifest(
-            model="m",
-            fingerprint="0" * 16,
-            convention="residual-before-ffn-norm",
-            activation="relu",
-            activation_threshold=0.0,
-            hidden_size=HIDDEN,
-            ffn_width=FFN,
-            ffn_matrices=3,
-            dtypes=[dtype] * LAYERS,
-            ranks=[RANK] * LAYERS,
-            calibration=calibration,
-            recipe={},
-        )
+        relu = {"activation": "relu", "activation_threshold": 0.0}
+        manifest = manifest_of(layers, calibration=calibration, **relu)
         return PredictorSet(layers, threshold, manifest)
 
     return make
