@@ -95,3 +95,18 @@ def test_a_norms_scale_is_rounded_as_c_rounds_it():
     x = torch.rand(100_000) * torch.logspace(-9, 9, 100_000)
     want = np.float32(1) / np.sqrt(x.numpy())
     assert np.array_equal(inverse_root(x).numpy(), want)
+
+
+def test_ropes_angles_turn_as_c_turns_them(precise):
+    """By repeated float32 multiplication; cosine and sine of them rounded once."""
+    size, base = precise.header.head_dim, precise.header.rope_base
+    step = np.float32(base) ** np.float32(-2 / size)
+    angle_SE = np.empty((100, size // 2), np.float32)
+    angle_SE[:, 0] = np.arange(100)
+    for e in range(1, size // 2):
+        angle_SE[:, e] = angle_SE[:, e - 1] * step
+
+    cos_SE, sin_SE = precise._rope_table(100)
+
+    assert np.array_equal(cos_SE.numpy(), np.cos(angle_SE.astype(np.float64)).astype(np.float32))
+    assert np.array_equal(sin_SE.numpy(), np.sin(angle_SE.astype(np.float64)).astype(np.float32))
