@@ -27,41 +27,40 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _STRIDE = tl.constexpr(STRIDE)
 
 
-def empty_codes(tokens: int, columns: int, device: torch.device) -> Tensor:
-    """Room for an input in codes, see `codes`."""
-    return torch.empty(tokens, columns // BLOCK, STRIDE, dtype=torch.int32, device=device)
-
-
-def codes(x_TK: Tensor) -> Tensor:
+def codes(x_TK: Tensor, *, first: bool = True) -> Tensor:
     """(T, B, STRIDE) int32: an input of any float dtype. See `q8_0_input` for the rule.
+
+    Args:
+        first: Whether this begins an FFN (launch.py).
 
     Raises:
         ValueError: Not between 1 and 16 tokens.
     """
     tokens, columns = x_TK.shape
     padded(tokens)
-    rounded_TBS = empty_codes(tokens, columns, x_TK.device)
+    shape = (tokens, columns // BLOCK, STRIDE)
+    rounded_TBS = torch.empty(shape, dtype=torch.int32, device=x_TK.device)
     grid = (triton.cdiv(columns // BLOCK, AT_ONCE), tokens)
-    _kernel[grid](x_TK, rounded_TBS, K=columns, BLOCK_B=AT_ONCE, num_warps=4, **options(x_TK))
+    _kernel[grid](
+        x_TK, rounded_TBS, K=columns, FIRST=first, BLOCK_B=AT_ONCE, num_warps=4, **options(x_TK)
+    )
     return rounded_TBS
 
 
 @triton.jit
-def _kernel(x, out, K: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr):
+def _kernel(x, out, K: tl.constexpr, FIRST: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr):
+    if not FIRST:
+        start_next(PDL)
     after_previous(PDL)
-    start_next(PDL)
+    if FIRST:
+        start_next(PDL)
     t = tl.program_id(1)
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     k_BC4 = (b[:, None] * 32 + tl.arange(0, 8)[None, :] * 4)[:, :, None] + tl.arange(0, 4)
     x_BC4 = tl.load(x + t * K + k_BC4, mask=k_BC4 < K, other=0.0)
-    store_codes(out, t * (K // 32) + b, b < K // 32, x_BC4.to(tl.float32))
-
-
-@triton.jit
-def store_codes(out, block_B, ok_B, x_BC4):
-    """Round blocks (B, 8, 4) in float32, and write those that are ok to the places `block_B`."""
-    code_BC, scale_B = _in_codes(x_BC4)
-    place_B = block_B * _STRIDE
+    code_BC, scale_B = _in_codes(x_BC4.to(tl.float32))
+    place_B = (t * (K // 32) + b) * _STRIDE
+    ok_B = b < K // 32
     tl.store(out + place_B[:, None] + tl.arange(0, 8)[None, :], code_BC, mask=ok_B[:, None])
     tl.store(out + place_B + 8, scale_B.to(tl.float32).to(tl.int32, bitcast=True), mask=ok_B)
 
@@ -91,33 +90,41 @@ def code_products(
     K: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     T: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """(N, T) float32: the rows `row_N` of a weight in codes times an input of `tokens` by K.
 
-    Rows that are not ok are not read; their products are 0. With PDL this waits for x to be written
-    (launch.py), up to 4 tokens after asking for the first tile: then the loop is unrolled.
+    Rows that are not ok are not read; their products are 0. Up to 4 tokens are multiplied in
+    registers, more by the tensor cores. With PDL this waits for x to be written (launch.py), up to
+    4 tokens after asking for all of the weights.
     """
     row_N = row_N.to(tl.int64)
+    N: tl.constexpr = row_N.shape[0]
     BLOCK_B: tl.constexpr = BLOCK_K // 32
-    acc_TNB = tl.zeros((T, row_N.shape[0], BLOCK_B), tl.float32)
     if T <= 4:
+        tiles = ()
         for start in tl.static_range(0, K // 32, BLOCK_B):
-            low_NBW, high_NBW, d_NB = _blocks(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
-            if start == 0:
-                after_previous(PDL)
-            acc_TNB += _sums(low_NBW, high_NBW, d_NB, start, x, tokens, K, T)
-    else:
+            tile = _words(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
+            tiles = tiles + (tile,)  # type: ignore[assignment]
         after_previous(PDL)
-        for start in tl.range(0, K // 32, BLOCK_B):
-            low_NBW, high_NBW, d_NB = _blocks(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
-            acc_TNB += _sums(low_NBW, high_NBW, d_NB, start, x, tokens, K, T)
-    return tl.trans(tl.sum(acc_TNB, 2))
+        acc_TNB = tl.zeros((T, N, BLOCK_B), tl.float32)
+        for start in tl.static_range(0, K // 32, BLOCK_B):
+            acc_TNB += _word_sums(tiles[start // BLOCK_B], start, x, tokens, K, T)
+        return tl.trans(tl.sum(acc_TNB, 2))
+    after_previous(PDL)
+    acc_BNT = tl.zeros((BLOCK_B, N, T), tl.float32)
+    for start in tl.range(0, K // 32, BLOCK_B, num_stages=STAGES):
+        w_BN32, d_BN = _bytes(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
+        x_B32T, scale_BT = _columns(x, start, tokens, K, BLOCK_B, T)
+        scale_BNT = d_BN[:, :, None] * scale_BT[:, None, :]
+        acc_BNT += _dot(w_BN32, x_B32T).to(tl.float32) * scale_BNT
+    return tl.sum(acc_BNT, 0)
 
 
 @triton.jit
-def _blocks(
+def _words(
     code, scale, row_N, ok_N, start, K: tl.constexpr, BITS: tl.constexpr, BLOCK_B: tl.constexpr
 ):
     """Of a tile of blocks the first 16 codes and the last, as words of signed bytes, and the scale.
@@ -137,8 +144,9 @@ def _blocks(
 
 
 @triton.jit
-def _sums(low_NBW, high_NBW, d_NB, start, x, tokens, K: tl.constexpr, T: tl.constexpr):
+def _word_sums(tile, start, x, tokens, K: tl.constexpr, T: tl.constexpr):
     """(T, N, B) float32: every block's sum of products."""
+    low_NBW, high_NBW, d_NB = tile
     N: tl.constexpr = low_NBW.shape[0]
     BLOCK_B: tl.constexpr = low_NBW.shape[1]
     b = start + tl.arange(0, BLOCK_B)
@@ -153,6 +161,44 @@ def _sums(low_NBW, high_NBW, d_NB, start, x, tokens, K: tl.constexpr, T: tl.cons
     sum_TNBW = _dp4a(high_NBW[None], tl.load(x_TNBW + 4, mask=ok_TNBW, other=0), sum_TNBW)
     scale_TNB = tl.load(x + place_TNB + 8, mask=ok_TNB, other=0).to(tl.float32, bitcast=True)
     return tl.sum(sum_TNBW, 3).to(tl.float32) * (scale_TNB * d_NB[None])
+
+
+@triton.jit
+def _bytes(
+    code, scale, row_N, ok_N, start, K: tl.constexpr, BITS: tl.constexpr, BLOCK_B: tl.constexpr
+):
+    """(B, N, 32) int8 and (B, N): a tile of blocks as `_words`, block by block."""
+    b = start + tl.arange(0, BLOCK_B)
+    ok_BN = (b < K // 32)[:, None] & ok_N[None, :]
+    block_BN = row_N[None, :] * (K // 32) + b[:, None]
+    d_BN = tl.load(scale + block_BN, mask=ok_BN, other=0.0).to(tl.float32)
+    byte = code.to(tl.pointer_type(tl.int8), bitcast=True) + (block_BN * (4 * BITS))[:, :, None]
+    if BITS == 8:
+        return tl.load(byte + tl.arange(0, 32), mask=ok_BN[:, :, None], other=0), d_BN
+    pair_BN16 = tl.load(byte + tl.arange(0, 16), mask=ok_BN[:, :, None], other=0)
+    w_BNH16 = tl.permute(tl.join(pair_BN16 << 4, pair_BN16 & -16), (0, 1, 3, 2))
+    return tl.reshape(w_BNH16, (BLOCK_B, row_N.shape[0], 32)), d_BN * 0.0625
+
+
+@triton.jit
+def _columns(x, start, tokens, K: tl.constexpr, BLOCK_B: tl.constexpr, T: tl.constexpr):
+    """(B, 32, T) int8 and (B, T): a tile of blocks of every token, and their scales."""
+    b = start + tl.arange(0, BLOCK_B)
+    t = tl.arange(0, T)
+    ok_BT = (b < K // 32)[:, None] & (t < tokens)[None, :]
+    place_BT = (t[None, :] * (K // 32) + b[:, None]) * _STRIDE
+    byte = x.to(tl.pointer_type(tl.int8), bitcast=True) + (4 * place_BT)[:, None, :]
+    x_B32T = tl.load(byte + tl.arange(0, 32)[:, None], mask=ok_BT[:, None, :], other=0)
+    scale_BT = tl.load(x + place_BT + 8, mask=ok_BT, other=0)
+    return x_B32T, scale_BT.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b):
+    """a @ b of int8, in int32."""
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee").to(tl.int32)
+    return tl.dot(a, b, out_dtype=tl.int32)
 
 
 @triton.jit

@@ -7,8 +7,8 @@ kernel of an FFN waits before it lets the next one start, so nothing is read too
 written before the FFN. The last one lets nothing start: what follows in a model waits for its end
 anyway, and a benchmark of many FFNs shall not gain what a model would not.
 
-Blocks are a table that was measured (those of predictors in codes not yet), not Triton's autotuner:
-that one times kernels at their first call, which a CUDA graph cannot record.
+Blocks are tables that were measured, not Triton's autotuner: that one times kernels at their first
+call, which a CUDA graph cannot record.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.bits import WORD, words
-from sparsecast.kernels.codes import code_products, codes, empty_codes, store_codes
+from sparsecast.kernels.codes import code_products, codes
 from sparsecast.kernels.launch import after_previous, options, padded, start_next
 from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
-from sparsecast.predictors.blocks import BLOCK, q8_0_values
+from sparsecast.predictors.blocks import q8_0_values
 
 HIDDEN_CONFIGS = {
     1: {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
@@ -32,8 +32,11 @@ SELECT_CONFIGS = {
     16: {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
 }
 """Of 16-bit weights, by padded tokens."""
-SELECT_CODES_CONFIG = {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 1, "num_warps": 4}
-"""Measured when inputs still were 16-bit numbers."""
+HIDDEN_CODES_CONFIGS = {
+    False: {"BLOCK_N": 4, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
+    True: {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 8},
+}
+"""Of codes, by whether there are more than 4 tokens."""
 
 
 def input_dtype(weight: Tensor | Quantised) -> torch.dtype:
@@ -67,32 +70,6 @@ def reference(
 def _hidden_kernel(
     z,
     weight,
-    hidden,
-    tokens,
-    R,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    after_previous(PDL)
-    start_next(PDL)
-    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    hidden_NT = products(weight, r, r < R, z, tokens, K, BLOCK_K, STAGES, T)
-    t = tl.arange(0, T)
-    tl.store(
-        hidden + t[None, :] * R + r[:, None],
-        rounded(tl.maximum(hidden_NT, 0.0), hidden.dtype.element_ty),
-        mask=(r < R)[:, None] & (t < tokens)[None, :],
-    )
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _hidden_codes_kernel(
-    z,
-    weight,
     scale,
     hidden,
     tokens,
@@ -102,15 +79,24 @@ def _hidden_codes_kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if BITS == 16:
+        after_previous(PDL)
     start_next(PDL)
-    block = tl.program_id(0)
-    r = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    hidden_NT = code_products(weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, T, PDL)
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if BITS == 16:
+        hidden_NT = products(weight, r, r < R, z, tokens, K, BLOCK_K, STAGES, T)
+        hidden_NT = rounded(tl.maximum(hidden_NT, 0.0), hidden.dtype.element_ty)
+    else:
+        hidden_NT = code_products(
+            weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T, PDL
+        )
+        hidden_NT = tl.maximum(hidden_NT, 0.0)
     t = tl.arange(0, T)
-    hidden_TC4 = tl.reshape(tl.trans(tl.maximum(hidden_NT, 0.0)), (T, 8, 4))
-    store_codes(hidden, t * (R // 32) + block, t < tokens, hidden_TC4)
+    ok_NT = (r < R)[:, None] & (t < tokens)[None, :]
+    tl.store(hidden + t[None, :] * R + r[:, None], hidden_NT, mask=ok_NT)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -136,7 +122,9 @@ def _select_kernel(
     if BITS == 16:
         logit_NT = products(weight, f, f < F, hidden, tokens, K, BLOCK_K, STAGES, T, PDL)
     else:
-        logit_NT = code_products(weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, T, PDL)
+        logit_NT = code_products(
+            weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T, PDL
+        )
     t = tl.arange(0, T)
     on_NT = (logit_NT >= threshold) & (f < F)[:, None] & (t < tokens)[None, :]
     tokens_N = tl.sum(on_NT.to(tl.int32) << t[None, :], 1)
@@ -158,59 +146,55 @@ def predict(
 
 
 def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
-    """relu(fc1 . z) as fc2 meets it: (T, R) in fc1's dtype, or what `codes` gives."""
-    if isinstance(fc1_RD, Quantised):
-        return _hidden_codes(codes(z_TD), fc1_RD)
+    """hidden_TR = relu(fc1 . z), in fc1's dtype; in float32 where that is codes."""
     (tokens, d), (rank, _) = z_TD.shape, fc1_RD.shape
-    hidden_TR = torch.empty(tokens, rank, dtype=fc1_RD.dtype, device=z_TD.device)
-    pad = padded(tokens)
-    config = HIDDEN_CONFIGS[pad]
+    if isinstance(fc1_RD, Tensor):
+        weight, bits, pad, dtype = (fc1_RD, fc1_RD), 16, padded(tokens), fc1_RD.dtype
+        config = HIDDEN_CONFIGS[pad]
+    else:
+        weight, bits, pad, dtype = (*fc1_RD,), fc1_RD.bits, _padded(tokens), torch.float32
+        z_TD, config = codes(z_TD), HIDDEN_CODES_CONFIGS[pad > 4]
+    hidden_TR = torch.empty(tokens, rank, dtype=dtype, device=z_TD.device)
     _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
-        z_TD, fc1_RD, hidden_TR, tokens, rank, K=d, T=pad, **config, **options(z_TD)
-    )
+        z_TD, *weight, hidden_TR, tokens, rank,
+        K=d, BITS=bits, T=pad, **config, **options(z_TD),
+    )  # fmt: skip
     return hidden_TR
 
 
-def _hidden_codes(z_TBS: Tensor, fc1_RD: Quantised) -> Tensor:
-    """It reads fc1 before the kernel in front of it has ended, which must be that of `codes`."""
-    tokens, (rank, d), bits = len(z_TBS), fc1_RD.shape, fc1_RD.bits
-    hidden_TBS = empty_codes(tokens, rank, z_TBS.device)
-    _hidden_codes_kernel[(rank // BLOCK,)](
-        z_TBS, *fc1_RD, hidden_TBS, tokens, rank,
-        K=d, BITS=bits, T=triton.next_power_of_2(tokens), **_hidden_codes_config(tokens, bits, d),
-        **options(z_TBS),
-    )  # fmt: skip
-    return hidden_TBS
-
-
-def select(hidden: Tensor, fc2_FR: Tensor | Quantised, threshold: float) -> tuple[Tensor, Tensor]:
+def select(
+    hidden_TR: Tensor, fc2_FR: Tensor | Quantised, threshold: float
+) -> tuple[Tensor, Tensor]:
     """fc2, the threshold and the set; returns what `predict` does.
 
     It reads fc2 before the kernel in front of it has ended, which must be one that wrote `hidden`.
     """
-    tokens, (f, rank) = len(hidden), fc2_FR.shape
+    tokens, (f, rank) = len(hidden_TR), fc2_FR.shape
     if isinstance(fc2_FR, Tensor):
         weight, bits, pad = (fc2_FR, fc2_FR), 16, padded(tokens)
-        config = _fitted(SELECT_CONFIGS[pad], rank)
+        met, config = hidden_TR, _fitted(SELECT_CONFIGS[pad], rank)
     else:
-        weight, bits, pad = (*fc2_FR,), fc2_FR.bits, triton.next_power_of_2(tokens)
-        config = SELECT_CODES_CONFIG
-    mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=hidden.device)
-    chosen_F = torch.empty(f, dtype=torch.int32, device=hidden.device)
+        weight, bits, pad = (*fc2_FR,), fc2_FR.bits, _padded(tokens)
+        met, config = codes(hidden_TR, first=False), _select_codes_config(tokens, rank)
+    mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=met.device)
+    chosen_F = torch.empty(f, dtype=torch.int32, device=met.device)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
-        hidden, *weight, mask_W, chosen_F, threshold, tokens, f,
-        K=rank, BITS=bits, T=pad, **config, **options(hidden),
+        met, *weight, mask_W, chosen_F, threshold, tokens, f,
+        K=rank, BITS=bits, T=pad, **config, **options(met),
     )  # fmt: skip
     return mask_W, chosen_F
 
 
-def _hidden_codes_config(tokens: int, bits: int, d: int) -> dict[str, int]:
-    """The rows of a program are one block of what it writes, so programs are few; with one token a
-    thread has the registers to ask for all of its weights at once. Chosen by the compiler's
-    listing, not timed."""
-    most = (8192 if bits == 4 else 4096) if tokens == 1 else 512 if tokens <= 8 else 256
-    columns = min(triton.next_power_of_2(d), most)
-    return {"BLOCK_N": BLOCK, "BLOCK_K": columns, "num_warps": min(32, columns // BLOCK)}
+def _padded(tokens: int) -> int:
+    """Columns of a product of codes."""
+    return triton.next_power_of_2(tokens) if tokens <= 4 else padded(tokens)
+
+
+def _select_codes_config(tokens: int, rank: int) -> dict[str, int]:
+    """Up to 4 tokens hold all of a program's weights in registers."""
+    columns = 128 if tokens > 4 else 512 if rank >= 2048 else 256 if tokens == 1 else 128
+    warps = 4 if tokens > 4 else min(16, 4 * triton.next_power_of_2(triton.cdiv(rank, 2048)))
+    return {"BLOCK_N": 16, "BLOCK_K": columns, "STAGES": 1, "num_warps": warps}
 
 
 def _fitted(config: dict[str, int], rank: int) -> dict[str, int]:

@@ -27,7 +27,7 @@ from sparsecast.kernels.launch import after_previous, options, padded, start_nex
 from sparsecast.kernels.products import products, rounded
 
 CONFIGS = {
-    1: {"SLOTS": 4, "BLOCK_N": 1, "BLOCK_D": 2048, "STAGES": 1, "num_warps": 4},
+    1: {"SLOTS": 2, "BLOCK_N": 2, "BLOCK_D": 2048, "STAGES": 1, "num_warps": 4},
     16: {"SLOTS": 1, "BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2},
 }
 """By padded tokens."""
@@ -180,7 +180,7 @@ def rows(
         act = None
     # x stands in for what this form of the kernel never loads.
     maybe = (x_TD if a is None else a for a in (act, first, bias, chosen, up_FD))
-    config = CONFIGS[pad]
+    config = _config(pad, act is None, d)
     _kernel[(len(mask_W), config["SLOTS"])](
         x_TD, mask_W, *maybe, *out,
         threshold, tokens,
@@ -189,3 +189,11 @@ def rows(
         **config, **options(x_TD),
     )  # fmt: skip
     return out
+
+
+def _config(pad: int, computes_gate: bool, d: int) -> dict[str, int]:
+    """Where one token's gate is computed here, up follows gate row by row, so more programs, each
+    with one row at a time, keep the memory busy meanwhile."""
+    if pad > 1 or not computes_gate:
+        return CONFIGS[pad]
+    return CONFIGS[pad] | {"SLOTS": 8 if d <= 2048 else 5, "BLOCK_N": 1}

@@ -28,33 +28,37 @@ POINTERS = {
     "part": "*fp32",
     "out": "*i32",
 }
-IN_CODES = {"z": "*i32", "hidden": "*i32", "weight": "*i32", "scale": "*fp16"}
+IN_CODES = {"weight": "*i32", "scale": "*fp16"}
 Kernel = tuple[str, Any, dict[str, str], dict[str, Any]]
 
 
 def kernels() -> Iterator[Kernel]:
     """A name, the function, types that differ from `POINTERS`, and constants."""
-    yield "codes", codes._kernel, {}, {"K": D, "BLOCK_B": codes.AT_ONCE, "num_warps": 4}
+    for first in (True, False):
+        name = "codes first" if first else "codes"
+        yield name, codes._kernel, {}, {
+            "K": D, "FIRST": first, "BLOCK_B": codes.AT_ONCE, "num_warps": 4
+        }  # fmt: skip
     for pad in (1, 16):
         yield f"gate {pad}", gate._kernel, {}, {"D": D, "HAS_BIAS": True, **gate.CONFIGS[pad]}
-        yield f"hidden {pad}", predictor._hidden_kernel, {}, {
-            "K": D, **predictor.HIDDEN_CONFIGS[pad]
+        yield f"hidden {pad}", predictor._hidden_kernel, {"scale": "*bf16"}, {
+            "K": D, "BITS": 16, **predictor.HIDDEN_CONFIGS[pad]
         }  # fmt: skip
         yield f"select {pad}", predictor._select_kernel, {"scale": "*bf16"}, {
             "K": R, "BITS": 16, **predictor.SELECT_CONFIGS[pad]
         }  # fmt: skip
         for bits in (8, 4):
-            yield f"hidden {pad} q{bits}_0", predictor._hidden_codes_kernel, IN_CODES, {
-                "K": D, "BITS": bits, **predictor._hidden_codes_config(pad, bits, D)
-            }  # fmt: skip
-            yield f"select {pad} q{bits}_0", predictor._select_kernel, IN_CODES, {
-                "K": R, "BITS": bits, **predictor.SELECT_CODES_CONFIG
-            }  # fmt: skip
+            yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {
+                **IN_CODES, "z": "*i32", "hidden": "*fp32"
+            }, {"K": D, "BITS": bits, **predictor.HIDDEN_CODES_CONFIGS[pad > 4]}  # fmt: skip
+            yield f"select {pad} q{bits}_0", predictor._select_kernel, {
+                **IN_CODES, "hidden": "*i32"
+            }, {"K": R, "BITS": bits, **predictor._select_codes_config(pad, R)}  # fmt: skip
         yield f"rows {pad}", rows._kernel, {}, {
             "D": D, "COMPUTES_GATE": True, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
-            "WORDS": 256, "TICKETS": 16, **rows.CONFIGS[pad],
+            "WORDS": 256, "TICKETS": 16, **rows._config(pad, True, D),
         }  # fmt: skip
-        yield f"down {pad}", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down.CONFIGS[pad]}
+        yield f"down {pad}", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down._config(pad, D)}
 
 
 def ptx_of(function: Any, types: dict[str, str], constants: dict[str, Any], pad: int) -> str:
@@ -105,7 +109,7 @@ def main() -> None:
     told = {}
     for name, function, types, constants in kernels():
         arguments = [n for n in function.arg_names if n not in {*constants, "T", "PDL"}]
-        pad = int(name.split()[1]) if " " in name else 1
+        pad = 16 if " 16" in name else 1
         told[name] = before_waiting(ptx_of(function, types, constants, pad), arguments)
     sys.stdout.write(json.dumps(told))
 

@@ -35,7 +35,7 @@ def test_inputs_are_rounded_as_torch_rounds_them(columns, dtype, banded, values)
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16])
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
-def test_the_largest_codes_meet_exactly(dtype, tokens, banded, values):
+def test_the_largest_codes_meet_exactly(dtype, tokens, banded):
     """Whole numbers below 2^24: what comes out must be the product, to the last bit."""
     signs = torch.tensor([-1.0, 1.0])[torch.randint(0, 2, (64, 96))]
     largest = {"q8_0": 127, "q4_0": -8}[dtype]
@@ -45,10 +45,10 @@ def test_the_largest_codes_meet_exactly(dtype, tokens, banded, values):
     assert fc1.scale_NB.eq(1).all()
     z = torch.tensor([-127.0, 127.0])[torch.randint(0, 2, (tokens, 96))]
 
-    hidden = values(predictor.hidden(banded(z), fc1)).cpu()
+    hidden = predictor.hidden(banded(z), fc1).cpu()
 
     exact = (z @ dequantised(fc1).cpu().T).relu()
-    assert torch.equal(hidden, q8_0_values(exact))
+    assert torch.equal(hidden, exact)
     assert (exact > 1e4).any()
 
 

@@ -60,7 +60,7 @@ def test_it_decides_as_its_reference_where_logits_are_dense(rank, tokens, stored
     weight = torch.randn(11008, rank, device=device) * rank**-0.5
     fc2 = weight.bfloat16() if stored == "f16" else quantised(weight, stored)
 
-    met = hidden.bfloat16() if stored == "f16" else codes(hidden)
+    met = hidden.bfloat16() if stored == "f16" else hidden
     _, chosen = predictor.select(met, fc2, 0.0)
 
     hidden = predictor.rounded_input(hidden, predictor.input_dtype(fc2)).double()

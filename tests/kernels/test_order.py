@@ -26,7 +26,7 @@ def told() -> dict[str, dict[str, object]]:
 
 
 def test_before_a_kernel_has_waited_it_reads_weights_alone(told):
-    assert len(told) == 19
+    assert len(told) == 20
     for name, kernel in told.items():
         assert kernel["waits"] >= 1, name
         assert kernel["written"] == [], name

@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
 from sparsecast.kernels import bits, predictor
+from sparsecast.kernels.codes import codes
 from sparsecast.kernels.quantised import Quantised, dequantised, quantised
 from sparsecast.predictors.formats import rounded
 
@@ -41,8 +42,9 @@ def test_it_decides_as_its_reference(
     mask, chosen = predictor.select(hidden, fc2, threshold)
 
     met, _ = predictor.reference(z, fc1, fc2)
-    if hidden.dtype == torch.int32:
-        scale_TB, hidden = hidden[..., 8].view(torch.float32), values(hidden)
+    if isinstance(fc1, Quantised):
+        rounded_TBS = codes(hidden)
+        scale_TB, hidden = rounded_TBS[..., 8].view(torch.float32), values(rounded_TBS)
         # A float32 sum beside a float64 one may fall to the other side of a half, in a code or a
         # block's scale.
         off_TBK = (hidden - met).abs().view(tokens, -1, 32)
