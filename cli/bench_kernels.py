@@ -27,7 +27,8 @@ class BenchKernelsConfig:
     """Time the sparse FFN's kernels, step by step and whole, against dense torch on this GPU."""
 
     shapes: list[str] = field(default_factory=lambda: ["1b", "7b", "13b"])
-    """1b (hidden size 1536, FFN 3840), 7b (4096, 11008), 13b (5120, 13824), 70b (8192, 28672)."""
+    """30m (hidden size 512, FFN 2048), 1b (1536, 3840), 7b (4096, 11008), 13b (5120, 13824), 70b
+    (8192, 28672); without a gate opt-1.3b (2048, 8192), opt-6.7b (4096, 16384)."""
 
     sparsities: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.7, 0.8, 0.89, 0.95, 0.98])
     """Shares of inactive neurons per token, 0 to 0.99."""
@@ -103,10 +104,10 @@ def _device() -> torch.device:
 def _cases(cfg: BenchKernelsConfig, device: torch.device) -> Iterator[list[Case]]:
     """Those that share their dense side."""
     for name in cfg.shapes:
-        d, f = SHAPES[name]
+        d, f, matrices = SHAPES[name]
         for tokens in cfg.batches:
             yield [
-                Case(name, d, f, cfg.rank or d // 4, s, tokens, DTYPES[cfg.dtype], device)
+                Case(name, d, f, matrices, cfg.rank or d // 4, s, tokens, DTYPES[cfg.dtype], device)
                 for s in cfg.sparsities
             ]
 

@@ -1,6 +1,7 @@
 """Every kernel and the whole FFN against dense torch, checked before they are timed.
 
-    gate, up, down      the exact path's three steps; up is ProSparse's S2 and down its S3
+    gate, up, down      the exact path's three steps; up is ProSparse's S2 and down its S3; where
+                        there is no gate, "gate" is the first projection, and there is no "up"
     exact               all of it
     predictor TYPE      both products, threshold and set, with weights in f16, q8_0 or q4_0
     cascade             gate over the predicted rows, up where it fired
@@ -36,8 +37,16 @@ from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_ffn, predicted_f
 from sparsecast.kernels.measured import most_tokens
 from sparsecast.predictors.blocks import BLOCK
 
-SHAPES = {"1b": (1536, 3840), "7b": (4096, 11008), "13b": (5120, 13824), "70b": (8192, 28672)}
-"""(D, F): MiniCPM-S-1B, Llama 2 7B and 13B, Llama 2 70B."""
+SHAPES = {
+    "30m": (512, 2048, 3),
+    "1b": (1536, 3840, 3),
+    "7b": (4096, 11008, 3),
+    "13b": (5120, 13824, 3),
+    "70b": (8192, 28672, 3),
+    "opt-1.3b": (2048, 8192, 2),
+    "opt-6.7b": (4096, 16384, 2),
+}
+"""(D, F, matrices): the preset of sparsify, MiniCPM-S-1B, Llama 2 7B, 13B and 70B, and OPT."""
 FORMATS = ("f16", "q8_0", "q4_0")
 
 
@@ -45,7 +54,7 @@ class Dense(NamedTuple):
     """Microseconds of the dense steps."""
 
     gate: float
-    up: float
+    up: float | None
     down: float
     whole: float
 
@@ -64,7 +73,7 @@ def dense(case: Case) -> Dense:
     row_bytes = case.d * case.dtype.itemsize
     # One matrix of a set is read by a step alone, so a step's own bytes decide how many there are.
     count = timing.copies(case.f * row_bytes, case.device)
-    weights = [[_matrix(case) for _ in range(3)] for _ in range(count)]
+    weights = [[_matrix(case) for _ in range(case.matrices)] for _ in range(count)]
     x_TD = problem.inputs(case.tokens, case.d, case.dtype, case.device)
     act_TF = torch.randn(case.tokens, case.f, dtype=case.dtype, device=case.device).relu()
 
@@ -80,17 +89,22 @@ def dense(case: Case) -> Dense:
     def as_linear(x1: Tensor, down: Tensor) -> Tensor:
         return x1 @ down.view(case.d, case.f).T  # a matrix as nn.Linear keeps it
 
-    def whole(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return of_down(of_up(x, of_gate(x, gate), up), down)
+    def x1(x: Tensor, gate: Tensor, *up: Tensor) -> Tensor:
+        act = of_gate(x, gate)
+        return of_up(x, act, *up) if up else act
 
-    def whole_as_linear(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return as_linear(of_up(x, of_gate(x, gate), up), down)
+    def whole(x: Tensor, *weights: Tensor) -> Tensor:
+        return of_down(x1(x, *weights[:-1]), weights[-1])
 
+    def whole_as_linear(x: Tensor, *weights: Tensor) -> Tensor:
+        return as_linear(x1(x, *weights[:-1]), weights[-1])
+
+    ups = [(x_TD, act_TF, some[1]) for some in weights if case.matrices == 3]
     return Dense(
-        _fastest((of_gate,), [(x_TD, gate) for gate, _, _ in weights]),
-        _fastest((of_up,), [(x_TD, act_TF, up) for _, up, _ in weights]),
-        _fastest((of_down, as_linear), [(act_TF, down) for _, _, down in weights]),
-        _fastest((whole, whole_as_linear), [(x_TD, *three) for three in weights]),
+        _fastest((of_gate,), [(x_TD, some[0]) for some in weights]),
+        _fastest((of_up,), ups) if ups else None,
+        _fastest((of_down, as_linear), [(act_TF, some[-1]) for some in weights]),
+        _fastest((whole, whole_as_linear), [(x_TD, *some) for some in weights]),
     )
 
 
@@ -104,12 +118,12 @@ def steps(case: Case, against: Dense) -> Iterator[Timed]:
     goal = problem.targets(case.f, case.tokens, case.sparsity, case.device)
     x_TD = problem.inputs(case.tokens, case.d, case.dtype, case.device)
 
-    weights = problem.ffn(goal.active_TF, case.d, case.dtype)
-    assert weights.gate_FD is not None
-    act_FT, mask_W = gate.gate(x_TD, weights.gate_FD, None, 0.0)
-    check_gate(case, x_TD, weights.gate_FD, act_FT)
+    weights = problem.ffn(goal.active_TF, case.d, case.dtype, case.matrices)
+    first_FD, up_FD = _projections(weights)
+    act_FT, mask_W = gate.gate(x_TD, first_FD, None, 0.0)
+    check_gate(case, x_TD, first_FD, act_FT)
     source = rows.FromGate(act_FT)
-    chosen = rows.rows(x_TD, mask_W, source, weights.up_FD, width=case.f, relu_up=False)
+    chosen = rows.rows(x_TD, mask_W, source, up_FD, width=case.f, relu_up=False)
     active = int(chosen.total)
     check_rows(case, x_TD, mask_W, source, weights, chosen)
     check_down(case, weights, chosen, exact_ffn(x_TD, weights)[0])
@@ -119,11 +133,12 @@ def steps(case: Case, against: Dense) -> Iterator[Timed]:
     runs: list[Any] = [partial(gate.gate, x_TD, w, None, 0.0) for w in gates]
     yield _timed("gate", runs, against.gate, case.f * row_bytes)
     ups = [_matrix(case) for _ in range(timing.copies(active * row_bytes, case.device))]
-    yield _timed("up", [partial(up, w) for w in ups], against.up, active * row_bytes)
+    if up_FD is not None:
+        yield _timed("up", [partial(up, w) for w in ups], against.up, active * row_bytes)
     runs = [partial(down.down, chosen, w, None) for w in ups]
     yield _timed("down", runs, against.down, active * row_bytes)
     del gates, ups, runs
-    read = (case.f + 2 * active) * row_bytes
+    read = (case.f + (case.matrices - 1) * active) * row_bytes
     runs = [partial(exact_ffn, x_TD, w) for w in _ffns(case, goal.active_TF, read)]
     yield _timed("exact", runs, against.whole, read)
     del runs
@@ -151,15 +166,15 @@ def _predicted(
     ours = made()
     mask_W, chosen_F = predictor.predict(x_TD, *ours[:3])
     check_predictor(case, x_TD, ours)
-    assert weights.gate_FD is not None
-    source = rows.FromRows(weights.gate_FD, None, 0.0, chosen_F)
-    chosen = rows.rows(x_TD, mask_W, source, weights.up_FD, width=case.f, relu_up=False)
+    first_FD, up_FD = _projections(weights)
+    source = rows.FromRows(first_FD, None, 0.0, chosen_F)
+    chosen = rows.rows(x_TD, mask_W, source, up_FD, width=case.f, relu_up=False)
     check_rows(case, x_TD, mask_W, source, weights, chosen)
     check_down(case, weights, chosen, predicted_ffn(x_TD, x_TD, weights, ours)[0])
     predicted = int(chosen.total)
     fired = int((chosen.x1_FT[:predicted] != 0).any(1).sum())
     own = sum(w.nbytes for w in (ours.fc1_RD, ours.fc2_FR))
-    cascade = (predicted + fired) * row_bytes
+    cascade = (predicted + (case.matrices - 2) * fired) * row_bytes
     read = own + cascade + fired * row_bytes
 
     predictors = [made() for _ in range(timing.copies(own, case.device))]
@@ -167,13 +182,12 @@ def _predicted(
     yield _timed(f"predictor {dtype}", runs, None, own)
     ffns = _ffns(case, goal.active_TF, cascade if with_cascade else read)
     if with_cascade:
-        gates = [w.gate_FD for w in ffns if w.gate_FD is not None]
         runs = [
             partial(
-                rows.rows, x_TD, mask_W, source._replace(first_FD=gate_FD), w.up_FD,
+                rows.rows, x_TD, mask_W, source._replace(first_FD=first_FD), up_FD,
                 width=case.f, relu_up=False,
             )
-            for gate_FD, w in zip(gates, ffns, strict=True)
+            for first_FD, up_FD in map(_projections, ffns)
         ]  # fmt: skip
         yield _timed("cascade", runs, None, cascade)
     runs = [
@@ -189,14 +203,21 @@ def _timed(
     return Timed(step, timing.microseconds(runs), dense_us, read)
 
 
-def _fastest(steps: Sequence[Callable[..., Tensor]], arguments: list[tuple[Tensor, ...]]) -> float:
+def _fastest(
+    steps: Sequence[Callable[..., Tensor]], arguments: Sequence[tuple[Tensor, ...]]
+) -> float:
     sides = [side for step in steps for side in (step, torch.compile(step, dynamic=False))]
     return min(timing.microseconds([partial(run, *a) for a in arguments]) for run in sides)
 
 
 def _ffns(case: Case, active_TF: Tensor, read: float) -> list[FFN]:
     count = timing.copies(read, case.device)
-    return [problem.ffn(active_TF, case.d, case.dtype) for _ in range(count)]
+    return [problem.ffn(active_TF, case.d, case.dtype, case.matrices) for _ in range(count)]
+
+
+def _projections(weights: FFN) -> tuple[Tensor, Tensor | None]:
+    """The one that decides who fires, and the one read after it, if there are three matrices."""
+    return (weights.up_FD, None) if weights.gate_FD is None else (weights.gate_FD, weights.up_FD)
 
 
 def _matrix(case: Case) -> Tensor:
@@ -212,7 +233,7 @@ def as_row(case: Case, timed: Timed, copy_gb_per_s: float) -> dict[str, Any]:
         own = case.sparsity
         if path == "predicted":
             own = max(0.0, 1 - (1 - own) * problem.PREDICTED_PER_ACTIVE)
-        shape = (case.d, case.f, 3)
+        shape = (case.d, case.f, case.matrices)
         rank = case.rank if path == "predicted" else None
         most = most_tokens(path, own, device=case.device.type, shape=shape, rank=rank)
         auto = most >= case.tokens

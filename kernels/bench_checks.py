@@ -29,6 +29,7 @@ class Case(NamedTuple):
     name: str
     d: int
     f: int
+    matrices: int
     rank: int
     sparsity: float
     tokens: int
@@ -70,7 +71,8 @@ def check_rows(
     got: rows.Rows,
 ) -> None:
     on_F = bits.reference(mask_W, case.f)
-    row_K, x1_KT = rows.reference(x_TD, on_F, source, weights.up_FD, False)
+    up_FD = None if weights.gate_FD is None else weights.up_FD
+    row_K, x1_KT = rows.reference(x_TD, on_F, source, up_FD, False)
     if not torch.equal(got.row_F[: int(got.total)], row_K.int()):
         raise RuntimeError(f"{case.name}: the list of rows is not the set's")
     _check(case, "up", got.x1_FT[: len(row_K)], x1_KT)

@@ -56,12 +56,14 @@ def matrix(f: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(f, d, device=device, dtype=dtype).mul_(d**-0.5)
 
 
-def ffn(active_TF: Tensor, d: int, dtype: torch.dtype) -> FFN:
-    """A gated FFN with ReLU that fires as told."""
+def ffn(active_TF: Tensor, d: int, dtype: torch.dtype, matrices: int = 3) -> FFN:
+    """An FFN with ReLU that fires as told, of three matrices or of two."""
     tokens, f = active_TF.shape
-    gate_FD, up_FD, down_FD = (matrix(f, d, dtype, active_TF.device) for _ in range(3))
-    gate_FD[:, :tokens] = _signs(active_TF) * 4 / AMPLITUDE
-    return FFN(gate_FD, up_FD, down_FD)
+    first_FD, second_FD = (matrix(f, d, dtype, active_TF.device) for _ in range(2))
+    first_FD[:, :tokens] = _signs(active_TF) * 4 / AMPLITUDE
+    if matrices == 2:
+        return FFN(None, first_FD, second_FD)
+    return FFN(first_FD, second_FD, matrix(f, d, dtype, active_TF.device))
 
 
 def predictor(
