@@ -27,11 +27,11 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _STRIDE = tl.constexpr(STRIDE)
 
 
-def codes(x_TK: Tensor, *, first: bool = True) -> Tensor:
+def codes(x_TK: Tensor, *, early: bool = False) -> Tensor:
     """(T, B, STRIDE) int32: an input of any float dtype. See `q8_0_input` for the rule.
 
     Args:
-        first: Whether this begins an FFN (launch.py).
+        early: Whether the next kernel may start before x is there (launch.py).
 
     Raises:
         ValueError: Not between 1 and 16 tokens.
@@ -42,17 +42,17 @@ def codes(x_TK: Tensor, *, first: bool = True) -> Tensor:
     rounded_TBS = torch.empty(shape, dtype=torch.int32, device=x_TK.device)
     grid = (triton.cdiv(columns // BLOCK, AT_ONCE), tokens)
     _kernel[grid](
-        x_TK, rounded_TBS, K=columns, FIRST=first, BLOCK_B=AT_ONCE, num_warps=4, **options(x_TK)
+        x_TK, rounded_TBS, K=columns, EARLY=early, BLOCK_B=AT_ONCE, num_warps=4, **options(x_TK)
     )
     return rounded_TBS
 
 
 @triton.jit
-def _kernel(x, out, K: tl.constexpr, FIRST: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr):
-    if not FIRST:
+def _kernel(x, out, K: tl.constexpr, EARLY: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr):
+    if EARLY:
         start_next(PDL)
     after_previous(PDL)
-    if FIRST:
+    if not EARLY:
         start_next(PDL)
     t = tl.program_id(1)
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)

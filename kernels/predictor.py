@@ -82,9 +82,11 @@ def _hidden_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    EARLY: tl.constexpr = BITS == 16 or T == 1
     if BITS == 16:
         after_previous(PDL)
-    start_next(PDL)
+    if EARLY:
+        start_next(PDL)
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if BITS == 16:
         hidden_NT = products(weight, r, r < R, z, tokens, K, BLOCK_K, STAGES, T)
@@ -94,6 +96,8 @@ def _hidden_kernel(
             weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T, PDL
         )
         hidden_NT = tl.maximum(hidden_NT, 0.0)
+    if not EARLY:
+        start_next(PDL)
     t = tl.arange(0, T)
     ok_NT = (r < R)[:, None] & (t < tokens)[None, :]
     tl.store(hidden + t[None, :] * R + r[:, None], hidden_NT, mask=ok_NT)
@@ -117,7 +121,9 @@ def _select_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    start_next(PDL)
+    EARLY: tl.constexpr = BITS == 16 or T == 1
+    if EARLY:
+        start_next(PDL)
     f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if BITS == 16:
         logit_NT = products(weight, f, f < F, hidden, tokens, K, BLOCK_K, STAGES, T, PDL)
@@ -125,6 +131,8 @@ def _select_kernel(
         logit_NT = code_products(
             weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T, PDL
         )
+    if not EARLY:
+        start_next(PDL)
     t = tl.arange(0, T)
     on_NT = (logit_NT >= threshold) & (f < F)[:, None] & (t < tokens)[None, :]
     tokens_N = tl.sum(on_NT.to(tl.int32) << t[None, :], 1)
@@ -175,7 +183,8 @@ def select(
         met, config = hidden_TR, _fitted(SELECT_CONFIGS[pad], rank)
     else:
         weight, bits, pad = (*fc2_FR,), fc2_FR.bits, _padded(tokens)
-        met, config = codes(hidden_TR, first=False), _select_codes_config(tokens, rank)
+        config = _select_codes_config(tokens, rank)
+        met = codes(hidden_TR, early=tokens == 1)
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=met.device)
     chosen_F = torch.empty(f, dtype=torch.int32, device=met.device)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](

@@ -34,10 +34,10 @@ Kernel = tuple[str, Any, dict[str, str], dict[str, Any]]
 
 def kernels() -> Iterator[Kernel]:
     """A name, the function, types that differ from `POINTERS`, and constants."""
-    for first in (True, False):
-        name = "codes first" if first else "codes"
+    for early in (True, False):
+        name = "codes early" if early else "codes"
         yield name, codes._kernel, {}, {
-            "K": D, "FIRST": first, "BLOCK_B": codes.AT_ONCE, "num_warps": 4
+            "K": D, "EARLY": early, "BLOCK_B": codes.AT_ONCE, "num_warps": 4
         }  # fmt: skip
     for pad in (1, 16):
         yield f"gate {pad}", gate._kernel, {}, {"D": D, "HAS_BIAS": True, **gate.CONFIGS[pad]}
