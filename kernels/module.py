@@ -38,6 +38,8 @@ class SparseFFN(nn.Module):
         predictor: None for the exact path.
         most_tokens: Up to how many tokens rows are picked. By default what the device is made for:
             16 in the kernels, `CPU_TOKENS` on a CPU.
+        exact_tokens: Up to how many tokens more than those go the exact way in spite of a
+            predictor.
         masks_prompts: Whether dense products of more tokens leave out what the predictor does. If
             not, prompts are computed as the model itself does.
 
@@ -61,6 +63,7 @@ class SparseFFN(nn.Module):
         predictor: PredictorWeights | None = None,
         *,
         most_tokens: int | None = None,
+        exact_tokens: int = 0,
         masks_prompts: bool = True,
     ) -> None:
         super().__init__()
@@ -80,6 +83,7 @@ class SparseFFN(nn.Module):
                     self.register_buffer(name + suffix, part, persistent=False)
         limit = MAX_TOKENS if runs_kernels(ffn.up_FD) else CPU_TOKENS
         self.most_tokens = limit if most_tokens is None else min(limit, most_tokens)
+        self.exact_tokens = min(limit, exact_tokens)
         self.masks_prompts = masks_prompts
         self._seen: Tensor | None = None
 
@@ -107,17 +111,17 @@ class SparseFFN(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         z_TD = self._taken(x_TD) if self.predicts else None
         ffn = self.ffn
-        few = len(x_TD) <= self.most_tokens
-        if few and runs_kernels(x_TD):
+        picks = len(x_TD) <= max(self.most_tokens, self.exact_tokens)
+        if len(x_TD) > self.most_tokens and (picks or not self.masks_prompts):
+            z_TD = None
+        if picks and runs_kernels(x_TD):
             if z_TD is None:
                 y_TD, _ = exact_ffn(x_TD, ffn)
             else:
                 y_TD, _ = predicted_ffn(x_TD, z_TD, ffn, self.predictor)
         else:
-            predicted_TF = None
-            if z_TD is not None and (few or self.masks_prompts):
-                predicted_TF = plain.predicted(z_TD, self.predictor)
-            product = plain.over_rows if few and not x_TD.is_cuda else plain.dense
+            predicted_TF = None if z_TD is None else plain.predicted(z_TD, self.predictor)
+            product = plain.over_rows if picks and not x_TD.is_cuda else plain.dense
             y_TD = product(x_TD, ffn, predicted_TF)
         return y_TD.view(x.shape)
 

@@ -2,8 +2,9 @@
 
     exact       no prediction; up and down where the gate fired
     predicted   the rows that the predictors name, and the model's own activation on them
-    auto        layer by layer: predicted where the calibration says that little is lost and it
-                pays, else exact; and dense, as the model was, where neither pays (measured.py)
+    auto        layer by layer: predicted where the calibration says that little is lost and that
+                pays (measured.py), else exact; and dense, as the model was, where neither pays;
+                more tokens at once than predicting pays for are exact
 
 Prompts are dense but for what `predicted` leaves out. Every path but the predicted one gives the
 model's own output up to rounding. From a BUNDLE the model first gets all of the file's weights, and
@@ -104,6 +105,7 @@ def sparsify_model(
             _ffn(layer, family, _rule(layer, family, model, name)),
             predictor,
             most_tokens=plan.most_tokens,
+            exact_tokens=plan.exact_tokens,
             masks_prompts=policy == "predicted",
         )
         _swap(layer, family, sparse)
@@ -116,6 +118,8 @@ class Plan(NamedTuple):
     predicted: bool
     most_tokens: int | None
     """None for all that the device is made for, 0 for a layer that stays as it is."""
+    exact_tokens: int = 0
+    """Of a predicted layer: see `SparseFFN`."""
 
 
 def _plan(
@@ -139,16 +143,15 @@ def _plan(
     if device == "cpu" and (up_FD.is_cuda or up_FD.dtype != torch.float32):
         return Plan(False, 0)
     shape = (up_FD.shape[1], up_FD.shape[0], matrices)
+    exact = most_tokens("exact", scores.get("true_sparsity"), device=device, shape=shape)
     if predicted:
         assert predictors is not None
         rank = predictors.layers[layer].rank
         sparsity = scores.get("predicted_sparsity")
         tokens = most_tokens("predicted", sparsity, device=device, shape=shape, rank=rank)
         if tokens:
-            return Plan(True, tokens)
-    return Plan(
-        False, most_tokens("exact", scores.get("true_sparsity"), device=device, shape=shape)
-    )
+            return Plan(True, tokens, exact)
+    return Plan(False, exact)
 
 
 def _check(layer: nn.Module, family: Family, where: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.kernels import measured
+from sparsecast.kernels import measured, plain
 from sparsecast.kernels.measured import most_tokens
 from sparsecast.kernels.module import SparseFFN
 from sparsecast.kernels.sparse_model import sparsify_model
@@ -141,6 +141,32 @@ def test_prompts_and_large_batches_are_the_models_own(table, make, predictors, i
         near(logits(model, ids(*shape)), logits(dense, ids(*shape)))
     difference = (logits(model, ids(1, 4)) - logits(dense, ids(1, 4))).abs().max()
     assert difference > 0.1
+
+
+@pytest.mark.parametrize(("exact", "want"), [(4, "exact"), (1, "dense")])
+def test_more_tokens_than_predicting_pays_for(
+    exact, want, table, make, predictors, ids, logits, near, monkeypatch
+):
+    table({"exact": {0.0: exact}, "predicted": {0.0: 2}})
+    taken = []
+    for name in ("over_rows", "dense"):
+        real = getattr(plain, name)
+
+        def told(x, ffn, predicted, name=name, real=real):
+            path = "predicted" if predicted is not None else {"over_rows": "exact"}.get(name, name)
+            taken.append(path)
+            return real(x, ffn, predicted)
+
+        monkeypatch.setattr(plain, name, told)
+    dense = make("llama")
+    model = sparsify_model(make("llama"), predictors(calibration=[GOOD, GOOD]))
+
+    for count, path in ((1, "predicted"), (2, "predicted"), (3, want), (5, "dense")):
+        got = logits(model, ids(1, count))
+        assert taken == [path] * 2, count
+        if path != "predicted":
+            near(got, logits(dense, ids(1, count)))
+        taken.clear()
 
 
 def test_the_nearest_measurements_decide(monkeypatch):
