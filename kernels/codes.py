@@ -1,8 +1,8 @@
 """Products of codes by codes: weights in q8_0 or q4_0, inputs rounded to q8_0 as ggml rounds them.
 
-A block's products are summed as integers, four to an instruction, and scaled once; blocks add up in
-float32. So a decision is that of PowerInfer's engine but for the order of that last sum, which also
-depends on the number of tokens.
+A block's products are summed as integers, four by one instruction or many by the tensor cores, and
+scaled once; blocks add up in float32. So a decision is that of PowerInfer's engine but for the
+order of that last sum, which also depends on the number of tokens.
 
 Shape letters: T tokens, N rows of a tile, K columns, B blocks of 32 columns, W words of half a
 block of codes, C words of a row.

@@ -161,7 +161,7 @@ def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
         config = HIDDEN_CONFIGS[pad]
     else:
         weight, bits, pad, dtype = (*fc1_RD,), fc1_RD.bits, _padded(tokens), torch.float32
-        z_TD, config = codes(z_TD), HIDDEN_CODES_CONFIGS[pad > 4]
+        z_TD, config = codes(z_TD), _hidden_codes_config(tokens, d)
     hidden_TR = torch.empty(tokens, rank, dtype=dtype, device=z_TD.device)
     _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
         z_TD, *weight, hidden_TR, tokens, rank,
@@ -197,6 +197,11 @@ def select(
 def _padded(tokens: int) -> int:
     """Columns of a product of codes."""
     return triton.next_power_of_2(tokens) if tokens <= 4 else padded(tokens)
+
+
+def _hidden_codes_config(tokens: int, d: int) -> dict[str, int]:
+    config = HIDDEN_CODES_CONFIGS[tokens > 4]
+    return config if d > 256 else config | {"BLOCK_K": 256}
 
 
 def _select_codes_config(tokens: int, rank: int) -> dict[str, int]:

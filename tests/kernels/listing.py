@@ -50,7 +50,7 @@ def kernels() -> Iterator[Kernel]:
         for bits in (8, 4):
             yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {
                 **IN_CODES, "z": "*i32", "hidden": "*fp32"
-            }, {"K": D, "BITS": bits, **predictor.HIDDEN_CODES_CONFIGS[pad > 4]}  # fmt: skip
+            }, {"K": D, "BITS": bits, **predictor._hidden_codes_config(pad, D)}  # fmt: skip
             yield f"select {pad} q{bits}_0", predictor._select_kernel, {
                 **IN_CODES, "hidden": "*i32"
             }, {"K": R, "BITS": bits, **predictor._select_codes_config(pad, R)}  # fmt: skip
