@@ -5,7 +5,7 @@ scaled once; blocks add up in float32. So a decision is that of PowerInfer's eng
 order of that last sum, which also depends on the number of tokens.
 
 Shape letters: T tokens, N rows of a tile, K columns, B blocks of 32 columns, W words of half a
-block of codes, C words of a row.
+block of codes, C words of a row, H halves of a block, S the words of STRIDE.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def code_products(
         tiles = ()
         for start in tl.static_range(0, K // 32, BLOCK_B):
             tile = _words(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
-            tiles = tiles + (tile,)  # type: ignore[assignment]
+            tiles = tiles + (tile,)  # type: ignore[assignment]  # it grows
         after_previous(PDL)
         acc_TNB = tl.zeros((T, N, BLOCK_B), tl.float32)
         for start in tl.static_range(0, K // 32, BLOCK_B):

@@ -36,10 +36,9 @@ class SparseFFN(nn.Module):
     Args:
         ffn: Its weights; parameters are taken as they are, not copied.
         predictor: None for the exact path.
-        most_tokens: Up to how many tokens rows are picked. By default what the device is made for:
-            16 in the kernels, `CPU_TOKENS` on a CPU.
-        exact_tokens: Up to how many tokens more than those go the exact way in spite of a
-            predictor.
+        most_tokens: Up to how many tokens go this way. By default what the device is made for: 16
+            in the kernels, `CPU_TOKENS` on a CPU.
+        exact_tokens: Above those, up to how many go the exact way in spite of a predictor.
         masks_prompts: Whether dense products of more tokens leave out what the predictor does. If
             not, prompts are computed as the model itself does.
 
@@ -134,7 +133,9 @@ class SparseFFN(nn.Module):
 
     def extra_repr(self) -> str:
         (width, hidden), path = self.up_FD.shape, "predicted" if self.predicts else "exact"
-        return f"{hidden}, {width}, {self.act}, {path} up to {self.most_tokens} tokens"
+        told = f"{hidden}, {width}, {self.act}, {path} up to {self.most_tokens} tokens"
+        more = self.exact_tokens > self.most_tokens
+        return f"{told}, exact up to {self.exact_tokens}" if more else told
 
 
 def _parameter(weight: Tensor | None) -> nn.Parameter | None:

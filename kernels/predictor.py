@@ -5,8 +5,7 @@
 z and hidden are rounded to the weights' 16-bit type, or to q8_0 where the weights are codes
 (codes.py); sums are in float32. Bytes: both matrices as stored.
 
-Shape letters: T tokens, D hidden size, R rank, F FFN width, W words of 16 neurons, C words of four
-codes.
+Shape letters: T tokens, D hidden size, R rank, F FFN width, W words of 16 neurons.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """fc2, the threshold and the set; returns what `predict` does.
 
-    It reads fc2 before the kernel in front of it has ended, which must be one that wrote `hidden`.
+    It may read fc2 while what wrote `hidden` still runs; fc2 must be older than that.
     """
     tokens, (f, rank) = len(hidden_TR), fc2_FR.shape
     if isinstance(fc2_FR, Tensor):
@@ -200,12 +199,14 @@ def _padded(tokens: int) -> int:
 
 
 def _hidden_codes_config(tokens: int, d: int) -> dict[str, int]:
+    """Below 256 columns most of a tile would be none."""
     config = HIDDEN_CODES_CONFIGS[tokens > 4]
     return config if d > 256 else config | {"BLOCK_K": 256}
 
 
 def _select_codes_config(tokens: int, rank: int) -> dict[str, int]:
-    """Up to 4 tokens hold all of a program's weights in registers."""
+    """Up to 4 tokens hold all of a program's weights in registers, with more warps for more of
+    them; STAGES counts above 4 tokens alone."""
     columns = 128 if tokens > 4 else 512 if rank >= 2048 else 256 if tokens == 1 else 128
     warps = 4 if tokens > 4 else min(16, 4 * triton.next_power_of_2(triton.cdiv(rank, 2048)))
     return {"BLOCK_N": 16, "BLOCK_K": columns, "STAGES": 1, "num_warps": warps}

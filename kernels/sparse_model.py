@@ -2,9 +2,9 @@
 
     exact       no prediction; up and down where the gate fired
     predicted   the rows that the predictors name, and the model's own activation on them
-    auto        layer by layer: predicted where the calibration says that little is lost and that
-                pays (measured.py), else exact; and dense, as the model was, where neither pays;
-                more tokens at once than predicting pays for are exact
+    auto        layer by layer: predicted where the calibration says that little is lost and it was
+                measured to pay (measured.py), else exact; and dense, as the model was, where
+                neither pays; more tokens at once than predicting pays for are exact
 
 Prompts are dense but for what `predicted` leaves out. Every path but the predicted one gives the
 model's own output up to rounding. From a BUNDLE the model first gets all of the file's weights, and

@@ -1,7 +1,8 @@
 """What each kernel reads and writes before it waits for the one in front of it, from its PTX.
 
 Compiled for Hopper, which needs no GPU but a process without Triton's interpreter. Prints JSON:
-kernel to how often it waits, and the names of the arguments read and written before it does.
+kernel to how often it waits, the names of the arguments read and written before it does, and
+whether it lets the next kernel start before (null where it never does).
 """
 
 from __future__ import annotations
@@ -47,6 +48,16 @@ def kernels() -> Iterator[Kernel]:
         yield f"select {pad}", predictor._select_kernel, {"scale": "*bf16"}, {
             "K": R, "BITS": 16, **predictor.SELECT_CONFIGS[pad]
         }  # fmt: skip
+        yield f"rows {pad}", rows._kernel, {}, {
+            "D": D, "COMPUTES_GATE": True, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
+            "WORDS": 256, "TICKETS": 16, **rows._config(pad, True, D),
+        }  # fmt: skip
+        yield f"up {pad}", rows._kernel, {}, {
+            "D": D, "COMPUTES_GATE": False, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
+            "WORDS": 256, "TICKETS": 16, **rows._config(pad, False, D),
+        }  # fmt: skip
+        yield f"down {pad}", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down._config(pad, D)}
+    for pad in (1, 2, 4, 16):
         for bits in (8, 4):
             yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {
                 **IN_CODES, "z": "*i32", "hidden": "*fp32"
@@ -54,11 +65,6 @@ def kernels() -> Iterator[Kernel]:
             yield f"select {pad} q{bits}_0", predictor._select_kernel, {
                 **IN_CODES, "hidden": "*i32"
             }, {"K": R, "BITS": bits, **predictor._select_codes_config(pad, R)}  # fmt: skip
-        yield f"rows {pad}", rows._kernel, {}, {
-            "D": D, "COMPUTES_GATE": True, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
-            "WORDS": 256, "TICKETS": 16, **rows._config(pad, True, D),
-        }  # fmt: skip
-        yield f"down {pad}", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down._config(pad, D)}
 
 
 def ptx_of(function: Any, types: dict[str, str], constants: dict[str, Any], pad: int) -> str:
@@ -84,11 +90,13 @@ def ptx_of(function: Any, types: dict[str, str], constants: dict[str, Any], pad:
 
 def before_waiting(ptx: str, arguments: list[str]) -> dict[str, Any]:
     sources: dict[str, set[str]] = {}
-    found: dict[str, Any] = {"waits": 0, "read": set(), "written": set()}
+    found: dict[str, Any] = {"waits": 0, "read": set(), "written": set(), "starts_early": None}
     for line in ptx.splitlines():
         code = re.sub(r"^\s*(@!?%\w+\s+)?", "", line.split("//")[0]).strip()
         if code.startswith("griddepcontrol.wait"):
             found["waits"] += 1
+        if code.startswith("griddepcontrol.launch_dependents"):
+            found["starts_early"] = found["waits"] == 0
         operation, _, operands = code.partition(" ")
         registers = re.findall(r"%\w+", operands)
         if operation.startswith("ld.param"):
@@ -109,7 +117,7 @@ def main() -> None:
     told = {}
     for name, function, types, constants in kernels():
         arguments = [n for n in function.arg_names if n not in {*constants, "T", "PDL"}]
-        pad = 16 if " 16" in name else 1
+        pad = next((int(word) for word in name.split() if word.isdigit()), 1)
         told[name] = before_waiting(ptx_of(function, types, constants, pad), arguments)
     sys.stdout.write(json.dumps(told))
 

@@ -122,6 +122,7 @@ def test_a_row_says_what_auto_would_do(step, sparsity, tokens, rank, auto, untim
 def test_a_wrong_kernel_is_not_timed(untimed, monkeypatch):
     real = down.down
     monkeypatch.setattr(down, "down", lambda *given: real(*given) * 1.03)
+    # bfloat16 itself moves the 0.03 by up to 0.004
     with pytest.raises(RuntimeError, match=r"down is off its reference by 0.0[23]"):
         bench(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
 

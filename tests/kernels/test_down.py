@@ -28,7 +28,9 @@ def listed(banded):
 @pytest.mark.parametrize("total", [0, 1, 63, 700])
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_it_sums_the_listed_rows(dtype, tokens, total, listed, banded, near):
+def test_it_sums_the_listed_rows(dtype, tokens, total, listed, banded, near, monkeypatch):
+    for config in down.CONFIGS.values():
+        monkeypatch.setitem(config, "GROUPS", 4)  # so few that each has several tiles
     f, d = 700, 130
     weight = banded(torch.randn(f, d).to(dtype))
     chosen = listed(f, total, tokens, dtype)
@@ -52,3 +54,9 @@ def test_a_bias_is_added_once(total, tokens, listed, banded, near):
     chosen = listed(40, total, tokens, dtype)
 
     near(down.down(chosen, weight, bias), down.reference(chosen, weight, bias))
+
+
+def test_few_programs_share_a_wide_hidden_size():
+    for d, groups in ((128, 24), (5120, 24), (8192, 16), (16384, 8), (10**6, 1)):
+        assert down._config(1, d)["GROUPS"] == groups
+    assert down._config(16, 8192)["GROUPS"] == 16

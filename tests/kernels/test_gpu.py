@@ -61,6 +61,7 @@ def test_it_decides_as_its_reference_where_logits_are_dense(rank, tokens, stored
     fc2 = weight.bfloat16() if stored == "f16" else quantised(weight, stored)
 
     met = hidden.bfloat16() if stored == "f16" else hidden
+    torch.cuda.synchronize()  # or fc2 might be read before it is made
     _, chosen = predictor.select(met, fc2, 0.0)
 
     hidden = predictor.rounded_input(hidden, predictor.input_dtype(fc2)).double()

@@ -26,7 +26,7 @@ def told() -> dict[str, dict[str, object]]:
 
 
 def test_before_a_kernel_has_waited_it_reads_weights_alone(told):
-    assert len(told) == 20
+    assert len(told) == 30
     for name, kernel in told.items():
         assert kernel["waits"] >= 1, name
         assert kernel["written"] == [], name
@@ -34,8 +34,23 @@ def test_before_a_kernel_has_waited_it_reads_weights_alone(told):
 
 
 def test_a_predictors_matrices_are_on_their_way_before_that(told):
-    """With one token; the first kernel of an FFN waits before all else."""
+    """Up to 4 tokens; the first kernel of an FFN waits before all else."""
     early = {name for name, kernel in told.items() if kernel["read"]}
+    of_codes = {
+        f"{which} {pad} {kind}"
+        for which in ("hidden", "select")
+        for pad in (1, 2, 4)
+        for kind in ("q8_0", "q4_0")
+    }
+    assert early == {"select 1"} | of_codes
+
+
+def test_who_lets_the_next_kernel_start_before_it_has_waited(told):
+    """None that is the first of an FFN, and the last lets none start at all."""
+    early = {name for name, kernel in told.items() if kernel["starts_early"]}
     assert early == {
-        "select 1", "hidden 1 q8_0", "hidden 1 q4_0", "select 1 q8_0", "select 1 q4_0",
+        "codes early", "select 1", "select 16", "rows 1", "rows 16", "up 1", "up 16",
+        "hidden 1 q8_0", "hidden 1 q4_0", "select 1 q8_0", "select 1 q4_0",
     }  # fmt: skip
+    never = {name for name, kernel in told.items() if kernel["starts_early"] is None}
+    assert never == {"down 1", "down 16"}

@@ -27,7 +27,14 @@ def weights(matrix, banded):
 @pytest.mark.parametrize("tokens", [1, 3, 5, 16])
 @pytest.mark.parametrize(
     ("shape", "threshold"),
-    [((96, 64, 130), 0.25), ((32, 32, 17), 0.0), ((32, 64, 21), -0.1), ((1312, 32, 16), 0.25)],
+    [
+        ((96, 64, 130), 0.25),
+        ((32, 32, 17), 0.0),
+        ((32, 64, 21), -0.1),
+        ((1312, 32, 16), 0.25),
+        ((64, 288, 20), 0.25),
+        ((2112, 32, 16), 0.25),
+    ],  # the last two are several tiles, the last of them not full
     ids=str,
 )
 def test_it_decides_as_its_reference(
@@ -60,6 +67,23 @@ def test_it_decides_as_its_reference(
     assert torch.equal(bits.reference(mask, f), got.any(0))
     assert not bits.reference(mask, 16 * len(mask))[f:].any()
     assert (chosen >> tokens == 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "early"), [(1, [False, True]), (2, [False, False])])
+def test_nothing_starts_before_the_first_kernel_has_waited(
+    tokens, early, weights, banded, monkeypatch
+):
+    """launch.py; with one token fc2's kernel may start while fc1's runs."""
+    taken = []
+
+    def told(x, *, early=False):
+        taken.append(early)
+        return codes(x, early=early)
+
+    monkeypatch.setattr(predictor, "codes", told)
+    fc1, fc2 = weights(32, 64, "q8_0"), weights(17, 32, "q8_0")
+    predictor.predict(banded(torch.randn(tokens, 64)), fc1, fc2, 0.0)
+    assert taken == early
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

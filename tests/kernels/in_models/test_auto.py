@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.kernels import measured, plain
+from sparsecast.kernels import measured, module, plain
 from sparsecast.kernels.measured import most_tokens
 from sparsecast.kernels.module import SparseFFN
 from sparsecast.kernels.sparse_model import sparsify_model
@@ -164,9 +164,52 @@ def test_more_tokens_than_predicting_pays_for(
     for count, path in ((1, "predicted"), (2, "predicted"), (3, want), (5, "dense")):
         got = logits(model, ids(1, count))
         assert taken == [path] * 2, count
+        assert all(layer.mlp._seen is None for layer in model.base_model.layers)
         if path != "predicted":
             near(got, logits(dense, ids(1, count)))
         taken.clear()
+
+
+def test_in_the_kernels_more_tokens_go_the_exact_way(monkeypatch, make, predictors, table, ids):
+    table({"exact": {0.0: 3}, "predicted": {0.0: 1}}, device="cuda")
+    taken = []
+    for name in ("exact_ffn", "predicted_ffn"):
+        real = getattr(module, name)
+
+        def told(*given, name=name, real=real):
+            taken.append(name)
+            return real(*given)
+
+        monkeypatch.setattr(module, name, told)
+    model = make("llama", torch.float16)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    sparsify_model(model, predictors(calibration=[GOOD, GOOD]))
+    assert "predicted up to 1 tokens, exact up to 3" in repr(model)
+
+    for count, want in ((1, ["predicted_ffn"] * 2), (3, ["exact_ffn"] * 2), (4, [])):
+        with torch.no_grad():
+            model(ids(1, count).to(model.device))
+        assert taken == want, count
+        taken.clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "path", "sparsity", "tokens"),
+    [
+        ((512, 2048, 3), "exact", 0.89, 4),
+        ((1536, 3840, 3), "predicted", 0.99, 0),
+        ((4096, 11008, 3), "exact", 0.89, 16),
+        ((4096, 11008, 3), "predicted", 0.79, 1),
+        ((8192, 28672, 3), "predicted", 0.42, 0),
+        ((4096, 16384, 2), "predicted", 0.79, 1),
+        ((3000, 12000, 2), "predicted", 0.7, 0),
+        ((768, 3072, 2), "exact", 0.99, 0),
+    ],
+)
+def test_what_a_gpu_was_measured_to_gain(shape, path, sparsity, tokens):
+    """As RESULTS.md has it."""
+    assert most_tokens(path, sparsity, device="cuda", shape=shape) == tokens
 
 
 def test_the_nearest_measurements_decide(monkeypatch):
