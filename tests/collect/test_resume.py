@@ -136,7 +136,7 @@ def test_twenty_kills(cfg, tmp_path, uninterrupted):
     assert hits >= 20
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_share_the_work_into_the_store_of_one(cfg, tmp_path, uninterrupted, ranks):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     process = start(cfg, tmp_path, *launcher)

@@ -56,7 +56,7 @@ def same_by_one_and_two(cfg, tmp_path):
     "changes",
     [
         {"predictor_dtype": "q4_0", "target_perplexity": None},
-        {"recipe": "reference", "target_recall": None},
+        pytest.param({"recipe": "reference", "target_recall": None}, marks=pytest.mark.slow),
     ],
     ids=["q4_0", "reference"],
 )
