@@ -32,6 +32,7 @@ from sparsecast.kernels.bench_checks import (
     check_gate,
     check_predictor,
     check_rows,
+    projections,
 )
 from sparsecast.kernels.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
 from sparsecast.kernels.measured import most_tokens
@@ -119,7 +120,7 @@ def steps(case: Case, against: Dense) -> Iterator[Timed]:
     x_TD = problem.inputs(case.tokens, case.d, case.dtype, case.device)
 
     weights = problem.ffn(goal.active_TF, case.d, case.dtype, case.matrices)
-    first_FD, up_FD = _projections(weights)
+    first_FD, up_FD = projections(weights)
     act_FT, mask_W = gate.gate(x_TD, first_FD, None, 0.0)
     check_gate(case, x_TD, first_FD, act_FT)
     source = rows.FromGate(act_FT)
@@ -166,7 +167,7 @@ def _predicted(
     ours = made()
     mask_W, chosen_F = predictor.predict(x_TD, *ours[:3])
     check_predictor(case, x_TD, ours)
-    first_FD, up_FD = _projections(weights)
+    first_FD, up_FD = projections(weights)
     source = rows.FromRows(first_FD, None, 0.0, chosen_F)
     chosen = rows.rows(x_TD, mask_W, source, up_FD, width=case.f, relu_up=False)
     check_rows(case, x_TD, mask_W, source, weights, chosen)
@@ -187,7 +188,7 @@ def _predicted(
                 rows.rows, x_TD, mask_W, source._replace(first_FD=first_FD), up_FD,
                 width=case.f, relu_up=False,
             )
-            for first_FD, up_FD in map(_projections, ffns)
+            for first_FD, up_FD in map(projections, ffns)
         ]  # fmt: skip
         yield _timed("cascade", runs, None, cascade)
     runs = [
@@ -213,11 +214,6 @@ def _fastest(
 def _ffns(case: Case, active_TF: Tensor, read: float) -> list[FFN]:
     count = timing.copies(read, case.device)
     return [problem.ffn(active_TF, case.d, case.dtype, case.matrices) for _ in range(count)]
-
-
-def _projections(weights: FFN) -> tuple[Tensor, Tensor | None]:
-    """The one that decides who fires, and the one read after it, if there are three matrices."""
-    return (weights.up_FD, None) if weights.gate_FD is None else (weights.gate_FD, weights.up_FD)
 
 
 def _matrix(case: Case) -> Tensor:

@@ -37,6 +37,11 @@ class Case(NamedTuple):
     device: torch.device
 
 
+def projections(weights: FFN) -> tuple[Tensor, Tensor | None]:
+    """The one that decides who fires, and the one read after it, if there are three matrices."""
+    return (weights.up_FD, None) if weights.gate_FD is None else (weights.gate_FD, weights.up_FD)
+
+
 def check_gate(case: Case, x_TD: Tensor, gate_FD: Tensor, act_FT: Tensor) -> None:
     want_FT, _ = gate.reference(x_TD, gate_FD, None, 0.0)
     _check(case, "gate", act_FT, want_FT.double())
@@ -71,8 +76,7 @@ def check_rows(
     got: rows.Rows,
 ) -> None:
     on_F = bits.reference(mask_W, case.f)
-    up_FD = None if weights.gate_FD is None else weights.up_FD
-    row_K, x1_KT = rows.reference(x_TD, on_F, source, up_FD, False)
+    row_K, x1_KT = rows.reference(x_TD, on_F, source, projections(weights)[1], False)
     if not torch.equal(got.row_F[: int(got.total)], row_K.int()):
         raise RuntimeError(f"{case.name}: the list of rows is not the set's")
     _check(case, "up", got.x1_FT[: len(row_K)], x1_KT)

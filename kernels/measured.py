@@ -5,10 +5,10 @@
 means that at this sparsity (true sparsity for `exact`, predicted sparsity for `predicted`) the path
 took no longer than the dense FFN for one token and every measured batch up to that many. On a GPU
 dense had to take 5 % longer, half of the neurons be silent, and `predicted` be faster than `exact`
-where predictors name 1.9 times what is active. Between two measured shapes
-both must say so; a shape above all of them counts as the largest, a sparsity between two as the
-lower. What lies below all that was measured is dense, and so are predictors of a larger rank than
-was measured. An H100 stands for every CUDA device.
+where predictors name 1.9 times what is active. Between two measured shapes both must say so; a
+shape above all of them counts as the largest, a sparsity between two as the lower. What lies below
+all that was measured does not pay, nor does a predictor of a larger rank than was measured. An H100
+stands for every CUDA device.
 """
 
 from __future__ import annotations
