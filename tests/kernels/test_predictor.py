@@ -24,7 +24,7 @@ def weights(matrix, banded):
 
 
 SMALL = [((96, 64, 130), 0.25), ((32, 32, 17), 0.0), ((32, 64, 21), -0.1), ((1312, 32, 16), 0.25)]
-TILES = [((64, 288, 20), 0.25), ((2112, 32, 16), 0.25)]
+TILES = [((64, 288, 20), 0.25), ((2112, 32, 16), 0.25), ((4128, 32, 16), 0.25)]
 """Several tiles of codes, the last of them not full."""
 CASES = [(*case, dtype) for case in SMALL for dtype in ("f16", "bf16", "q8_0", "q4_0")]
 CASES += [(*case, dtype) for case in TILES for dtype in ("q8_0", "q4_0")]
