@@ -1,5 +1,6 @@
 # make demo: a model, its predictors and a PowerInfer bundle, from nothing but Python, pip and make.
-# make test: what CI runs. make test-slow: the tests that take minutes and 16 GB of disk. All create .venv on the first call and reuse it afterwards.
+# make test: what CI runs, in up to four processes of one thread each (most tests are too small for more threads).
+# make test-slow: the tests that take minutes and 16 GB of disk. All create .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .typecheck/sparsecast
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
