@@ -121,15 +121,15 @@ def steps(case: Case, against: Dense) -> Iterator[Timed]:
 
     weights = problem.ffn(goal.active_TF, case.d, case.dtype, case.matrices)
     first_FD, up_FD = projections(weights)
-    act_FT, mask_W = gate.gate(x_TD, first_FD, None, 0.0)
+    act_FT, fired = gate.gate(x_TD, first_FD, None, 0.0)
     check_gate(case, x_TD, first_FD, act_FT)
     source = rows.FromGate(act_FT)
-    chosen = rows.rows(x_TD, mask_W, source, up_FD, width=case.f, relu_up=False)
+    chosen = rows.rows(x_TD, fired, source, up_FD, relu_up=False)
     active = int(chosen.total)
-    check_rows(case, x_TD, mask_W, source, weights, chosen)
+    check_rows(case, x_TD, fired.mask_W, source, weights, chosen)
     check_down(case, weights, chosen, exact_ffn(x_TD, weights)[0])
 
-    up = partial(rows.rows, x_TD, mask_W, source, width=case.f, relu_up=False)
+    up = partial(rows.rows, x_TD, fired, source, relu_up=False)
     gates = [_matrix(case) for _ in range(timing.copies(case.f * row_bytes, case.device))]
     runs: list[Any] = [partial(gate.gate, x_TD, w, None, 0.0) for w in gates]
     yield _timed("gate", runs, against.gate, case.f * row_bytes)
@@ -165,15 +165,15 @@ def _predicted(
         return problem.predictor(goal.predicted_TF, case.d, case.rank, dtype, case.dtype)
 
     ours = made()
-    mask_W, chosen_F = predictor.predict(x_TD, *ours[:3])
+    named, chosen_F = predictor.predict(x_TD, *ours[:3])
     check_predictor(case, x_TD, ours)
     first_FD, up_FD = projections(weights)
     source = rows.FromRows(first_FD, None, 0.0, chosen_F)
-    chosen = rows.rows(x_TD, mask_W, source, up_FD, width=case.f, relu_up=False)
-    check_rows(case, x_TD, mask_W, source, weights, chosen)
+    chosen = rows.rows(x_TD, named, source, up_FD, relu_up=False)
+    check_rows(case, x_TD, named.mask_W, source, weights, chosen)
     check_down(case, weights, chosen, predicted_ffn(x_TD, x_TD, weights, ours)[0])
     predicted = int(chosen.total)
-    fired = int((chosen.x1_FT[:predicted] != 0).any(1).sum())
+    fired = int((rows.listed(chosen)[1] != 0).any(1).sum())
     own = sum(w.nbytes for w in (ours.fc1_RD, ours.fc2_FR))
     cascade = (predicted + (case.matrices - 2) * fired) * row_bytes
     read = own + cascade + fired * row_bytes
@@ -185,11 +185,10 @@ def _predicted(
     if with_cascade:
         runs = [
             partial(
-                rows.rows, x_TD, mask_W, source._replace(first_FD=first_FD), up_FD,
-                width=case.f, relu_up=False,
+                rows.rows, x_TD, named, source._replace(first_FD=first_FD), up_FD, relu_up=False
             )
             for first_FD, up_FD in map(projections, ffns)
-        ]  # fmt: skip
+        ]
         yield _timed("cascade", runs, None, cascade)
     runs = [
         partial(predicted_ffn, x_TD, x_TD, w, predictors[i % len(predictors)])

@@ -73,16 +73,19 @@ def check_rows(
     mask_W: Tensor,
     source: rows.FromGate | rows.FromRows,
     weights: FFN,
-    got: rows.Rows,
+    got: rows.Rows | rows.Entries,
 ) -> None:
     on_F = bits.reference(mask_W, case.f)
     row_K, x1_KT = rows.reference(x_TD, on_F, source, projections(weights)[1], False)
-    if not torch.equal(got.row_F[: int(got.total)], row_K.int()):
+    got_K, got_KT = rows.listed(got)
+    if not torch.equal(got_K, row_K.int()):
         raise RuntimeError(f"{case.name}: the list of rows is not the set's")
-    _check(case, "up", got.x1_FT[: len(row_K)], x1_KT)
+    _check(case, "up", got_KT, x1_KT)
 
 
-def check_down(case: Case, weights: FFN, chosen: rows.Rows, whole_TD: Tensor) -> None:
+def check_down(
+    case: Case, weights: FFN, chosen: rows.Rows | rows.Entries, whole_TD: Tensor
+) -> None:
     want_TD = down.reference(chosen, weights.down_FD, None)
     _check(case, "down", down.down(chosen, weights.down_FD, None), want_TD)
     _check(case, "whole FFN", whole_TD, want_TD)

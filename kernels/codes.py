@@ -21,7 +21,7 @@ from sparsecast.predictors.blocks import BLOCK
 STRIDE = 12
 """Words from a block of an input to the next: 8 of four codes, the first lowest, one of the bits of
 the scale in float32, and three that keep codes at multiples of 16 bytes."""
-AT_ONCE = 16
+AT_ONCE = 4
 """Blocks that one program rounds."""
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _STRIDE = tl.constexpr(STRIDE)
@@ -42,7 +42,7 @@ def codes(x_TK: Tensor, *, early: bool = False) -> Tensor:
     rounded_TBS = torch.empty(shape, dtype=torch.int32, device=x_TK.device)
     grid = (triton.cdiv(columns // BLOCK, AT_ONCE), tokens)
     _kernel[grid](
-        x_TK, rounded_TBS, K=columns, EARLY=early, BLOCK_B=AT_ONCE, num_warps=4, **options(x_TK)
+        x_TK, rounded_TBS, K=columns, EARLY=early, BLOCK_B=AT_ONCE, num_warps=1, **options(x_TK)
     )
     return rounded_TBS
 

@@ -126,8 +126,8 @@ def _exact(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        act_FT, mask_W = gate(x, first, up_bias, threshold)
-        chosen = rows(x, mask_W, FromGate(act_FT), up_FD, width=len(first), relu_up=relu_up)
+        act_FT, fired = gate(x, first, up_bias, threshold)
+        chosen = rows(x, fired, FromGate(act_FT), up_FD, relu_up=relu_up)
         return down(chosen, down_weight, down_bias), chosen.total
 
 
@@ -152,9 +152,9 @@ def _predicted(
     fc2_FR = fc2 if fc2_scale is None else Quantised(fc2, fc2_scale)
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
     with torch.cuda.device_of(x):
-        mask_W, chosen_F = predict(z, fc1_RD, fc2_FR, cut)
+        named, chosen_F = predict(z, fc1_RD, fc2_FR, cut)
         source = FromRows(first, up_bias, threshold, chosen_F)
-        chosen = rows(x, mask_W, source, up_FD, width=len(first), relu_up=relu_up)
+        chosen = rows(x, named, source, up_FD, relu_up=relu_up)
         return down(chosen, down_weight, down_bias), chosen.total
 
 

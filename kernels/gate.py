@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.bits import WORD, words
+from sparsecast.kernels.entries import Selected, blank, room
 from sparsecast.kernels.launch import after_previous, options, padded, start_next
 from sparsecast.kernels.products import products, rounded
 
@@ -57,6 +58,7 @@ def _kernel(
     bias,
     act,
     mask,
+    entry,
     threshold,
     tokens,
     F,
@@ -83,27 +85,31 @@ def _kernel(
     )
     w = tl.program_id(0) * (BLOCK_F // 16) + tl.arange(0, BLOCK_F // 16)
     tl.store(mask + w, words(fires(act_FT)), mask=w * 16 < F)
+    if T == 1:
+        blank(entry, f, F)
 
 
 def gate(
     x_TD: Tensor, first_FD: Tensor, bias_F: Tensor | None, threshold: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Selected]:
     """Run it.
 
     Args:
         threshold: T, rounded to x's dtype already.
 
     Returns:
-        act_FT in x's dtype, zero where a token's neuron did not fire, and mask_W, the neurons that
-        fired for any token.
+        act_FT in x's dtype, zero where a token's neuron did not fire, and the neurons that fired
+        for any token.
     """
     (tokens, d), (f, _) = x_TD.shape, first_FD.shape
     pad = padded(tokens)
     act_FT = torch.empty(f, tokens, dtype=x_TD.dtype, device=x_TD.device)
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=x_TD.device)
+    blank_E = room(f, tokens, x_TD.device)
     config = CONFIGS[pad]
     _kernel[(triton.cdiv(f, config["BLOCK_F"]),)](
-        x_TD, first_FD, x_TD if bias_F is None else bias_F, act_FT, mask_W, threshold, tokens, f,
+        x_TD, first_FD, x_TD if bias_F is None else bias_F, act_FT, mask_W,
+        x_TD if blank_E is None else blank_E, threshold, tokens, f,
         D=d, HAS_BIAS=bias_F is not None, T=pad, **config, **options(x_TD),
     )  # fmt: skip
-    return act_FT, mask_W
+    return act_FT, Selected(mask_W, blank_E)

@@ -4,10 +4,12 @@ Kernels of one FFN follow each other within microseconds, so on Hopper and later
 before the last one has ended (programmatic dependent launch). It waits in `after_previous` before
 it reads what that one wrote, and before it writes; its own weights it may read earlier. The first
 kernel of an FFN waits before it lets the next one start, so nothing is read too early of what was
-written before the FFN. Predictors in codes let the next one start after their products where there
-are several tokens: with five kernels waiting behind it the FFN took longer (1B, 4 tokens: 35 us
-instead of 26). The last one lets nothing start: what follows in a model waits for its end
-anyway, and a benchmark of many FFNs shall not gain what a model would not.
+written before the FFN. So does `rows` of one token, since `down` does not wait for its end but for
+the entries of its list (entries.py), which must be blank by then; what `down` writes waits.
+Predictors in codes let the next one start after their products where there are several tokens: with
+five kernels waiting behind it the FFN took longer (1B, 4 tokens: 35 us instead of 26). The last one
+lets nothing start: what follows in a model waits for its end anyway, and a benchmark of many FFNs
+shall not gain what a model would not.
 
 Blocks are tables that were measured, not Triton's autotuner: that one times kernels at their first
 call, which a CUDA graph cannot record.

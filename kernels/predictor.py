@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsecast.kernels.bits import WORD, words
 from sparsecast.kernels.codes import code_products, codes
+from sparsecast.kernels.entries import Selected, blank, room
 from sparsecast.kernels.launch import after_previous, options, padded, start_next
 from sparsecast.kernels.products import products, rounded
 from sparsecast.kernels.quantised import Quantised, dequantised
@@ -109,6 +110,7 @@ def _select_kernel(
     scale,
     mask,
     chosen,
+    entry,
     threshold,
     tokens,
     F,
@@ -138,16 +140,18 @@ def _select_kernel(
     tl.store(chosen + f, tokens_N, mask=f < F)
     w = tl.program_id(0) * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
     tl.store(mask + w, words(tokens_N != 0), mask=w * 16 < F)
+    if T == 1:
+        blank(entry, f, F)
 
 
 def predict(
     z_TD: Tensor, fc1_RD: Tensor | Quantised, fc2_FR: Tensor | Quantised, threshold: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Selected, Tensor]:
     """Run both products, of weights that are both codes or both not.
 
     Returns:
-        mask_W, the neurons predicted for any token, and chosen_F int32, whose bit t says whether
-        token t's prediction has that neuron.
+        The neurons predicted for any token, and chosen_F int32, whose bit t says whether token t's
+        prediction has that neuron.
     """
     return select(hidden(z_TD, fc1_RD), fc2_FR, threshold)
 
@@ -171,7 +175,7 @@ def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
 
 def select(
     hidden_TR: Tensor, fc2_FR: Tensor | Quantised, threshold: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Selected, Tensor]:
     """fc2, the threshold and the set; returns what `predict` does.
 
     It may read fc2 while what wrote `hidden` still runs; fc2 must be older than that.
@@ -186,11 +190,12 @@ def select(
         met = codes(hidden_TR, early=tokens == 1)
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=met.device)
     chosen_F = torch.empty(f, dtype=torch.int32, device=met.device)
+    blank_E = room(f, tokens, met.device)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
-        met, *weight, mask_W, chosen_F, threshold, tokens, f,
+        met, *weight, mask_W, chosen_F, met if blank_E is None else blank_E, threshold, tokens, f,
         K=rank, BITS=bits, T=pad, **config, **options(met),
     )  # fmt: skip
-    return mask_W, chosen_F
+    return Selected(mask_W, blank_E), chosen_F
 
 
 def _padded(tokens: int) -> int:

@@ -6,8 +6,9 @@
 
 SLOTS programs share the neurons of a word, each takes BLOCK_N at a time; rows of weights are read
 once for all tokens. What leaves is a list in the order of the neurons: their numbers, x1 per token
-(0 where that token's neuron did not fire), and how many there are. Bytes: the gate's rows of the
-set where it is computed here, and up's rows that fired for any token.
+(0 where that token's neuron did not fire), and how many there are; of one token as entries.py has
+it. Bytes: the gate's rows of the set where it is computed here, and up's rows that fired for any
+token.
 
 Shape letters: T tokens, D hidden, F FFN width, N neurons of a tile, W words of 16 neurons.
 """
@@ -21,22 +22,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsecast.kernels import entries
 from sparsecast.kernels.bits import kth_ones, ones, words_before
+from sparsecast.kernels.entries import Selected, put, put_total
 from sparsecast.kernels.gate import fired, fires
 from sparsecast.kernels.launch import after_previous, options, padded, start_next
 from sparsecast.kernels.products import products, rounded
 
-CONFIGS = {
-    1: {"SLOTS": 2, "BLOCK_N": 2, "BLOCK_D": 2048, "STAGES": 1, "num_warps": 4},
-    16: {"SLOTS": 1, "BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2},
-}
-"""By padded tokens."""
-LEAST_PIECE = 128
+SEVERAL = {"SLOTS": 1, "BLOCK_N": 16, "BLOCK_D": 128, "STAGES": 4, "num_warps": 2}
+"""Of several tokens; those below are of one."""
+CASCADE = {"SLOTS": 4, "BLOCK_N": 1, "BLOCK_D": 2048, "STAGES": 1, "num_warps": 4}
+UP = {"SLOTS": 3, "BLOCK_N": 1, "BLOCK_D": 1024, "STAGES": 1, "num_warps": 4}
+WITHOUT_UP = {"SLOTS": 2, "BLOCK_N": 2, "BLOCK_D": 2048, "STAGES": 1, "num_warps": 4}
+"""Nothing to compute: act becomes a list."""
+LEAST_PIECE = 64
 """Of the hidden size, as `down` cuts it; every piece has a ticket, which is set to zero here."""
 
 
 class Rows(NamedTuple):
-    """A list of neurons on the device."""
+    """Several tokens' list of neurons on the device."""
 
     row_F: Tensor
     """int32, the first `total` entries are neurons in rising order."""
@@ -46,6 +50,16 @@ class Rows(NamedTuple):
     """() int32."""
     ticket_C: Tensor
     """int32 zeros: what `down` counts its programs with."""
+
+
+class Entries(NamedTuple):
+    """One token's list."""
+
+    entry_E: Tensor
+    """int64, see entries.py."""
+    total: Tensor
+    ticket_C: Tensor
+    """Both as in `Rows`."""
 
 
 class FromGate(NamedTuple):
@@ -61,6 +75,15 @@ class FromRows(NamedTuple):
     bias_F: Tensor | None
     threshold: float
     chosen_F: Tensor
+
+
+def listed(rows: Rows | Entries) -> tuple[Tensor, Tensor]:
+    """A list's neurons (K,) and their x1 (K, T), once it is complete."""
+    if isinstance(rows, Entries):
+        row_K, x1_K = entries.listed(rows.entry_E)
+        return row_K, x1_K[:, None]
+    total = int(rows.total)
+    return rows.row_F[:total], rows.x1_FT[:total]
 
 
 def reference(
@@ -96,10 +119,12 @@ def _kernel(
     up,
     row,
     x1,
+    entry,
     count,
     ticket,
     threshold,
     tokens,
+    F,
     D: tl.constexpr,
     COMPUTES_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -114,18 +139,24 @@ def _kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    start_next(PDL)
+    if T > 1:
+        start_next(PDL)
     after_previous(PDL)
-    w = tl.program_id(0)
+    if T == 1:
+        start_next(PDL)  # the list is blank by now
+    w = tl.program_id(1)
     word = tl.load(mask + w).to(tl.int32) & 0xFFFF
     before_W = words_before(mask, w, WORDS)
     here = ones(word)
-    if (w == tl.num_programs(0) - 1) & (tl.program_id(1) == 0):
-        tl.store(count, tl.sum(ones(before_W), 0) + here)
+    if (w == 0) & (tl.program_id(0) == 0):
+        total = tl.sum(ones(words_before(mask, tl.num_programs(1), WORDS)), 0)
+        tl.store(count, total)
+        if T == 1:
+            put_total(entry, F, total)
         tl.store(ticket + tl.arange(0, TICKETS), tl.zeros((TICKETS,), tl.int32))
     dtype: tl.constexpr = x.dtype.element_ty
     t = tl.arange(0, T)
-    for first_i in tl.range(tl.program_id(1) * BLOCK_N, here, SLOTS * BLOCK_N, num_stages=1):
+    for first_i in tl.range(tl.program_id(0) * BLOCK_N, here, SLOTS * BLOCK_N, num_stages=1):
         i = first_i + tl.arange(0, BLOCK_N)
         in_N = i < here
         n = w * 16 + kth_ones(word, i)
@@ -149,41 +180,53 @@ def _kernel(
                 up_NT = tl.maximum(up_NT, 0.0)
             act_NT = act_NT * up_NT
         k = tl.sum(ones(before_W), 0) + i  # here, so that weights need not wait for this sum
-        tl.store(row + k, n, mask=in_N)
-        tl.store(x1 + k[:, None] * tokens + t[None, :], rounded(act_NT, dtype), mask=ok_NT)
+        x1_NT = rounded(act_NT, dtype)
+        if T == 1:
+            put(entry, k, n, tl.sum(x1_NT.to(tl.float32), 1), in_N)
+        else:
+            tl.store(row + k, n, mask=in_N)
+            tl.store(x1 + k[:, None] * tokens + t[None, :], x1_NT, mask=ok_NT)
 
 
 def rows(
     x_TD: Tensor,
-    mask_W: Tensor,
+    selected: Selected,
     source: FromGate | FromRows,
     up_FD: Tensor | None,
     *,
-    width: int,
     relu_up: bool,
-) -> Rows:
-    """Run it over the set `mask_W` of `width` neurons; `up_FD` is None where there is no gate."""
+) -> Rows | Entries:
+    """Run it over the selected neurons; `up_FD` is None where there is no gate."""
     tokens, d = x_TD.shape
+    mask_W, blank_E = selected
     pad = padded(tokens)
     device = x_TD.device
     tickets = triton.next_power_of_2(triton.cdiv(d, LEAST_PIECE))
-    out = Rows(
-        torch.empty(width, dtype=torch.int32, device=device),
-        torch.empty(width, tokens, dtype=x_TD.dtype, device=device),
-        torch.empty((), dtype=torch.int32, device=device),
-        torch.empty(tickets, dtype=torch.int32, device=device),
-    )
     if isinstance(source, FromGate):
         act, first, bias, chosen, threshold = source.act_FT, None, None, None, 0.0
+        width = len(source.act_FT)
     else:
         first, bias, threshold, chosen = source
-        act = None
-    # x stands in for what this form of the kernel never loads.
-    maybe = (x_TD if a is None else a for a in (act, first, bias, chosen, up_FD))
-    config = _config(pad, act is None, d)
-    _kernel[(len(mask_W), config["SLOTS"])](
-        x_TD, mask_W, *maybe, *out,
-        threshold, tokens,
+        act, width = None, len(source.first_FD)
+    total = torch.empty((), dtype=torch.int32, device=device)
+    ticket_C = torch.empty(tickets, dtype=torch.int32, device=device)
+    assert (blank_E is None) == (tokens > 1)
+    row_F: Tensor | None = None
+    x1_FT: Tensor | None = None
+    out: Rows | Entries
+    if blank_E is None:
+        row_F = torch.empty(width, dtype=torch.int32, device=device)
+        x1_FT = torch.empty(width, tokens, dtype=x_TD.dtype, device=device)
+        out = Rows(row_F, x1_FT, total, ticket_C)
+    else:
+        out = Entries(blank_E, total, ticket_C)
+    # x stands in for what this form of the kernel never touches.
+    maybe = (
+        x_TD if a is None else a for a in (act, first, bias, chosen, up_FD, row_F, x1_FT, blank_E)
+    )
+    config = _config(tokens, act is None, up_FD is not None, d)
+    _kernel[(config["SLOTS"], len(mask_W))](
+        x_TD, mask_W, *maybe, total, ticket_C, threshold, tokens, width,
         D=d, COMPUTES_GATE=act is None, HAS_BIAS=bias is not None, HAS_UP=up_FD is not None,
         RELU_UP=relu_up, WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=pad,
         **config, **options(x_TD),
@@ -191,9 +234,13 @@ def rows(
     return out
 
 
-def _config(pad: int, computes_gate: bool, d: int) -> dict[str, int]:
-    """Where one token's gate is computed here, up follows gate row by row, so more programs, each
-    with one row at a time, keep the memory busy meanwhile."""
-    if pad > 1 or not computes_gate:
-        return CONFIGS[pad]
-    return CONFIGS[pad] | {"SLOTS": 8 if d <= 2048 else 5, "BLOCK_N": 1}
+def _config(tokens: int, computes_gate: bool, has_up: bool, d: int) -> dict[str, int]:
+    """Where act is computed here, up follows gate row by row, so more programs keep the memory busy
+    meanwhile. Tiles are what was fastest at hidden sizes of 512 to 8192."""
+    if tokens > 1:
+        return SEVERAL
+    if not computes_gate:
+        return UP | {"BLOCK_D": 1024 if d < 8192 else 2048} if has_up else WITHOUT_UP
+    if d <= 2048:
+        return CASCADE | {"SLOTS": 8, "BLOCK_D": 512, "num_warps": 2}
+    return CASCADE | {"BLOCK_D": 1024} if d % 4096 == 0 else CASCADE

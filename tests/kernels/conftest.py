@@ -122,11 +122,11 @@ def decided():
         cut = rounded_threshold(ffn.threshold, x_TD.dtype) if ffn.act == "fatrelu" else 0.0
         token_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None]
         if named is None:
-            act_FT, mask_W = gate.gate(x_TD, first, ffn.up_bias_F, cut)
+            act_FT, selected = gate.gate(x_TD, first, ffn.up_bias_F, cut)
             source = rows.FromGate(act_FT)
             selected_TF = act_FT.T != 0
         else:
-            mask_W, chosen_F = predictor.predict(z_TD, *named[:3])
+            selected, chosen_F = predictor.predict(z_TD, *named[:3])
             source = rows.FromRows(first, ffn.up_bias_F, cut, chosen_F)
             selected_TF = (chosen_F >> token_T1) & 1 == 1
             logits_TF = predictor.reference(z_TD, named.fc1_RD, named.fc2_FR)[1]
@@ -134,10 +134,9 @@ def decided():
             check(selected_TF, logits_TF, named.threshold, kept)
         up_FD = None if ffn.gate_FD is None else ffn.up_FD
         relu_up = ffn.act == "drelu"
-        got = rows.rows(x_TD, mask_W, source, up_FD, width=len(first), relu_up=relu_up)
-        total = int(got.total)
+        row_K, x1_KT = rows.listed(rows.rows(x_TD, selected, source, up_FD, relu_up=relu_up))
         fires_TF = torch.zeros_like(selected_TF)
-        fires_TF[:, got.row_F[:total].long()] = got.x1_FT[:total].T != 0
+        fires_TF[:, row_K.long()] = x1_KT.T != 0
 
         gate_TF = x_TD.double() @ first.double().T
         if ffn.up_bias_F is not None:

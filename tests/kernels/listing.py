@@ -1,8 +1,9 @@
 """What each kernel reads and writes before it waits for the one in front of it, from its PTX.
 
 Compiled for Hopper, which needs no GPU but a process without Triton's interpreter. Prints JSON:
-kernel to how often it waits, the names of the arguments read and written before it does, and
-whether it lets the next kernel start before (null where it never does).
+kernel to how often it waits, the names of the arguments read and written before it does, whether
+it lets the next kernel start before (null where it never does), and by what instructions it touches
+the list of entries.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsecast.kernels import codes, down, gate, predictor, rows
+from sparsecast.kernels import codes, down, down_one, gate, predictor, rows
 
 D, R = 1536, 384
 POINTERS = {
@@ -28,6 +29,7 @@ POINTERS = {
     "mask": "*i16",
     "part": "*fp32",
     "out": "*i32",
+    "entry": "*i64",
 }
 IN_CODES = {"weight": "*i32", "scale": "*fp16"}
 Kernel = tuple[str, Any, dict[str, str], dict[str, Any]]
@@ -38,7 +40,7 @@ def kernels() -> Iterator[Kernel]:
     for early in (True, False):
         name = "codes early" if early else "codes"
         yield name, codes._kernel, {}, {
-            "K": D, "EARLY": early, "BLOCK_B": codes.AT_ONCE, "num_warps": 4
+            "K": D, "EARLY": early, "BLOCK_B": codes.AT_ONCE, "num_warps": 1
         }  # fmt: skip
     for pad in (1, 16):
         yield f"gate {pad}", gate._kernel, {}, {"D": D, "HAS_BIAS": True, **gate.CONFIGS[pad]}
@@ -50,13 +52,14 @@ def kernels() -> Iterator[Kernel]:
         }  # fmt: skip
         yield f"rows {pad}", rows._kernel, {}, {
             "D": D, "COMPUTES_GATE": True, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
-            "WORDS": 256, "TICKETS": 16, **rows._config(pad, True, D),
+            "WORDS": 256, "TICKETS": 16, **rows._config(pad, True, True, D),
         }  # fmt: skip
         yield f"up {pad}", rows._kernel, {}, {
             "D": D, "COMPUTES_GATE": False, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
-            "WORDS": 256, "TICKETS": 16, **rows._config(pad, False, D),
+            "WORDS": 256, "TICKETS": 16, **rows._config(pad, False, True, D),
         }  # fmt: skip
-        yield f"down {pad}", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down._config(pad, D)}
+    yield "down 1", down_one.kernel, {}, {"D": D, "HAS_BIAS": True, **down_one.config(D)}
+    yield "down 16", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down.CONFIG}
     for pad in (1, 2, 4, 16):
         for bits in (8, 4):
             yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {
@@ -88,9 +91,12 @@ def ptx_of(function: Any, types: dict[str, str], constants: dict[str, Any], pad:
     return text
 
 
-def before_waiting(ptx: str, arguments: list[str]) -> dict[str, Any]:
+def before_waiting(ptx: str, arguments: list[str | None]) -> dict[str, Any]:
+    """Arguments that are no pointers are None. What goes through shared memory counts as one."""
     sources: dict[str, set[str]] = {}
+    shared: set[str] = set()
     found: dict[str, Any] = {"waits": 0, "read": set(), "written": set(), "starts_early": None}
+    found["entry"] = set()
     for line in ptx.splitlines():
         code = re.sub(r"^\s*(@!?%\w+\s+)?", "", line.split("//")[0]).strip()
         if code.startswith("griddepcontrol.wait"):
@@ -102,12 +108,19 @@ def before_waiting(ptx: str, arguments: list[str]) -> dict[str, Any]:
         if operation.startswith("ld.param"):
             number = int(operands.rpartition("_param_")[2].rstrip("];"))
             name = arguments[number] if number < len(arguments) else "scratch"
-            sources[registers[0]] = {name}
+            sources[registers[0]] = {name} if name else set()
         elif re.match(r"(ld|st|cp\.async|atom|red)\b.*global", operation):
             address = re.findall(r"%\w+", operands[operands.rindex("[") :])
             side = "read" if operation.startswith(("ld", "cp")) else "written"
+            touched = set().union(*(sources.get(a, {"unknown"}) for a in address))
+            if "entry" in touched:
+                found["entry"].add(operation)
             if not found["waits"]:
-                found[side] |= set().union(*(sources.get(a, {"unknown"}) for a in address))
+                found[side] |= touched
+        elif operation.startswith("st.shared"):
+            shared |= set().union(*(sources.get(r, set()) for r in registers))
+        elif operation.startswith("ld.shared"):
+            sources |= dict.fromkeys(re.findall(r"%\w+", operands.partition("[")[0]), shared)
         elif registers:
             sources[registers[0]] = set().union(*(sources.get(r, set()) for r in registers[1:]))
     return {name: sorted(v) if isinstance(v, set) else v for name, v in found.items()}
@@ -116,7 +129,10 @@ def before_waiting(ptx: str, arguments: list[str]) -> dict[str, Any]:
 def main() -> None:
     told = {}
     for name, function, types, constants in kernels():
-        arguments = [n for n in function.arg_names if n not in {*constants, "T", "PDL"}]
+        named = [n for n in function.arg_names if n not in {*constants, "T", "PDL"}]
+        arguments = [
+            n if n in POINTERS.keys() | types and n != "threshold" else None for n in named
+        ]
         pad = next((int(word) for word in name.split() if word.isdigit()), 1)
         told[name] = before_waiting(ptx_of(function, types, constants, pad), arguments)
     sys.stdout.write(json.dumps(told))

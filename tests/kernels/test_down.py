@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecast.kernels import down, rows
+from sparsecast.kernels import down, down_one, rows
 
 
 @pytest.fixture
@@ -13,14 +13,21 @@ def listed(banded):
     """A list of `total` of f neurons, half of whose x1 are zero for some token or for all."""
 
     def make(f, total, tokens, dtype):
+        count, ticket = banded(torch.tensor(total, dtype=torch.int32)), banded(torch.zeros(8).int())
+        if tokens == 1:
+            row = torch.randperm(f)[:total].sort().values
+            x1 = (torch.randn(total) * (torch.rand(total) < 0.7)).to(dtype).float()
+            x1[::3] = 0
+            entry = torch.full((f + 1,), -1)
+            entry[:total] = row << 32 | x1.view(torch.int32).long() & 0xFFFFFFFF
+            entry[-1] = total
+            return rows.Entries(banded(entry), count, ticket)
         row = torch.empty(f, dtype=torch.int32)
         row[:total] = torch.randperm(f)[:total].sort().values
         x1 = torch.empty(f, tokens, dtype=dtype)
         x1[:total] = torch.randn(total, tokens) * (torch.rand(total, tokens) < 0.7)
         x1[:total:3] = 0
-        count = torch.tensor(total, dtype=torch.int32)
-        ticket = torch.zeros(8, dtype=torch.int32)
-        return rows.Rows(*map(banded, (row, x1, count, ticket)))
+        return rows.Rows(banded(row), banded(x1), count, ticket)
 
     return make
 
@@ -29,12 +36,13 @@ def listed(banded):
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_it_sums_the_listed_rows(dtype, tokens, total, listed, banded, near, monkeypatch):
-    for config in down.CONFIGS.values():
-        monkeypatch.setitem(config, "GROUPS", 4)  # so few that each has several tiles
+    monkeypatch.setitem(down.CONFIG, "GROUPS", 4)  # so few that each has several tiles
+    monkeypatch.setattr(down_one, "GROUPS", 4)
     f, d = 700, 130
     weight = banded(torch.randn(f, d).to(dtype))
     chosen = listed(f, total, tokens, dtype)
-    read = chosen.row_F[:total][(chosen.x1_FT[:total] != 0).any(1)].long()
+    row, x1 = rows.listed(chosen)
+    read = row[(x1 != 0).any(1)].long()
     unread = torch.ones(f, dtype=torch.bool).scatter(0, read.cpu(), False)
     want = down.reference(chosen, weight, None)
     weight[unread] = torch.nan
@@ -58,5 +66,4 @@ def test_a_bias_is_added_once(total, tokens, listed, banded, near):
 
 def test_few_programs_share_a_wide_hidden_size():
     for d, groups in ((128, 24), (5120, 24), (8192, 16), (16384, 8), (10**6, 1)):
-        assert down._config(1, d)["GROUPS"] == groups
-    assert down._config(16, 8192)["GROUPS"] == 16
+        assert down_one.config(d)["GROUPS"] == groups

@@ -18,7 +18,7 @@ def test_it_fires_where_the_dense_gate_does(shape, tokens, dtype, matrix, banded
     x, weight = banded(torch.randn(tokens, d).to(dtype)), matrix(f, d, dtype)
     bias = banded(torch.randn(f).to(dtype)) if d == 100 else None
 
-    act, mask = gate.gate(x, weight, bias, 0.5)
+    act, fired = gate.gate(x, weight, bias, 0.5)
     want, on = gate.reference(x, weight, bias, 0.5)
 
     differ = (act != 0) != (want != 0)
@@ -26,8 +26,9 @@ def test_it_fires_where_the_dense_gate_does(shape, tokens, dtype, matrix, banded
     at_cut = (dense.T - 0.5).abs() < 0.5 * torch.finfo(dtype).eps
     assert not (differ & ~at_cut).any()
     near(act.masked_fill(differ, 0), want.masked_fill(differ, 0))
+    assert fired.blank_E is None if tokens > 1 else (fired.blank_E == -1).all()
     if not differ.any():
-        assert torch.equal(bits.reference(mask, f), on)
+        assert torch.equal(bits.reference(fired.mask_W, f), on)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

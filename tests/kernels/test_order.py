@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+WEIGHTS = {"weight", "scale"}
+
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, dict[str, object]]:
@@ -30,11 +32,12 @@ def test_before_a_kernel_has_waited_it_reads_weights_alone(told):
     for name, kernel in told.items():
         assert kernel["waits"] >= 1, name
         assert kernel["written"] == [], name
-        assert set(kernel["read"]) <= {"weight", "scale"}, name
+        assert set(kernel["read"]) <= ({"down", "entry"} if name == "down 1" else WEIGHTS), name
 
 
 def test_a_predictors_matrices_are_on_their_way_before_that(told):
-    """Up to 4 tokens; the first kernel of an FFN waits before all else."""
+    """Up to 4 tokens; the first kernel of an FFN waits before all else. One token's last kernel
+    waits for entries instead."""
     early = {name for name, kernel in told.items() if kernel["read"]}
     of_codes = {
         f"{which} {pad} {kind}"
@@ -42,14 +45,26 @@ def test_a_predictors_matrices_are_on_their_way_before_that(told):
         for pad in (1, 2, 4)
         for kind in ("q8_0", "q4_0")
     }
-    assert early == {"select 1"} | of_codes
+    assert early == {"select 1", "down 1"} | of_codes
+
+
+def test_one_tokens_list_is_blanked_then_written_and_read_past_the_l1(told):
+    """Blanked by who selects, before the kernel behind may start; whole entries everywhere."""
+    touched = {name: kernel["entry"] for name, kernel in told.items() if kernel["entry"]}
+    blanks = {"gate 1", "select 1", "select 1 q8_0", "select 1 q4_0"}
+    assert touched == {
+        **dict.fromkeys(blanks, ["st.global.b64"]),
+        **dict.fromkeys(("rows 1", "up 1"), ["atom.global.gpu.relaxed.exch.b64"]),
+        "down 1": ["ld.global.cg.b64", "ld.relaxed.gpu.global.b64"],
+    }
 
 
 def test_who_lets_the_next_kernel_start_before_it_has_waited(told):
-    """None that is the first of an FFN, and the last lets none start at all."""
+    """None that is the first of an FFN, nor who writes one token's list, which must be blank before
+    anyone reads it; the last lets none start at all."""
     early = {name for name, kernel in told.items() if kernel["starts_early"]}
     assert early == {
-        "codes early", "select 1", "select 16", "rows 1", "rows 16", "up 1", "up 16",
+        "codes early", "select 1", "select 16", "rows 16", "up 16",
         "hidden 1 q8_0", "hidden 1 q4_0", "select 1 q8_0", "select 1 q4_0",
     }  # fmt: skip
     never = {name for name, kernel in told.items() if kernel["starts_early"] is None}

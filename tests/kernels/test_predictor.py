@@ -41,7 +41,7 @@ def test_it_decides_as_its_reference(
     z = banded(3 * torch.randn(tokens, d))
 
     hidden = predictor.hidden(z, fc1)
-    mask, chosen = predictor.select(hidden, fc2, threshold)
+    (mask, blank), chosen = predictor.select(hidden, fc2, threshold)
 
     met, _ = predictor.reference(z, fc1, fc2)
     if isinstance(fc1, Quantised):
@@ -62,6 +62,7 @@ def test_it_decides_as_its_reference(
     assert torch.equal(bits.reference(mask, f), got.any(0))
     assert not bits.reference(mask, 16 * len(mask))[f:].any()
     assert (chosen >> tokens == 0).all()
+    assert blank is None if tokens > 1 else (blank == -1).all()
 
 
 @pytest.mark.parametrize(("tokens", "early"), [(1, [False, True]), (2, [False, False])])
@@ -89,7 +90,7 @@ def test_odd_widths_and_a_logit_at_the_threshold(tokens, dtype, banded):
     fc1 = banded(torch.tensor([[1.0, 1, 1], [-1, -1, -1]], dtype=dtype))
     fc2 = banded(torch.tensor([[0.5, 9], [0.4, 9], [-1, -9], [1, 0]], dtype=dtype))
 
-    mask, chosen = predictor.predict(z, fc1, fc2, 1.5)
+    (mask, _), chosen = predictor.predict(z, fc1, fc2, 1.5)
 
     assert bits.reference(mask, 4).tolist() == [True, False, False, True]
     assert chosen.tolist() == [2**tokens - 1, 0, 0, 2**tokens - 1]

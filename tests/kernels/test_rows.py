@@ -6,18 +6,23 @@ import pytest
 import torch
 
 from sparsecast.kernels import bits, gate, rows
+from sparsecast.kernels.entries import Selected
 
 D = 100
 SETS = ["none", "first", "last", "some", "all"]
 
 
 @pytest.fixture
-def mask_of(banded):
-    def make(on_F):
+def selected(banded):
+    """A set, and for one token the room for its list."""
+
+    def make(on_F, tokens):
         padded = torch.zeros(-(-len(on_F) // 16) * 16, dtype=torch.int64)
         padded[: len(on_F)] = on_F
         word = (padded.view(-1, 16) << torch.arange(16)).sum(1)
-        return banded(torch.where(word < 2**15, word, word - 2**16).to(torch.int16))
+        mask_W = banded(torch.where(word < 2**15, word, word - 2**16).to(torch.int16))
+        blank_E = banded(torch.full((len(on_F) + 1,), -1)) if tokens == 1 else None
+        return Selected(mask_W, blank_E)
 
     return make
 
@@ -34,27 +39,30 @@ def chosen_set(name: str, f: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("f", [130, 16, 5])
-def test_only_the_sets_rows_are_listed_and_right(f, tokens, name, matrix, banded, mask_of, near):
+def test_only_the_sets_rows_are_listed_and_right(f, tokens, name, matrix, banded, selected, near):
     dtype = torch.float16
     on = chosen_set(name, f)
     act = banded((torch.rand(f, tokens) + 0.1).to(dtype) * on[:, None])
     x, up = banded(torch.randn(tokens, D).to(dtype)), matrix(f, D, dtype)
     up[~on] = torch.nan  # whoever reads these tells
 
-    got = rows.rows(x, mask_of(on), rows.FromGate(act), up, width=f, relu_up=False)
+    got = rows.rows(x, selected(on, tokens), rows.FromGate(act), up, relu_up=False)
 
     row, x1 = rows.reference(x, on.to(x.device), rows.FromGate(act), up, False)
     assert int(got.total) == on.sum()
-    assert torch.equal(got.row_F[: len(row)], row.int())
-    near(got.x1_FT[: len(row)], x1)
+    got_row, got_x1 = rows.listed(got)
+    assert torch.equal(got_row, row.int())
+    near(got_x1.to(dtype), x1)
     assert not got.ticket_C.any()
+    if tokens == 1:
+        assert (got.entry_E[len(row) : -1] == -1).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 @pytest.mark.parametrize("relu_up", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_cascade_reads_up_where_the_gate_fired(
-    dtype, relu_up, tokens, matrix, banded, mask_of, near
+    dtype, relu_up, tokens, matrix, banded, selected, near
 ):
     f = 50
     x = banded(torch.randn(tokens, D).to(dtype))
@@ -69,40 +77,40 @@ def test_the_cascade_reads_up_where_the_gate_fired(
     first[~on], up[~on] = torch.nan, torch.nan
     up[row[~(act != 0).any(1)]] = torch.nan
 
-    got = rows.rows(x, mask_of(on), source, up, width=f, relu_up=relu_up)
+    got_row, got_x1 = rows.listed(rows.rows(x, selected(on, tokens), source, up, relu_up=relu_up))
 
-    assert torch.equal(got.row_F[: len(row)], row.int())
-    near(got.x1_FT[: len(row)], want)
-    assert (got.x1_FT[: len(row)][~chosen_TF.T[on]] == 0).all()
+    assert torch.equal(got_row, row.int())
+    near(got_x1.to(dtype), want)
+    assert (got_x1[~chosen_TF.T[on]] == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("predicted", [False, True])
-def test_without_a_gate_x1_is_what_fired(predicted, tokens, matrix, banded, mask_of, near):
+def test_without_a_gate_x1_is_what_fired(predicted, tokens, matrix, banded, selected, near):
     dtype, f = torch.bfloat16, 40
     x, first = banded(torch.randn(tokens, D).to(dtype)), matrix(f, D, dtype)
     bias = banded(torch.randn(f).to(dtype))
-    act, mask = gate.gate(x, first, bias, 0.0)
+    act, chosen_set = gate.gate(x, first, bias, 0.0)
     source = rows.FromGate(act)
     if predicted:
         on = torch.rand(f) < 0.5
-        mask, chosen = mask_of(on), banded(on.int() * (2**tokens - 1))
+        chosen_set, chosen = selected(on, tokens), banded(on.int() * (2**tokens - 1))
         source = rows.FromRows(first, bias, 0.0, chosen)
 
-    got = rows.rows(x, mask, source, None, width=f, relu_up=False)
+    got_row, got_x1 = rows.listed(rows.rows(x, chosen_set, source, None, relu_up=False))
 
-    row, want = rows.reference(x, bits.reference(mask, f), source, None, False)
-    assert torch.equal(got.row_F[: len(row)], row.int())
-    near(got.x1_FT[: len(row)], want)
+    row, want = rows.reference(x, bits.reference(chosen_set.mask_W, f), source, None, False)
+    assert torch.equal(got_row, row.int())
+    near(got_x1.to(dtype), want)
 
 
-def test_a_row_of_4096_goes_at_once(matrix, banded, mask_of, near):
+def test_a_row_of_4096_goes_at_once(matrix, banded, selected, near):
     dtype, f = torch.float16, 20
     on = chosen_set("some", f)
     act = banded((torch.rand(f, 1) + 0.1).to(dtype) * on[:, None])
     x, up = banded(torch.randn(1, 4096).to(dtype)), matrix(f, 4096, dtype)
 
-    got = rows.rows(x, mask_of(on), rows.FromGate(act), up, width=f, relu_up=False)
+    got = rows.rows(x, selected(on, 1), rows.FromGate(act), up, relu_up=False)
 
     row, x1 = rows.reference(x, on.to(x.device), rows.FromGate(act), up, False)
-    near(got.x1_FT[: len(row)], x1)
+    near(rows.listed(got)[1].to(dtype), x1)

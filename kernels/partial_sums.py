@@ -1,0 +1,47 @@
+"""A sum over programs, the same in every run: whoever finishes last adds the parts in their order.
+
+Shape letters: T tokens, D hidden, G programs that share a sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparsecast.kernels.products import rounded
+
+
+@triton.jit
+def add_up(
+    acc_TD,
+    part,
+    ticket,
+    bias,
+    y,
+    group,
+    groups,
+    t,
+    tokens,
+    d,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Leave this program's part (float32) of columns d; the last of `groups` programs, by the
+    ticket of its piece, adds them and the bias and writes y, and sets the ticket to 0."""
+    ok_TD = (t < tokens)[:, None] & (d < D)[None, :]
+    tl.store(part + (group * tokens + t)[:, None] * D + d[None, :], acc_TD, mask=ok_TD)
+    tl.debug_barrier()  # all of the part is written before the ticket says so
+    if tl.atomic_add(ticket + tl.program_id(0), 1, sem="acq_rel") == groups - 1:
+        tl.store(ticket + tl.program_id(0), 0)
+        y_TD = tl.zeros(acc_TD.shape, tl.float32)
+        for g in tl.static_range(GROUPS):
+            y_TD += tl.load(
+                part + (g * tokens + t)[:, None] * D + d[None, :],
+                mask=ok_TD & (g < groups),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+        if HAS_BIAS:
+            y_TD += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + t[:, None] * D + d[None, :], rounded(y_TD, y.dtype.element_ty), mask=ok_TD)
