@@ -17,6 +17,7 @@ from sparsecast.kernels.launch import after_previous
 from sparsecast.kernels.partial_sums import add_up
 
 GROUPS = 24
+"""Programs that share the list, at most."""
 _AT_ONCE = tl.constexpr(AT_ONCE)
 
 
