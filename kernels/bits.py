@@ -3,7 +3,7 @@
 Whoever decides writes 16 neurons as one word, without knowing what other programs found. Whoever
 reads the set takes a word, and counts the bits of the words before it (F / 8 bytes, from the L2) to
 know its place in a list. So lists are in the order of their neurons, whatever order programs ran
-in, and nothing needs to be zeroed, locked or compacted in between.
+in, and nothing needs to be locked or compacted in between.
 
 Shape letters: N neurons of a tile, W words of 16 neurons, K neurons of a word.
 """

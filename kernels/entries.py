@@ -7,7 +7,8 @@ written whole and read whole, and nothing but itself is concluded from it: so re
 the GPU's scope do, which go through the L2, and no fence is needed.
 
 Whoever waits here keeps its place on the GPU, so those it waits for must have theirs already: CUDA
-starts `down` early only once every program of `rows` has started, and those wait for nothing more.
+starts `down` early only once every program of `rows` has let it, after its own wait: so the list is
+blank by then, in the L2 where `down` looks, and those programs wait for nothing more.
 
 Shape letters: N neurons of a tile, K places of a tile, E places of the list: FFN width + 1.
 """

@@ -102,7 +102,7 @@ def before_waiting(ptx: str, arguments: list[str | None]) -> dict[str, Any]:
         if code.startswith("griddepcontrol.wait"):
             found["waits"] += 1
         if code.startswith("griddepcontrol.launch_dependents"):
-            found["starts_early"] = found["waits"] == 0
+            found["starts_early"] = bool(found["starts_early"]) or found["waits"] == 0
         operation, _, operands = code.partition(" ")
         registers = re.findall(r"%\w+", operands)
         if operation.startswith("ld.param"):
