@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import random
-import time
-
 import pytest
 import torch
 
-from sparsecast.kernels import down, predictor, problem, rows
+from sparsecast.kernels import predictor, problem
 from sparsecast.kernels.codes import codes
 from sparsecast.kernels.ffn import exact_ffn, predicted_ffn
 from sparsecast.kernels.quantised import dequantised, quantised
@@ -99,54 +95,6 @@ def test_a_graph_takes_new_inputs_and_gives_the_same_bits(tokens, case):
         graph.replay()
         for got, want in zip(out, both(x * scale, weights, named), strict=True):
             assert torch.equal(got, want)
-
-
-@pytest.mark.skipif("CUDA_LAUNCH_BLOCKING" in os.environ, reason="would wait for itself")
-@pytest.mark.parametrize("total", [1, 40, 300])
-def test_the_down_projection_waits_for_every_entry(total, device):
-    """It starts on a blank list, which is filled under it in an order of chance, total included."""
-    f, d = 400, 5120
-    weight = torch.randn(f, d, device=device).bfloat16()
-    row = torch.randperm(f)[:total].sort().values
-    x1 = torch.randn(total).bfloat16().float()
-    entry = torch.full((f + 1,), -1, device=device)
-    whole = torch.full((f + 1,), -1)
-    whole[:total] = row << 32 | x1.view(torch.int32).long() & 0xFFFFFFFF
-    whole[-1] = total
-    whole = whole.to(device)
-    count = torch.tensor(total, dtype=torch.int32, device=device)
-    ticket = torch.zeros(128, dtype=torch.int32, device=device)
-    done = rows.Entries(whole, count, ticket)
-    want = down.down(done, weight, None)  # and the kernel is compiled
-    near_by = down.reference(done, weight, None)
-    assert (want.double() - near_by).abs().max() <= 1e-2 * near_by.abs().max()
-
-    pinned = whole.cpu().pin_memory()  # copied without a kernel, which might wait for the other
-    reads, writes = torch.cuda.Stream(), torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(reads):
-        got = down.down(rows.Entries(entry, count, ticket), weight, None)
-    with torch.cuda.stream(writes):
-        for places in random.sample(list(torch.arange(f + 1).chunk(8)), 8):
-            time.sleep(0.002)
-            some = slice(int(places[0]), int(places[-1]) + 1)
-            entry[some].copy_(pinned[some], non_blocking=True)
-    torch.cuda.synchronize()
-    assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_one_token_gives_the_same_bits_beside_other_work(shape, case):
-    """Kernels of a second stream take the places and the memory that those of the first expect."""
-    x, weights, named = case(shape, 1, torch.bfloat16)
-    want = both(x, weights, named)
-    aside, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=x.device)
-    torch.cuda.synchronize()
-    for _ in range(200):
-        with torch.cuda.stream(aside):
-            noise = (noise @ noise).clamp(-1, 1)
-        for got, expected in zip(both(x, weights, named), want, strict=True):
-            assert torch.equal(got, expected)
 
 
 def test_the_host_never_waits(case):

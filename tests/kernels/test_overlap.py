@@ -1,0 +1,124 @@
+"""Kernels that run while others do, on a GPU.
+
+Their memory is as torch gives it: filling it with poison, as in other tests, would keep `down` from
+starting beside `rows`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from sparsecast.kernels import down, problem, rows
+from sparsecast.kernels.ffn import exact_ffn, predicted_ffn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SHAPES = [(1536, 3840, 384), (4096, 11008, 1024), (5120, 13824, 1280)]
+LONG = 30
+"""Seconds, after which a kernel that waits is taken for one that waits forever."""
+
+
+@pytest.fixture(autouse=True)
+def _banded_memory():
+    pass
+
+
+@pytest.fixture
+def case(device):
+    """An FFN of its own on one token: exact, behind f16, and behind q4_0."""
+
+    def make(shape):
+        d, f, rank = shape
+        goal = problem.targets(f, 1, 0.89, device)
+        x = problem.inputs(1, d, torch.bfloat16, device)
+        weights = problem.ffn(goal.active_TF, d, torch.bfloat16)
+        named = [
+            problem.predictor(goal.predicted_TF, d, rank, stored, torch.bfloat16)
+            for stored in ("f16", "q4_0")
+        ]
+        return lambda: [
+            *exact_ffn(x, weights),
+            *(out for one in named for out in predicted_ffn(x, x, weights, one)),
+        ]
+
+    return make
+
+
+def same(got, want) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif("CUDA_LAUNCH_BLOCKING" in os.environ, reason="would wait for itself")
+@pytest.mark.parametrize("total", [1, 40, 300])
+def test_the_down_projection_waits_for_every_entry(total, device):
+    """It starts on a blank list, which is filled under it in an order of chance, total included."""
+    f, d = 400, 5120
+    weight = torch.randn(f, d, device=device).bfloat16()
+    row = torch.randperm(f)[:total].sort().values
+    x1 = torch.randn(total).bfloat16().float()
+    entry = torch.full((f + 1,), -1, device=device)
+    whole = torch.full((f + 1,), -1)
+    whole[:total] = row << 32 | x1.view(torch.int32).long() & 0xFFFFFFFF
+    whole[-1] = total
+    whole = whole.to(device)
+    count = torch.tensor(total, dtype=torch.int32, device=device)
+    ticket = torch.zeros(128, dtype=torch.int32, device=device)
+    done = rows.Entries(whole, count, ticket)
+    want = down.down(done, weight, None)  # and the kernel is compiled
+    near_by = down.reference(done, weight, None)
+    assert (want.double() - near_by).abs().max() <= 1e-2 * near_by.abs().max()
+
+    pinned = whole.cpu().pin_memory()  # copied without a kernel, which might wait for the other
+    reads, writes = torch.cuda.Stream(), torch.cuda.Stream()
+    chunks = torch.arange(f + 1).chunk(8)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(reads):
+        got = down.down(rows.Entries(entry, count, ticket), weight, None)
+        done_event = torch.cuda.Event()
+        done_event.record()
+    with torch.cuda.stream(writes):
+        for number in torch.randperm(8):
+            assert not done_event.query(), "it did not wait"
+            time.sleep(0.002)
+            places = chunks[number]
+            some = slice(int(places[0]), int(places[-1]) + 1)
+            entry[some].copy_(pinned[some], non_blocking=True)
+    late = time.monotonic() + LONG
+    while not done_event.query():
+        assert time.monotonic() < late, "it waits for what is there"
+        time.sleep(0.01)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_token_gives_the_same_bits_beside_other_work(shape, case):
+    """Kernels of a second stream take the places and the memory that those of the first expect."""
+    ffns = case(shape)
+    want = ffns()
+    aside, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(200):
+        with torch.cuda.stream(aside):
+            noise = (noise @ noise).clamp(-1, 1)
+        assert same(ffns(), want)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ffns_of_a_graph_do_not_read_each_others_lists(shape, case):
+    """A graph's FFNs follow each other in the same memory, where the last one's list still lies."""
+    several = [case(shape) for _ in range(3)]
+    want = []
+    for ffns in several:
+        want.append(ffns())
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [ffns() for _ in range(4) for ffns in several]
+    for _ in range(50):
+        graph.replay()
+        torch.cuda.synchronize()
+        for number, one in enumerate(got):
+            assert same(one, want[number % 3])
