@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 WORD = 16
+MAX_WIDTH = 65535 * WORD
+"""Neurons of an FFN, whose words a grid's second dimension counts."""
 
 
 def reference(mask_W: Tensor, width: int) -> Tensor:

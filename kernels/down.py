@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsecast.kernels import down_one
 from sparsecast.kernels.launch import after_previous, options, padded
-from sparsecast.kernels.partial_sums import add_up
+from sparsecast.kernels.partial_sums import add_up, sharers
 from sparsecast.kernels.products import dot
 from sparsecast.kernels.rows import Entries, Rows, listed
 
@@ -44,7 +44,6 @@ def _kernel(
     part,
     y,
     tokens,
-    F,
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -57,13 +56,13 @@ def _kernel(
     after_previous(PDL)
     group = tl.program_id(1)
     total = tl.load(count)
-    groups = tl.minimum(tl.maximum(tl.cdiv(total, BLOCK_K), 1), GROUPS)
-    if group >= groups:
+    sharing = tl.minimum(tl.maximum(tl.cdiv(total, BLOCK_K), 1), GROUPS)
+    if group >= sharing:
         return
     t = tl.arange(0, T)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc_TD = tl.zeros((T, BLOCK_D), tl.float32)
-    for start in tl.range(group * BLOCK_K, total, groups * BLOCK_K, num_stages=STAGES):
+    for start in tl.range(group * BLOCK_K, total, sharing * BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         n_K = tl.load(row + k, mask=k < total, other=0)
         x1_TK = tl.load(
@@ -78,7 +77,7 @@ def _kernel(
             other=0.0,
         )
         acc_TD = dot(x1_TK, w_KD, acc_TD)
-    add_up(acc_TD, part, ticket, bias, y, group, groups, t, tokens, d, D, HAS_BIAS, GROUPS)
+    add_up(acc_TD, part, ticket, bias, y, group, sharing, t, tokens, d, D, HAS_BIAS, GROUPS)
 
 
 def down(rows: Rows | Entries, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -87,8 +86,10 @@ def down(rows: Rows | Entries, down_FD: Tensor, bias_D: Tensor | None) -> Tensor
     One token's list may still be on its way; the weights must be older than who selected it.
     """
     f, d = down_FD.shape
-    tokens = 1 if isinstance(rows, Entries) else rows.x1_FT.shape[1]
-    config = down_one.config(d) if isinstance(rows, Entries) else CONFIG
+    if isinstance(rows, Entries):
+        tokens, config = 1, down_one.config(d)
+    else:
+        tokens, config = rows.x1_FT.shape[1], _config(d)
     part_GTD = torch.empty(config["GROUPS"], tokens, d, dtype=torch.float32, device=down_FD.device)
     y_TD = torch.empty(tokens, d, dtype=down_FD.dtype, device=down_FD.device)
     grid = (triton.cdiv(d, config["BLOCK_D"]), config["GROUPS"])
@@ -97,5 +98,10 @@ def down(rows: Rows | Entries, down_FD: Tensor, bias_D: Tensor | None) -> Tensor
     if isinstance(rows, Entries):
         down_one.kernel[grid](rows.entry_E, rows.ticket_C, *weights, part_GTD, y_TD, f, **common)
     else:
-        _kernel[grid](*rows, *weights, part_GTD, y_TD, tokens, f, T=padded(tokens), **common)
+        _kernel[grid](*rows, *weights, part_GTD, y_TD, tokens, T=padded(tokens), **common)
     return y_TD
+
+
+def _config(d: int) -> dict[str, int]:
+    pieces = triton.cdiv(d, CONFIG["BLOCK_D"])
+    return CONFIG | {"GROUPS": sharers(CONFIG["GROUPS"], pieces)}

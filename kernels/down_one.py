@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sparsecast.kernels.entries import AT_ONCE, tile, total_of
 from sparsecast.kernels.launch import after_previous
-from sparsecast.kernels.partial_sums import add_up
+from sparsecast.kernels.partial_sums import add_up, sharers
 
 GROUPS = 24
 """Programs that share the list, at most."""
@@ -38,30 +38,28 @@ def kernel(
 ):
     group = tl.program_id(1)
     total = total_of(entry, F)
-    groups = tl.minimum(tl.maximum(tl.cdiv(total, _AT_ONCE), 1), GROUPS)
-    if group >= groups:
+    sharing = tl.minimum(tl.maximum(tl.cdiv(total, _AT_ONCE), 1), GROUPS)
+    if group >= sharing:
         return
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc_KD = tl.zeros((_AT_ONCE, BLOCK_D), tl.float32)
     n_K, x1_K = tile(entry, group * _AT_ONCE, total)
-    for first in range(group * _AT_ONCE, total, groups * _AT_ONCE):
+    for first in range(group * _AT_ONCE, total, sharing * _AT_ONCE):
         w_KD = tl.load(
             down + n_K[:, None] * D + d[None, :],
             mask=(x1_K != 0)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        n_K, next_K = tile(entry, first + groups * _AT_ONCE, total)
+        n_K, next_K = tile(entry, first + sharing * _AT_ONCE, total)
         acc_KD += x1_K[:, None] * w_KD.to(tl.float32)
         x1_K = next_K
     after_previous(PDL)
     acc_TD = tl.sum(acc_KD, 0)[None, :]
     t = tl.arange(0, 1)
-    add_up(acc_TD, part, ticket, bias, y, group, groups, t, 1, d, D, HAS_BIAS, GROUPS)
+    add_up(acc_TD, part, ticket, bias, y, group, sharing, t, 1, d, D, HAS_BIAS, GROUPS)
 
 
 def config(d: int) -> dict[str, int]:
-    """Blocks by hidden size; BLOCK_D is at least rows.py's LEAST_PIECE. More than about a thousand
-    programs only cost time."""
+    """Blocks by hidden size; BLOCK_D is at least rows.py's LEAST_PIECE."""
     block = 64 if d <= 2048 else 128
-    groups = max(1, min(GROUPS, 1024 // triton.cdiv(d, block)))
-    return {"BLOCK_D": block, "GROUPS": groups, "num_warps": 1}
+    return {"BLOCK_D": block, "GROUPS": sharers(GROUPS, triton.cdiv(d, block)), "num_warps": 1}

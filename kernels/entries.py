@@ -4,7 +4,9 @@ An entry is one int64, the neuron's number above the bits of x1 in float32; the 
 many there are. -1 means not yet: who selects neurons blanks the list, `rows` fills it in whatever
 order its programs run, and `down` waits for the entries that it is about to use. An entry is
 written whole and read whole, and nothing but itself is concluded from it: so relaxed accesses at
-the GPU's scope do, which go through the L2, and no fence is needed.
+the GPU's scope do, which go through the L2, and no fence is needed. Once a poll has seen that an
+entry is there, it is read by a plain load past the L1: what lies in the L2 by then is that entry.
+(A relaxed or volatile load would say so to the memory model as well, but takes 0.5 us and more.)
 
 Whoever waits here keeps its place on the GPU, so those it waits for must have theirs already: CUDA
 starts `down` early only once every program of `rows` has let it, after its own wait: so the list is

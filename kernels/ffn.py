@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecast.kernels.bits import MAX_WIDTH
 from sparsecast.kernels.checks import HALVES, check_input, check_quantised, check_weight
 from sparsecast.kernels.down import down
 from sparsecast.kernels.gate import gate
@@ -227,6 +228,8 @@ def _check(x_TD: Tensor, ffn: FFN) -> None:
     if ffn.gate_FD is not None and (ffn.up_bias_F is not None or ffn.down_bias_D is not None):
         raise ValueError("biases belong to an FFN of two matrices, but there is a gate")
     f, d = ffn.up_FD.shape
+    if f > MAX_WIDTH:
+        raise ValueError(f"up_FD: has {f} neurons, expected at most {MAX_WIDTH}; use the dense FFN")
     check_input(x_TD, d)
     shapes = ((f, d), (f, d), (f, d), (f,), (d,))
     for name, weight, shape in zip(ffn._fields[:5], ffn[:5], shapes, strict=True):

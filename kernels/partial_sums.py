@@ -10,6 +10,14 @@ import triton.language as tl
 
 from sparsecast.kernels.products import rounded
 
+MOST_PROGRAMS = 1024
+"""More than about a thousand in all only cost time."""
+
+
+def sharers(most: int, pieces: int) -> int:
+    """Programs that share a sum, at most so many, where as many sums have their own."""
+    return max(1, min(most, MOST_PROGRAMS // pieces))
+
 
 @triton.jit
 def add_up(

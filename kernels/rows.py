@@ -196,7 +196,10 @@ def rows(
     *,
     relu_up: bool,
 ) -> Rows | Entries:
-    """Run it over the selected neurons; `up_FD` is None where there is no gate."""
+    """Run it over the selected neurons; `up_FD` is None where there is no gate.
+
+    One token's `selected.blank_E` becomes the list: each selection is good for one call.
+    """
     tokens, d = x_TD.shape
     mask_W, blank_E = selected
     pad = padded(tokens)
@@ -210,7 +213,7 @@ def rows(
         act, width = None, len(source.first_FD)
     total = torch.empty((), dtype=torch.int32, device=device)
     ticket_C = torch.empty(tickets, dtype=torch.int32, device=device)
-    assert (blank_E is None) == (tokens > 1)
+    assert (blank_E is None) == (tokens > 1), f"a selection of other tokens than these {tokens}"
     row_F: Tensor | None = None
     x1_FT: Tensor | None = None
     out: Rows | Entries

@@ -58,7 +58,10 @@ def kernels() -> Iterator[Kernel]:
             "D": D, "COMPUTES_GATE": False, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
             "WORDS": 256, "TICKETS": 16, **rows._config(pad, False, True, D),
         }  # fmt: skip
-    yield "down 1", down_one.kernel, {}, {"D": D, "HAS_BIAS": True, **down_one.config(D)}
+    for d in (D, 5120):  # blocks of 64 columns and of 128
+        yield f"down 1 of {d}", down_one.kernel, {}, {
+            "D": d, "HAS_BIAS": True, **down_one.config(d)
+        }  # fmt: skip
     yield "down 16", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down.CONFIG}
     for pad in (1, 2, 4, 16):
         for bits in (8, 4):

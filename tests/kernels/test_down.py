@@ -67,3 +67,5 @@ def test_a_bias_is_added_once(total, tokens, listed, banded, near):
 def test_few_programs_share_a_wide_hidden_size():
     for d, groups in ((128, 24), (5120, 24), (8192, 16), (16384, 8), (10**6, 1)):
         assert down_one.config(d)["GROUPS"] == groups
+    for d, groups in ((5120, 16), (8192, 16), (16384, 8), (10**6, 1)):
+        assert down._config(d)["GROUPS"] == groups

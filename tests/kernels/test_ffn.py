@@ -168,6 +168,12 @@ def test_what_does_not_fit_is_refused_in_one_line(change, told, ffn, device):
     assert "\n" not in str(error.value)
 
 
+def test_more_neurons_than_a_grid_takes_are_refused(device):
+    wide = torch.empty(1, 1, device=device).half().expand(65535 * 16 + 1, 1)
+    with pytest.raises(ValueError, match="has 1048561 neurons, expected at most 1048560"):
+        exact_ffn(torch.zeros(1, 1, device=device).half(), FFN(None, wide, wide))
+
+
 def test_inputs_and_predictors_that_do_not_fit_are_refused(ffn, predictor, device):
     weights, named = ffn("relu", torch.float16), predictor("q4_0")
     x = torch.zeros(1, D, device=device).half()

@@ -53,6 +53,7 @@ def test_only_the_sets_rows_are_listed_and_right(f, tokens, name, matrix, banded
     got_row, got_x1 = rows.listed(got)
     assert torch.equal(got_row, row.int())
     near(got_x1.to(dtype), x1)
+    assert torch.equal(got_x1.float(), got_x1.to(dtype).float())
     assert not got.ticket_C.any()
     if tokens == 1:
         assert (got.entry_E[len(row) : -1] == -1).all()
@@ -81,6 +82,7 @@ def test_the_cascade_reads_up_where_the_gate_fired(
 
     assert torch.equal(got_row, row.int())
     near(got_x1.to(dtype), want)
+    assert torch.equal(got_x1.float(), got_x1.to(dtype).float())
     assert (got_x1[~chosen_TF.T[on]] == 0).all()
 
 
@@ -104,13 +106,25 @@ def test_without_a_gate_x1_is_what_fired(predicted, tokens, matrix, banded, sele
     near(got_x1.to(dtype), want)
 
 
-def test_a_row_of_4096_goes_at_once(matrix, banded, selected, near):
+@pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.parametrize("d", [2100, 4096, 5120, 8192])
+def test_one_tokens_blocks_are_right_at_every_hidden_size(
+    d, predicted, matrix, banded, selected, near
+):
     dtype, f = torch.float16, 20
-    on = chosen_set("some", f)
+    on = torch.rand(f) < 0.5
+    x, first, up = banded(torch.randn(1, d).to(dtype)), matrix(f, d, dtype), matrix(f, d, dtype)
     act = banded((torch.rand(f, 1) + 0.1).to(dtype) * on[:, None])
-    x, up = banded(torch.randn(1, 4096).to(dtype)), matrix(f, 4096, dtype)
+    source = rows.FromRows(first, None, 0.0, banded(on.int())) if predicted else rows.FromGate(act)
 
-    got = rows.rows(x, selected(on, 1), rows.FromGate(act), up, relu_up=False)
+    got = rows.rows(x, selected(on, 1), source, up, relu_up=False)
 
-    row, x1 = rows.reference(x, on.to(x.device), rows.FromGate(act), up, False)
-    near(rows.listed(got)[1].to(dtype), x1)
+    _, want = rows.reference(x, on.to(x.device), source, up, False)
+    near(rows.listed(got)[1].to(dtype), want)
+
+
+def test_a_selection_is_of_as_many_tokens_as_the_input(matrix, banded, selected):
+    x, up = banded(torch.randn(2, D).half()), matrix(20, D, torch.float16)
+    act = banded(torch.ones(20, 2).half())
+    with pytest.raises(AssertionError, match="a selection of other tokens than these 2"):
+        rows.rows(x, selected(act[:, 0] > 0, 1), rows.FromGate(act), up, relu_up=False)
