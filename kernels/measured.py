@@ -8,7 +8,8 @@ dense had to take 5 % longer, half of the neurons be silent, and `predicted` be 
 where predictors name 1.9 times what is active. Between two measured shapes both must say so; a
 shape above all of them counts as the largest, a sparsity between two as the lower. What lies below
 all that was measured does not pay, nor does a predictor of a larger rank than was measured. An H100
-stands for every CUDA device.
+stands for every CUDA device; of an H200, whose dense FFNs are faster still, one token at 89 % and
+two matrices at 4 tokens were measured, and count where they say less.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MOST_TOKENS: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
         (1536, 3840, 3): {"exact": {0.5: 1, 0.8: 4, 0.98: 16}},
         (4096, 11008, 3): {"exact": {0.5: 1, 0.8: 4, 0.89: 16}, "predicted": {0.427: 1}},
         (5120, 13824, 3): {"exact": {0.5: 1, 0.8: 4, 0.89: 16}, "predicted": {0.427: 1}},
-        (2048, 8192, 2): {"exact": {0.5: 1, 0.8: 4}, "predicted": {0.618: 1}},
+        (2048, 8192, 2): {"exact": {0.5: 1, 0.89: 4}, "predicted": {0.618: 1}},
         (4096, 16384, 2): {"exact": {0.5: 1, 0.8: 4}, "predicted": {0.618: 1}},
     },
 }
