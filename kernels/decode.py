@@ -8,6 +8,7 @@ Shape letters: S prompt, N new tokens.
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -32,6 +33,11 @@ class Decoder:
         self._cache: Any = StaticCache(
             config=model.config, max_cache_len=len(prompt_S) + tokens + WARM_UP
         )
+        takes = inspect.signature(model.forward).parameters
+        name = (
+            "cache" if "cache" in takes else "past_key_values"
+        )  # as it was until transformers 5.24
+        self._cached: dict[str, Any] = {name: self._cache, "use_cache": True}
         self._token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self._place_1 = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._out_N = torch.zeros(tokens + WARM_UP, dtype=torch.int64, device=model.device)
@@ -58,11 +64,11 @@ class Decoder:
         """The prompt, which gives the first token."""
         self._cache.reset()
         self._place_1.zero_()
-        output = self._model(self._prompt_1S, past_key_values=self._cache, use_cache=True)
+        output = self._model(self._prompt_1S, **self._cached)
         self._take(output.logits)
 
     def _step(self) -> None:
-        output = self._forward(self._token_11, past_key_values=self._cache, use_cache=True)
+        output = self._forward(self._token_11, **self._cached)
         self._take(output.logits)
 
     def _take(self, logits_1SV: Tensor) -> None:
