@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsecast.kernels import down_one
 from sparsecast.kernels.ffn import (
     FFN,
     PredictorWeights,
@@ -16,6 +17,12 @@ from sparsecast.kernels.quantised import Quantised, quantised
 
 D, F, R = 96, 77, 32
 ACTS = ["relu", "fatrelu", "drelu", "plain"]
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """Most of the usual number would find nothing to do here, and the interpreter is slow."""
+    monkeypatch.setattr(down_one, "GROUPS", 4)
 
 
 @pytest.fixture

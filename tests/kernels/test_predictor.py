@@ -26,12 +26,18 @@ def weights(matrix, banded):
 SMALL = [((96, 64, 130), 0.25), ((32, 32, 17), 0.0), ((32, 64, 21), -0.1), ((1312, 32, 16), 0.25)]
 TILES = [((64, 288, 20), 0.25), ((2112, 32, 16), 0.25), ((4128, 32, 16), 0.25)]
 """Several tiles of codes, the last of them not full."""
-CASES = [(*case, dtype) for case in SMALL for dtype in ("f16", "bf16", "q8_0", "q4_0")]
-CASES += [(*case, dtype) for case in TILES for dtype in ("q8_0", "q4_0")]
+CASES = [
+    (*case, dtype, tokens)
+    for case in SMALL
+    for dtype in ("f16", "bf16", "q8_0", "q4_0")
+    for tokens in (1, 3, 5, 16)
+]
+CASES += [
+    (*case, dtype, tokens) for case in TILES for dtype in ("q8_0", "q4_0") for tokens in (1, 3, 5)
+]
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 5, 16])
-@pytest.mark.parametrize(("shape", "threshold", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "threshold", "dtype", "tokens"), CASES, ids=str)
 def test_it_decides_as_its_reference(
     shape, threshold, tokens, dtype, weights, banded, values, near
 ):
