@@ -14,9 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import Cache, PreTrainedModel, StaticCache
 
 WARM_UP = 3
+
+
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """How a call hands its cache over: transformers renamed past_key_values in 5.24."""
+    takes = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in takes else "past_key_values": cache}
 
 
 class Decoder:
@@ -33,11 +39,7 @@ class Decoder:
         self._cache: Any = StaticCache(
             config=model.config, max_cache_len=len(prompt_S) + tokens + WARM_UP
         )
-        takes = inspect.signature(model.forward).parameters
-        name = (
-            "cache" if "cache" in takes else "past_key_values"
-        )  # as it was until transformers 5.24
-        self._cached: dict[str, Any] = {name: self._cache, "use_cache": True}
+        self._options = {**with_cache(model, self._cache), "use_cache": True}
         self._token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self._place_1 = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._out_N = torch.zeros(tokens + WARM_UP, dtype=torch.int64, device=model.device)
@@ -64,11 +66,11 @@ class Decoder:
         """The prompt, which gives the first token."""
         self._cache.reset()
         self._place_1.zero_()
-        output = self._model(self._prompt_1S, **self._cached)
+        output = self._model(self._prompt_1S, **self._options)
         self._take(output.logits)
 
     def _step(self) -> None:
-        output = self._forward(self._token_11, **self._cached)
+        output = self._forward(self._token_11, **self._options)
         self._take(output.logits)
 
     def _take(self, logits_1SV: Tensor) -> None:

@@ -59,7 +59,7 @@ def test_every_policy_generates_and_is_compared(cfg, model_folder):
     assert values["dtype"] == "float32"
 
 
-@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.filterwarnings("error:.*past_key_values:FutureWarning")
 def test_the_tokens_are_those_of_generate(cfg, model_folder):
     """Nothing is called as transformers is about to forbid."""
     model, tokenizer = load_model(str(model_folder), device="cpu")

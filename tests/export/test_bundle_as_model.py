@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
@@ -20,6 +21,7 @@ from sparsecast.export.protocol import perplexity
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file
+from sparsecast.kernels.decode import with_cache
 from sparsecast.kernels.module import SparseFFN
 from sparsecast.kernels.sparse_model import sparsify_model
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
@@ -141,11 +143,8 @@ def test_a_fatrelu_model_computes_relu(model_folder, bundle_of, theirs, ids):
     assert batch_perplexity(model, [batch]) == pytest.approx(values["bundle"], rel=SUMS["f16"])
     assert values["bundle"] != pytest.approx(values["predicted"], rel=2e-3)
     with torch.no_grad():
-        output = model(ids[:1, :8], use_cache=True)
-        steps = [output.logits]
-        for start in range(8, 64, 8):
-            output = model(ids[:1, start : start + 8], past_key_values=output.past_key_values)
-            steps.append(output.logits)
+        cache = with_cache(model, DynamicCache())
+        steps = [model(ids[:1, start : start + 8], **cache).logits for start in range(0, 64, 8)]
     assert torch.allclose(torch.cat(steps, 1), model_logits(model, ids[:1]), atol=1e-3)
 
 

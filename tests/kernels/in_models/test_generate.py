@@ -7,6 +7,7 @@ import torch
 from transformers import StaticCache
 
 from sparsecast.collect.models import load_model
+from sparsecast.kernels.decode import with_cache
 from sparsecast.kernels.module import SparseFFN
 from sparsecast.kernels.sparse_model import sparsify_model
 from sparsecast.sparsify.tiny import TINY_PROSPARSE
@@ -61,7 +62,8 @@ def test_exact_perplexity_is_dense(tiny, exact, dense_tokens):
     with torch.no_grad():
         want = dense(ids).logits
         cache = StaticCache(config=exact.config, max_cache_len=ids.shape[1])
-        steps = [exact(part, past_key_values=cache).logits for part in ids.split(8, dim=1)]
+        parts = ids.split(8, dim=1)
+        steps = [exact(part, **with_cache(exact, cache)).logits for part in parts]
 
     def perplexity(logits: torch.Tensor) -> float:
         return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).exp().item()
