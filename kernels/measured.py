@@ -33,8 +33,8 @@ MOST_TOKENS: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
         },
         (4096, 11008, 3): {"exact": {0.7: 1, 0.8: 4}, "predicted": {0.6: 1, 0.7: 4, 0.8: 8}},
     },
-    # bfloat16, H100, `sparsecast bench kernels`, 1, 4 and 16 tokens (1 and 4 of two matrices), the
-    # slowest of the predictors' formats.
+    # bfloat16, `sparsecast bench kernels`, 1, 4 and 16 tokens (1 and 4 of two matrices), the worst
+    # of the predictors' formats; H100, but 4 tokens of two matrices on an H200.
     "cuda": {
         (512, 2048, 3): {"exact": {0.5: 1, 0.8: 4, 0.98: 16}},
         (1536, 3840, 3): {"exact": {0.5: 1, 0.8: 4, 0.98: 16}},

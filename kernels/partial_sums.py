@@ -11,11 +11,11 @@ import triton.language as tl
 from sparsecast.kernels.products import rounded
 
 MOST_PROGRAMS = 1024
-"""More than about a thousand in all only cost time."""
+"""More than about a thousand only cost time, with one token; several were not measured there."""
 
 
 def sharers(most: int, pieces: int) -> int:
-    """Programs that share a sum, at most so many, where as many sums have their own."""
+    """How many programs share the sum of a piece of the hidden size, at most `most`."""
     return max(1, min(most, MOST_PROGRAMS // pieces))
 
 
@@ -27,7 +27,7 @@ def add_up(
     bias,
     y,
     group,
-    groups,
+    sharing,
     t,
     tokens,
     d,
@@ -35,18 +35,18 @@ def add_up(
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Leave this program's part (float32) of columns d; the last of `groups` programs, by the
+    """Leave this program's part (float32) of columns d; the last of `sharing` programs, by the
     ticket of its piece, adds them and the bias and writes y, and sets the ticket to 0."""
     ok_TD = (t < tokens)[:, None] & (d < D)[None, :]
     tl.store(part + (group * tokens + t)[:, None] * D + d[None, :], acc_TD, mask=ok_TD)
     tl.debug_barrier()  # all of the part is written before the ticket says so
-    if tl.atomic_add(ticket + tl.program_id(0), 1, sem="acq_rel") == groups - 1:
+    if tl.atomic_add(ticket + tl.program_id(0), 1, sem="acq_rel") == sharing - 1:
         tl.store(ticket + tl.program_id(0), 0)
         y_TD = tl.zeros(acc_TD.shape, tl.float32)
         for g in tl.static_range(GROUPS):
             y_TD += tl.load(
                 part + (g * tokens + t)[:, None] * D + d[None, :],
-                mask=ok_TD & (g < groups),
+                mask=ok_TD & (g < sharing),
                 other=0.0,
                 cache_modifier=".cg",
             )

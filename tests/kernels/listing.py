@@ -62,7 +62,7 @@ def kernels() -> Iterator[Kernel]:
         yield f"down 1 of {d}", down_one.kernel, {}, {
             "D": d, "HAS_BIAS": True, **down_one.config(d)
         }  # fmt: skip
-    yield "down 16", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down.CONFIG}
+    yield "down 16", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down._config(D)}
     for pad in (1, 2, 4, 16):
         for bits in (8, 4):
             yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from sparsecast.kernels import down, problem, rows
-from sparsecast.kernels.ffn import exact_ffn, predicted_ffn
+from sparsecast.kernels.ffn import (
+    exact_ffn,
+    exact_reference,
+    predicted_ffn,
+    predicted_reference,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPES = [(1536, 3840, 384), (4096, 11008, 1024), (5120, 13824, 1280)]
@@ -28,7 +34,7 @@ def _banded_memory():
 
 @pytest.fixture
 def case(device):
-    """An FFN of its own on one token: exact, behind f16, and behind q4_0."""
+    """An FFN of its own on one token: exact, behind f16, and behind q4_0, and their references."""
 
     def make(shape):
         d, f, rank = shape
@@ -39,12 +45,35 @@ def case(device):
             problem.predictor(goal.predicted_TF, d, rank, stored, torch.bfloat16)
             for stored in ("f16", "q4_0")
         ]
-        return lambda: [
-            *exact_ffn(x, weights),
-            *(out for one in named for out in predicted_ffn(x, x, weights, one)),
+        exact = (partial(exact_ffn, x, weights), partial(exact_reference, x, weights))
+        return [exact] + [
+            (
+                partial(predicted_ffn, x, x, weights, n),
+                partial(predicted_reference, x, x, weights, n),
+            )
+            for n in named
         ]
 
     return make
+
+
+@pytest.fixture
+def alone(near):
+    """What every FFN gives by itself, as its reference does."""
+
+    def run(cases):
+        out = []
+        for ffn, reference in cases:
+            torch.cuda.synchronize()
+            y, count = ffn()
+            torch.cuda.synchronize()
+            want, want_count = reference()
+            near(y, want)
+            assert count == want_count
+            out.append((y, count))
+        return out
+
+    return run
 
 
 def same(got, want) -> bool:
@@ -52,9 +81,11 @@ def same(got, want) -> bool:
 
 
 @pytest.mark.skipif("CUDA_LAUNCH_BLOCKING" in os.environ, reason="would wait for itself")
+@pytest.mark.parametrize("last", ["total", "entry"])
 @pytest.mark.parametrize("total", [1, 40, 300])
-def test_the_down_projection_waits_for_every_entry(total, device):
-    """It starts on a blank list, which is filled under it in an order of chance, total included."""
+def test_the_down_projection_waits_for_every_entry(total, last, device):
+    """It starts on a blank list, which is filled under it, the total first or last, and an entry
+    that counts in the end or before that."""
     f, d = 400, 5120
     weight = torch.randn(f, d, device=device).bfloat16()
     row = torch.randperm(f)[:total].sort().values
@@ -81,46 +112,47 @@ def test_the_down_projection_waits_for_every_entry(total, device):
         read.record()
     with torch.cuda.stream(writes):
         missing = {*range(total), f}
-        for number in torch.randperm(8):
+        order = [*torch.randperm(6).add(1).tolist(), 0]
+        for number in [*order, 7] if last == "total" else [7, *order]:
             time.sleep(0.002)
             assert not missing or not read.query(), "it did not wait"
             places = chunks[number].tolist()
             some = slice(places[0], places[-1] + 1)
             entry[some].copy_(pinned[some], non_blocking=True)
             missing -= {*places}
+    writes.synchronize()
     late = time.monotonic() + LONG
     while not read.query():
-        assert time.monotonic() < late, "it waits for what is there"
+        if time.monotonic() > late:  # nothing else can run on the GPU beside it, or end it
+            pytest.exit("the down projection waits for what is there", returncode=1)
         time.sleep(0.01)
     assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_token_gives_the_same_bits_beside_other_work(shape, case):
+def test_one_token_gives_the_same_bits_beside_other_work(shape, case, alone):
     """Kernels of a second stream take the places and the memory that those of the first expect."""
-    ffns = case(shape)
-    want = ffns()
+    cases = case(shape)
+    want = alone(cases)
     aside, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     torch.cuda.synchronize()
     for _ in range(200):
         with torch.cuda.stream(aside):
             noise = (noise @ noise).clamp(-1, 1)
-        assert same(ffns(), want)
+        for (ffn, _), expected in zip(cases, want, strict=True):
+            assert same(ffn(), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ffns_of_a_graph_do_not_read_each_others_lists(shape, case):
+def test_ffns_of_a_graph_do_not_read_each_others_lists(shape, case, alone):
     """A graph's FFNs follow each other in the same memory, where the last one's list still lies."""
-    several = [case(shape) for _ in range(3)]
-    want = []
-    for ffns in several:
-        want.append(ffns())
-        torch.cuda.synchronize()
+    cases = [one for _ in range(3) for one in case(shape)]
+    want = alone(cases)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = [ffns() for _ in range(4) for ffns in several]
+        got = [ffn() for ffn, _ in cases * 4]
     for _ in range(50):
         graph.replay()
         torch.cuda.synchronize()
-        for number, one in enumerate(got):
-            assert same(one, want[number % 3])
+        for one, expected in zip(got, want * 4, strict=True):
+            assert same(one, expected)
