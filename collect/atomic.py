@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +88,83 @@ def refuse_unwritable(path: Path, option: str) -> None:
         raise InputError(f"{option}: {path} cannot be written; name a file in a folder of yours")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object, or an `InputError` that says what the file should have been."""
+def read_bytes(path: Path, what: str) -> bytes:
+    """A small file of a user's, whole.
+
+    Raises:
+        InputError: No such file, one that may not be read, or none of a file's kind: a folder, a
+            device, or a FIFO, which would wait for somebody to write. Each is told apart.
+    """
+    check_file(path, what)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file, expected {what}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected {what}") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error, what) from error
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raises `InputError` unless `path` is a regular file, or a link to one, that can be read."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            path.open("rb").close()
+            return
+    except OSError as error:
+        raise unreadable(path, error, what) from error
+    raise InputError(f"{path}: is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, expected {what}")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def unreadable(path: Path, error: OSError, what: str) -> InputError:
+    """What to say of a file that could not be opened: missing is not the same as forbidden."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return InputError(f"{path}: no such file, expected {what}")
+    if isinstance(error, PermissionError):
+        return InputError(f"{path}: may not be read ({error.strerror}); expected {what}; chmod it")
+    return InputError(f"{path}: cannot be read ({error.strerror or error}), expected {what}")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files of a user's; every fault of theirs is a `ValueError`.
+
+    NaN and Infinity are refused, which JSON has no words for, and numbers beyond float64, which
+    Python reads as infinity. So is nesting beyond Python's stack.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    if not isfinite(value := float(digits)):
+        raise ValueError(f"{digits} is beyond the range of numbers")
+    return value
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object, by the rules of `parse_json`.
+
+    Raises:
+        InputError: Anything else, with the words for what the file should have been.
+    """
+    data = read_bytes(path, what)
+    try:
+        value = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}), expected {what}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object with {what}")
     return value

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -40,6 +43,31 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+class Nobody:
+    """`with as_nobody():` runs as a user who may not read what others have closed, root or not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        """Open to everybody."""
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Nobody]:
+    with TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        Path(folder).chmod(0o777)
+        yield Nobody(Path(folder))
 
 
 @pytest.fixture
