@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -15,6 +15,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of, lost_threshold
 from sparsecast.collect.progress import console
+from sparsecast.collect.tokenizers import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -131,19 +132,6 @@ def read_weights(
             soft_wrap=True,
         )
     return model
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer beside the weights."""
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except Exception as error:  # a damaged tokenizer file raises whatever it meets
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{checkpoint.folder}: no usable tokenizer ({reason}); expected tokenizer.json or "
-            "tokenizer.model beside config.json"
-        ) from error
-    return tokenizer
 
 
 def set_activation(model: PreTrainedModel, rule: ActivationRule) -> None:

@@ -27,13 +27,7 @@ from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.fill import Filler
-from sparsecast.collect.models import (
-    check_length,
-    embedding_rows,
-    ffn_shape,
-    load_model,
-    load_tokenizer,
-)
+from sparsecast.collect.models import check_length, embedding_rows, ffn_shape, load_model
 from sparsecast.collect.plan import Tally, Unit, units
 from sparsecast.collect.prefetch import prefetch
 from sparsecast.collect.progress import Bar, bar, console
@@ -55,6 +49,7 @@ from sparsecast.collect.store import (
     write_manifest,
 )
 from sparsecast.collect.target import begin, differences, locked, shards, target, unfinished
+from sparsecast.collect.tokenizers import load_tokenizer
 from sparsecast.collect.tokens import quotas, sequences
 from sparsecast.collect.writer import Writer, to_folder
 

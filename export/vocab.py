@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_tokenizer
+from sparsecast.collect.tokenizers import load_tokenizer
 from sparsecast.export.vocab_bytes import byte_vocabulary, is_byte_level
 from sparsecast.export.vocab_parts import CONTROL, UNUSED, USER, Parts
 from sparsecast.export.vocab_pieces import json_pieces, model_pieces, space_notes

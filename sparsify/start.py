@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.families import family_of
-from sparsecast.collect.models import load_tokenizer, pick_device, read_weights
+from sparsecast.collect.models import pick_device, read_weights
 from sparsecast.collect.progress import console
 from sparsecast.collect.splits import assign
+from sparsecast.collect.tokenizers import load_tokenizer
 from sparsecast.collect.tokens import TokenBatch, batches
 from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
 from sparsecast.sparsify.text import sequences
