@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sparsecast.collect.families import family_of
+from sparsecast.collect.launcher import launcher
 from sparsecast.collect.progress import console
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score
@@ -123,4 +124,5 @@ def _trainer(phase: Phase, work: Path, slug: str, on_gpu: bool) -> L.Trainer:
         logger=False,
         enable_model_summary=False,
         callbacks=[RichProgressBar(refresh_rate=10), checkpoint],
+        plugins=[launcher()],
     )
