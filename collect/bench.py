@@ -280,7 +280,7 @@ def _subject(cfg: BenchConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:
     torch.manual_seed(0)
     with device:
         made: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=pick_dtype(cfg.dtype, None, device)
+            config, dtype=pick_dtype(cfg.dtype, None, device), trust_remote_code=False
         )
     return made.eval(), _random_rows(cfg)
 

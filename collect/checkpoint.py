@@ -6,59 +6,26 @@ Memory: one tensor at a time; the files are memory maps.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from sparsecast.collect.atomic import read_json
+from sparsecast.collect.config_checks import check_fields, check_shapes, check_tokens
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import unknown
-from sparsecast.collect.remap import REMAPPED
-
-
-def resolve(source: str) -> Path:
-    """The local folder of a model: `source` itself, or the snapshot of a Hugging Face id."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"{source}: no config.json in this folder, expected a model as "
-                "save_pretrained writes it; give its folder or a Hugging Face id"
-            )
-        return folder
-    if folder.exists() or source.count("/") != 1 or source.startswith((".", "~")):
-        raise InputError(
-            f"{source}: no such model folder; give a folder with config.json and weights, "
-            "or a Hugging Face id such as SparseLLM/prosparse-llama-2-7b"
-        )
-    try:
-        return Path(snapshot_download(source, allow_patterns=_wanted(source)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{source}: neither a local folder nor a model that could be downloaded ({reason}); "
-            "check the spelling, the network and `hf auth login`"
-        ) from error
-
-
-def _wanted(source: str) -> list[str]:
-    """Everything but weights in formats that are not read, so that none is downloaded twice."""
-    files = HfApi().list_repo_files(source)
-    safe = any(file.endswith(".safetensors") for file in files)
-    weights = "*.safetensors" if safe else "pytorch_model*.bin"
-    return ["*.json", weights, "*.model", "*.txt", "*.jinja"]
-
+from sparsecast.collect.pretrained import build_config, without_code
+from sparsecast.collect.remap import REMAPPED, kind_of
+from sparsecast.collect.source import resolve
+from sparsecast.collect.weights import main_file, open_weights, places, refuse_pointer
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -67,38 +34,31 @@ class Checkpoint:
     """Config and lazily read tensors of a model's folder: safetensors or .bin, sharded or not."""
 
     def __init__(self, source: str) -> None:
+        """
+        Raises:
+            InputError: No such model, an adapter beside its weights, or a config that is none.
+        """
         self.source = source
         self.folder = resolve(source)
+        _refuse_adapter(self.folder)
         self.config = read_config(self.folder)
+        self._pickled: tuple[Path, Any] | None = None
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
-        for stem in ("model.safetensors", "pytorch_model.bin"):
-            index = self.folder / f"{stem}.index.json"
-            if index.is_file():
-                weight_map = read_json(index, "the index of a sharded model").get("weight_map")
-                if not isinstance(weight_map, dict) or not all(
-                    isinstance(file, str) for file in weight_map.values()
-                ):
-                    raise InputError(
-                        f"{index}: expected an object of tensor names and files under 'weight_map'"
-                        "; download it again"
-                    )
-                return {name: self.folder / file for name, file in weight_map.items()}
-            single = self.folder / stem
-            if single.is_file():
-                with _open(single) as file:
-                    return dict.fromkeys(file.keys(), single)
-        raise InputError(
-            f"{self.folder}: no model.safetensors, pytorch_model.bin or index of shards; save the "
-            "weights with `model.save_pretrained(folder)` of transformers 5"
-        )
+        return places(self.folder)
+
+    @property
+    def safetensors(self) -> bool:
+        """Whether the weights are safetensors, else .bin."""
+        return ".safetensors" in main_file(self.folder).name
 
     def check(self) -> None:
         """Open every file once, so that a missing or damaged one is named before work starts.
 
         Raises:
-            InputError: That, or weights that are quantised and would be taken for plain numbers.
+            InputError: That; weights that are quantised and would be taken for plain numbers, or
+                that are not of the model that the config describes; a padding token without a row.
         """
         if (found := getattr(self.config, "quantization_config", None)) is not None:
             kind = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
@@ -106,22 +66,28 @@ class Checkpoint:
                 f"{self.folder}: its weights are quantised ({kind}), expected float32, float16 or "
                 "bfloat16; give the model they were made from"
             )
+        check_tokens(self.config, self.folder)
+        shapes = {}
         for path in sorted(set(self._file_of.values())):
-            with _open(path) as file:
-                names = set(file.keys())
+            with self._open(path) as file:
                 for name in (name for name, where in self._file_of.items() if where == path):
-                    if name not in names:
+                    tensor = file.get_tensor(name)
+                    shapes[name] = tuple(tensor.shape)
+                    if name.endswith(".weight") and tensor.dtype not in FLOATS:
                         raise InputError(
-                            f"{path}: tensor {name} is not in it, but the index says so; download "
-                            "or save the weights again"
-                        )
-                    dtype = file.get_tensor(name).dtype
-                    if name.endswith(".weight") and dtype not in FLOATS:
-                        raise InputError(
-                            f"{path}: tensor {name} is {str(dtype).removeprefix('torch.')}, "
+                            f"{path}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, "
                             "expected float32, float16 or bfloat16; give the model that the "
                             "quantised one was made from"
                         )
+        check_shapes(self.config, shapes, self.folder)
+
+    def _open(self, path: Path) -> Any:
+        """The last .bin file stays open: of torch's older format each opening reads it whole."""
+        if path.suffix != ".bin":
+            return open_weights(path)
+        if self._pickled is None or self._pickled[0] != path:
+            self._pickled = path, open_weights(path)
+        return self._pickled[1]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -140,14 +106,15 @@ class Checkpoint:
                 f"{self.folder}: tensor {name} is missing; the checkpoint is incomplete or is not "
                 f"a {self.config.model_type} causal LM"
             )
-        with _open(self._file_of[name]) as file:
+        with self._open(self._file_of[name]) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors by name, one at a time, each file opened once."""
         with ExitStack() as stack:
-            files = {path: stack.enter_context(_open(path)) for path in set(self._file_of.values())}
+            paths = set(self._file_of.values())
+            files = {path: stack.enter_context(open_weights(path)) for path in paths}
             for name, path in sorted(self._file_of.items()):
                 yield name, files[path].get_tensor(name)
 
@@ -191,17 +158,26 @@ _INDIFFERENT = {
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config in a folder, without remote code; see remap.py for what stands in for it."""
+    """The config in a folder, without remote code; see remap.py for what stands in for it.
+
+    Raises:
+        InputError: No config.json, fields that make no sense, or a family without a class.
+    """
     path = folder / "config.json"
+    if os.access(folder, os.X_OK) and not os.path.lexists(path):
+        raise InputError(
+            f"{folder}: no config.json in this folder, expected a model as save_pretrained writes "
+            "it; give its folder or a Hugging Face id"
+        )
+    refuse_pointer(path)
     raw = read_json(path, "the config of a causal language model")
-    kind = raw.get("model_type")
+    check_fields(raw, path)
+    kind = kind_of(raw)
+    if not isinstance(kind, str) or (kind not in REMAPPED and kind not in CONFIG_MAPPING):
+        raise InputError(unknown(kind, str(folder), brings_code="auto_map" in raw))
+    raw = without_code(raw | {"model_type": kind})
     try:
-        if kind in REMAPPED:
-            return REMAPPED[kind](raw, str(folder))
-        if kind is not None and kind not in CONFIG_MAPPING:
-            raise InputError(unknown(kind, str(folder)))
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-        return config
+        config = REMAPPED[kind](raw, str(folder)) if kind in REMAPPED else build_config(raw)
     except InputError:
         raise
     except Exception as error:  # config classes check their fields, each in its own way
@@ -210,35 +186,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"{path}: transformers cannot read it ({reason}); expected the config of a causal "
             "language model"
         ) from error
+    config.name_or_path = str(folder)
+    return config
 
 
-class _Pickled:
-    """A .bin file with the reading methods of `safe_open`; tensors are views of a memory map."""
-
-    def __init__(self, path: Path) -> None:
-        value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(value, dict) or not all(isinstance(t, Tensor) for t in value.values()):
-            raise RuntimeError("it does not hold a dict of tensors")
-        self._tensors: dict[str, Tensor] = value
-
-    def __enter__(self) -> _Pickled:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tensors = {}
-
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return _Pickled(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
-    except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path}: not a readable weights file ({reason}); download or save it again"
-        ) from error
+def _refuse_adapter(folder: Path) -> None:
+    """peft's files change a model only where peft is installed, and export would not see them."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            raise InputError(
+                f"{folder}: holds an adapter ({name}), which is not applied; merge it into the "
+                "weights with peft's `PeftModel.from_pretrained(base, folder).merge_and_unload()"
+                ".save_pretrained(merged)` and give that folder, or move the adapter's files away"
+            )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,6 +20,8 @@ from sparsecast.collect.remap import REMAPPED
 
 RESIDUAL_BEFORE_FFN_NORM = "residual-before-ffn-norm"
 LAYER_INPUT = "layer-input"
+LARGEST_THRESHOLD = torch.finfo(torch.float32).max
+"""Beyond it FATReLU's threshold is infinite, and nothing ever fires."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +122,12 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
     return FAMILIES[config.model_type]
 
 
-def unknown(model_type: str, where: str) -> str:
+def unknown(model_type: object, where: str, *, brings_code: bool = False) -> str:
     """The error for a model without a row."""
     known = ", ".join(sorted({*FAMILIES, *REMAPPED}, key=str.lower))
+    code = "; the code that comes with it (auto_map) is never run" if brings_code else ""
     return (
-        f"{where}: model_type is {model_type!r}, expected one of {known}; FAMILIES in "
+        f"{where}: model_type is {model_type!r}, expected one of {known}{code}; FAMILIES in "
         "sparsecast.collect.families has the table, and adding a family is adding a row"
     )
 
@@ -148,19 +152,21 @@ def activation_rule(
             "one (ReLU substitution, progressive L1 regularisation, threshold shift)"
         )
     if threshold is not None:
-        if name == "drelu" or not threshold >= 0:
+        if name == "drelu" or not 0 <= threshold <= LARGEST_THRESHOLD:
             raise InputError(
-                f"--activation-threshold: got {threshold} for {where}, expected a number >= 0 and "
-                "a model with relu or fatrelu"
+                f"--activation-threshold: got {threshold} for {where}, expected a number from 0 to "
+                f"{LARGEST_THRESHOLD:.3g} and a model with relu or fatrelu"
             )
         return ActivationRule("fatrelu", threshold)
     if name != "fatrelu":
         return ActivationRule(name)
     param = getattr(config, "hidden_act_param", None)
-    if not isinstance(param, (int, float)) or isinstance(param, bool) or param < 0:
+    number = isinstance(param, (int, float)) and not isinstance(param, bool)
+    if param is None or not number or not 0 <= param <= LARGEST_THRESHOLD:
         raise InputError(
-            f"{where}: {family.act_key} is 'fatrelu' but hidden_act_param is {param!r}, expected a "
-            "number >= 0; give the threshold with --activation-threshold"
+            f"{where}: {family.act_key} is 'fatrelu' but hidden_act_param is {str(param)[:40]!r}, "
+            f"expected a number from 0 to {LARGEST_THRESHOLD:.3g}; give the threshold with "
+            "--activation-threshold"
         )
     return ActivationRule("fatrelu", float(param))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -14,6 +14,7 @@ from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of, lost_threshold
+from sparsecast.collect.pretrained import load_weights
 from sparsecast.collect.progress import console
 from sparsecast.collect.tokenizers import load_tokenizer
 
@@ -62,36 +63,96 @@ def load_model(
     """A sparse causal LM in eval mode with its activation's threshold set, and its tokenizer.
 
     Args:
-        source: Folder or Hugging Face id.
+        source: Folder, Hugging Face id, or tiny-prosparse; see `resolve`.
         device, dtype: See `pick_device` and `pick_dtype`.
         activation_threshold: FATReLU's T where the config has lost it.
         device_map: How transformers spreads a model over devices (auto, balanced, sequential);
             overrides `device`.
 
     Raises:
-        InputError: No such model, not a causal LM, a family without a row in the table, an
-            activation that leaves no exact zeros (SiLU, GELU), or weights that do not fill the
-            model that the config describes.
+        InputError: See `open_checked`; an activation that leaves no exact zeros (SiLU, GELU).
     """
     checkpoint = Checkpoint(source)
-    config = checkpoint.config
+    family_of(checkpoint.config, source)
+    rule = activation_rule(checkpoint.config, source, activation_threshold)
+    where = pick_device(device)
+    picked = pick_dtype(dtype, checkpoint.config.dtype, where)
+    check_threshold(rule, picked, source)
+    tokenizer = check_model(checkpoint)
+    if activation_threshold is None and (warning := lost_threshold(checkpoint.config, source)):
+        console.print(warning, style="yellow", highlight=False)
+    model: Any = read_weights(checkpoint, picked, device_map)
+    if device_map is None:
+        model.to(where)
+    set_activation(model, rule)
+    return model.eval(), tokenizer
+
+
+def open_checked(source: str) -> tuple[Checkpoint, Tokenizer]:
+    """Every check of a model that needs no model built, before a corpus is read or a run begins.
+
+    Whatever its activation: `load_model` demands ReLU beyond this, and `sparsify` makes it. Reads
+    headers, the config and the tokenizer; takes seconds for a model of any size. `read_weights`
+    loads the model from what this returns.
+
+    Args:
+        source: Folder, Hugging Face id, or tiny-prosparse; see `resolve`.
+
+    Raises:
+        InputError: No such model; not a causal LM, or of a family without a row in the table; a
+            missing, cut or unreadable file of weights, one that is a Git LFS pointer, quantised
+            ones, an adapter beside them; weights that do not fit the config; no usable tokenizer;
+            tokens beyond the embedding, or a padding token beyond it.
+    """
+    checkpoint = Checkpoint(source)
+    return checkpoint, check_model(checkpoint)
+
+
+def check_model(checkpoint: Checkpoint) -> Tokenizer:
+    """The checks of `open_checked` on an open checkpoint; its tokenizer."""
+    config, source = checkpoint.config, checkpoint.source
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "no architecture")
-    if not any(name.endswith("ForCausalLM") for name in config.architectures or [default]):
+    if not any(str(name).endswith("ForCausalLM") for name in config.architectures or [default]):
         raise InputError(
             f"{source}: architectures is {config.architectures}, expected a causal language model "
             "(...ForCausalLM)"
         )
     family_of(config, source)
-    rule = activation_rule(config, source, activation_threshold)
     checkpoint.check()
-    if activation_threshold is None and (warning := lost_threshold(config, source)):
-        console.print(warning, style="yellow", highlight=False)
-    where = pick_device(device)
-    model: Any = read_weights(checkpoint, pick_dtype(dtype, config.dtype, where), device_map)
-    if device_map is None:
-        model.to(where)
-    set_activation(model, rule)
-    return model.eval(), load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    check_vocabulary(tokenizer, config.vocab_size, checkpoint.folder)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int, where: object) -> None:
+    """Refuse a tokenizer that text can take beyond the embedding's `rows`.
+
+    Special tokens but BOS may lie beyond: many models have a padding token there that no text
+    gives, and `sequences` names the document that does.
+    """
+    special = {*tokenizer.all_special_ids} - {tokenizer.bos_token_id}
+    beyond = [
+        (number, token)
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows and number not in special
+    ]
+    if beyond:
+        number, token = min(beyond)
+        raise InputError(
+            f"{where}: the tokenizer has {token!r} as id {number:,}, but the model has an "
+            f"embedding for ids 0 to {rows - 1:,} (vocab_size); give the tokenizer that the model "
+            "was trained with"
+        )
+
+
+def check_threshold(rule: ActivationRule, dtype: torch.dtype, where: str) -> None:
+    """Refuse a threshold that is infinite in the model's dtype: nothing would ever fire."""
+    if not torch.tensor(rule.threshold, dtype=torch.float64).to(dtype).isfinite():
+        raise InputError(
+            f"{where}: FATReLU's threshold {rule.threshold:g} is infinite in "
+            f"{str(dtype).removeprefix('torch.')}, so nothing would ever fire; expected at most "
+            f"{torch.finfo(dtype).max:g}"
+        )
 
 
 def read_weights(
@@ -102,16 +163,13 @@ def read_weights(
     transformers fills what is missing with random numbers; here that is an error. Tensors that
     the model has no place for are named and left out: TurboSparse keeps predictors there.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    model, found = load_weights(
         checkpoint.folder,
-        config=checkpoint.config,
+        checkpoint.config,
+        safetensors=checkpoint.safetensors,
         dtype=dtype,
         device_map=device_map,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
     )
-    model: PreTrainedModel = loaded[0]
-    found = loaded[1]
     for name, stored, wanted in sorted(found["mismatched_keys"], key=str):
         raise InputError(
             f"{checkpoint.folder}: tensor {name} is {list(stored)}, but config.json describes "

@@ -12,7 +12,7 @@ loaded. The configs' fields: ProSparse-7B, Bamboo-base-v0_1, MiniCPM-S-1B-sft on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import FalconConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedConfig
@@ -93,3 +93,27 @@ REMAPPED: dict[str, Callable[[dict[str, Any], str], PreTrainedConfig]] = {
     "RefinedWebModel": _falcon,
 }
 """model_type to a function of (config.json, model's name)."""
+_ARCHITECTURES = {
+    "SparseLlamaForCausalLM": "sparsellama",
+    "BambooForCausalLM": "bamboo",
+    "MiniCPMForCausalLM": "minicpm",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GraniteForCausalLM": "granite",
+    "OPTForCausalLM": "opt",
+    "FalconForCausalLM": "falcon",
+}
+"""Configs without model_type name the class alone: MiniCPM's and those derived from it."""
+
+
+def kind_of(raw: Mapping[str, Any]) -> object:
+    """`model_type` of config.json, or what `architectures` says in its place; None: neither."""
+    if (kind := raw.get("model_type")) is not None:
+        return kind
+    named = raw.get("architectures")
+    for name in named if isinstance(named, list) else []:
+        if isinstance(name, str) and (kind := _ARCHITECTURES.get(name)):
+            return kind
+    return None

@@ -25,9 +25,9 @@ from typing import Any
 from rich.table import Table
 
 from sparsecast.collect.atomic import refuse_unwritable, write_json
-from sparsecast.collect.checkpoint import resolve
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar, console
+from sparsecast.collect.source import resolve
 from sparsecast.export.bench_model import SHAPES, write_random
 from sparsecast.export.bench_runs import check_converter, converted, copied, exported, files_of
 from sparsecast.export.config import DTYPES, SUFFIX

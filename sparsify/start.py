@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.families import family_of
 from sparsecast.collect.models import pick_device, read_weights
+from sparsecast.collect.pretrained import tokenizer_of
 from sparsecast.collect.progress import console
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokenizers import load_tokenizer
@@ -53,7 +54,7 @@ def prepare(cfg: SparsifyConfig, work: Path) -> Start:
     preset = PRESETS[cfg.preset] if cfg.preset else None
     if preset is not None:
         source = _tokenizer_folder(cfg, work, preset)
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer: Tokenizer = tokenizer_of(source)
         model = _new_model(preset, len(tokenizer), cfg.seq_len)
     else:
         assert cfg.model is not None

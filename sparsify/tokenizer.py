@@ -12,10 +12,11 @@ from typing import Any
 
 import sentencepiece
 from tokenizers import decoders, normalizers
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.pretrained import tokenizer_of
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -53,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
             f"({str(error).splitlines()[0]}); give more text or a smaller vocabulary"
         ) from error
     (folder / "tokenizer.vocab").unlink()
-    backend = LlamaTokenizer.from_pretrained(folder).backend_tokenizer
+    backend = tokenizer_of(folder, LlamaTokenizer).backend_tokenizer
     # transformers' own pre-tokeniser adds no space before a text that starts with one.
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence(
@@ -70,5 +71,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     fast: Any = PreTrainedTokenizerFast
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     fast(tokenizer_object=backend, **special).save_pretrained(folder)
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Tokenizer = tokenizer_of(folder)
     return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -70,5 +71,30 @@ def test_pickles_are_only_loaded_as_weights():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 safe = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert safe.get("weights_only") == "True", path
-            if isinstance(node, ast.keyword):
-                assert node.arg != "trust_remote_code", path
+
+
+LOADERS = {"from_pretrained", "from_config"}
+
+
+def test_models_come_through_one_door_that_runs_none_of_their_code():
+    """Every call of transformers' loaders says so, and those that read files stand in one place."""
+    found = set()
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", path
+            if isinstance(node, ast.Attribute) and node.attr == "from_pretrained":
+                assert path == ROOT / "collect" / "pretrained.py", path
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in LOADERS:
+                said = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert said.get("trust_remote_code") == "False", path
+                found.add(ast.unparse(node.func))
+    assert len(found) == 3
+
+
+def test_nothing_asks_on_the_terminal():
+    """Standard input is a corpus, read in one place."""
+    for path in sources():
+        text = ast.unparse(ast.parse(path.read_text()))
+        assert not re.search(r"(?<![\w.])(input|getpass)\(", text), path
+        assert "sys.stdin" not in text or path.name.startswith("corpus"), path

@@ -294,6 +294,9 @@ def test_what_is_not_plain_weights_is_refused(family_folder, tmp_path):
     with pytest.raises(InputError, match=r"its weights are quantised \(gptq\)"):
         load_model(str(copy), device="cpu")
     (copy / "config.json").write_text(json.dumps(config | {"num_attention_heads": "many"}))
+    with pytest.raises(InputError, match="num_attention_heads is 'many', expected a whole number"):
+        load_model(str(copy), device="cpu")
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1, "use_cache": "?"}))
     with pytest.raises(InputError, match="transformers cannot read it"):
         load_model(str(copy), device="cpu")
 
@@ -303,14 +306,16 @@ def test_what_is_not_plain_weights_is_refused(family_folder, tmp_path):
     [
         ([], "an object of tensor names and files"),
         ({"model.norm.weight": 3}, "an object of tensor names and files"),
-        ({"ghost.weight": "model.safetensors"}, "ghost.weight is not in it, but the index says so"),
-        ({"model.norm.weight": "gone.safetensors"}, "gone.safetensors: not a readable"),
+        ({}, "an object of tensor names and files"),
+        ({"ghost.weight": "a.safetensors"}, "ghost.weight is not in it, but the index says so"),
+        ({"x": "gone.safetensors"}, "gone.safetensors: no such file, but model.safetensors.index"),
     ],
 )
 def test_an_index_that_lies_is_named(weight_map, match, family_folder, tmp_path):
     copy = tmp_path / "llama"
     shutil.copytree(family_folder("llama"), copy)
     index = {"weight_map": weight_map}
+    (copy / "model.safetensors").rename(copy / "a.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=match):
         load_model(str(copy), device="cpu")
