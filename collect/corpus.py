@@ -3,7 +3,8 @@
     builtin             sources and docstrings of the standard library and of packages that every
                         installation of sparsecast has; nothing is downloaded
     FILE, FOLDER, GLOB  .txt, .md, .jsonl, .parquet
-    -                   standard input: JSON lines where the first line is an object, else text
+    -                   standard input: JSON lines where the first line is an object, else text;
+                        so are a FIFO and a shell's `<(command)`
     NAME[:CONFIG][@SPLIT]   a dataset on the hub, streamed
 
 A row is a string under `text`, or a chat under `messages` (role, content) or `conversations`
@@ -26,14 +27,16 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedReader, FileIO, TextIOWrapper, UnsupportedOperation
+from io import BufferedReader, BytesIO, FileIO, UnsupportedOperation
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TypeVar
 
+from sparsecast.collect.atomic import unreadable
 from sparsecast.collect.builtin import builtin, key_of
+from sparsecast.collect.encoding import BLOCK, Utf8
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.progress import console
+from sparsecast.collect.files import SUFFIXES, is_stream, local_files
 
 PIECE = 6000
 """Characters, about three times the default --seq-len in tokens."""
@@ -41,7 +44,6 @@ TOKEN = 10
 """More characters than a token has on average, in any text."""
 FEW_FILES = 20
 LONG_FILE = 2**20
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names for the roles that templates know."""
 
@@ -49,6 +51,9 @@ Chat = tuple[tuple[str, str], ...]
 """(role, content) pairs."""
 Content = str | Chat | Iterator[str]
 """A text whole, a chat, or a text in blocks."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,99 +126,85 @@ def _sound(text: str) -> str:
     return text
 
 
+def begun(spec: str, items: Iterable[T]) -> Iterator[T]:
+    """What is read from a corpus, the first item now: before a model is loaded, say.
+
+    Standard input and pipes are left alone, since their first item may be long in coming.
+    """
+    stream = iter(items)
+    if is_stream(spec):
+        return stream
+    return chain([first] if (first := next(stream, None)) is not None else [], stream)
+
+
 def _source(spec: str, workers: int) -> Iterator[tuple[str, Content]]:
     """(key or "", content) pairs."""
+    if not spec.strip():
+        raise InputError(
+            f"--corpus: is empty; expected a {', '.join(SUFFIXES)} file, a folder, a glob, -, "
+            "name[:config][@split], or builtin"
+        )
     if spec == "builtin":
         return iter(builtin(workers))
-    if spec == "-":
-        return _stdin()
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not files:
-            raise InputError(f"{spec}: no {', '.join(SUFFIXES)} file in this folder")
-        return _local(files)
-    if path.is_file():
-        return _local([path])
-    if any(c in spec for c in "*?["):
-        found = {Path(p).resolve() for p in glob.glob(str(path), recursive=True)}
-        if files := sorted(p for p in found if p.is_file()):
-            return _local(files)
-        raise InputError(f"{spec}: no file matches this pattern")
-    if path.suffix.lower() in SUFFIXES or spec.startswith(("/", ".", "~")):
-        raise InputError(f"{spec}: no such file or folder; check the path of the corpus")
-    return _hub(spec)
+    if is_stream(spec):
+        return _stream(*(_stdin() if spec == "-" else _pipe(Path(spec).expanduser())))
+    files = local_files(spec)
+    return _hub(spec) if files is None else _local(files)
 
 
 def _local(files: list[Path]) -> Iterator[tuple[str, Content]]:
     for path in files:
         suffix = path.suffix.lower()
-        if suffix in (".txt", ".md"):
-            with path.open(encoding="utf-8-sig", errors="replace") as text:
-                blocks = _blocks(text, str(path))
-                if len(files) >= FEW_FILES and path.stat().st_size <= LONG_FILE:
-                    whole = "".join(blocks)
-                    yield text_key(whole), whole
-                else:
-                    yield "", blocks
-        elif suffix == ".jsonl":
-            with path.open(encoding="utf-8-sig", errors="replace") as lines:
-                yield from _json_lines(lines, str(path))
-        elif suffix == ".parquet":
+        if suffix == ".parquet":
             yield from _rows("parquet", f"{path}", data_files=glob.escape(str(path)), split="train")
-        else:
-            raise InputError(f"{path}: cannot read this type; expected {', '.join(SUFFIXES)}")
+            continue
+        with path.open("rb") as raw:
+            text = Utf8(raw, str(path))
+            if suffix == ".jsonl":
+                yield from _json_lines(text.lines(), str(path))
+            elif len(files) >= FEW_FILES and path.stat().st_size <= LONG_FILE:
+                whole = "".join(text.blocks())
+                yield text_key(whole), whole
+            else:
+                yield "", text.blocks()
+            text.tell_replaced()
 
 
-def _blocks(text: TextIO, where: str, first: str = "") -> Iterator[str]:
-    """A text in blocks of 2^20 characters, and a word where it is not what it seems."""
-    replaced = 0
-    for block in chain([first], iter(lambda: text.read(2**20), "")):
-        if "\0" in block:
-            raise InputError(
-                f"{where}: holds NUL bytes, so it is binary or UTF-16; expected UTF-8 text: "
-                "convert it, or leave it out"
-            )
-        replaced += block.count("\ufffd")
-        yield block
-    _tell_replaced(replaced, where)
-
-
-def _tell_replaced(replaced: int, where: str) -> None:
-    if replaced:
-        console.print(
-            f"{where}: {replaced:,} characters are not UTF-8 and were read as U+FFFD",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _stdin() -> Iterator[tuple[str, Content]]:
+def _stdin() -> tuple[BufferedReader, str]:
     if sys.stdin is None:
         raise InputError("--corpus -: standard input is closed; pipe text or JSON lines into it")
-    stream: TextIO
     try:
         # A file of its own: at an interrupt Python would wait for a reader that holds sys.stdin.
-        number = os.dup(sys.stdin.fileno())
-        stream = TextIOWrapper(BufferedReader(FileIO(number)), "utf-8-sig", errors="replace")
+        return BufferedReader(FileIO(os.dup(sys.stdin.fileno()))), "standard input"
     except UnsupportedOperation:
         raw = getattr(sys.stdin, "buffer", None)
-        stream = sys.stdin if raw is None else TextIOWrapper(raw, "utf-8-sig", errors="replace")
-    first = ""
-    for first in stream:
-        if first.strip():
-            break
-    if first.lstrip().startswith("{"):
-        yield from _json_lines(chain([first], stream), "standard input")
+        whole = BytesIO(sys.stdin.read().encode()) if raw is None else raw
+        return BufferedReader(whole), "standard input"
+
+
+def _pipe(path: Path) -> tuple[BufferedReader, str]:
+    try:
+        return path.open("rb"), str(path)
+    except OSError as error:
+        raise unreadable(path, error, "the corpus") from error
+
+
+def _stream(raw: BufferedReader, where: str) -> Iterator[tuple[str, Content]]:
+    text = Utf8(raw, where)
+    while (first := text.line(BLOCK)) and not first.strip():
+        pass
+    if first.lstrip("\ufeff \t").startswith("{"):
+        if not first.endswith(("\n", "\r")):
+            first += text.line()
+        yield from _json_lines(chain([first], text.lines()), where)
     else:
-        yield "", _blocks(stream, "standard input", first)
+        yield "", text.blocks(first)
+    text.tell_replaced()
 
 
 def _json_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, Content]]:
-    replaced = 0
     for number, line in enumerate(lines, 1):
-        replaced += line.count("\ufffd")
+        line = line.lstrip("\ufeff")  # files with byte order marks, one behind the other
         if not line.strip():
             continue
         try:
@@ -225,7 +216,6 @@ def _json_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, Content
         if not isinstance(row, dict):
             raise InputError(f"{where}:{number}: expected a JSON object with 'text' or 'messages'")
         yield _keyed(row, f"{where}:{number}")
-    _tell_replaced(replaced, where)
 
 
 def _keyed(row: dict[str, Any], where: str) -> tuple[str, Content]:
@@ -293,6 +283,11 @@ def _rows(path: str, where: str, **options: str | None) -> Iterator[tuple[str, C
         if isinstance(error, InputError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if path == "parquet":
+            raise InputError(
+                f"{where}: cannot be read as parquet ({reason}); write the file again, its text in "
+                "UTF-8, or leave it out"
+            ) from error
         raise InputError(
             f"{where}: neither a local corpus nor a dataset that could be read ({reason}); "
             "give a file, a folder, a glob, -, name[:config][@split], or builtin"

@@ -194,9 +194,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def _on_its_device(cfg: CollectConfig, ranks: Team) -> CollectConfig:
     if ranks.size == 1:
         return cfg
-    if cfg.corpus == "-":
+    if is_stream(cfg.corpus):
         raise InputError(
-            f"--corpus -: {ranks.size} ranks cannot share one standard input; save it to a file"
+            f"--corpus {cfg.corpus}: {ranks.size} ranks cannot share one stream; save it to a file"
         )
     if cfg.device_map is not None:
         raise InputError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.files import is_stream
 
 DEFAULT_RECALL = 0.95
 DTYPES = ("f16", "q8_0", "q4_0")
@@ -151,8 +152,10 @@ class TrainConfig:
             return
         if self.model is None:
             raise InputError("--corpus: needs the model that reads it; give --model")
-        if self.corpus == "-":
-            raise InputError("--corpus -: text is read more than once; save it to a file")
+        if is_stream(self.corpus):
+            raise InputError(
+                f"--corpus {self.corpus}: text is read more than once; save it to a file"
+            )
         if self.recipe == "svd" or self.predictor_budget is not None:
             what = "--recipe svd" if self.recipe == "svd" else "--predictor-budget"
             raise InputError(
