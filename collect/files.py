@@ -25,12 +25,12 @@ def is_stream(spec: str) -> bool:
     """Whether a corpus can be read once only: standard input, `<(command)`, a FIFO, a terminal."""
     if spec == "-":
         return True
-    mode = _mode(Path(spec).expanduser())
-    return mode is not None and (
-        stat.S_ISFIFO(mode)
-        or stat.S_ISCHR(mode)
-        or (spec.startswith(_OPENED) and not stat.S_ISDIR(mode))
-    )
+    try:
+        mode = Path(spec).expanduser().stat().st_mode
+    except OSError:
+        return False
+    opened = spec.startswith(_OPENED) and not stat.S_ISDIR(mode)
+    return opened or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
 def local_files(spec: str) -> list[Path] | None:
