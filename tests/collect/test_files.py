@@ -73,9 +73,10 @@ def test_links_to_nothing_and_fifos_are_not_left_out(tmp_path):
         with pytest.raises(InputError, match=r"b\.txt: is a FIFO"):
             read(spec)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for spec in (tmp_path / "loop", tmp_path / "loop" / "*.txt"):
-        with pytest.raises(InputError, match="Too many levels of symbolic links"):
-            read(spec)
+    with pytest.raises(InputError, match="Too many levels of symbolic links"):
+        read(tmp_path / "loop")
+    with pytest.raises(InputError, match="no file matches"):
+        read(tmp_path / "loop" / "*.txt")
 
 
 def test_text_in_place_of_a_name_is_not_a_traceback():
