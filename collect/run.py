@@ -26,6 +26,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.corpus import documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
+from sparsecast.collect.files import is_stream
 from sparsecast.collect.fill import Filler
 from sparsecast.collect.models import check_length, embedding_rows, ffn_shape, load_model
 from sparsecast.collect.plan import Tally, Unit, units
