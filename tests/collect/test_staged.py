@@ -1,0 +1,72 @@
+"""A file appears whole or not at all, and what the system says of a full disk is not lost."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import signal
+from contextlib import contextmanager
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from sparsecast.collect.staged import StagedCheckpoints, no_room, save_torch
+
+VALUE = {"a": torch.zeros(2**18)}
+
+
+@contextmanager
+def largest_file(nbytes: int):
+    """No file may grow beyond this, as if the disk ended there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("write", [save_torch, save_file, lambda v, p: p.write_bytes(bytes(2**20))])
+def test_a_full_disk_is_recognized_in_whatever_a_library_raises(tmp_path, write):
+    with largest_file(2**16), pytest.raises((OSError, RuntimeError, SafetensorError)) as caught:
+        write(VALUE, tmp_path / "x")
+
+    assert no_room(caught.value) == "File too large"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "no"), RuntimeError("os error 28"), KeyError()]
+)
+def test_other_errors_are_not_taken_for_a_full_disk(error):
+    assert no_room(error) is None
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.pt"
+    save_torch({"a": torch.ones(2)}, path)
+
+    with largest_file(2**16), pytest.raises(RuntimeError):
+        save_torch(VALUE, path)
+
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lightning_stages_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))  # nothing can be made there
+    trainer = L.Trainer(
+        plugins=[StagedCheckpoints()], accelerator="cpu", devices=1, logger=False, max_steps=0
+    )
+    trainer.fit(BoringModel())
+
+    (tmp_path / "kept").mkdir()
+    trainer.save_checkpoint(tmp_path / "kept" / "x.ckpt")
+
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["x.ckpt"]
+    assert "state_dict" in torch.load(tmp_path / "kept" / "x.ckpt", weights_only=True)
