@@ -8,8 +8,10 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, EISDIR
 from math import isfinite
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from sparsecast.collect.errors import InputError
@@ -20,10 +22,7 @@ def check_new(
 ) -> Path:
     """The folder that `new_folder` would make, refused where that would; before long work."""
     path = Path(os.path.realpath(path))  # a link stays one, and "." has a name
-    if not path.name or path.is_mount():
-        raise InputError(f"{path}: cannot be replaced as a whole; choose a folder in it for --out")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file, expected a folder to write; choose another --out")
+    check_place(path)
     if path.is_dir() and any(path.iterdir()):
         marks = [] if replaces is None else sorted(path.glob(replaces))
         known = {p for pattern in beside or ("*",) for p in path.glob(pattern)}
@@ -34,6 +33,36 @@ def check_new(
                 "another --out or remove it"
             )
     return path
+
+
+def check_place(path: Path) -> None:
+    """Raises `InputError` where no folder could be put under this name; before long work."""
+    if path.is_symlink():
+        raise InputError(f"{path}: links lead in a loop; remove it or choose another --out")
+    try:
+        if not path.name or path.is_mount():
+            raise InputError(
+                f"{path}: cannot be replaced as a whole; choose a folder in it for --out"
+            )
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: is a file, expected a folder to write; choose another --out")
+        _try_to_write(path.parent)
+        if path.is_dir() and any(path.iterdir()):
+            _try_to_write(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from error
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raises `OSError` where no file can be made in a folder, or in what there is of its parents.
+
+    What permissions say is not enough: /proc and a disk mounted for reading refuse root too.
+    """
+    folder = folder.absolute()
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    TemporaryFile(dir=there).close()
 
 
 @contextmanager
@@ -66,26 +95,66 @@ def new_folder(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step."""
-    part = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file in one step; what is no file, as /dev/stdout or a shell's >(command), as it is.
+
+    Raises:
+        OSError: With the file's name.
+    """
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        if (opened := _opened(path)) is not None:
+            with open(opened, "w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _opened(path: Path) -> int | Path | None:
+    """What cannot be replaced: a copy of a descriptor of this process, a device, or a FIFO.
+
+    A file that is opened by its descriptor's name would be written from its beginning.
+    """
+    names = {"/dev/stdout": "1", "/dev/stderr": "2"}
+    number = names.get(str(path), path.name)
+    if str(path) in names or str(path.parent) in ("/dev/fd", "/proc/self/fd"):
+        return os.dup(int(number)) if number.isdecimal() else None
+    return path if path.exists() and not path.is_file() and not path.is_dir() else None
+
+
+def json_text(value: Any) -> str:
+    """JSON for people and programs; NaN and infinity are refused, absent numbers are null."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one step; NaN and infinity are refused, absent numbers are null."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write `json_text` in one step."""
+    write_text(path, json_text(value))
 
 
 def refuse_unwritable(path: Path, option: str) -> None:
     """An `InputError` before long work, where its result could not be written."""
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"{option}: {path} cannot be written; name a file in a folder of yours")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "is a folder")
+        opened = _opened(path)
+        if isinstance(opened, int):
+            os.close(opened)
+        elif opened is None:
+            _try_to_write(path.parent)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES))
+    except OSError as error:
+        raise InputError(
+            f"{option}: {path} cannot be written ({error.strerror or error}); name a file in a "
+            "folder of yours"
+        ) from error
 
 
 def read_bytes(path: Path, what: str) -> bytes:

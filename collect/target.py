@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from sparsecast.collect import lock
+from sparsecast.collect.atomic import check_place
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import MANIFEST, Manifest, read_manifest, write_manifest
@@ -18,12 +19,15 @@ def target(out: Path) -> Path:
     """The folder to make, links followed.
 
     Raises:
-        InputError: It is no folder, or holds something that no stage has finished there.
+        InputError: It is no folder, cannot be written, or holds something that no stage has
+            finished there.
     """
-    path = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
-    if not path.name or (path.exists() and not path.is_dir()):
-        raise InputError(f"{out}: is not a folder, expected one to write; choose another --out")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+    follow = out.is_symlink() or out.name in ("", "..")
+    path = Path(os.path.realpath(out)) if follow else out
+    if (path / MANIFEST).is_file():
+        return path
+    check_place(path)
+    if path.is_dir() and any(path.iterdir()):
         raise InputError(
             f"{out}: exists and holds other files, expected a new or empty folder; choose "
             "another --out or remove it"
@@ -38,29 +42,13 @@ def unfinished(out: Path) -> Path:
 
 @contextmanager
 def locked(out: Path, work: str = "collection") -> Iterator[None]:
-    """Keep a second run out of the same folder; `work` names its kind."""
-    path = out.with_name(f".{out.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"{out}: another {work} is writing it; wait for that one, or choose another --out"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror or error}); choose another --out"
-        ) from error
-    try:
+    """Keep a second run out of the same folder, which another may just have finished."""
+    with lock.locked(out, work):
         if (out / MANIFEST).is_file():
             raise InputError(
                 f"{out}: another {work} has just finished it; run the command again to use it"
             )
         yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def begin(out: Path, manifest: Manifest) -> None:

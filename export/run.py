@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import torch
 
-from sparsecast.collect.atomic import new_folder, write_text
+from sparsecast.collect.atomic import check_new, new_folder, write_text
 from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.disk import check_room, free, save_tensors, size, told_when_full
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import lost_threshold
+from sparsecast.collect.lock import locked
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
 from sparsecast.export.belonging import predictors_for
@@ -31,6 +32,7 @@ from sparsecast.predictors.checkpoint import PredictorSet
 
 BESIDE = (f"*{GPUIDX}", "predictor", "activation", "README.md")
 """What a bundle may hold beside its model."""
+AFTER = "nothing is left behind: make room and run the same command again"
 EXACT = 2**24
 """float32 holds every whole number up to here."""
 
@@ -43,9 +45,14 @@ def export(cfg: ExportConfig) -> Path:
     Raises:
         InputError: See `read_hyper`, `read_vocabulary` and `predictors_for`; activations of
             another model; too little space on the disk; an FFN that does not divide into the
-            blocks of --vram-budget.
+            blocks of --vram-budget; another export that is writing `cfg.out`.
         OSError: The disk filled up meanwhile; nothing is left behind.
     """
+    with locked(check_new(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE), "export"):
+        return _export(cfg)
+
+
+def _export(cfg: ExportConfig) -> Path:
     checkpoint = Checkpoint(cfg.model)
     hyper = read_hyper(checkpoint, cfg.activation_threshold)
     vocabulary = read_vocabulary(checkpoint, hyper.vocab)
@@ -59,11 +66,21 @@ def export(cfg: ExportConfig) -> Path:
         split = split_for(budget, counts)
     total = sum(t.nbytes for t in tensors)
     copies = sum(w.numel() * w.element_size() for p in predictors.layers for w in p.weights)
-    _check_space(cfg.out, total + copies)
+    check_room(cfg.out, total + copies, "the bundle")
+    console.print(
+        f"{cfg.out}: the bundle takes {size(total + copies)} of disk, {size(free(cfg.out))} are "
+        "free there",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     traffic = _traffic(tensors, predictors)
 
     file = file_name(checkpoint.source)
-    with new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE) as folder:
+    with (
+        told_when_full(cfg.out, total + copies, "the bundle", lambda: AFTER),
+        new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE) as folder,
+    ):
         with bar("export", total) as progress:
             write_model(
                 folder / file,
@@ -149,14 +166,4 @@ def _write_counts(folder: Path, counts: list[torch.Tensor]) -> None:
     folder.mkdir()
     for i, count_F in enumerate(counts):
         dtype = torch.float32 if int(count_F.max()) <= EXACT else torch.float64
-        torch.save(count_F.to(dtype), folder / f"activation_{i}.pt")
-
-
-def _check_space(out: Path, need: int) -> None:
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise InputError(
-            f"{out}: the bundle needs {need / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB "
-            "are free there; make room or choose another --out"
-        )
+        save_tensors(folder / f"activation_{i}.pt", count_F.to(dtype))

@@ -20,6 +20,7 @@ import torch
 
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import new_folder, read_json, write_json
+from sparsecast.collect.disk import save_tensors
 from sparsecast.collect.errors import InputError
 from sparsecast.predictors.blocks import BLOCK
 from sparsecast.predictors.formats import BITS, rounded
@@ -71,12 +72,12 @@ class PredictorSet:
             stored = predictor.stored()
             weights = {"fc1.weight": stored.fc1_RD, "fc2.weight": stored.fc2_FR}
             # Own, contiguous storage: a view would drag its whole base into the file.
-            torch.save(
+            save_tensors(
+                folder / f"model_{i}.pt",
                 {
                     name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
                     for name, w in weights.items()
                 },
-                folder / f"model_{i}.pt",
             )
         write_json(folder / "config.json", {"sparse_threshold": self.threshold})
         if self.manifest is not None:

@@ -20,9 +20,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from sparsecast.collect.activations import ActivationRule
-from sparsecast.collect.atomic import write_json
+from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.corpus import documents
+from sparsecast.collect.corpus import begun, documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.models import embedding_rows, ffn_shape, load_model, set_activation
@@ -46,7 +46,10 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         InputError: See `load_model`, `load_predictors`, `check_belongs`, `check_use` and
             `documents`; no held-out text in the corpus.
     """
+    if cfg.json is not None:
+        refuse_unwritable(Path(cfg.json), "--json")
     predictors = load_predictors(cfg.predictors)
+    docs = begun(cfg.corpus, assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,
@@ -68,7 +71,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     check_use(predictors, str(cfg.predictors), rule, convention, cfg.model)
     data = list(
         batches(
-            assign(documents(cfg.corpus, seq_len=cfg.seq_len)),
+            docs,
             tokenizer,
             {"held-out": cfg.tokens},
             seq_len=cfg.seq_len,
@@ -85,9 +88,9 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         "perplexity": values,
         "change": {name: value / dense - 1 for name, value in values.items() if name != "dense"},
     }
+    _show(result)
     if cfg.json is not None:
         write_json(Path(cfg.json), result)
-    _show(result)
     return result
 
 

@@ -11,8 +11,17 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from sparsecast.collect.atomic import check_new, new_folder, read_json, write_json, write_text
+from sparsecast.collect.atomic import (
+    check_new,
+    json_text,
+    new_folder,
+    read_json,
+    refuse_unwritable,
+    write_text,
+)
+from sparsecast.collect.disk import told_when_full
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.lock import locked
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
@@ -43,6 +52,7 @@ COLUMNS = {
 }
 WIDE = ("recall p5", "first token", "AP", "train tokens")
 """Columns that the screen's tables leave out, to fit 80 characters."""
+AFTER = "the scores are on the screen; make room and run the same command again"
 SIDE_BY_SIDE = ("recall", "recall_p5", "predicted_sparsity", "average_precision", "traffic")
 DATA_NEEDED = ("recall", "recall_p5", "predicted_sparsity", "traffic")
 
@@ -55,9 +65,18 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
 
     Raises:
         InputError: No predictors, activations or model there, or they belong to different models;
-            `cfg.out` holds other files than a report's.
+            `cfg.out` holds other files than a report's, cannot be written, or is being written by
+            another report.
+        OSError: Writing failed all the same; the scores are on the screen.
     """
-    check_new(cfg.out, replaces="report.json", beside=_beside(cfg))
+    out = check_new(cfg.out, replaces="report.json", beside=_beside(cfg))
+    if cfg.json is not None:
+        refuse_unwritable(cfg.json, "--json")
+    with locked(out, "report"):
+        return _report(cfg)
+
+
+def _report(cfg: ReportConfig) -> dict[str, Any]:
     store = ActivationStore(cfg.activations)
     predictors = _predictors(cfg.predictors, store)
     others = {item if item == "sign" else item.resolve(): item for item in cfg.against or []}
@@ -80,8 +99,8 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
                 other = _predictors(item, store)
                 entry = _entry(item, other, means(score_layers(other, store, str(item))))
             result["against"].append(entry)
-    _write(cfg, result, [score.curve for score in scores])
     _show(result)
+    _write(cfg, result, [score.curve for score in scores])
     return result
 
 
@@ -196,12 +215,20 @@ def _write(
         side,
         {shared: (data_needed(entries), data[shared]) for shared, entries in needed.items()},
     )
-    with new_folder(cfg.out, replaces="report.json", beside=_beside(cfg)) as folder:
-        write_json(folder / "report.json", result)
-        write_text(folder / "report.md", _markdown(result, rows, side, data))
-        write_text(folder / "report.html", html)
+    files = {
+        "report.json": json_text(result),
+        "report.md": _markdown(result, rows, side, data),
+        "report.html": html,
+    }
+    need = sum(len(text.encode()) for text in files.values())
+    with (
+        told_when_full(cfg.out, need, "the report", lambda: AFTER),
+        new_folder(cfg.out, replaces="report.json", beside=_beside(cfg)) as folder,
+    ):
+        for name, text in files.items():
+            write_text(folder / name, text)
     if cfg.json is not None:
-        write_json(cfg.json, result)
+        write_text(cfg.json, files["report.json"])
 
 
 def _beside(cfg: ReportConfig) -> tuple[str, ...]:

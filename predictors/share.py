@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sparsecast.collect.disk import save_tensors
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.ranks import Team
 from sparsecast.predictors.bias import BiasUnits, Spread, Uncut
@@ -55,7 +56,7 @@ def gathered(
     for layer, trained in mine.items():
         state = {field.name: getattr(trained, field.name) for field in fields(trained)}
         part = work / f"layer-{layer}.part"
-        torch.save({"kind": type(trained).__name__, **state}, part)
+        save_tensors(part, {"kind": type(trained).__name__, **state})
         os.replace(part, _file(work, layer))
     team.wait()
     if not team.leads:

@@ -312,7 +312,7 @@ def test_a_disk_known_to_be_too_small_is_refused_first(model, predictors, monkey
     usage = shutil.disk_usage(model)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
 
-    with pytest.raises(InputError, match="needs 2 MiB, but only 1 MiB are free"):
+    with pytest.raises(InputError, match="needs 1.94 MB, but only 1 MB are free there"):
         run(model, predictors)
 
 
