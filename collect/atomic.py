@@ -37,9 +37,9 @@ def check_new(
 
 def check_place(path: Path) -> None:
     """Raises `InputError` where no folder could be put under this name; before long work."""
-    if path.is_symlink():
-        raise InputError(f"{path}: links lead in a loop; remove it or choose another --out")
     try:
+        if path.is_symlink():
+            raise InputError(f"{path}: links lead in a loop; remove it or choose another --out")
         if not path.name or path.is_mount():
             raise InputError(
                 f"{path}: cannot be replaced as a whole; choose a folder in it for --out"

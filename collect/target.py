@@ -22,9 +22,9 @@ def target(out: Path) -> Path:
         InputError: It is no folder, cannot be written, or holds something that no stage has
             finished there.
     """
-    follow = out.is_symlink() or out.name in ("", "..")
+    follow = os.path.islink(out) or out.name in ("", "..")
     path = Path(os.path.realpath(out)) if follow else out
-    if (path / MANIFEST).is_file():
+    if os.path.isfile(path / MANIFEST):
         return path
     check_place(path)
     if path.is_dir() and any(path.iterdir()):
