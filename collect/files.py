@@ -89,8 +89,8 @@ def _matching(pattern: str) -> list[Path]:
                     os.scandir(found).close()
             except OSError as error:
                 _refuse(error)
-    found = {Path(os.path.realpath(p)) for p in glob.iglob(pattern, recursive=True)}
-    return sorted(p for p in found if not p.is_dir())
+    matches = {Path(os.path.realpath(p)) for p in glob.iglob(pattern, recursive=True)}
+    return sorted(p for p in matches if not p.is_dir())
 
 
 def _refuse(error: OSError) -> None:
