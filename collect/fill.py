@@ -89,7 +89,7 @@ class Filler:
 
     def begin(self, unit: Unit, image: Image) -> None:
         """Start the shard of `unit`; every batch of it must follow, in order."""
-        image.begin(unit.tokens, stored=unit.stored)
+        image.begin(unit.tokens, split=unit.split, number=unit.number, stored=unit.stored)
         image.views["id"].copy_(unit.ids())
         image.views["position"].copy_(unit.positions())
         self._current = Filling(unit, image)

@@ -28,6 +28,7 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.files import is_stream
 from sparsecast.collect.fill import Filler
+from sparsecast.collect.firing import check_firing
 from sparsecast.collect.models import check_length, embedding_rows, ffn_shape, load_model
 from sparsecast.collect.plan import Tally, Unit, units
 from sparsecast.collect.prefetch import prefetch
@@ -35,19 +36,15 @@ from sparsecast.collect.progress import Bar, bar, console
 from sparsecast.collect.ranks import Team, team
 from sparsecast.collect.recorder import Recorder
 from sparsecast.collect.shard import SHARD_BYTES, Shape
+from sparsecast.collect.shard_file import ShardFile
 from sparsecast.collect.splits import SPLITS, assign
-from sparsecast.collect.stats import STATS, merge, write_stats
 from sparsecast.collect.stop import Stop, stoppable
 from sparsecast.collect.store import (
     MANIFEST,
     ActivationStore,
     Manifest,
-    damage,
-    file_checksum,
-    header_checksum,
     read_manifest,
-    read_shard,
-    write_manifest,
+    seal,
 )
 from sparsecast.collect.target import begin, differences, locked, shards, target, unfinished
 from sparsecast.collect.tokenizers import load_tokenizer
@@ -277,13 +274,14 @@ def _kept(unit: Unit, path: Path, cfg: CollectConfig, shape: Shape) -> bool:
     """Whether an earlier run has left this shard, whole and with the tokens wanted there."""
     if not path.is_file():
         return False
-    if (what := damage(path)) is None:
-        tensors = read_shard(path)
-        found = len(tensors.get("id", ()))
-        if what := shape.misfit(tensors, found, stored=unit.stored):
-            what = f"{path}: damaged header, {what}"
-    if what is not None:
-        console.print(f"{what}; recorded again", style="yellow", highlight=False, soft_wrap=True)
+    try:
+        tensors = ShardFile(path)
+        tensors.check()
+        tokens = len(tensors.get("id", ()))
+        if what := shape.misfit(tensors.header.fields, tokens, stored=unit.stored):
+            raise InputError(f"{path}: damaged header, {what}")
+    except InputError as error:
+        console.print(f"{error}; recorded again", style="yellow", highlight=False, soft_wrap=True)
         return False
     if not torch.equal(tensors["id"], unit.ids()):
         raise InputError(
@@ -301,29 +299,23 @@ def _complete(
     tally: Tally,
 ) -> Manifest:
     """Count up, complete the manifest and give the folder its name."""
-    tokens: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for split, count, _ in planned:
-        tokens.setdefault(split, []).append(count)
-    if short := [name for name in SPLITS if not tokens[name]]:
+    if short := [name for name in SPLITS if not any(split == name for split, _, _ in planned)]:
         shutil.rmtree(part)
         raise InputError(
             f"{cfg.corpus}: no token for {' and '.join(short)}; give more text, in more files"
         )
-    names = sorted(name for _, _, name in planned)
+    names = {name for _, _, name in planned}
     for leftover in shards(part):
         if leftover.name not in names:
             leftover.unlink()
-    counts = ((split, read_shard(part / name)) for split, _, name in planned)
-    write_stats(part / STATS, merge(counts, manifest.layers, manifest.ffn_width))
-    checksums = {name: header_checksum(part / name) for name in names}
-    done = replace(
-        manifest,
-        shard_tokens=tokens,
-        checksums=checksums | {STATS: file_checksum(part / STATS)},
-        documents=tally.documents,
-        truncated=tally.truncated,
+    done = seal(
+        part, replace(manifest, documents=tally.documents, truncated=tally.truncated), planned
     )
-    write_manifest(part, done)
+    try:
+        check_firing(ActivationStore(part).stats(), done.layers, cfg.model)
+    except InputError:
+        shutil.rmtree(part)
+        raise
     if cfg.out.is_dir():
         cfg.out.rmdir()
     os.replace(part, cfg.out)

@@ -10,7 +10,8 @@
     layer.<i>.energy  (N,) uint8       with energies only, see energy.py
 
 Shards of counted tokens have `id`, `position`, `fired` and `active` alone. The header's metadata
-holds `xxh3_128`, the checksum of everything behind the header.
+says which shard this is, as `split` and `number`, and holds the xxh3_128 of every tensor under the
+tensor's name.
 
 The safetensors library builds a file from tensors that exist; here the tensors are views of one
 host buffer that is the file, so that a device copies into place and a shard is never held twice.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,14 +32,13 @@ import xxhash
 from torch import Tensor
 
 SHARD_BYTES = 128 * 2**20
-CHECKSUM = "xxh3_128"
 INPUT_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "int8": torch.int8,
 }
-_CODES = {
+CODES = {
     torch.int32: "I32",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -108,23 +108,27 @@ class Shape:
     def nbytes(self, tokens: int) -> int:
         return sum(field.nbytes for field in self.fields(tokens))
 
-    def misfit(self, tensors: dict[str, Tensor], tokens: int, *, stored: bool = True) -> str | None:
-        """What keeps `tensors` from being a shard of this shape; None where nothing does."""
+    def misfit(self, found: Mapping[str, Field], tokens: int, *, stored: bool = True) -> str | None:
+        """What keeps `found` from being a shard of this shape; None where nothing does.
+
+        How many energies there are, the active entries say; see `ActivationStore`.
+        """
         fields = self.fields(tokens, stored=stored)
         if self.energy and stored:
-            for layer in self.layers:
-                active = tensors.get(f"layer.{layer}.active", torch.zeros(0))
-                fields.append(Field(f"layer.{layer}.energy", torch.uint8, (int(active.sum()),)))
+            fields += [
+                Field(name, torch.uint8, found[name].shape[:1] if name in found else (0,))
+                for name in (f"layer.{layer}.energy" for layer in self.layers)
+            ]
         for field in fields:
-            found = tensors.get(field.name)
-            if found is None:
+            there = found.get(field.name)
+            if there is None:
                 return f"{field.name} is missing"
-            if (found.dtype, tuple(found.shape)) != (field.dtype, field.shape):
+            if there != field:
                 return (
-                    f"{field.name} is {_CODES.get(found.dtype, found.dtype)} {list(found.shape)}, "
-                    f"expected {_CODES[field.dtype]} {list(field.shape)}"
+                    f"{field.name} is {CODES[there.dtype]} {list(there.shape)}, "
+                    f"expected {CODES[field.dtype]} {list(field.shape)}"
                 )
-        extra = sorted(set(tensors) - {field.name for field in fields})
+        extra = sorted(set(found) - {field.name for field in fields})
         return f"{extra[0]} has no place in it" if extra else None
 
     def _fired(self) -> list[Field]:
@@ -143,13 +147,15 @@ class Image:
         self.largest = torch.zeros(len(shape.layers) + 1, pin_memory=pinned)
         """Per layer the largest magnitude of an input, before it was cast; then that of the last
         layer's x1, whose overflow no later input would show."""
+        self._split, self._number = "", 0
         self._fields: list[Field] = []
         self._size = 0
         self.views: dict[str, Tensor] = {}
         self.energies: dict[int, list[Tensor]] = {}
 
-    def begin(self, tokens: int, *, stored: bool) -> None:
+    def begin(self, tokens: int, *, split: str, number: int, stored: bool = True) -> None:
         """Lay out the next shard; `views` then holds its tensors, not yet filled."""
+        self._split, self._number = split, number
         self._fields = self._shape.fields(tokens, stored=stored)
         self.views, self._size = {}, 0
         for field in self._fields:
@@ -166,7 +172,9 @@ class Image:
     @property
     def nbytes(self) -> int:
         """Of the finished file."""
-        return len(_header(self._all_fields(), "0" * 32)) + self._size + self.energy_bytes
+        return len(self._header(["0" * 32] * len(self._all_fields()))) + sum(
+            field.nbytes for field in self._all_fields()
+        )
 
     def _all_fields(self) -> list[Field]:
         return self._fields + [
@@ -175,28 +183,37 @@ class Image:
         ]
 
     def blocks(self) -> Iterator[memoryview]:
-        """The finished file, in order, checksum included."""
-        data = [self._data[: self._size], *(p for parts in self.energies.values() for p in parts)]
-        fields = self._all_fields()
-        digest = xxhash.xxh3_128()
-        for part in data:
-            digest.update(part.numpy().data)
-        yield memoryview(_header(fields, digest.hexdigest()))
-        for part in data:
-            yield part.numpy().data
+        """The finished file, in order, checksums included."""
+        sums = [checksum([view]) for view in self.views.values()]
+        sums += [checksum(parts) for parts in self.energies.values()]
+        yield memoryview(self._header(sums))
+        yield self._data[: self._size].numpy().data
+        for parts in self.energies.values():
+            for part in parts:
+                yield part.numpy().data
 
-
-def _header(fields: list[Field], checksum: str) -> bytes:
-    """Length and JSON header as the safetensors format has them."""
-    table: dict[str, object] = {"__metadata__": {CHECKSUM: checksum}}
-    offset = 0
-    for field in fields:
-        table[field.name] = {
-            "dtype": _CODES[field.dtype],
-            "shape": list(field.shape),
-            "data_offsets": [offset, offset + field.nbytes],
+    def _header(self, sums: Sequence[str]) -> bytes:
+        """Length and JSON header as the safetensors format has them."""
+        fields, offset = self._all_fields(), 0
+        named = {field.name: value for field, value in zip(fields, sums, strict=True)}
+        table: dict[str, object] = {
+            "__metadata__": {"split": self._split, "number": str(self._number), **named}
         }
-        offset += field.nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        for field in fields:
+            table[field.name] = {
+                "dtype": CODES[field.dtype],
+                "shape": list(field.shape),
+                "data_offsets": [offset, offset + field.nbytes],
+            }
+            offset += field.nbytes
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def checksum(parts: Iterable[Tensor]) -> str:
+    """xxh3_128 of the bytes of contiguous tensors, one behind the other."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

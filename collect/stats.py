@@ -11,16 +11,19 @@ Shape letters: F FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from sparsecast.collect.atomic import read_bytes
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.shard_file import AGAIN
 
 STATS = "stats.safetensors"
 
@@ -82,7 +85,9 @@ class Stats:
         return torch.stack(found).sum(0)
 
 
-def merge(shards: Iterable[tuple[str, dict[str, Tensor]]], layers: list[int], width: int) -> Stats:
+def merge(
+    shards: Iterable[tuple[str, Mapping[str, Tensor]]], layers: list[int], width: int
+) -> Stats:
     """Add up the counts of (split, tensors of a shard) pairs."""
     tables: dict[str, Tensor] = {}
     for split, tensors in shards:
@@ -99,12 +104,42 @@ def write_stats(path: Path, stats: Stats) -> None:
     path.write_bytes(save(dict(sorted(stats.tables.items()))))
 
 
-def read_stats(path: Path, layers: list[int]) -> Stats:
-    """Raises `InputError` where the file is missing, damaged or lacks a layer."""
+def read_stats(
+    path: Path, want: str, tokens: Mapping[str, int], layers: list[int], width: int
+) -> Stats:
+    """Counts of the given tokens per split, layers and FFN width.
+
+    Args:
+        want: The file's checksum.
+
+    Raises:
+        InputError: The file is missing, not as it was written, or holds other counts than these.
+    """
+    data = read_bytes(path, "the statistics of a `sparsecast collect` folder")
+    if (found := xxhash.xxh3_128_hexdigest(data)) != want:
+        raise InputError(f"{path}: damaged, its checksum is {found}, expected {want}; {AGAIN}")
     try:
-        tables = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: missing or damaged ({error}); collect again") from error
-    if missing := [i for i in layers if f"train.layer.{i}.fired" not in tables]:
-        raise InputError(f"{path}: has no counts of layers {missing}; collect again")
+        tables = load(data)
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged ({error}); {AGAIN}") from error
+    for split, total in tokens.items():
+        for layer in layers:
+            fired = tables.get(f"{split}.layer.{layer}.fired", torch.empty(0))
+            active = tables.get(f"{split}.layer.{layer}.active", torch.empty(0))
+            if not _counts(fired, active, total, width):
+                raise InputError(
+                    f"{path}: holds no counts of the {total:,} {split} tokens in layer {layer}; "
+                    f"{AGAIN}"
+                )
     return Stats(tables)
+
+
+def _counts(fired: Tensor, active: Tensor, tokens: int, width: int) -> bool:
+    """Whether they can be the two counts of one layer on so many tokens."""
+    if (fired.dtype, active.dtype) != (torch.int64, torch.int64):
+        return False
+    if (fired.shape, active.shape) != ((width,), (width + 1,)) or int(active.min()) < 0:
+        return False
+    entries = int((active * torch.arange(width + 1)).sum())
+    within = 0 <= int(fired.min()) <= int(fired.max()) <= tokens
+    return within and int(active.sum()) == tokens and int(fired.sum()) == entries

@@ -4,7 +4,9 @@
     <split>-<nnnnn>.safetensors one shard each, see shard.py
     stats.safetensors           counts over every token, see stats.py
 
-`Shape.bound` states the bytes per token and layer.
+`Shape.bound` states the bytes per token and layer. Whoever opens a store checks the manifest
+against its own checksum and every shard's header against the manifest; what a shard holds is
+checked tensor by tensor as it is first read, see shard_file.py.
 
 Shape letters: T tokens, D hidden, F FFN width, P packed width.
 """
@@ -12,27 +14,29 @@ Shape letters: T tokens, D hidden, F FFN width, P packed width.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.bits import unpack
 from sparsecast.collect.energy import decode
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.folders import check_keys, check_version, refuse_other
 from sparsecast.collect.plan import shard_name
-from sparsecast.collect.shard import CHECKSUM, INPUT_DTYPES, Shape
+from sparsecast.collect.shard import INPUT_DTYPES, Shape
+from sparsecast.collect.shard_file import AGAIN, ShardFile, header_checksum, read_header
 from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.stats import STATS, Stats, read_stats
+from sparsecast.collect.stats import STATS, Stats, merge, read_stats, write_stats
+from sparsecast.collect.tokens import COUNTED
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 
@@ -72,7 +76,7 @@ class Manifest:
     shard_tokens: dict[str, list[int]] = field(default_factory=dict)
     """Per split, the number of tokens of each shard."""
     checksums: dict[str, str] = field(default_factory=dict)
-    """Shard file to the checksum of its header, which has that of the data behind it; the
+    """Shard file to the checksum of its header, which has those of the data behind it; the
     statistics' file and this one, without its own checksum, to theirs."""
     documents: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
@@ -109,44 +113,88 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST, asdict(replace(manifest, checksums=sums)))
 
 
+def seal(folder: Path, manifest: Manifest, shards: Iterable[tuple[str, int, str]]) -> Manifest:
+    """Finish a store whose shards are written: statistics, checksums and the complete manifest.
+
+    Args:
+        shards: (split, tokens, file), in order of their numbers.
+    """
+    shards = list(shards)
+    counts = ((split, ShardFile(folder / name)) for split, _, name in shards)
+    write_stats(folder / STATS, merge(counts, manifest.layers, manifest.ffn_width))
+    tokens: dict[str, list[int]] = {}
+    for split, count, _ in shards:
+        tokens.setdefault(split, []).append(count)
+    checksums = {name: header_checksum(folder / name) for _, _, name in shards}
+    checksums[STATS] = xxhash.xxh3_128_hexdigest((folder / STATS).read_bytes())
+    done = replace(manifest, shard_tokens=tokens, checksums=checksums)
+    write_manifest(folder, done)
+    return done
+
+
 def _own_checksum(manifest: Manifest) -> str:
     value = asdict(manifest)
     value["checksums"].pop(MANIFEST, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a store, finished or not."""
-    path = folder / MANIFEST
+def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
+    """The manifest of a store, finished or not.
+
+    Args:
+        checked: Whether it must be as it was written; see `edited`.
+
+    Raises:
+        InputError: None there, another kind of folder, another version, or no manifest that a
+            collection could have written.
+    """
+    path, again = folder / MANIFEST, "remove the folder and collect again"
+    if not path.is_file() or folder.is_file():
+        refuse_other(folder, "activations")
     value = read_json(path, "the manifest of a `sparsecast collect` folder")
-    known = {item.name for item in fields(Manifest)}
-    if value.get("format_version") != FORMAT_VERSION or set(value) != known:
-        raise InputError(
-            f"{path}: format version {value.get('format_version')}, expected an activation store "
-            f"of version {FORMAT_VERSION}; collect again"
-        )
+    if "shard_tokens" not in value:
+        refuse_other(folder, "activations")
+    check_version(path, value, FORMAT_VERSION, again)
+    check_keys(path, value, {item.name for item in fields(Manifest)}, again)
     manifest = Manifest(**value)
     if (name := _senseless(manifest)) is not None:
-        raise InputError(f"{path}: damaged, its {name} makes no sense; collect again")
+        raise InputError(f"{path}: damaged, its {name} makes no sense; {AGAIN}")
+    if checked and (what := edited(folder, manifest)) is not None:
+        raise InputError(what)
     return manifest
+
+
+def edited(folder: Path, manifest: Manifest) -> str | None:
+    """What the checksum of a manifest says was changed since it was written; None if nothing."""
+    states, found = manifest.checksums.get(MANIFEST, "none"), _own_checksum(manifest)
+    if states == found:
+        return None
+    return (
+        f"{folder / MANIFEST}: damaged or edited, its checksum is {found}, but it was written with "
+        f"{states}; {AGAIN}"
+    )
 
 
 def _senseless(made: Manifest) -> str | None:
     """The field of a manifest that no collection could have written; None where all is well."""
     texts = ("model", "fingerprint", "model_type", "dtype", "tokenizer", "convention", "activation")
-    sizes = ("threads", "hidden_size", "ffn_width", "ffn_matrices")
+    sizes = ("threads", "hidden_size", "ffn_width")
     rules: dict[str, bool] = {
         **{name: isinstance(getattr(made, name), str) for name in (*texts, "corpus")},
         **{name: _count(getattr(made, name)) for name in sizes},
-        "activation_threshold": isinstance(made.activation_threshold, (int, float)),
+        "ffn_matrices": made.ffn_matrices in (2, 3),
+        "activation_threshold": isinstance(made.activation_threshold, (int, float))
+        and not isinstance(made.activation_threshold, bool),
         "layers": isinstance(made.layers, list)
         and bool(made.layers)
-        and all(_count(layer, least=0) for layer in made.layers),
-        "x_dtype": made.x_dtype in INPUT_DTYPES,
+        and all(_count(layer, least=0) for layer in made.layers)
+        and made.layers == sorted(set(made.layers)),
+        "x_dtype": isinstance(made.x_dtype, str) and made.x_dtype in INPUT_DTYPES,
         "energy": isinstance(made.energy, bool),
-        "config": isinstance(made.config, dict),
-        "options": isinstance(made.options, dict),
-        "checksums": isinstance(made.checksums, dict),
+        "config": isinstance(made.config, dict) and _shallow(made.config),
+        "options": isinstance(made.options, dict) and _shallow(made.options),
+        "checksums": isinstance(made.checksums, dict)
+        and all(isinstance(value, str) for value in made.checksums.values()),
         **{
             name: isinstance(table := getattr(made, name), dict)
             and all(_count(value, least=0) for value in table.values())
@@ -154,12 +202,19 @@ def _senseless(made: Manifest) -> str | None:
         },
         "shard_tokens": isinstance(made.shard_tokens, dict)
         and (not made.shard_tokens or set(SPLITS) <= set(made.shard_tokens))
+        and set(made.shard_tokens) <= {*SPLITS, COUNTED}
         and all(
             isinstance(counts, list) and counts and all(map(_count, counts))
             for counts in made.shard_tokens.values()
         ),
     }
     return next((name for name, sound in rules.items() if not sound), None)
+
+
+def _shallow(value: Any, levels: int = 50) -> bool:
+    """Whether everybody can walk through it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_shallow(item, levels - 1) for item in inner)
 
 
 def _count(value: Any, least: int = 1) -> bool:
@@ -170,17 +225,35 @@ class ActivationStore:
     """Read access, per layer and by runs of tokens, through memory maps.
 
     Memory: none of its own; pages that were read belong to the page cache.
+
+    Args:
+        checked: Whether manifest and headers must be as they were written; where not, `damages`
+            tells.
+
+    Raises:
+        InputError: See `read_manifest`; an unfinished collection; a shard that is missing, cut
+            short, or not the one that was recorded there.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, checked: bool = True) -> None:
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder, checked=checked)
         if not self.manifest.shard_tokens:
             raise InputError(
                 f"{self.folder}: an unfinished collection; run its `sparsecast collect` command "
                 "again, which goes on from there"
             )
         self._shard = lru_cache(maxsize=None)(self._open_shard)
+        if checked:
+            for split, counts in self.manifest.shard_tokens.items():
+                for number in range(len(counts)):
+                    name = shard_name(split, number)
+                    read_header(self.folder / name, self._states(name))
+
+    @property
+    def checksum(self) -> str:
+        """Of the manifest, which vouches for all that the folder holds."""
+        return self._states(MANIFEST)
 
     def shards(self, split: str) -> list[int]:
         """Tokens per shard of a split."""
@@ -215,96 +288,61 @@ class ActivationStore:
         return torch.zeros(mask_TF.shape).masked_scatter_(mask_TF, decode(codes_N))
 
     def stats(self) -> Stats:
-        """Counts over every token, stored or only counted."""
-        return read_stats(self.folder / STATS, self.manifest.layers)
+        """Counts over every token, stored or only counted.
 
-    def damages(self) -> Iterator[tuple[str, str | None]]:
-        """Every file with what is wrong with it, or None; reads all of them whole."""
+        Raises:
+            InputError: They are not as they were written, or are no counts of these tokens.
+        """
+        made = self.manifest
+        tokens = {split: sum(counts) for split, counts in made.shard_tokens.items()}
+        return read_stats(
+            self.folder / STATS, self._states(STATS), tokens, made.layers, made.ffn_width
+        )
+
+    def damages(self, *, whole: bool = True) -> Iterator[tuple[str, str | None]]:
+        """Every file with what is wrong with it, or None.
+
+        Args:
+            whole: Read all of them to the end, not the shards' headers alone.
+        """
         for split, counts in self.manifest.shard_tokens.items():
             for number in range(len(counts)):
-                name = shard_name(split, number)
-                want = self.manifest.checksums.get(name, "none in the manifest")
-                what = damage(self.folder / name, want)
-                if what is None:
-                    try:
-                        self._shard(split, number)
-                    except InputError as error:
-                        what = str(error)
+                name, what = shard_name(split, number), None
+                try:
+                    shard = self._shard(split, number)
+                    if whole:
+                        shard.check()
+                except InputError as error:
+                    what = str(error)
                 yield name, what
-        found = {
-            MANIFEST: _own_checksum(self.manifest),
-            STATS: file_checksum(path) if (path := self.folder / STATS).is_file() else "no file",
-        }
-        for name, value in found.items():
-            states = self.manifest.checksums.get(name)
-            told = f"{self.folder / name}: damaged ({value}, expected {states})"
-            yield name, None if value == states else told
+        yield MANIFEST, edited(self.folder, self.manifest)
+        try:
+            self.stats()
+            yield STATS, None
+        except InputError as error:
+            yield STATS, str(error)
 
-    def _open_shard(self, split: str, shard: int) -> dict[str, Tensor]:
-        path, want = self.folder / shard_name(split, shard), self.shards(split)[shard]
-        tensors = read_shard(path)
-        if (found := len(tensors.get("id", ()))) != want:
-            raise InputError(
-                f"{path}: holds {found} tokens, but {MANIFEST} says {want}; one of them belongs to "
-                "another store: collect again"
-            )
-        if what := self.manifest.shape.misfit(tensors, want, stored=split in SPLITS):
-            raise InputError(
-                f"{path}: {what}, going by {MANIFEST}; one of them belongs to another store: "
-                "collect again"
-            )
-        return tensors
+    def _states(self, name: str) -> str:
+        """The checksum that the manifest states for a file."""
+        if (states := self.manifest.checksums.get(name)) is None:
+            raise InputError(f"{self.folder / MANIFEST}: has no checksum of {name}; {AGAIN}")
+        return states
 
-
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """A shard's tensors as views of its memory map."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: shard is missing or damaged ({error}); collect again") from error
-
-
-def damage(path: Path, want: str | None = None) -> str | None:
-    """What is wrong with one shard, read whole; None when it is as it was written.
-
-    Args:
-        want: The checksum of its header, where a manifest states it.
-    """
-    try:
-        with path.open("rb") as file:
-            header = _header(file)
-            found = xxhash.xxh3_128_hexdigest(header)
-            if want is not None and found != want:
-                return f"{path}: damaged, its header has {CHECKSUM} {found}, expected {want}"
-            states = json.loads(header[8:])["__metadata__"][CHECKSUM]
-            digest = xxhash.xxh3_128()
-            while block := file.read(1 << 24):
-                digest.update(block)
-    except OSError as error:
-        return f"{path}: cannot be read ({error.strerror or error})"
-    except (ValueError, KeyError, TypeError):
-        return f"{path}: damaged header"
-    if digest.hexdigest() != states:
-        return f"{path}: damaged, its data has {CHECKSUM} {digest.hexdigest()}, expected {states}"
-    return None
-
-
-def header_checksum(path: Path) -> str:
-    """Of a shard's header, which has the checksum of the data."""
-    with path.open("rb") as file:
-        return xxhash.xxh3_128_hexdigest(_header(file))
-
-
-def file_checksum(path: Path) -> str:
-    """Of a small file, whole."""
-    return xxhash.xxh3_128_hexdigest(path.read_bytes())
-
-
-def _header(file: BinaryIO) -> bytes:
-    """Length and text of a safetensors header."""
-    length = file.read(8)
-    size = int.from_bytes(length, "little")
-    if size > 100_000_000:
-        raise ValueError("no safetensors header")
-    return length + file.read(size)
+    def _open_shard(self, split: str, number: int) -> ShardFile:
+        name, want = shard_name(split, number), self.shards(split)[number]
+        shard = ShardFile(self.folder / name, self._states(name))
+        fields, made, stored = shard.header.fields, self.manifest, split in SPLITS
+        found = fields["id"].shape[0] if "id" in fields else 0
+        what = None
+        if found != want:
+            what = f"holds {found} tokens, but {MANIFEST} says {want}"
+        elif misfit := made.shape.misfit(fields, want, stored=stored):
+            what = f"{misfit}, going by {MANIFEST}"
+        elif made.energy and stored:
+            for layer in made.layers:
+                energies = fields[f"layer.{layer}.energy"].shape[0]
+                if (active := int(shard[f"layer.{layer}.active"].sum())) != energies:
+                    what = f"layer {layer} has {active} active entries, but {energies} energies"
+        if what is not None:
+            raise InputError(f"{shard.path}: {what}; one of them belongs to another store: {AGAIN}")
+        return shard

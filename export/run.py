@@ -12,6 +12,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.disk import check_room, free, save_tensors, size, told_when_full
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import lost_threshold
+from sparsecast.collect.firing import check_firing
 from sparsecast.collect.lock import locked
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.store import ActivationStore
@@ -153,6 +154,7 @@ def _counts(folder: Path, checkpoint: Checkpoint, hyper: Hyper) -> list[torch.Te
             "without --layers"
         )
     stats = store.stats()
+    check_firing(stats, manifest.layers, str(folder))
     seen = [split for split in stats.splits() if split != "held-out"]
     return [stats.fired(layer, seen) for layer in manifest.layers]
 

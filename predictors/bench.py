@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,13 +42,7 @@ from sparsecast.collect.models import pick_device
 from sparsecast.collect.plan import Unit
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.stats import STATS, Stats, write_stats
-from sparsecast.collect.store import (
-    ActivationStore,
-    Manifest,
-    header_checksum,
-    write_manifest,
-)
+from sparsecast.collect.store import ActivationStore, Manifest, seal
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder
 from sparsecast.predictors.config import TrainConfig
@@ -175,7 +169,7 @@ def random_store(folder: Path, d: int, f: int, layers: int, tokens: int) -> Acti
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(tokens, d, generator=generator).bfloat16()
     x1_TF = (torch.rand(tokens, f, generator=generator) < ACTIVE).bfloat16()
-    names = []
+    shards = []
     with Writer(made.shape, made.shape.nbytes(tokens), to_folder(folder)) as writer:
         for split in SPLITS:
             ids = torch.zeros(1, counts[split], dtype=torch.int64)
@@ -185,11 +179,8 @@ def random_store(folder: Path, d: int, f: int, layers: int, tokens: int) -> Acti
             for layer in range(layers):
                 filler(layer, x_TD[: counts[split]], x1_TF[: counts[split]])
             writer.submit(filler.end())
-            names.append(unit.name)
-    write_stats(folder / STATS, Stats({"train.layer.0.fired": torch.zeros(f, dtype=torch.int64)}))
-    checksums = {name: header_checksum(folder / name) for name in names}
-    shard_tokens = {split: [count] for split, count in counts.items()}
-    write_manifest(folder, replace(made, shard_tokens=shard_tokens, checksums=checksums))
+            shards.append((split, unit.tokens, unit.name))
+    seal(folder, made, shards)
     return ActivationStore(folder)
 
 

@@ -21,6 +21,7 @@ from sparsecast.collect.atomic import (
 )
 from sparsecast.collect.disk import told_when_full
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.firing import check_firing
 from sparsecast.collect.lock import locked
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
@@ -78,6 +79,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
 
 def _report(cfg: ReportConfig) -> dict[str, Any]:
     store = ActivationStore(cfg.activations)
+    check_firing(store.stats(), store.manifest.layers, str(cfg.activations), [SPLIT])
     predictors = _predictors(cfg.predictors, store)
     others = {item if item == "sign" else item.resolve(): item for item in cfg.against or []}
     others.pop(cfg.predictors.resolve(), None)

@@ -12,6 +12,7 @@ import torch
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.firing import check_firing
 from sparsecast.collect.models import pick_device
 from sparsecast.collect.progress import console
 from sparsecast.collect.ranks import Team, team
@@ -38,6 +39,7 @@ from sparsecast.predictors.sizes import check_traffic, default_dtype, ranks_for
 from sparsecast.predictors.source import Recorded, Source
 
 MISSED = 0.01
+FITTED = ("train", "calibration")
 
 
 def train(cfg: TrainConfig) -> PredictorSet:
@@ -121,6 +123,8 @@ def _prepare(
     check_unfinished(work_folder(cfg.out), training)
     if cfg.model and cfg.activations:
         check_recorded(cfg.model, store)
+    if cfg.activations and processes.leads:
+        check_firing(store.stats(), store.manifest.layers, str(cfg.activations), FITTED)
     all_of_them = cfg.data_parallel or cfg.recipe == "svd"
     layers = share_of(store.manifest.layers, processes, all_of_them)
     L.seed_everything(cfg.seed, verbose=False)
@@ -187,6 +191,7 @@ def _recipe(
         recipe["calibration_tokens"] = store.manifest.tokens("calibration")
     if store is not None and cfg.activations is not None:
         recipe |= {
+            "activations": store.checksum,
             "corpus": store.manifest.corpus,
             "train_tokens": store.manifest.tokens("train"),
         }

@@ -22,15 +22,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.fill import Filler
 from sparsecast.collect.plan import Unit
 from sparsecast.collect.run import collect
-from sparsecast.collect.stats import STATS, merge, write_stats
-from sparsecast.collect.store import (
-    ActivationStore,
-    Manifest,
-    file_checksum,
-    header_checksum,
-    read_shard,
-    write_manifest,
-)
+from sparsecast.collect.store import ActivationStore, Manifest, seal
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder
 from sparsecast.predictors.checkpoint import PredictorManifest
@@ -142,7 +134,7 @@ def write_store():
         folder.mkdir(parents=True)
         largest = max(len(shard[0][0]) for shards in recorded.values() for shard in shards)
         filler = Filler(None, manifest.shape)
-        tokens, names = {}, []
+        names = []
         with Writer(manifest.shape, manifest.shape.nbytes(largest), to_folder(folder)) as writer:
             for split, shards in recorded.items():
                 for number, shard in enumerate(shards):
@@ -155,13 +147,8 @@ def write_store():
                     for layer, (x_TD, x1_TF) in zip(manifest.layers, shard, strict=True):
                         filler(layer, x_TD, x1_TF)
                     writer.submit(filler.end())
-                    tokens.setdefault(split, []).append(n_tokens)
-                    names.append((split, unit.name))
-        counts = ((split, read_shard(folder / name)) for split, name in names)
-        write_stats(folder / STATS, merge(counts, manifest.layers, manifest.ffn_width))
-        checksums = {name: header_checksum(folder / name) for _, name in names}
-        checksums[STATS] = file_checksum(folder / STATS)
-        write_manifest(folder, replace(manifest, shard_tokens=tokens, checksums=checksums))
+                    names.append((split, n_tokens, unit.name))
+        seal(folder, manifest, names)
         return ActivationStore(folder)
 
     return write

@@ -42,9 +42,12 @@ def test_inspect_tells_what_is_there_and_finds_damage(acts, tmp_path):
     assert not broken.ok
     assert len(broken.values["damage"]) == 2
     assert "train-00000.safetensors: damaged" in broken.values["damage"][0]
-    assert "calibration-00000.safetensors: cannot be read" in broken.values["damage"][1]
-    assert inspect(InspectConfig(path=copy, check=False)).values["ok"] is None
-    with pytest.raises(InputError, match="expected an activation store"):
+    assert "calibration-00000.safetensors: no such file" in broken.values["damage"][1]
+    quick = inspect(InspectConfig(path=copy, check=False))
+    assert quick.values["damage"] == broken.values["damage"][1:]
+    assert quick.values["ok"] is quick.ok is False
+    assert inspect(InspectConfig(path=acts.folder, check=False)).values["ok"] is None
+    with pytest.raises(InputError, match="expected the manifest of a `sparsecast collect` folder"):
         inspect(InspectConfig(path=tmp_path))
 
 
@@ -61,7 +64,8 @@ def test_one_flipped_bit_anywhere_is_found(copied, name, place):
     raw = bytearray((copied / name).read_bytes())
     raw[place] ^= 1
     (copied / name).write_bytes(raw)
-    found = [what for _, what in ActivationStore(copied).damages() if what is not None]
+    store = ActivationStore(copied, checked=False)
+    found = [what for _, what in store.damages() if what is not None]
     assert len(found) == 1
     assert f"{name}: damaged" in found[0]
 
@@ -78,11 +82,15 @@ def test_a_manifest_of_another_store_is_noticed(copied):
     made = json.loads(path.read_text())
     made["shard_tokens"]["train"][0] += 1
     path.write_text(json.dumps(made))
+    with pytest.raises(InputError, match=r"manifest\.json: damaged or edited"):
+        ActivationStore(copied)
+    lenient = ActivationStore(copied, checked=False)
     with pytest.raises(InputError, match=r"holds 5400 tokens, but manifest\.json says 5401"):
-        ActivationStore(copied).rows("train", 0, 0)
-    shard, own = (what for _, what in ActivationStore(copied).damages() if what)
+        lenient.rows("train", 0, 0)
+    shard, own, stats = (what for _, what in lenient.damages() if what)
     assert "says 5401" in shard
     assert "manifest.json: damaged" in own
+    assert "no counts of the 5,401 train tokens" in stats
 
 
 @pytest.mark.parametrize(
@@ -113,7 +121,7 @@ def test_odd_manifests_are_refused(copied, change, match):
     [
         ({"x_dtype": "bfloat16"}, 4),
         ({"hidden_size": 128}, 4),
-        ({"ffn_width": 512}, 4),
+        ({"ffn_width": 512}, 5),
         ({"energy": True}, 4),
         ({"activation_threshold": 0.5}, 1),
         ({"corpus": "elsewhere"}, 1),

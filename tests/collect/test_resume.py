@@ -21,7 +21,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.run import collect
 from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.store import ActivationStore
+from sparsecast.collect.store import ActivationStore, read_manifest, write_manifest
 from sparsecast.collect.writer import Writer
 
 SCRIPT = """
@@ -235,7 +235,7 @@ def test_a_damaged_shard_is_recorded_again(unfinished, tmp_path, capfd):
     store = collect(unfinished)
     told = " ".join(capfd.readouterr().err.split())
     assert told.count("recorded again") == 3
-    assert "layer.1.x is torch.int16" in told
+    assert "damaged header" in told
     assert all(what is None for _, what in store.damages())
     assert content(store.folder) == content(collect(replace(unfinished, out=tmp_path / "b")).folder)
 
@@ -246,11 +246,11 @@ def test_other_weights_or_another_text_are_noticed(unfinished, corpus, tmp_path)
     for path in corpus.iterdir():
         (changed / path.name).write_text("x = 1\n" + path.read_text())
     part = unfinished.out.with_name(".acts.part")
-    manifest = json.loads((part / "manifest.json").read_text())
-    (part / "manifest.json").write_text(json.dumps({**manifest, "corpus": str(changed)}))
+    manifest = read_manifest(part)
+    write_manifest(part, replace(manifest, corpus=str(changed)))
     with pytest.raises(InputError, match="the corpus has changed since the collection began"):
         collect(replace(unfinished, corpus=str(changed)))
-    (part / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "0" * 16}))
+    write_manifest(part, replace(manifest, fingerprint="0" * 16))
     with pytest.raises(InputError, match="the model's weights differ"):
         collect(unfinished)
 

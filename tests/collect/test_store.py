@@ -23,8 +23,10 @@ from sparsecast.collect.inspect import InspectConfig, inspect
 from sparsecast.collect.plan import Unit
 from sparsecast.collect.run import collect
 from sparsecast.collect.shard import SHARD_BYTES, Image, Shape
+from sparsecast.collect.shard_file import ShardFile
+from sparsecast.collect.splits import SPLITS
 from sparsecast.collect.stats import Stats
-from sparsecast.collect.store import ActivationStore, Manifest, damage, write_manifest
+from sparsecast.collect.store import ActivationStore, Manifest, seal
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder, to_memory
 
@@ -48,6 +50,10 @@ MANIFEST = Manifest(
     x_dtype="float16",
     energy=False,
 )
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.view(torch.uint8).numpy().tobytes()
 
 
 def random_shards(n_tokens: int) -> list:
@@ -91,18 +97,18 @@ def test_energies_come_back_where_the_neurons_fired(tmp_path, write_store):
     filler._norms = norms
     keep = torch.ones(1, 50, dtype=torch.bool)
     keep[0, 7] = False
-    unit = Unit("train", 0, [TokenBatch("train", torch.arange(50)[None], keep)])
+    units = [Unit(split, 0, [TokenBatch(split, torch.arange(50)[None], keep)]) for split in SPLITS]
     with Writer(shape, shape.nbytes(50), to_folder(tmp_path)) as writer:
-        filler.begin(unit, writer.image())
-        filler.batch(unit.batches[0])
-        for layer, (x, x1) in zip(shape.layers, shards, strict=True):
-            filler(layer, x, x1)
-        writer.submit(filler.end())
-    made = replace(
-        MANIFEST, energy=True, shard_tokens={"train": [49], "calibration": [1], "held-out": [1]}
-    )
-    write_manifest(tmp_path, made)
+        for unit in units:
+            filler.begin(unit, writer.image())
+            filler.batch(unit.batches[0])
+            for layer, (x, x1) in zip(shape.layers, shards, strict=True):
+                filler(layer, x, x1)
+            writer.submit(filler.end())
+    made = replace(MANIFEST, energy=True)
+    seal(tmp_path, made, [(unit.split, unit.tokens, unit.name) for unit in units])
     store = ActivationStore(tmp_path)
+    unit = units[0]
     for layer, (_, x1) in zip(shape.layers, shards, strict=True):
         want = (x1[keep[0]] * norms[layer]) ** 2
         got = torch.cat([store.energies("train", 0, layer, a, a + 10) for a in range(0, 49, 10)])
@@ -131,8 +137,12 @@ def test_a_shard_is_a_safetensors_file_with_its_checksum(tmp_path, write_store):
         assert start % 8 == 0
         assert store.manifest.checksums[name] == xxhash.xxh3_128_hexdigest(raw[:start])
         with safe_open(tmp_path / "s" / name, framework="pt") as file:
-            assert file.metadata() == {"xxh3_128": xxhash.xxh3_128_hexdigest(raw[start:])}
-        assert damage(tmp_path / "s" / name, store.manifest.checksums[name]) is None
+            assert file.metadata() == {
+                "split": "train",
+                "number": str(number),
+                **{key: xxhash.xxh3_128_hexdigest(bytes_of(t)) for key, t in tensors.items()},
+            }
+        ShardFile(tmp_path / "s" / name, store.manifest.checksums[name]).check()
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=60))
@@ -240,18 +250,16 @@ def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
     batch_tokens, total = 500, 50_000
     x = torch.randn(batch_tokens, 4096).bfloat16()
     x1 = torch.randn(batch_tokens, 11008).bfloat16().relu()
-    batch = TokenBatch(
-        "train",
-        torch.zeros(1, batch_tokens, dtype=torch.int64),
-        torch.ones(1, batch_tokens, dtype=torch.bool),
-    )
+    ids = torch.zeros(1, batch_tokens, dtype=torch.int64)
     filler = Filler(None, shape)
     before, peak = anonymous_mib(), 0.0
-    shards = total // batch_tokens
+    shards = total // batch_tokens - 2
+    places = [*(("train", number) for number in range(shards)), ("calibration", 0), ("held-out", 0)]
+    units = [Unit(*at, [TokenBatch(at[0], ids, torch.ones_like(ids).bool())]) for at in places]
     with Writer(shape, shape.nbytes(batch_tokens), to_folder(tmp_path)) as writer:
-        for number in range(shards):
-            filler.begin(Unit("train", number, [batch]), writer.image())
-            filler.batch(batch)
+        for unit in units:
+            filler.begin(unit, writer.image())
+            filler.batch(unit.batches[0])
             for layer in shape.layers:
                 filler(layer, x, x1)
             writer.submit(filler.end())
@@ -267,9 +275,8 @@ def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
         hidden_size=4096,
         ffn_width=11008,
         x_dtype="bfloat16",
-        shard_tokens={"train": [batch_tokens] * shards, "calibration": [1], "held-out": [1]},
     )
-    write_manifest(tmp_path, made)
+    seal(tmp_path, made, [(unit.split, unit.tokens, unit.name) for unit in units])
     store = ActivationStore(tmp_path)
     before, peak, seen = anonymous_mib(), 0.0, 0
     want = pack(x1 != 0)
@@ -280,14 +287,14 @@ def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
             assert torch.equal(rows.mask_TP, want)
             seen += len(rows.x_TD)
             peak = max(peak, anonymous_mib() - before)
-    assert seen == 2 * total
+    assert seen == 2 * shards * batch_tokens
     assert peak < 64
 
 
 def test_the_memory_sink_finishes_shards(tmp_path):
     shape = MANIFEST.shape
     image = Image(shape, shape.nbytes(4), pinned=False)
-    image.begin(4, stored=True)
+    image.begin(4, split="train", number=0)
     to_folder(tmp_path)("x", image)
     assert b"".join(image.blocks()) == (tmp_path / "x").read_bytes()
     assert to_memory("x", image) == image.nbytes == (tmp_path / "x").stat().st_size

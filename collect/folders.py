@@ -1,0 +1,77 @@
+"""What a folder holds, where it was given in another one's place or by another version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsecast.collect.atomic import read_json
+from sparsecast.collect.errors import InputError
+
+KINDS = {
+    "activations": "activations of `sparsecast collect`, which --activations takes",
+    "predictors": "predictors of `sparsecast train`, which --predictors takes",
+    "bundle": "a bundle of `sparsecast export`, which `sparsecast verify` takes",
+    "report": "a report of `sparsecast report`, which no stage reads",
+    "model": "a model, which --model takes",
+}
+
+
+def kind_of(folder: Path) -> str | None:
+    """A key of `KINDS`, by what lies in the folder and not by whether it is whole."""
+    if any(folder.glob("model_*.pt")):
+        return "predictors"
+    if any(folder.glob("*.powerinfer.gguf")):
+        return "bundle"
+    if any(folder.glob("train-*.safetensors")) or "shard_tokens" in _keys(folder, "manifest.json"):
+        return "activations"
+    if (folder / "report.json").is_file():
+        return "report"
+    if {"model_type", "architectures"} & _keys(folder, "config.json"):
+        return "model"
+    return None
+
+
+def _keys(folder: Path, name: str) -> set[str]:
+    try:
+        return set(read_json(folder / name, name))
+    except InputError:
+        return set()
+
+
+def refuse_other(path: Path, wanted: str) -> None:
+    """Raises `InputError` where `path` is a folder of another kind than `wanted`, or a file in one
+    of that kind; what is nothing of ours is left to the caller."""
+    if path.is_file() and kind_of(path.parent) == wanted:
+        raise InputError(f"{path}: is a file, expected its folder; give {path.parent}")
+    if (kind := kind_of(path)) not in (None, wanted):
+        raise InputError(f"{path}: holds {KINDS[str(kind)]}; expected {KINDS[wanted]}")
+
+
+def check_version(path: Path, value: dict[str, Any], ours: int, again: str) -> None:
+    """Refuse a manifest of another format version, or without one.
+
+    Args:
+        again: How the folder is made anew.
+    """
+    version = value.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise InputError(
+            f"{path}: format_version is {version!r}, expected {ours}; it is damaged: {again}"
+        )
+    if version > ours:
+        raise InputError(
+            f"{path}: format version {version}, but this sparsecast reads up to {ours}: it was "
+            f"written by a newer one; upgrade sparsecast, or {again}"
+        )
+    if version < ours:
+        raise InputError(
+            f"{path}: format version {version} of an older sparsecast, expected {ours}; {again}"
+        )
+
+
+def check_keys(path: Path, value: dict[str, Any], known: set[str], again: str) -> None:
+    """Refuse a manifest of our version with other keys than `known`."""
+    for odd, what in ((known - set(value), "lacks"), (set(value) - known, "has an unknown")):
+        if odd:
+            raise InputError(f"{path}: damaged, it {what} {sorted(odd)[0]!r}; {again}")
