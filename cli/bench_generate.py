@@ -17,7 +17,7 @@ import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from rich.table import Table
@@ -26,12 +26,15 @@ from transformers import PreTrainedModel
 from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model, positions
+from sparsecast.collect.options import ModelDtype, settle
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.tokens import encode
 from sparsecast.kernels.bundle import is_bundle
 from sparsecast.kernels.decode import Decoder
 from sparsecast.kernels.module import SparseFFN
-from sparsecast.kernels.sparse_model import POLICIES, sparsify_model
+from sparsecast.kernels.sparse_model import sparsify_model
+
+Policy = Literal["exact", "predicted", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ class BenchGenerateConfig:
     predictors: Path
     """Folder written by `sparsecast train`."""
 
-    policies: list[str] = field(default_factory=lambda: list(POLICIES))
+    policies: list[Policy] = field(default_factory=lambda: list(get_args(Policy)))
     """What to compare with dense."""
 
     tokens: int = 128
@@ -59,7 +62,7 @@ class BenchGenerateConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    dtype: str = "auto"
+    dtype: ModelDtype = "auto"
     """float32, float16 or bfloat16; auto is the checkpoint's on a GPU, float32 on the CPU."""
 
     activation_threshold: float | None = None
@@ -69,11 +72,7 @@ class BenchGenerateConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 2), ("rounds", 1)):
-            if (value := getattr(self, name)) < least:
-                raise InputError(f"--{name}: must be at least {least}, got {value}")
-        if wrong := [name for name in self.policies if name not in POLICIES]:
-            raise InputError(f"--policies: got {wrong[0]!r}, expected {', '.join(POLICIES)}")
+        settle(self, tokens=2, rounds=1, activation_threshold=0)
 
 
 def bench(cfg: BenchGenerateConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -13,12 +13,14 @@ from rich.table import Table
 
 from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.options import settle
 from sparsecast.collect.progress import bar, console
 from sparsecast.kernels.bench import SHAPES, as_row, dense, steps
 from sparsecast.kernels.bench_checks import Case
 from sparsecast.kernels.launch import MAX_TOKENS
 from sparsecast.kernels.timing import copy_bandwidth
 
+Shape = Literal["30m", "1b", "7b", "13b", "70b", "opt-1.3b", "opt-6.7b"]
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -26,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 class BenchKernelsConfig:
     """Time the sparse FFN's kernels, step by step and whole, against dense torch on this GPU."""
 
-    shapes: list[str] = field(default_factory=lambda: ["1b", "7b", "13b"])
+    shapes: list[Shape] = field(default_factory=lambda: ["1b", "7b", "13b"])
     """30m (hidden size 512, FFN 2048), 1b (1536, 3840), 7b (4096, 11008), 13b (5120, 13824), 70b
     (8192, 28672); without a gate opt-1.3b (2048, 8192), opt-6.7b (4096, 16384)."""
 
@@ -39,29 +41,21 @@ class BenchKernelsConfig:
     rank: int | None = None
     """Hidden width of the predictor; unset: a quarter of the hidden size."""
 
-    dtype: str = "bf16"
+    dtype: Literal["bf16", "f16"] = "bf16"
     """bf16 or f16."""
 
     json: Path | None = None
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        for name, values, known in (
-            ("shapes", self.shapes, SHAPES),
-            ("dtype", [self.dtype], DTYPES),
-        ):
-            if not values or (wrong := [value for value in values if value not in known]):
-                found = repr(wrong[0]) if values else "nothing"
-                raise InputError(f"--{name}: got {found}, expected {', '.join(known)}")
-        if not self.sparsities or not all(0 <= s <= 0.99 for s in self.sparsities):
+        settle(self, rank=MAX_TOKENS)
+        if not all(0 <= s <= 0.99 for s in self.sparsities):
             raise InputError(
                 f"--sparsities: got {self.sparsities}, expected numbers from 0 to 0.99; sparser "
                 "steps read so little that no memory holds enough weights to rotate over"
             )
-        if not self.batches or not all(1 <= b <= MAX_TOKENS for b in self.batches):
+        if not all(1 <= b <= MAX_TOKENS for b in self.batches):
             raise InputError(f"--batches: got {self.batches}, expected numbers from 1 to 16")
-        if self.rank is not None and self.rank < MAX_TOKENS:
-            raise InputError(f"--rank: must be at least {MAX_TOKENS}, got {self.rank}")
 
 
 def bench(cfg: BenchKernelsConfig) -> dict[str, Any]:

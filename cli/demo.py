@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.options import settle
 from sparsecast.collect.progress import console
 from sparsecast.collect.run import collect
 from sparsecast.export.config import ExportConfig, VerifyConfig
@@ -30,6 +31,9 @@ class DemoConfig:
 
     engine: Path | None = None
     """Build folder of PowerInfer: also run the bundle through the engine itself."""
+
+    def __post_init__(self) -> None:
+        settle(self, tokens=60)
 
 
 def demo(cfg: DemoConfig) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from sparsecast.collect.models import (
     pick_device,
     pick_dtype,
 )
+from sparsecast.collect.options import ModelDtype, settle
 from sparsecast.collect.plan import Unit, units
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.shard import SHARD_BYTES, Image, Shape
@@ -71,7 +72,7 @@ class BenchConfig:
     model: str | None = None
     """Hugging Face id or folder; unset: random weights of --shape."""
 
-    shape: str = "60m"
+    shape: Literal["60m", "7b"] = "60m"
     """60m or 7b: a relu llama with random weights and documents of random length."""
 
     corpus: str | None = None
@@ -89,10 +90,10 @@ class BenchConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    dtype: str = "auto"
+    dtype: ModelDtype = "auto"
     """auto (float32 on the CPU, else the checkpoint's or bfloat16), float32, float16, bfloat16."""
 
-    sink: str = "disk"
+    sink: Literal["disk", "memory"] = "disk"
     """disk, or memory: shards are finished and hashed, then dropped."""
 
     folder: Path | None = None
@@ -108,18 +109,11 @@ class BenchConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise InputError(f"--shape: got {self.shape!r}, expected {' or '.join(SHAPES)}")
-        if self.sink not in ("disk", "memory"):
-            raise InputError(f"--sink: got {self.sink!r}, expected disk or memory")
+        settle(self, tokens=1, seq_len=2, batch_size=1, rounds=1)
         if self.corpus is not None and self.model is None:
             raise InputError(
                 "--corpus: is read for --model alone; a random model gets random tokens"
             )
-        for name, least in (("tokens", 1), ("seq_len", 2), ("batch_size", 1), ("rounds", 1)):
-            if (value := getattr(self, name)) < least:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option}: must be at least {least}, got {value}")
 
 
 def bench(cfg: BenchConfig) -> dict[str, Any]:

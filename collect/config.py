@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.options import ModelDtype, settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +15,7 @@ class CollectConfig:
     """Record predictor inputs and fired neurons from a ReLU-sparse model over a corpus.
 
     An interrupted run resumes with the same command. `torchrun --nproc-per-node N -m
-    sparsecast.cli.main collect ...` shares the work over N processes.
+    sparsecast collect ...` shares the work over N processes.
     """
 
     model: str
@@ -42,14 +44,14 @@ class CollectConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    dtype: str = "auto"
+    dtype: ModelDtype = "auto"
     """auto (float32 on the CPU, else the checkpoint's), float32, float16 or bfloat16."""
 
-    device_map: str | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     """auto, balanced, balanced_low_0 or sequential: spread a model larger than one device over all
     of them."""
 
-    input_dtype: str = "auto"
+    input_dtype: Literal["auto", "float16", "bfloat16", "float32", "int8"] = "auto"
     """How predictor inputs are stored: auto (bfloat16 for a bfloat16 model, else float16),
     float16, bfloat16, float32, or int8 with a scale per token: half the bytes, but about 0.2 % of
     the decisions that float32 inputs explain can no longer be told from them."""
@@ -64,26 +66,11 @@ class CollectConfig:
     """FATReLU threshold, for a model whose config has lost it."""
 
     def __post_init__(self) -> None:
-        # Equal requests compare equal, also those that Python code makes with other types.
-        for name, kind in (("model", str), ("corpus", str), ("out", Path)):
-            object.__setattr__(self, name, kind(getattr(self, name)))
+        settle(self, tokens=60, count_tokens=0, seq_len=2, batch_size=1, activation_threshold=0)
         if self.layers is not None:
-            object.__setattr__(self, "layers", sorted({int(layer) for layer in self.layers}))
-        dtypes = ("auto", "float16", "bfloat16", "float32", "int8")
-        if self.input_dtype not in dtypes:
-            raise InputError(
-                f"--input-dtype: got {self.input_dtype!r}, expected {', '.join(dtypes)}"
-            )
-        maps = ("auto", "balanced", "balanced_low_0", "sequential")
-        if self.device_map is not None and self.device_map not in maps:
-            raise InputError(f"--device-map: got {self.device_map!r}, expected {', '.join(maps)}")
+            object.__setattr__(self, "layers", sorted(set(self.layers)))
         if self.device_map is not None and self.device != "auto":
             raise InputError(
                 f"--device-map {self.device_map}: chooses the devices, so --device {self.device} "
                 "cannot be given with it"
             )
-        limits = {"tokens": 60, "count_tokens": 0, "seq_len": 2, "batch_size": 1}
-        for name, least in limits.items():
-            if (value := getattr(self, name)) < least:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option}: must be at least {least}, got {value}")

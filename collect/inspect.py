@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from sparsecast.collect.atomic import refuse_unwritable, write_json
+from sparsecast.collect.options import settle
 from sparsecast.collect.plan import shard_name
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.splits import SPLITS
@@ -31,6 +32,9 @@ class InspectConfig:
 
     json: Path | None = None
     """Write the numbers to this file."""
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from sparsecast.collect.recorder import Recorder
 from sparsecast.collect.shard import SHARD_BYTES, Shape
 from sparsecast.collect.shard_file import ShardFile
 from sparsecast.collect.splits import SPLITS, assign
-from sparsecast.collect.stop import Stop, stoppable
+from sparsecast.collect.stop import Stop, same_kind, stoppable
 from sparsecast.collect.store import (
     MANIFEST,
     ActivationStore,
@@ -117,7 +117,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
                 if stop.terminated and ranks.size > 1
                 else "interrupted"
             )
-            raise KeyboardInterrupt(f"{cfg.out}: {how}; {left}") from None
+            raise same_kind(error, f"{cfg.out}: {how}; {left}") from None
         ranks.wait()
         if ranks.leads:
             manifest = _complete(cfg, part, manifest, *plan)

@@ -12,6 +12,21 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which takes the way of Ctrl-C."""
+
+
+def same_kind(error: BaseException | None, told: str = "") -> KeyboardInterrupt:
+    """An interrupt by the signal that `error` is, or came of, with what there is to say of it.
+
+    Args:
+        error: An interrupt; or the SystemExit that Lightning makes of one, whose context it is.
+        told: Shown to the user.
+    """
+    came_of = error.__context__ if isinstance(error, SystemExit) else error
+    return Terminated(told) if isinstance(came_of, Terminated) else KeyboardInterrupt(told)
+
+
 class Stop:
     """Whether somebody wants the work to end."""
 
@@ -20,9 +35,9 @@ class Stop:
     """By SIGTERM, which torchrun sends to all ranks when one of them fails."""
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if so."""
+        """Raise KeyboardInterrupt if so; for SIGTERM, the one that says so."""
         if self.asked:
-            raise KeyboardInterrupt
+            raise Terminated if self.terminated else KeyboardInterrupt
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, and no more of them once somebody wants the work to end; `check` after it."""

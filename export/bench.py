@@ -23,6 +23,7 @@ from rich.table import Table
 
 from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.options import settle
 from sparsecast.collect.progress import bar, console
 from sparsecast.export.dense import write_dense
 from sparsecast.export.engine import EngineError, binary, finished, last_words
@@ -57,9 +58,7 @@ class BenchEngineConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 2), ("rounds", 1), ("threads", 1)):
-            if (value := getattr(self, name)) < least:
-                raise InputError(f"--{name}: must be at least {least}, got {value}")
+        settle(self, tokens=2, rounds=1, threads=1)
 
 
 def bench(cfg: BenchEngineConfig) -> dict[str, Any]:

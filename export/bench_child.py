@@ -10,16 +10,18 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 from sparsecast.export.bench_runs import anonymous
-from sparsecast.export.config import ExportConfig
+from sparsecast.export.config import ExportConfig, ExportDtype
 from sparsecast.export.run import export
 
 
 def main(model: str, predictors: str, out: str, dtype: str) -> None:
     _say({"base": anonymous("self")})
     start = time.perf_counter()
-    export(ExportConfig(model=model, predictors=Path(predictors), out=Path(out), dtype=dtype))
+    kind = cast(ExportDtype, dtype)
+    export(ExportConfig(model=model, predictors=Path(predictors), out=Path(out), dtype=kind))
     _say({"seconds": time.perf_counter() - start})
 
 

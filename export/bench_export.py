@@ -20,17 +20,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
 from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.options import settle
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.source import resolve
 from sparsecast.export.bench_model import SHAPES, write_random
 from sparsecast.export.bench_runs import check_converter, converted, copied, exported, files_of
-from sparsecast.export.config import DTYPES, SUFFIX
+from sparsecast.export.config import SUFFIX, ExportDtype
 from sparsecast.export.reader import GGUFFile
 
 SLACK = 100e6
@@ -40,7 +41,7 @@ SLACK = 100e6
 class BenchExportConfig:
     """Time export against cp, and against PowerInfer's converter."""
 
-    shape: str = "1b"
+    shape: Literal["tiny", "1b"] = "1b"
     """tiny or 1b: a llama with random weights in bf16 and random predictors."""
 
     model: str | None = None
@@ -49,7 +50,7 @@ class BenchExportConfig:
     predictors: Path | None = None
     """Predictors of --model."""
 
-    dtype: str = "f16"
+    dtype: ExportDtype = "f16"
     """f16, f32 or q4_0, as for export."""
 
     convert: Path | None = None
@@ -68,18 +69,13 @@ class BenchExportConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
+        settle(self, rounds=1)
         if sys.platform != "linux":
             raise InputError("bench export: measures memory through /proc, which only Linux has")
-        if self.shape not in SHAPES:
-            raise InputError(f"--shape: got {self.shape!r}, expected {' or '.join(SHAPES)}")
         if (self.model is None) != (self.predictors is None):
             raise InputError("--model and --predictors: give both, or neither for --shape")
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype: got {self.dtype!r}, expected {', '.join(DTYPES)}")
         if self.convert is not None and self.dtype != "f16":
             raise InputError(f"--convert: writes f16, so --dtype {self.dtype} cannot be compared")
-        if self.rounds < 1:
-            raise InputError(f"--rounds: must be at least 1, got {self.rounds}")
 
 
 def bench(cfg: BenchExportConfig) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.options import settle
 
-DTYPES = ("f16", "f32", "q4_0")
+ExportDtype = Literal["f16", "f32", "q4_0"]
 SUFFIX = ".powerinfer.gguf"
 
 
@@ -34,7 +36,7 @@ class ExportConfig:
     vram_context: int = 512
     """Tokens of context (PowerInfer's -c) whose KV cache shares the --vram-budget."""
 
-    dtype: str = "f16"
+    dtype: ExportDtype = "f16"
     """f16; q4_0, the model in 4.5 bits a weight and its output matrix in 8.5; or f32 for
     comparisons (the down projection then stays f16). Predictors keep the format that they were
     trained for, see --predictor-dtype of `sparsecast train`."""
@@ -47,6 +49,7 @@ class ExportConfig:
     fit; the card says so."""
 
     def __post_init__(self) -> None:
+        settle(self, vram_context=1, activation_threshold=0)
         if self.vram_budget is not None and not 0 < self.vram_budget < 2**20:
             raise InputError(
                 f"--vram-budget: got {self.vram_budget:g}, expected GiB of GPU memory, above 0"
@@ -55,10 +58,6 @@ class ExportConfig:
             raise InputError(
                 "--vram-budget: chooses neurons by how often they fired; give --activations too"
             )
-        if self.vram_context < 1:
-            raise InputError(f"--vram-context: must be at least 1, got {self.vram_context}")
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype: got {self.dtype!r}, expected {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +87,4 @@ class VerifyConfig:
     """Also write the result to this file."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 256:
-            raise InputError(f"--tokens: must be at least 256, got {self.tokens}")
+        settle(self, tokens=256, activation_threshold=0)

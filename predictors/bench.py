@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from sparsecast.collect.bits import unpack
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.fill import Filler
 from sparsecast.collect.models import pick_device
+from sparsecast.collect.options import settle
 from sparsecast.collect.plan import Unit
 from sparsecast.collect.progress import bar, console
 from sparsecast.collect.splits import SPLITS
@@ -65,7 +66,7 @@ PAPER_TOKENS, PAPER_EPOCHS = 400_000, 20
 class BenchTrainConfig:
     """Time training steps of all layers together against the public recipe layer by layer."""
 
-    shape: str = "tiny"
+    shape: Literal["tiny", "1024", "7b"] = "tiny"
     """tiny (256, 1024, 6 layers), 1024 (1024, 2816, 4 layers) or 7b (4096, 11008, 32 layers)."""
 
     rank: int | None = None
@@ -87,15 +88,9 @@ class BenchTrainConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise InputError(f"--shape: got {self.shape!r}, expected {', '.join(SHAPES)}")
-        if self.batch_size < 32 or self.batch_size % 32:
+        settle(self, rank=5, batch_size=32, steps=1, rounds=1)
+        if self.batch_size % 32:
             raise InputError(f"--batch-size: must be a multiple of 32, got {self.batch_size}")
-        for name, least in (("steps", 1), ("rounds", 1)):
-            if (value := getattr(self, name)) < least:
-                raise InputError(f"--{name}: must be at least {least}, got {value}")
-        if self.rank is not None and self.rank < 5:
-            raise InputError(f"--rank: must be at least 5, got {self.rank}")
 
 
 def bench(cfg: BenchTrainConfig) -> dict[str, Any]:

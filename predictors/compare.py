@@ -21,6 +21,7 @@ from rich.table import Table
 from sparsecast.collect.atomic import refuse_unwritable, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import pick_device
+from sparsecast.collect.options import between, settle
 from sparsecast.collect.perplexity import perplexity
 from sparsecast.collect.progress import console
 from sparsecast.collect.store import ActivationStore
@@ -77,8 +78,8 @@ class CompareConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.perplexity < 1:
-            raise InputError(f"--perplexity: must be in (0, 1), got {self.perplexity}")
+        settle(self, epochs=1, reference_epochs=1)
+        between(self, 0, 1, "perplexity")
 
 
 def compare(cfg: CompareConfig) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.files import is_stream
+from sparsecast.collect.options import ModelDtype, between, option_of, settle
 
 DEFAULT_RECALL = 0.95
-DTYPES = ("f16", "q8_0", "q4_0")
-RECIPES = ("default", "reference", "svd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class TrainConfig:
 
     Reads recorded activations (--activations), or a running model (--model with --corpus). An
     interrupted run resumes from its last epoch with the same command. `torchrun --nproc-per-node N
-    -m sparsecast.cli.main train ...` shares the layers over N processes.
+    -m sparsecast train ...` shares the layers over N processes.
     """
 
     out: Path
@@ -40,14 +40,14 @@ class TrainConfig:
     seq_len: int | None = None
     """Documents of --corpus are cut at this many tokens; unset: 512."""
 
-    dtype: str = "auto"
+    dtype: ModelDtype = "auto"
     """Of --model with --corpus: auto (float32 on the CPU, else the checkpoint's), float32, float16
     or bfloat16."""
 
     activation_threshold: float | None = None
     """FATReLU threshold of --model with --corpus, where its config has lost it."""
 
-    recipe: str = "default"
+    recipe: Literal["default", "reference", "svd"] = "default"
     """default: ours. reference: the public recipe behind ProSparse's numbers. svd: training-free,
     the whitened truncated SVD of the gate of --model."""
 
@@ -58,7 +58,7 @@ class TrainConfig:
     """Of the reference recipe: train on the largest activations of a token alone, at most this
     share of the neurons, such as 0.15. Needs --model, and activations with energies."""
 
-    predictor_dtype: str | None = None
+    predictor_dtype: Literal["f16", "q8_0", "q4_0"] | None = None
     """f16, q8_0 or q4_0: the format that predictors are trained for and stored in; unset: q4_0, or
     f16 where the hidden size is no multiple of 32 and for the reference recipe."""
 
@@ -104,24 +104,14 @@ class TrainConfig:
     of some of the layers."""
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise InputError(f"--recipe: got {self.recipe!r}, expected {', '.join(RECIPES)}")
-        if self.predictor_dtype not in (None, *DTYPES):
-            raise InputError(
-                f"--predictor-dtype: got {self.predictor_dtype!r}, expected {', '.join(DTYPES)}"
-            )
+        settle(self, rank=5, epochs=1, batch_size=32, tokens=1, seq_len=2, activation_threshold=0)
+        between(self, 0, math.inf, "lr")
         self._check_objective()
         if self.clip_labels is not None:
             self._check_clipping(self.clip_labels)
         if self.rank is not None and self.predictor_budget is not None:
             raise InputError("train: give --rank or --predictor-budget, not both")
-        if self.rank is not None and self.rank < 5:
-            raise InputError(f"--rank: must be at least 5 (up to four are a bias), got {self.rank}")
-        if self.seed < 0:
-            raise InputError(f"--seed: must be at least 0, got {self.seed}")
-        if self.steps < 1 or self.peak_lr <= 0:
-            raise InputError(f"--epochs {self.epochs}, --lr {self.lr}: must both be positive")
-        if self.tokens_per_step < 32 or self.tokens_per_step % 32:
+        if self.tokens_per_step % 32:
             raise InputError(
                 f"--batch-size: must be a multiple of 32, the tokens read together, got "
                 f"{self.batch_size}"
@@ -145,9 +135,9 @@ class TrainConfig:
             if self.dtype != "auto":
                 given.append("dtype")
             if given:
-                option = given[0].replace("_", "-")
+                option = option_of(given[0])
                 raise InputError(
-                    f"--{option}: belongs to --corpus; recorded activations have their own"
+                    f"{option}: belongs to --corpus; recorded activations have their own"
                 )
             return
         if self.model is None:
@@ -162,8 +152,6 @@ class TrainConfig:
                 f"{what}: needs recorded activations; run sparsecast collect, then give "
                 "--activations"
             )
-        if self.document_len < 2:
-            raise InputError(f"--seq-len: must be at least 2, got {self.document_len}")
         self.steps_per_epoch(1)
 
     def _check_clipping(self, share: float) -> None:
@@ -182,13 +170,11 @@ class TrainConfig:
     def _check_objective(self) -> None:
         names = ("target_recall", "target_sparsity", "target_perplexity", "traffic_budget")
         given = {n: v for n in names if (v := getattr(self, n)) is not None}
-        options = [f"--{name.replace('_', '-')}" for name in given]
+        options = [option_of(name) for name in given]
         if len(given) > 1:
             raise InputError(f"train: give {' or '.join(options)}, not both")
-        for name, value in {**given, "predictor_budget": self.predictor_budget}.items():
-            if value is not None and not 0 < value < 1:
-                raise InputError(f"--{name.replace('_', '-')}: must be in (0, 1), got {value}")
-        fixed = [f"--{n.replace('_', '-')}" for n in ("predictor_budget",) if getattr(self, n)]
+        between(self, 0, 1, *names, "predictor_budget")
+        fixed = [option_of(n) for n in ("predictor_budget",) if getattr(self, n)]
         if self.predictor_dtype not in (None, "f16"):
             fixed.append(f"--predictor-dtype {self.predictor_dtype}")
         if self.recipe == "reference" and fixed:
@@ -274,8 +260,7 @@ class ReportConfig:
     """Also write report.json to this file."""
 
     def __post_init__(self) -> None:
-        if self.against == []:
-            raise InputError("--against: names no folder, expected predictor folders such as a,b")
+        settle(self)
         if self.model is None and "sign" in (self.against or []):
             raise InputError(
                 "--against sign: needs the model that was recorded; give --model, or ./sign for a "
@@ -308,7 +293,7 @@ class EvaluateConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    dtype: str = "auto"
+    dtype: ModelDtype = "auto"
     """auto (float32 on the CPU, else the checkpoint's), float32, float16 or bfloat16."""
 
     activation_threshold: float | None = None
@@ -318,7 +303,4 @@ class EvaluateConfig:
     """Also write the perplexities to this file."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 2), ("seq_len", 2), ("batch_size", 1)):
-            if (value := getattr(self, name)) < least:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option}: must be at least {least}, got {value}")
+        settle(self, tokens=2, seq_len=2, batch_size=1, activation_threshold=0)

@@ -28,6 +28,7 @@ from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import console
 from sparsecast.collect.ranks import Team
+from sparsecast.collect.stop import same_kind
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import TokenBlocks
 from sparsecast.predictors.source import Batches, Source
@@ -127,14 +128,12 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
     except SystemExit as stop:  # Lightning's end of an interrupt, with the signal left ignored
         signal.signal(signal.SIGINT, handler)
         kept = last.is_file()
-        raise KeyboardInterrupt(
-            f"{cfg.out}: interrupted; "
-            + (
-                "the same command goes on from the last finished epoch"
-                if kept
-                else "no epoch was finished yet, nothing is left behind"
-            )
-        ) from stop
+        left = (
+            "the same command goes on from the last finished epoch"
+            if kept
+            else "no epoch was finished yet, nothing is left behind"
+        )
+        raise same_kind(stop, f"{cfg.out}: interrupted; {left}") from stop
 
 
 def checkpoint_of(cfg: TrainConfig, run: Run) -> Path:

@@ -33,6 +33,7 @@ from sparsecast.collect.recorder import Recorder
 from sparsecast.collect.run import collect, input_device
 from sparsecast.collect.shard import INPUT_DTYPES
 from sparsecast.collect.splits import assign
+from sparsecast.collect.stop import same_kind
 from sparsecast.collect.store import ActivationStore
 from sparsecast.collect.tokens import TokenBatch, by_length, sequences
 from sparsecast.predictors.config import TrainConfig
@@ -228,10 +229,9 @@ def running(cfg: TrainConfig) -> Running:
     )
     try:
         store = collect(asked, {"train": 2, "calibration": calibration, "held-out": 2})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{cfg.out}: interrupted before training began, nothing is left behind"
-        ) from None
+    except KeyboardInterrupt as error:
+        told = f"{cfg.out}: interrupted before training began, nothing is left behind"
+        raise same_kind(error, told) from None
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,

@@ -61,8 +61,9 @@ def test_kernels_stand_on_torch_and_triton_alone():
 def test_every_folder_with_code_is_packaged():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     with_code = {folder for folder in MAY_IMPORT if any((ROOT / folder).glob("*.py"))}
-    assert set(project["package-dir"].values()) == with_code
-    assert set(project["packages"]) == {f"sparsecast.{folder}" for folder in with_code}
+    folders = {f"sparsecast.{folder}": folder for folder in with_code}
+    assert project["package-dir"] == {"sparsecast": "cli/entry", **folders}
+    assert set(project["packages"]) == {"sparsecast", *folders}
 
 
 def test_pickles_are_only_loaded_as_weights():

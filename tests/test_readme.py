@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsecast.cli.main import STAGES, _load, _parse
+from sparsecast.cli.parser import parse
+from sparsecast.cli.stages import STAGES, load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,9 +27,9 @@ COMMANDS += re.findall(
 def test_every_command_is_accepted(command):
     name, args = _split(command)
     stage = STAGES[name]
-    config = _load(stage.config)
+    config = load(stage.config)
 
-    config(**_parse(name, config, stage.positional, args))
+    config(**parse(name, config, stage.positional, args))
 
 
 def test_commands_were_found():

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecast.cli.main import STAGES, _load, _parse, main
+from sparsecast.cli.main import main
+from sparsecast.cli.parser import parse
+from sparsecast.cli.stages import STAGES, load
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.mlp import Predictor
 from sparsecast.sparsify.tiny import TINY_PROSPARSE
@@ -52,7 +54,8 @@ def test_every_stage_documents_its_options_with_dashes(stage, capsys):
     options = [word.strip(",[]") for word in text.split() if word.strip(",[]").startswith("--")]
     assert options
     assert [option for option in options if "_" in option] == []
-    assert "default:" in text or stage in ("export",)
+    assert [word for word in ("class", "Optional", "typing", "null") if word in text] == []
+    assert "--config FILE.yaml" in text
 
 
 COLLECT = ["collect", "--model", str(TINY_PROSPARSE), "--corpus", "builtin", "--out", "o"]
@@ -67,12 +70,16 @@ COLLECT = ["collect", "--model", str(TINY_PROSPARSE), "--corpus", "builtin", "--
         (["--layers", "[0, 2]"], {"layers": [0, 2]}),
         (["--out=~/acts"], {"out": Path.home() / "acts"}),
         (["--layers=0,2", "--energy=true"], {"layers": [0, 2], "energy": True}),
+        (["--layers", "2", "0"], {"layers": [0, 2]}),
+        (["--energy", "yes", "--tokens", "60"], {"energy": True, "tokens": 60}),
+        (["--corpus", "-"], {"corpus": "-"}),
     ],
 )
 def test_options_as_people_type_them(args, want):
     stage = STAGES["collect"]
-    values = _parse("collect", _load(stage.config), None, [*COLLECT[1:], *args])
-    assert want.items() <= values.items()
+    kind = load(stage.config)
+    config = kind(**parse("collect", kind, None, [*COLLECT[1:], *args]))
+    assert want.items() <= vars(config).items()
 
 
 REPORT = ["--predictors", "p", "--activations", "a", "--out", "o"]
@@ -90,28 +97,46 @@ REPORT = ["--predictors", "p", "--activations", "a", "--out", "o"]
     ],
 )
 def test_several_folders_as_people_type_them(args, want):
-    config = _load(STAGES["report"].config)
+    config = load(STAGES["report"].config)
     for line in ([*REPORT, *args], [*args, *REPORT]):
-        values = _parse("report", config, None, line)
-        assert values["against"] == [Path(path) for path in want]
-        assert values["predictors"] == Path("p")
-        assert values["json"] == (Path("s.json") if "--json" in args else None)
+        made = config(**parse("report", config, None, line))
+        assert made.against == [Path(path) for path in want]
+        assert made.predictors == Path("p")
+        assert made.json == (Path("s.json") if "--json" in args else None)
 
 
 @pytest.mark.parametrize(
     ("args", "match"),
     [
         ([], "no stage given"),
-        (["fly"], "no stage is called 'fly'"),
-        (["collect"], "model, corpus, out"),
+        (["fly"], "no stage is called 'fly'; expected one of demo, collect"),
+        (["tarin"], "no stage is called 'tarin'; did you mean train?"),
+        (["bench", "kernel"], "no stage is called 'bench kernel'; did you mean bench kernels?"),
+        (["bench"], "no stage is called 'bench'"),
+        (["collect"], "collect: needs --model, --corpus, --out;"),
         (
             ["collect", "--model", "m", "--corpus", "c", "--out", "o", "--tokens", "x"],
-            "--tokens: Expected int",
+            "--tokens: got 'x', expected a whole number",
         ),
         (["collect", "--model", "m", "--corpus", "c", "--out", "o", "--tokens", "1"], "--tokens"),
-        (["collect", "--model", "m", "--corpus", "c", "--out", "o", "--wings", "2"], "wings"),
-        ([*COLLECT, "--layers", "0-2"], "--layers: got ['0-2'], expected numbers such as 0,2,5"),
-        ([*COLLECT, "--layers=all"], "--layers: got ['all'], expected numbers such as 0,2,5"),
+        (
+            ["collect", "--model", "m", "--corpus", "c", "--out", "o", "--wings", "2"],
+            "called --wings;",
+        ),
+        ([*COLLECT, "--modle=x"], "no option is called --modle; did you mean --model?"),
+        ([*COLLECT, "--seq_len", "9"], "no option is called --seq_len; did you mean --seq-len?"),
+        ([*COLLECT, "--seq", "9"], "no option is called --seq;"),
+        ([*COLLECT, "acts"], "no option is called acts"),
+        ([*COLLECT, "--layers", ""], "--layers: got '', expected numbers such as 0,2,5"),
+        ([*COLLECT, "--layers", "-1"], "--layers: must be at least 0, got -1"),
+        ([*COLLECT, "--layers", "[" * 5000], "--layers: got '[[["),
+        ([*COLLECT, "--tokens", "9" * 5000], "--tokens: got '999"),
+        ([*COLLECT, "--tokens", "9" * 40], "--tokens: must be at most 1,000,000,000,000,000, got"),
+        ([*COLLECT, "--out", ""], "--out: got '', expected a path"),
+        ([*COLLECT, "--out", "~nobody-of-that-name/x"], "nobody of that name has a home"),
+        ([*COLLECT, "--dtype", "f16"], "--dtype: got 'f16', expected auto, float32, float16"),
+        ([*COLLECT, "--layers", "0-2"], "--layers: got '0-2', expected numbers such as 0,2,5"),
+        ([*COLLECT, "--layers=all"], "--layers: got 'all', expected numbers such as 0,2,5"),
         ([*COLLECT, "--activation-threshold", "nan"], "-threshold: got nan, expected a number"),
         (["bench", "collect", "--corpus", "x.txt"], "--corpus: is read for --model alone"),
         ([*COLLECT, "--device", "meta"], "--device: got 'meta', expected auto, cpu, cuda"),
@@ -119,7 +144,7 @@ def test_several_folders_as_people_type_them(args, want):
         ([*COLLECT, "--energy", "maybe"], "energy"),
         (["train", "--activations", "nowhere", "--out", "o"], "manifest.json: no such file"),
         (["verify", "nowhere"], "nowhere"),
-        (["report", *REPORT, "--against", ","], "--against: names no folder"),
+        (["report", *REPORT, "--against", ","], "--against: got ',', expected paths such as a,b"),
         (["report", *REPORT, "--against"], "--against"),
     ],
 )
@@ -164,7 +189,7 @@ def test_an_interrupt_before_the_first_shard_leaves_nothing(model_folder, tmp_pa
     process.send_signal(2)
     _, error = process.communicate(timeout=20)
 
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "Traceback" not in error
     assert "acts: interrupted; no shard was finished yet, nothing is left behind" in error
     assert list(tmp_path.iterdir()) == []
@@ -190,7 +215,7 @@ main(["export", *sys.argv[2:]])
         text=True,
     )
 
-    assert done.returncode == 1
+    assert done.returncode == 128 + number
     assert "interrupted; nothing half-written is left behind" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["pred"]
 

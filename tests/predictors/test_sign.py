@@ -22,7 +22,9 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from sparsecast.cli.main import STAGES, _load, _parse, main
+from sparsecast.cli.main import main
+from sparsecast.cli.parser import parse
+from sparsecast.cli.stages import STAGES, load
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.run import collect
@@ -203,15 +205,15 @@ def test_where_nothing_fired_while_calibrating_the_cut_is_above_all_of_its_score
 def test_a_folder_called_sign_needs_no_model(recorded, cfg, tmp_path, monkeypatch):
     recorded.predictors.save(tmp_path / "sign")
     monkeypatch.chdir(tmp_path)
-    config = _load(STAGES["report"].config)
+    config = load(STAGES["report"].config)
     line = ["--predictors", str(cfg.predictors), "--activations", str(cfg.activations)]
     line += ["--out", "report"]
 
-    values = _parse("report", config, None, [*line, "--against", "./sign"])
+    values = parse("report", config, None, [*line, "--against", "./sign"])
     own, folder = report(config(**values))["against"]
 
     assert folder["mean"] == own["mean"]
-    both = _parse("report", config, None, [*line, "--against", "sign,./sign"])
+    both = parse("report", config, None, [*line, "--against", "sign,./sign"])
     assert both["against"] == ["sign", Path("sign")]
 
 

@@ -1,0 +1,12 @@
+"""The name that somebody may have meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing where no known name is near."""
+    near = get_close_matches(found.replace("_", "-"), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,6 @@
+"""`python -m sparsecast`."""
+
+from sparsecast.cli.main import main
+
+if __name__ == "__main__":
+    main()

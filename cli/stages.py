@@ -1,0 +1,128 @@
+"""The stages by name: what each is for, the dataclass of its options, and its function.
+
+Both are named by import path and loaded on demand, so `sparsecast --help` imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command."""
+
+    help: str
+    config: str
+    run: str
+    positional: str | None = None
+    """The field that is given without its name."""
+
+
+STAGES = {
+    "demo": Stage(
+        "everything below on the model shipped with the package",
+        "sparsecast.cli.demo:DemoConfig",
+        "sparsecast.cli.demo:demo",
+    ),
+    "collect": Stage(
+        "record what fires in a ReLU-sparse model over a corpus",
+        "sparsecast.collect.config:CollectConfig",
+        "sparsecast.collect.run:collect",
+    ),
+    "train": Stage(
+        "train one predictor per layer from what was recorded",
+        "sparsecast.predictors.config:TrainConfig",
+        "sparsecast.predictors.train:train",
+    ),
+    "report": Stage(
+        "score predictors on held-out tokens, as JSON, Markdown and HTML",
+        "sparsecast.predictors.config:ReportConfig",
+        "sparsecast.predictors.report:report",
+    ),
+    "evaluate": Stage(
+        "perplexity dense, exact, and with predictors in the loop",
+        "sparsecast.predictors.config:EvaluateConfig",
+        "sparsecast.predictors.evaluate:evaluate",
+    ),
+    "export": Stage(
+        "write the bundle that PowerInfer loads",
+        "sparsecast.export.config:ExportConfig",
+        "sparsecast.export.run:export",
+    ),
+    "verify": Stage(
+        "prove a bundle against its model, and against the engine itself",
+        "sparsecast.export.config:VerifyConfig",
+        "sparsecast.export.verify:verify",
+        positional="bundle",
+    ),
+    "inspect": Stage(
+        "what a folder or file of any stage holds, and whether activations are intact",
+        "sparsecast.collect.inspect:InspectConfig",
+        "sparsecast.export.inspect:inspect",
+        positional="path",
+    ),
+    "bench collect": Stage(
+        "tokens/s with and without recording, on the same batches",
+        "sparsecast.collect.bench:BenchConfig",
+        "sparsecast.collect.bench:bench",
+    ),
+    "bench train": Stage(
+        "token-layers/s of training, ours and the public recipe's",
+        "sparsecast.predictors.bench:BenchTrainConfig",
+        "sparsecast.predictors.bench:bench",
+    ),
+    "bench predictors": Stage(
+        "our predictors against the public recipe's: misses, bytes, traffic at a perplexity",
+        "sparsecast.predictors.compare:CompareConfig",
+        "sparsecast.predictors.compare:compare",
+    ),
+    "bench export": Stage(
+        "MB/s and memory of export beside cp and PowerInfer's converter",
+        "sparsecast.export.bench_export:BenchExportConfig",
+        "sparsecast.export.bench_export:bench",
+    ),
+    "bench engine": Stage(
+        "tokens/s of PowerInfer's engine with predictors, with everything active, and dense",
+        "sparsecast.export.bench:BenchEngineConfig",
+        "sparsecast.export.bench:bench",
+    ),
+    "bench kernels": Stage(
+        "our GPU kernels and the whole sparse FFN against dense torch",
+        "sparsecast.cli.bench_kernels:BenchKernelsConfig",
+        "sparsecast.cli.bench_kernels:bench",
+    ),
+    "bench generate": Stage(
+        "tokens/s of a model with its FFNs dense, exact, predicted, and as auto chooses",
+        "sparsecast.cli.bench_generate:BenchGenerateConfig",
+        "sparsecast.cli.bench_generate:bench",
+    ),
+    "sparsify": Stage(
+        "ProSparse training: make a SiLU model sparse, or train one from a preset",
+        "sparsecast.sparsify.config:SparsifyConfig",
+        "sparsecast.sparsify.run:sparsify",
+    ),
+}
+
+
+def usage() -> str:
+    """The help of the whole program."""
+    width = max(map(len, STAGES))
+    lines = [f"  {name:<{width}}  {stage.help}" for name, stage in STAGES.items()]
+    return "\n".join(
+        [
+            "usage: sparsecast STAGE [options]",
+            "",
+            *lines,
+            "",
+            "sparsecast STAGE --help lists options; --version says which release this is",
+        ]
+    )
+
+
+def load(path: str) -> Any:
+    """What `module:name` names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,48 @@
+"""What the program says, also where nobody can hear it: a full disk, a closed pipe, no stream."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+
+def say(text: str) -> None:
+    """Write to standard output; a reader that has gone away ends the program without a word."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        sys.exit(141)  # as a program that SIGPIPE ended
+    except (OSError, AttributeError) as error:  # no stream at all is None
+        reason = error.strerror if isinstance(error, OSError) else "it is closed"
+        if isinstance(error, OSError):
+            _discard(sys.stdout)
+        sys.exit(complain(f"standard output cannot be written ({reason})", 1))
+
+
+def complain(message: str, code: int) -> int:
+    """One line on standard error; returns the exit code."""
+    place = f" rank {rank()}" if rank() else ""
+    try:
+        sys.stderr.write(f"sparsecast{place}: {message}\n")
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+    except AttributeError:
+        pass
+    return code
+
+
+def rank() -> int:
+    """This process among those of torchrun; what the variables hold is checked by `team`."""
+    value = os.environ.get("RANK", "0")
+    return int(value) if value.isdecimal() and len(value) < 10 else 0
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is still in its buffer go nowhere: Python writes that again when it ends."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
