@@ -82,7 +82,7 @@ def test_a_positional_may_stand_in_a_file(tmp_path):
         ("", "c.yaml: holds None, expected YAML with one option a line"),
         ("- a\n- b", "c.yaml: holds ['a', 'b'], expected YAML"),
         ("a: [1", "c.yaml: is not YAML (while parsing"),
-        ("[" * 20000, "c.yaml: is not YAML (nested too deeply)"),
+        ("[" * 2000, "c.yaml: is not YAML (nested too deeply)"),
         ("a: !!python/object/apply:os.system [id]", "c.yaml: is not YAML (could not determine"),
         ("a: \x01", "c.yaml: is not YAML (unacceptable character"),
         ("? [a, b]\n: 1", "c.yaml: is not YAML"),
