@@ -25,7 +25,7 @@ from sparsecast.collect.families import unknown
 from sparsecast.collect.pretrained import build_config, without_code
 from sparsecast.collect.remap import REMAPPED, kind_of
 from sparsecast.collect.source import resolve
-from sparsecast.collect.weights import main_file, open_weights, places, refuse_pointer
+from sparsecast.collect.weights import main_file, open_weights, places, refuse_pointer, refuse_pointers
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -66,6 +66,7 @@ class Checkpoint:
                 f"{self.folder}: its weights are quantised ({kind}), expected float32, float16 or "
                 "bfloat16; give the model they were made from"
             )
+        refuse_pointers(self.folder)
         check_tokens(self.config, self.folder)
         shapes = {}
         for path in sorted(set(self._file_of.values())):

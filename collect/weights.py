@@ -142,6 +142,13 @@ def open_weights(path: Path) -> Any:
         raise InputError(f"{path}: not a readable weights file ({reason}); {_AGAIN}") from error
 
 
+def refuse_pointers(folder: Path) -> None:
+    """`refuse_pointer` on the small files beside the weights: configs, tokenizer, templates."""
+    for name in _names(folder):
+        if name.endswith((".json", ".model", ".txt", ".jinja")) and name not in ORDER:
+            refuse_pointer(folder / name)
+
+
 def refuse_pointer(path: Path) -> None:
     """Raises `InputError` where Git LFS has left its note of a file in the file's place."""
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
