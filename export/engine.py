@@ -157,7 +157,7 @@ class Server:
         # Its one slot stays taken for a moment after an answer; meanwhile replies are empty.
         while not (raw := self._post("/completion", body)) and time.monotonic() < deadline:
             time.sleep(0.002)
-        events = [line[6:] for line in raw.splitlines() if line.startswith("data: ")]
+        events = [line[6:] for line in raw.split("\n") if line.startswith("data: ")]
         try:
             event: dict[str, Any] = json.loads(events[0])
             event["completion_probabilities"]

@@ -22,8 +22,8 @@ from sparsecast.export.vocab_parts import CONTROL, UNUSED, USER, Parts
 from sparsecast.export.vocab_pieces import json_pieces, model_pieces, space_notes
 
 MODEL_NOTE = (
-    "transformers does not cut text as tokenizer.model and the engine do; name LlamaTokenizer as "
-    "tokenizer_class in tokenizer_config.json if the model was trained with that."
+    "The model's tokenizer does not prepare text as tokenizer.model says and the engine does, with "
+    "one space in front and nothing else."
 )
 
 

@@ -14,14 +14,14 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 
 from sparsecast.collect.errors import InputError
-from sparsecast.export.vocab_parts import NORMAL, Parts
+from sparsecast.export.vocab_parts import NORMAL, Parts, steps_of
 
 ALPHABET = frozenset(ByteLevel.alphabet())
 FALCON = ["Punctuation", "ByteLevel", "Digits", "Split('[0-9][0-9][0-9]')"]
 
 
 def is_byte_level(spec: dict[str, Any]) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(spec))
+    return any(step["type"] == "ByteLevel" for step in steps_of(spec, "pre_tokenizer"))
 
 
 def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
@@ -62,12 +62,13 @@ def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
 
 
 def _cut_notes(path: Path, spec: dict[str, Any]) -> list[str]:
-    if (normalizer := spec["normalizer"]) is not None:
+    if normalizers := steps_of(spec, "normalizer"):
+        kinds = ", ".join(step["type"] for step in normalizers)
         raise InputError(
-            f"{path}: normalises text ({normalizer['type']}), which the engine does not; expected "
+            f"{path}: normalises text ({kinds}), which the engine does not; expected "
             "a byte-level BPE without normalizer, as GPT-2's"
         )
-    steps = _steps(spec)
+    steps = steps_of(spec, "pre_tokenizer")
     names = [_described(step) for step in steps]
     spaced = next(step["add_prefix_space"] for step in steps if step["type"] == "ByteLevel")
     notes = []
@@ -85,14 +86,6 @@ def _cut_notes(path: Path, spec: dict[str, Any]) -> list[str]:
     if spaced:
         notes.append("The tokenizer puts a space before a text, the engine does not.")
     return notes
-
-
-def _steps(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    cut = spec["pre_tokenizer"]
-    if cut is None:
-        return []
-    steps: list[dict[str, Any]] = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    return steps
 
 
 def _described(step: dict[str, Any]) -> str:

@@ -4,31 +4,34 @@ The engine puts one space before a text, turns spaces into U+2581 and then merge
 whose union has the highest score, leftmost first; what stays no token becomes bytes. Sentencepiece
 scores a piece by its place in training: 0, -1, -2, ... A converted tokenizer.json has instead every
 pair of pieces whose union is a piece as a merge, in the order of scores; the two are equivalent
-only if all such pairs are there and those of one piece follow each other.
+only if all such pairs are there. Pieces whose merges take turns had one score, as Llama 2's runs
+of spaces: there the order of merges must give what leftmost first does.
 """
 
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from sparsecast.collect.errors import InputError
-from sparsecast.export.vocab_parts import BYTE, CONTROL, NORMAL, UNKNOWN, USER, Parts
+from sparsecast.collect.sentencepieces import (
+    SPACE,
+    cut_otherwise,
+    is_bpe,
+    merges_by_score,
+    puts_one_space,
+    read_model,
+)
+from sparsecast.export.vocab_parts import BYTE, CONTROL, NORMAL, UNKNOWN, USER, Parts, steps_of
 
-SPACE = "\u2581"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
-PREPENDED = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-    ],
-}
+PREPENDED = [
+    {"type": "Prepend", "prepend": SPACE},
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+]
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 
 
@@ -38,25 +41,20 @@ def model_pieces(path: Path) -> Parts:
     Raises:
         InputError: No sentencepiece model, a unigram one, or one without byte pieces.
     """
-    model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
-    try:
-        model.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise InputError(
-            f"{path}: not a sentencepiece model; copy the model's own tokenizer.model here"
-        ) from error
-    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+    model = read_model(path)
+    if not is_bpe(model):
         raise InputError(
             f"{path}: is a unigram model, expected type BPE; the engine merges greedily by score "
             "and would cut text into other tokens than this model was trained on"
         )
-    prepares = model.normalizer_spec
-    if prepares.precompiled_charsmap or not prepares.add_dummy_prefix:
+    if not puts_one_space(model):
+        prepares = model.normalizer_spec
         name = prepares.name or "a rule of its own"
         raise InputError(
-            f"{path}: prepares text by {name}, dummy prefix {prepares.add_dummy_prefix}, expected "
-            "the identity and one space put in front; the engine does that and no more, so it "
-            "would cut text into other tokens than this model was trained on"
+            f"{path}: prepares text by {name}, dummy prefix {prepares.add_dummy_prefix}, removal "
+            f"of spaces {prepares.remove_extra_whitespaces}, expected the identity and one space "
+            "put in front; the engine does that and no more, so it would cut text into other "
+            "tokens than this model was trained on"
         )
     parts = Parts(
         "llama",
@@ -75,7 +73,7 @@ def json_pieces(path: Path, spec: dict[str, Any]) -> Parts:
         InputError: Merges or treatment of spaces that no score expresses, or no byte pieces.
     """
     if (notes := space_notes(spec)) is None:
-        steps = [spec[name] for name in ("normalizer", "pre_tokenizer") if spec[name]]
+        steps = steps_of(spec, "normalizer") + steps_of(spec, "pre_tokenizer")
         found = ", ".join(json.dumps(step, ensure_ascii=False)[:120] for step in steps)
         raise InputError(
             f"{path}: prepares text by {found or 'nothing'}, expected one space put in front and "
@@ -92,41 +90,48 @@ def json_pieces(path: Path, spec: dict[str, Any]) -> Parts:
         if kind == NORMAL and text in special:
             kind = CONTROL if special[text] else USER
         types[i] = kind
-    scores = dict.fromkeys(ids.values(), 0.0)
-    made = _made(path, model, {text for text, i in ids.items() if types[i] == NORMAL})
-    rest = sorted(ids[text] for text in ids.keys() - set(made) if types[ids[text]] == NORMAL)
-    for rank, i in enumerate([*(ids[text] for text in made), *rest]):
-        scores[i] = -float(rank)
+    merges = [(left, right) for left, right in model["merges"]]
+    by_merges = {left + right for left, right in merges}
+    pieces = {text: i for text, i in ids.items() if types[i] == NORMAL or text in by_merges}
+    groups = _groups(merges)
+    groups += [[text] for text in sorted(pieces.keys() - by_merges, key=ids.__getitem__)]
+    scores, rank = dict.fromkeys(ids.values(), 0.0), 0
+    for group in groups:
+        scores |= dict.fromkeys((ids[text] for text in group), -float(rank))
+        rank += len(group)
     parts = Parts("llama", {i: text for text, i in ids.items()}, types, scores, notes=notes)
     _check_bytes(path, parts)
+    _check_merges(path, ids, merges, {text: scores[i] for text, i in pieces.items()})
     return parts
 
 
-def _made(path: Path, model: dict[str, Any], normal: set[str]) -> list[str]:
-    """The pieces that merges make, first made first.
+def _groups(merges: list[tuple[str, str]]) -> list[list[str]]:
+    """The pieces that merges make, first made first; those that are made by turns share a score."""
+    last = {left + right: i for i, (left, right) in enumerate(merges)}
+    groups: list[list[str]] = []
+    end = -1
+    for i, (left, right) in enumerate(merges):
+        piece = left + right
+        if i > end:
+            groups.append([])
+        if piece not in groups[-1]:
+            groups[-1].append(piece)
+        end = max(end, last[piece])
+    return groups
 
-    Raises:
-        InputError: Merges that a greedy search by score would not reproduce.
-    """
-    merges = [(left, right) for left, right in model["merges"]]
-    made = list(dict.fromkeys(left + right for left, right in merges))
+
+def _check_merges(
+    path: Path, ids: dict[str, int], merges: list[tuple[str, str]], scores: dict[str, float]
+) -> None:
+    """Raises `InputError` for merges that a greedy search by score would not reproduce."""
     known = set(merges)
-    runs = 1 + sum(a + b != c + d for (a, b), (c, d) in pairwise(merges))
-    split = next(
-        (
-            (text[:at], text[at:])
-            for text in normal
-            for at in range(1, len(text))
-            if text[:at] in normal and text[at:] in normal and (text[:at], text[at:]) not in known
-        ),
-        None,
-    )
-    if merges and runs > len(made):
-        what = "merges of one piece are apart"
-    elif split is not None:
-        what = f"{split[0]!r} and {split[1]!r} make a piece, but are no merge"
+    split = next((pair for pair in merges_by_score(scores) if pair not in known), None)
+    if split is not None:
+        what = f"pieces {split[0]!r} and {split[1]!r} make a piece, but are no merge"
+    elif (text := cut_otherwise(ids, merges, _model(scores))) is not None:
+        what = f"merges cut {text!r} as no scores do, the leftmost of equal ones first"
     else:
-        return made
+        return
     raise InputError(
         f"{path}: its {what}, expected the merges of a sentencepiece model; the engine merges "
         "by score whatever makes a piece and would cut text into other tokens. If the model has "
@@ -134,12 +139,26 @@ def _made(path: Path, model: dict[str, Any], normal: set[str]) -> list[str]:
     )
 
 
+def _model(scores: dict[str, float]) -> Any:
+    """A sentencepiece model of these pieces and bytes."""
+    model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
+    model.pieces.add(piece="<unk>", type=UNKNOWN)
+    for text, score in scores.items():
+        model.pieces.add(piece=text, score=score, type=NORMAL)
+    for text in sorted(BYTES):
+        model.pieces.add(piece=text, type=BYTE)
+    spec = model.trainer_spec
+    spec.model_type, spec.byte_fallback = spec.BPE, True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model
+
+
 def space_notes(spec: dict[str, Any]) -> list[str] | None:
     """What the engine does otherwise with spaces; None where that changes every text."""
-    steps = (spec["normalizer"], spec["pre_tokenizer"])
-    if steps == (PREPENDED, None):
+    steps = steps_of(spec, "normalizer"), steps_of(spec, "pre_tokenizer")
+    if steps == (PREPENDED, []):
         return []
-    if steps in [(None, METASPACE | {"prepend_scheme": when}) for when in ("first", "always")]:
+    if steps in [([], [METASPACE | {"prepend_scheme": when}]) for when in ("first", "always")]:
         return ["The engine also puts a space before a text that begins with one."]
     return None
 

@@ -83,7 +83,7 @@ def _added(folder: Path) -> list[dict[str, Any]]:
 
 
 def _against_json(source: Source, folder: Path) -> list[str]:
-    """Scores fall along the merges, and only from one piece to the next."""
+    """Scores fall along the merges, and only where none of the pieces so far is made again."""
     keys = source.file.keys
     raw = read_json(folder / "tokenizer.json", "the model's tokenizer")
     unknown = raw["model"].get("unk_token") or "<unk>"
@@ -97,8 +97,13 @@ def _against_json(source: Source, folder: Path) -> list[str]:
     ids = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
     scores = keys["tokenizer.ggml.scores"]
     made = [left + right for left, right in _pairs(raw["model"]["merges"])]
-    for first, then in pairwise(made):
-        if first != then and scores[ids[first]] <= scores[ids[then]]:
+    again, last = {text: i for i, text in enumerate(made)}, 0
+    for i, (first, then) in enumerate(pairwise(made)):
+        last = max(last, again[first])
+        fall = scores[ids[first]] - scores[ids[then]]
+        if last > i and fall:
+            wrong.append(f"{then!r} has another score than {first!r}, though their merges mix")
+        elif last == i and fall <= 0:
             wrong.append(f"{then!r} has no lower score than {first!r}, which is merged before it")
     return wrong
 

@@ -241,16 +241,12 @@ def test_what_transformers_saves_of_a_llama_tokenizer_is_exported(json_copy, mod
     assert "begins with one" in ours.notes[0]
 
 
-def test_transformers_own_reading_of_tokenizer_model_is_told(model_folder, tmp_path):
-    """Without a class named, it puts no space in front."""
+def test_tokenizer_model_needs_no_class_named(model_folder, tmp_path):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
 
-    ours = vocabulary(folder)
-
-    assert ours._replace(notes=[]) == vocabulary(model_folder)
-    assert "name LlamaTokenizer" in ours.notes[0]
+    assert vocabulary(folder) == vocabulary(model_folder)
 
 
 def test_user_defined_pieces_are_told(json_copy):
@@ -387,7 +383,7 @@ def drop_a_merge(spec):
     ("edit", "reason"),
     [
         (without_byte, "has no byte piece <0x41>"),
-        (swap_merges, "merges of one piece are apart"),
+        (swap_merges, "merges cut .* as no scores do"),
         (drop_a_merge, "make a piece, but are no merge"),
         (lambda spec: spec.update(normalizer=None), "prepares text by nothing"),
         (lambda spec: spec.update(normalizer={"type": "NFKC"}), "prepares text by .*NFKC"),
