@@ -36,7 +36,8 @@ def read_model(path: Path) -> Any:
     """The protobuf of a tokenizer.model.
 
     Raises:
-        InputError: No such file, or no sentencepiece model, or the first part of one.
+        InputError: No such file, no sentencepiece model, part of one, or one that sentencepiece
+            itself does not load.
     """
     model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
     try:
@@ -50,7 +51,19 @@ def read_model(path: Path) -> Any:
             f"{path}: has {len(model.pieces)} pieces and no word of their kind, expected a whole "
             "sentencepiece model; download it again"
         )
+    try:
+        _processor(model)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"{path}: sentencepiece refuses it ({reason}); copy the model's own tokenizer.model "
+            "here"
+        ) from error
     return model
+
+
+def _processor(model: Any) -> Any:
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
 def is_bpe(model: Any) -> bool:
@@ -106,7 +119,7 @@ def cut_otherwise(vocab: Mapping[str, int], merges: list[Merge], model: Any) -> 
     bare = proto.ModelProto()  # type: ignore[attr-defined]
     bare.CopyFrom(model)
     bare.normalizer_spec.add_dummy_prefix = False
-    theirs: Any = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
+    theirs = _processor(bare)
     for text in islice(_doubtful(merges, scores), MOST_TEXTS):
         for spaced in (text, SPACE + text):
             ours = own.encode(spaced, add_special_tokens=False).tokens

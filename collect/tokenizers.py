@@ -47,7 +47,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     folder = checkpoint.folder
     check_files(folder)
     path = sentencepiece_file(folder)
-    model = None if path is None else read_model(path)
+    model: Any = None if path is None else read_model(path)
     try:
         tokenizer: Any = tokenizer_of(folder)
     except Exception as error:  # a damaged tokenizer file raises whatever it meets
