@@ -35,6 +35,11 @@ class Filling:
         self.row = 0
         self.events: list[torch.cuda.Event] = []
 
+    def active(self, shape: Shape) -> int:
+        """Active entries of a complete image, over all layers."""
+        views = (self.image.views[f"layer.{layer}.active"] for layer in shape.layers)
+        return sum(int(view.sum()) for view in views)
+
     def wait(self, shape: Shape) -> None:
         """Return when the image is complete.
 

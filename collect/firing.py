@@ -14,6 +14,19 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import console
 from sparsecast.collect.stats import Stats
 
+ENOUGH = 1_000
+"""Tokens after which it is no chance that nothing fires in any layer."""
+
+
+class Silent(InputError):
+    """Nothing fires, so what was recorded is of no use."""
+
+    def __init__(self, where: str, tokens: int) -> None:
+        super().__init__(
+            f"{where}: nothing fires in any layer on {tokens:,} tokens, so there is nothing to "
+            "predict; collect with a smaller --activation-threshold, and check the model"
+        )
+
 
 def check_firing(
     stats: Stats, layers: list[int], where: str, splits: Iterable[str] | None = None
@@ -24,7 +37,7 @@ def check_firing(
         where: What the counts are of.
 
     Raises:
-        InputError: No layer has an active entry.
+        Silent: No layer has an active entry.
     """
     chosen = stats.splits() if splits is None else list(splits)
     silent, busy, tokens = [], [], 0
@@ -35,7 +48,7 @@ def check_firing(
         elif bool((fired_F == tokens).all()):
             busy.append(layer)
     if len(silent) == len(layers):
-        raise InputError(silence(where, tokens))
+        raise Silent(where, tokens)
     among = f"{where}, {tokens:,} tokens"
     if silent:
         _tell(f"{among}: nothing fires in {_named(silent)}; recall is 1 there by definition")
@@ -44,14 +57,6 @@ def check_firing(
             f"{among}: every neuron fires on every token in {_named(busy)}, so there is no "
             "sparsity to predict; is this a ReLU-sparse model?"
         )
-
-
-def silence(where: str, tokens: int) -> str:
-    """What to say of tokens on which nothing fires."""
-    return (
-        f"{where}: nothing fires in any layer on {tokens:,} tokens, so there is nothing to "
-        "predict; collect with a smaller --activation-threshold, and check the model"
-    )
 
 
 def _named(layers: list[int]) -> str:

@@ -28,7 +28,7 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.files import is_stream
 from sparsecast.collect.fill import Filler
-from sparsecast.collect.firing import check_firing
+from sparsecast.collect.firing import Silent, check_firing
 from sparsecast.collect.models import check_length, embedding_rows, ffn_shape, load_model
 from sparsecast.collect.plan import Tally, Unit, units
 from sparsecast.collect.prefetch import prefetch
@@ -92,6 +92,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
                 held.enter_context(locked(cfg.out))
                 begin(cfg.out, manifest)
         part = unfinished(cfg.out)
+        fresh = not shards(part)
         manifest = replace(manifest, threads=read_manifest(part).threads)
         try:
             with _threads(manifest.threads):
@@ -99,7 +100,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
                 plan = _record(cfg, model, tokenizer, wanted, manifest.shape, part, ranks, stop)
         except BaseException as error:
             kept = len(shards(part))
-            if ranks.leads and not kept:
+            if ranks.leads and (not kept or (fresh and isinstance(error, Silent))):
                 shutil.rmtree(part, ignore_errors=True)
             left = (
                 f"{kept} finished shards are kept, the same command goes on from there"
@@ -313,7 +314,7 @@ def _complete(
     )
     try:
         check_firing(ActivationStore(part).stats(), done.layers, cfg.model)
-    except InputError:
+    except Silent:
         shutil.rmtree(part)
         raise
     if cfg.out.is_dir():

@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from sparsecast.collect.fill import Filling
+from sparsecast.collect.firing import ENOUGH, Silent
 from sparsecast.collect.shard import Image, Shape
 
 BUFFERS = 3
@@ -42,7 +43,8 @@ class Writer:
         self._made = 0
         self._free: SimpleQueue[Image] = SimpleQueue()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="shard")
-        self._pending: list[Future[None]] = []
+        self._pending: list[Future[tuple[int, int]]] = []
+        self._tokens = self._active = 0
 
     def __enter__(self) -> Writer:
         return self
@@ -56,12 +58,17 @@ class Writer:
         """Return when all that was submitted is written. Raises what went wrong."""
         pending, self._pending = self._pending, []
         for future in pending:
-            future.result()
+            self._done(future)
 
     def image(self) -> Image:
-        """An image to fill. Raises what went wrong with an earlier one."""
+        """An image to fill.
+
+        Raises what went wrong with an earlier one, and `Silent` where nothing has fired so far.
+        """
         while self._pending and self._pending[0].done():
-            self._pending.pop(0).result()
+            self._done(self._pending.pop(0))
+        if not self._active and self._tokens >= ENOUGH:
+            raise Silent("the model", self._tokens)
         if self._free.empty() and self._made < BUFFERS:
             self._made += 1
             return Image(self._shape, self._capacity, pinned=self._pinned)
@@ -71,10 +78,17 @@ class Writer:
         """Write `filling` when its bytes have arrived, then reuse its image."""
         self._pending.append(self._pool.submit(self._finish, filling))
 
-    def _finish(self, filling: Filling) -> None:
+    def _done(self, future: Future[tuple[int, int]]) -> None:
+        tokens, active = future.result()
+        self._tokens += tokens
+        self._active += active
+
+    def _finish(self, filling: Filling) -> tuple[int, int]:
+        """(tokens, active entries) of what was written."""
         try:
             filling.wait(self._shape)
             self._write(filling.unit.name, filling.image)
+            return filling.unit.tokens, filling.active(self._shape)
         finally:
             filling.image.energies = {}
             self._free.put(filling.image)
