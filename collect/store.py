@@ -299,6 +299,11 @@ class ActivationStore:
             self.folder / STATS, self._states(STATS), tokens, made.layers, made.ffn_width
         )
 
+    def check(self, split: str) -> None:
+        """Read a split whole, which is small, before long work that ends with it."""
+        for number in range(len(self.shards(split))):
+            self._shard(split, number).check()
+
     def damages(self, *, whole: bool = True) -> Iterator[tuple[str, str | None]]:
         """Every file with what is wrong with it, or None.
 

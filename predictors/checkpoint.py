@@ -22,6 +22,7 @@ from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import new_folder, read_json, write_json
 from sparsecast.collect.disk import save_tensors
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.folders import refuse_other
 from sparsecast.predictors.blocks import BLOCK
 from sparsecast.predictors.formats import BITS, rounded
 from sparsecast.predictors.mlp import Predictor
@@ -99,6 +100,7 @@ def load_predictors(folder: str | Path) -> PredictorSet:
         int(m[1]) for p in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)", p.stem))
     }
     if not found:
+        refuse_other(folder, "predictors")
         raise InputError(
             f"{folder}: no model_0.pt in it, expected a folder written by `sparsecast train` or "
             "one of PowerInfer's predictor repositories"

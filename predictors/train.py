@@ -125,6 +125,7 @@ def _prepare(
         check_recorded(cfg.model, store)
     if cfg.activations and processes.leads:
         check_firing(store.stats(), store.manifest.layers, str(cfg.activations), FITTED)
+        store.check("calibration")  # else damage there would end the first epoch
     all_of_them = cfg.data_parallel or cfg.recipe == "svd"
     layers = share_of(store.manifest.layers, processes, all_of_them)
     L.seed_everything(cfg.seed, verbose=False)

@@ -16,12 +16,15 @@ import torch
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsecast.collect.bits import unpack
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.fill import Filler
-from sparsecast.collect.plan import Unit
+from sparsecast.collect.plan import Unit, shard_name
 from sparsecast.collect.run import collect
+from sparsecast.collect.shard import checksum
 from sparsecast.collect.store import ActivationStore, Manifest, seal
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder
@@ -152,6 +155,32 @@ def write_store():
         return ActivationStore(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def edit_store():
+    """Copy a store, each shard's tensors passed through a function: (store, folder, change).
+    Counts follow the masks, and checksums everything, as if it had been recorded so."""
+
+    def edit(store: ActivationStore, folder: Path, change, **fields: object) -> ActivationStore:
+        made, shards = replace(store.manifest, **fields), []
+        folder.mkdir()
+        for split, tokens in made.shard_tokens.items():
+            for number, count in enumerate(tokens):
+                name = shard_name(split, number)
+                tensors = load_file(store.folder / name)
+                change(tensors)
+                for layer in made.layers:
+                    mask_TF = unpack(tensors[f"layer.{layer}.mask"], made.ffn_width)
+                    tensors[f"layer.{layer}.fired"] = mask_TF.sum(0).int()
+                    tensors[f"layer.{layer}.active"] = mask_TF.sum(1).int()
+                sums = {key: checksum([tensor]) for key, tensor in tensors.items()}
+                save_file(tensors, folder / name, {"split": split, "number": str(number), **sums})
+                shards.append((split, count, name))
+        seal(folder, made, shards)
+        return ActivationStore(folder)
+
+    return edit
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,6 +65,22 @@ def synthetic(tmp_path_factory, write_store) -> ActivationStore:
                 layers.append((norm_T1 * (mean_D + noise_TD), x1_TF))
             recorded[split].append(layers)
     return write_store(folder, manifest, recorded)
+
+
+@pytest.fixture
+def flipped():
+    """Copy a store with one bit of a tensor flipped: (store's folder, copy, shard, tensor)."""
+
+    def flip(source: Path, folder: Path, shard: str, name: str) -> Path:
+        shutil.copytree(source, folder)
+        raw = bytearray((folder / shard).read_bytes())
+        start = 8 + int.from_bytes(raw[:8], "little")
+        first, last = json.loads(raw[8:start])[name]["data_offsets"]
+        raw[start + (first + last) // 2] ^= 1
+        (folder / shard).write_bytes(raw)
+        return folder
+
+    return flip
 
 
 @pytest.fixture(scope="session")

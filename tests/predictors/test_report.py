@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.splits import SPLITS
 from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.config import ReportConfig
@@ -58,19 +56,9 @@ def cfg(synthetic, recipe, trained, tmp_path) -> ReportConfig:
 
 
 @pytest.fixture
-def edited(synthetic, tmp_path):
+def edited(synthetic, tmp_path, edit_store):
     """A copy of the synthetic store, each shard's tensors passed through a function."""
-
-    def edit(change) -> Path:
-        copy = tmp_path / "edited"
-        shutil.copytree(synthetic.folder, copy)
-        for path in (path for split in SPLITS for path in copy.glob(f"{split}-*.safetensors")):
-            tensors = load_file(path)
-            change(tensors)
-            save_file(tensors, path)
-        return copy
-
-    return edit
+    return lambda change: edit_store(synthetic, tmp_path / "edited", change).folder
 
 
 @pytest.fixture
@@ -171,6 +159,38 @@ def test_a_layer_where_one_class_is_absent_has_no_auc(cfg, edited):
     assert result["layers"][0]["recall"] == 1.0
     assert result["mean"]["roc_auc"] == result["layers"][1]["roc_auc"]
     assert ActivationStore(copy).manifest.tokens() == 8_000
+
+
+def test_nothing_is_reported_where_nothing_fires(cfg, edited):
+    def silence(tensors):
+        for layer in (0, 1):
+            tensors[f"layer.{layer}.mask"].zero_()
+
+    with pytest.raises(InputError, match="nothing fires in any layer on 1,000 tokens"):
+        report(replace(cfg, activations=edited(silence)))
+    assert not cfg.out.exists()
+
+
+@pytest.mark.parametrize("name", ["layer.0.x", "layer.1.mask", "position"])
+def test_a_flipped_bit_is_not_scored(cfg, synthetic, tmp_path, flipped, name):
+    folder = flipped(synthetic.folder, tmp_path / "acts", "held-out-00001.safetensors", name)
+    with pytest.raises(InputError, match=rf"held-out-00001\.safetensors: damaged, {name} has"):
+        report(replace(cfg, activations=folder))
+    assert not cfg.out.exists()
+
+
+def test_calibration_is_not_held_out(cfg, synthetic, tmp_path):
+    folder = shutil.copytree(synthetic.folder, tmp_path / "acts")
+    shutil.copy(folder / "calibration-00000.safetensors", folder / "held-out-00000.safetensors")
+    with pytest.raises(InputError, match=r"held-out-00000\.safetensors: damaged or of another"):
+        report(replace(cfg, activations=folder))
+
+
+def test_folders_in_each_others_place_are_told_apart(cfg):
+    with pytest.raises(InputError, match="holds predictors .* which --predictors takes; expected"):
+        report(replace(cfg, activations=cfg.predictors, predictors=cfg.activations))
+    with pytest.raises(InputError, match="holds activations .* which --activations takes; expect"):
+        report(replace(cfg, predictors=cfg.activations))
 
 
 def test_predicting_nothing_is_a_precision_of_one(cfg, tmp_path):

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 
 from sparsecast.collect.bits import pack
+from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.store import ActivationStore, write_manifest
+from sparsecast.collect.run import collect
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import BLOCK, TokenBlocks, layer_batches
 from sparsecast.predictors.loss import weighted_loss
@@ -124,22 +124,82 @@ def test_other_options_do_not_overwrite_a_finished_folder(recipe, trained):
         train(replace(recipe, target_recall=0.9))
 
 
-def test_predictors_of_other_activations_are_not_kept(recipe, trained, synthetic, tmp_path):
-    other = tmp_path / "acts"
-    other.mkdir()
-    for path in synthetic.folder.iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
-    text = (other / "manifest.json").read_text()
-    (other / "manifest.json").write_text(text.replace("0" * 16, "f" * 16))
+def test_predictors_of_other_activations_are_not_kept(
+    recipe, trained, synthetic, tmp_path, edit_store
+):
+    other = edit_store(synthetic, tmp_path / "a", lambda _: None, fingerprint="f" * 16)
     with pytest.raises(InputError, match="another model"):
-        train(replace(recipe, activations=other))
+        train(replace(recipe, activations=other.folder))
+    again = shutil.copytree(synthetic.folder, tmp_path / "b")
+    assert train(replace(recipe, activations=again)).manifest == trained.manifest
 
 
-def test_a_store_that_lacks_a_layer_is_refused(recipe, synthetic, tmp_path):
-    store = ActivationStore(synthetic.folder)
-    write_manifest(tmp_path, replace(store.manifest, layers=[1]))
+def test_predictors_of_other_tokens_are_not_taken_for_finished(
+    recipe, trained, synthetic, tmp_path, edit_store
+):
+    """As many tokens of the same corpus and model, but others."""
+
+    def shuffle(tensors) -> None:
+        tensors["id"] = tensors["id"].flip(0).contiguous()
+
+    other = edit_store(synthetic, tmp_path / "acts", shuffle)
+    with pytest.raises(InputError, match=r"made differently \(activations was '\w{32}', now '\w"):
+        train(replace(recipe, activations=other.folder))
+
+
+def test_a_store_that_lacks_a_layer_is_refused(recipe, tmp_path, model_folder, corpus):
+    cfg = CollectConfig(
+        model=str(model_folder),
+        corpus=str(corpus),
+        out=tmp_path / "acts",
+        tokens=300,
+        seq_len=64,
+        layers=[1],
+    )
+    collect(cfg)
     with pytest.raises(InputError, match="without --layers"):
-        train(replace(recipe, activations=tmp_path, out=tmp_path / "pred"))
+        train(replace(recipe, activations=cfg.out, out=tmp_path / "pred"))
+
+
+@pytest.mark.parametrize("name", ["layer.0.x", "layer.1.mask"])
+@pytest.mark.parametrize("split", ["train", "calibration"])
+def test_a_flipped_bit_is_found_before_training(
+    recipe, synthetic, tmp_path, flipped, monkeypatch, name, split
+):
+    monkeypatch.setattr(PredictorModule, "on_validation_epoch_end", lambda *_: pytest.fail("late"))
+    folder = flipped(synthetic.folder, tmp_path / "acts", f"{split}-00001.safetensors", name)
+    with pytest.raises(InputError, match=rf"{split}-00001\.safetensors: damaged, {name} has"):
+        train(replace(recipe, activations=folder, out=tmp_path / "pred"))
+    assert not (tmp_path / "pred").exists()
+
+
+def test_inputs_that_are_no_numbers_are_not_a_learning_rate(
+    recipe, synthetic, tmp_path, edit_store
+):
+    def spoil(tensors) -> None:
+        tensors["layer.1.x"][3, 5] = float("nan")
+
+    folder = edit_store(synthetic, tmp_path / "acts", spoil).folder
+    with pytest.raises(InputError, match=r"layer\.1\.x, .* layer 1, holds NaN at token 3; collect"):
+        train(replace(recipe, activations=folder, out=tmp_path / "pred"))
+
+
+def test_predictors_are_no_activations(recipe, trained, tmp_path):
+    with pytest.raises(InputError, match="holds predictors .*--predictors takes; expected activ"):
+        train(replace(recipe, activations=recipe.out, out=tmp_path / "pred"))
+    with pytest.raises(InputError, match=r"is a file, expected its folder; give"):
+        train(replace(recipe, activations=recipe.activations / "manifest.json"))
+
+
+def test_nothing_is_trained_where_nothing_fires(recipe, synthetic, tmp_path, edit_store):
+    def silence(tensors) -> None:
+        for layer in (0, 1):
+            tensors[f"layer.{layer}.mask"].zero_()
+
+    folder = edit_store(synthetic, tmp_path / "acts", silence).folder
+    with pytest.raises(InputError, match="nothing fires in any layer on 7,000 tokens"):
+        train(replace(recipe, activations=folder, out=tmp_path / "pred"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts"]
 
 
 def test_an_interrupt_in_the_first_epoch_leaves_nothing(recipe, tmp_path, monkeypatch):
@@ -334,25 +394,19 @@ def test_a_second_run_and_a_foreign_folder_are_refused_before_any_work(recipe, t
         train(replace(recipe, out=tmp_path / "mine" / "notes.txt" / "x"))
 
 
-def degenerate(synthetic, tmp_path, silent: bool) -> ActivationStore:
-    """Layer 0 silent or always on, and layer 1 with inputs along one direction alone."""
-    shutil.copytree(synthetic.folder, tmp_path / "acts")
-    for split in ("train", "calibration", "held-out"):
-        for path in (tmp_path / "acts").glob(f"{split}-*.safetensors"):
-            tensors = load_file(path)
-            tensors["layer.0.mask"].fill_(0 if silent else 255)
-            ones = torch.ones_like(tensors["layer.1.x"])
-            tensors["layer.1.x"] = ones * torch.linspace(0.5, 2, len(ones))[:, None].half()
-            save_file(tensors, path)
-    return ActivationStore(tmp_path / "acts")
-
-
 @pytest.mark.parametrize("dtype", ["f16", "q4_0"])
 @pytest.mark.parametrize("silent", [True, False])
 def test_layers_with_nothing_to_learn_give_predictors_all_the_same(
-    recipe, synthetic, tmp_path, silent, dtype
+    recipe, synthetic, tmp_path, edit_store, capfd, silent, dtype
 ):
-    store = degenerate(synthetic, tmp_path, silent)
+    """Layer 0 is silent or always on, and layer 1 has inputs along one direction alone."""
+
+    def change(tensors) -> None:
+        tensors["layer.0.mask"].fill_(0 if silent else 255)
+        ones = torch.ones_like(tensors["layer.1.x"])
+        tensors["layer.1.x"] = ones * torch.linspace(0.5, 2, len(ones))[:, None].half()
+
+    store = edit_store(synthetic, tmp_path / "acts", change)
     cfg = replace(
         recipe,
         activations=store.folder,
@@ -364,6 +418,8 @@ def test_layers_with_nothing_to_learn_give_predictors_all_the_same(
     predictors = train(cfg)
     for predictor in predictors.layers:
         assert all(weight.isfinite().all() for weight in predictor.weights)
+    told = "nothing fires in layer 0;" if silent else "every token in layer 0, so there is no"
+    assert told in capfd.readouterr().err
     first, second = predictors.manifest.calibration
     if silent:
         assert first["recall"] == 1.0
