@@ -25,7 +25,13 @@ from sparsecast.collect.families import unknown
 from sparsecast.collect.pretrained import build_config, without_code
 from sparsecast.collect.remap import REMAPPED, kind_of
 from sparsecast.collect.source import resolve
-from sparsecast.collect.weights import main_file, open_weights, places, refuse_pointer, refuse_pointers
+from sparsecast.collect.weights import (
+    main_file,
+    open_weights,
+    places,
+    refuse_pointer,
+    refuse_pointers,
+)
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -70,7 +70,7 @@ def encode(tokenizer: Tokenizer, text: str, seq_len: int) -> list[int]:
     A literal `<s>` in the text is text, not a second BOS.
     """
     plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return _with_bos(tokenizer, plain["input_ids"])[:seq_len]
+    return with_bos(tokenizer, plain["input_ids"])[:seq_len]
 
 
 def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[int]:
@@ -114,7 +114,7 @@ def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[i
             split_special_tokens=literal,
             verbose=False,
         )["input_ids"]
-    return _with_bos(tokenizer, ids)[:seq_len]
+    return with_bos(tokenizer, ids)[:seq_len]
 
 
 def _specials(tokenizer: Tokenizer) -> list[str]:
@@ -123,7 +123,8 @@ def _specials(tokenizer: Tokenizer) -> list[str]:
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
 
-def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """`ids` behind exactly one BOS, where the tokenizer has one."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return list(ids)

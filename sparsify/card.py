@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sparsecast.collect.atomic import read_json, write_text
 from sparsecast.collect.builtin import PACKAGES
+from sparsecast.collect.families import FAMILIES
 from sparsecast.sparsify.measure import Score
 
 
 class Sample(NamedTuple):
     prompt: str
     text: str
-
-
-def _corpus(name: str) -> str:
-    if name != "builtin":
-        return f"`{name}`."
-    return (
-        "sources and docstrings of the Python standard library (PSF-2.0)\nand of these packages, "
-        f"all under Apache, BSD, MIT or PSF licences:\n{', '.join(PACKAGES)}."
-    )
+    """What the model went on with."""
 
 
 def write_card(
@@ -30,36 +24,39 @@ def write_card(
 ) -> None:
     """Write README.md into a model's folder; sparsify.json must be there already."""
     facts = read_json(folder / "sparsify.json", "what sparsify measured")
-    reference = scores.get("SiLU original")
+    original = next((row for row in scores if row.endswith(" original")), None)
     rows = [
         f"| {row} | {s.sparsity:.2%} | {s.perplexity:.3f} | "
-        + (f"{s.perplexity / reference.perplexity - 1:+.2%} |" if reference else "- |")
+        + (f"{s.perplexity / scores[original].perplexity - 1:+.2%} |" if original else "- |")
         for row, s in scores.items()
     ]
     quoted = "\n\n".join(
-        f"Prompt `{s.prompt.strip()}`:\n\n```text\n{s.text.strip()}\n```" for s in samples
+        f"The beginning of a held-out document:\n\n{_quoted(s.prompt)}\n\n"
+        f"and how the model goes on:\n\n{_quoted(s.text)}"
+        for s in samples
     )
     write_text(
         folder / "README.md",
         f"""# {name}
 
-A ReLU-sparse LLaMA of {facts["parameters"] / 1e6:.1f}M parameters, trained by `sparsecast sparsify`
-with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 regularisation, and a
-FATReLU threshold of {facts["threshold"]:g}.
+A ReLU-sparse {_FAMILIES.get(facts["model_type"], facts["model_type"])} of \
+{count(facts["parameters"])} parameters, trained by `sparsecast sparsify`
+with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 regularisation, and
+{_shift(facts)}.
 
-| model | sparsity | held-out perplexity | against SiLU |
+| model | sparsity | held-out perplexity | against {(original or "SiLU").split()[0]} |
 |---|---|---|---|
 {chr(10).join(rows)}
 
-Every row trained on {facts["tokens"] / 1e6:.0f}M tokens, from the same start, over the same
-batches. Sparsity is the share of zeros in act(gate) * up, the mean over layers, on held-out
-documents.
+Every row trained on {count(facts["tokens"])} tokens, from the same start, over the same
+batches. Sparsity is the share of zeros in the input of the down projection, the mean over layers,
+on held-out documents.
 
-Text: {facts["corpus_tokens"] / 1e6:.1f}M tokens of {_corpus(facts["corpus"])}
+Text: {count(facts["corpus_tokens"])} tokens of {_corpus(facts["corpus"])}
 
 ## Load
 
-`hidden_act` is `fatrelu`, which transformers does not know, so import sparsecast first:
+{_loading(facts)}
 
 ```python
 from sparsecast.collect.models import load_model
@@ -74,3 +71,45 @@ Temperature 0.7, top-k 40, nothing picked by hand.
 {quoted}
 """,
     )
+
+
+_FAMILIES = {"llama": "LLaMA", "opt": "OPT", "falcon": "Falcon"}
+
+
+def count(number: int) -> str:
+    """A number of tokens or parameters as a person reads it."""
+    return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number:,}"
+
+
+def _corpus(name: str) -> str:
+    if name != "builtin":
+        return f"`{name}`."
+    return (
+        "sources and docstrings of the Python standard library (PSF-2.0)\nand of these packages, "
+        f"all under Apache, BSD, MIT or PSF licences:\n{', '.join(PACKAGES)}."
+    )
+
+
+def _shift(facts: Mapping[str, Any]) -> str:
+    if facts["activation"] == "fatrelu":
+        return f"a FATReLU threshold of {facts['threshold']:g}"
+    if facts["activation"] == "drelu":
+        return "ReLU on gate and up, which have no threshold to shift"
+    return "no FATReLU threshold: every one that was tried costs more perplexity than was allowed"
+
+
+def _loading(facts: Mapping[str, Any]) -> str:
+    field = FAMILIES[facts["model_type"]].act_key
+    if facts["activation"] == "relu":
+        return f"`{field}` is `relu`: transformers loads this model by itself, and sparsecast by"
+    return (
+        f"`{field}` is `{facts['activation']}`, which transformers does not know: its own loader "
+        "stops with a\nKeyError. sparsecast loads the model:"
+    )
+
+
+def _quoted(text: str) -> str:
+    """In a fence that the text does not close."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text.strip()}\n{fence}"

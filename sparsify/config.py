@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, nextafter
 from pathlib import Path
 
 from sparsecast.collect.errors import InputError
@@ -60,7 +61,7 @@ class SparsifyConfig:
     """Folder for the sparse model; it appears when complete, an interrupted run resumes."""
 
     model: str | None = None
-    """A llama or mistral with SiLU, ReLU or FATReLU: Hugging Face id or folder."""
+    """Hugging Face id or folder, of any family that collect reads; with SiLU, GELU or sparse."""
 
     preset: str | None = None
     """tiny (7M parameters) or 30m: pre-train a SiLU llama first, tokenizer included."""
@@ -69,7 +70,8 @@ class SparsifyConfig:
     """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or name[:config][@split]."""
 
     tokens: int | None = None
-    """Tokens to train on in all, pre-training included; unset: the preset's, or 100 million."""
+    """Tokens to train on in all, pre-training included, in whole steps of --batch-tokens; unset:
+    the preset's, or 100 million."""
 
     pretrain_share: float = 0.4
     """Share of the tokens that a preset spends on SiLU pre-training."""
@@ -109,10 +111,81 @@ class SparsifyConfig:
             raise InputError("sparsify: give either --model or --preset")
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"--preset: got {self.preset!r}, expected {' or '.join(PRESETS)}")
-        if not 0 <= self.pretrain_share < 1:
-            raise InputError(f"--pretrain-share: must be in [0, 1), got {self.pretrain_share}")
-        if self.batch_tokens < self.seq_len or self.seq_len < 2:
+        for option, value, low, high, expected in (
+            ("--pretrain-share", self.pretrain_share, 0, _below(1), "a share from 0 to below 1"),
+            ("--l1", self.l1, 0, _below(inf), "a number >= 0"),
+            ("--lr", self.lr, _above(0), _below(inf), "a number > 0"),
+            ("--shift-tolerance", self.shift_tolerance, 0, _below(inf), "a number >= 0"),
+            ("--seq-len", self.seq_len, 2, inf, "at least 2"),
+            ("--eval-tokens", self.eval_tokens, 2, inf, "at least 2"),
+            ("--seed", self.seed, 0, 2**32 - 1, "a whole number from 0 to 2^32 - 1"),
+        ):
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{option}: got {value}, expected {expected}")
+        if self.batch_tokens < self.seq_len:
             raise InputError(
-                f"--batch-tokens {self.batch_tokens}: must hold at least one sequence of "
-                f"--seq-len {self.seq_len} >= 2 tokens"
+                f"--batch-tokens: got {self.batch_tokens}, expected at least one sequence of "
+                f"--seq-len {self.seq_len} tokens"
             )
+        least = 2 if self._pretrains else 1
+        if self.steps < least:
+            why = "one step" if least == 1 else "two steps, one of them pre-training,"
+            raise InputError(
+                f"--tokens: got {self.tokens}, expected at least {least * self.step_tokens:,}: "
+                f"{why} of --batch-tokens {self.batch_tokens}"
+            )
+
+    @property
+    def _preset(self) -> Preset | None:
+        return None if self.preset is None else PRESETS[self.preset]
+
+    @property
+    def _pretrains(self) -> bool:
+        return self.preset is not None and self.pretrain_share > 0
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per step."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run: as many as `tokens` have room for."""
+        tokens = self.tokens
+        if tokens is None:
+            tokens = self._preset.tokens if self._preset else 100_000_000
+        return tokens // self.step_tokens
+
+    @property
+    def pretrain_steps(self) -> int:
+        share = int(self.steps * self.pretrain_share)
+        return min(max(1, share), self.steps - 1) if self._pretrains else 0
+
+    @property
+    def phases(self) -> int:
+        """Stretches of training: pre-training, the baselines, ProSparse."""
+        return int(self._pretrains) + (3 if self.baselines else 1)
+
+    @property
+    def peak_lr(self) -> float:
+        if self.lr is not None:
+            return self.lr
+        return self._preset.lr if self._preset else 3e-5
+
+    @property
+    def last_l1(self) -> float:
+        if self.l1 is not None:
+            return self.l1
+        return self._preset.l1 if self._preset else 0.1
+
+
+def _below(value: float) -> float:
+    return nextafter(value, -inf)
+
+
+def _above(value: float) -> float:
+    return nextafter(value, inf)

@@ -20,7 +20,10 @@ from sparsecast.collect.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Score:
-    """`sparsity` is the share of zeros in x1, the plain mean over layers."""
+    """`sparsity` is the share of zeros in x1, the plain mean over layers.
+
+    The perplexity of a model that training has destroyed may be infinite, or no number.
+    """
 
     perplexity: float
     sparsity: float
@@ -40,13 +43,19 @@ def score(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> Score:
         zeros[layer] = zeros.get(layer, 0.0) + (share_N * kept_N).sum().item()
 
     with Recorder(model, count):
-        value = perplexity(model, batches, keep)
+        try:
+            value = perplexity(model, batches, keep)
+        except OverflowError:  # of exp
+            value = float("inf")
     tokens = sum(batch.tokens for batch in batches)
     return Score(value, sum(zeros.values()) / (len(zeros) * tokens))
 
 
 def gate_quantiles(model: PreTrainedModel, batch: TokenBatch, shares: Tensor) -> Tensor:
-    """Quantiles of the positive gate activations of all layers, as threshold candidates."""
+    """Quantiles of the positive gate activations of all layers, as threshold candidates.
+
+    They depend on the model and the batch alone, not on random numbers drawn before.
+    """
     family = family_of(model.config, "model")
     found: list[Tensor] = []
     handles = [
@@ -60,7 +69,9 @@ def gate_quantiles(model: PreTrainedModel, batch: TokenBatch, shares: Tensor) ->
     for handle in handles:
         handle.remove()
     values = torch.cat([v[v > 0].cpu() for v in found])
-    keep = torch.randperm(len(values))[:1_000_000]
+    if not len(values):
+        return values
+    keep = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))[:1_000_000]
     return torch.quantile(values[keep], shares)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,23 +13,36 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.corpus import documents
-from sparsecast.collect.families import family_of
-from sparsecast.collect.models import pick_device, read_weights
-from sparsecast.collect.pretrained import tokenizer_of
+from sparsecast.collect.corpus import Document, documents
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.families import activation_rule, family_of
+from sparsecast.collect.models import (
+    check_length,
+    open_checked,
+    pick_device,
+    read_weights,
+    set_activation,
+)
+from sparsecast.collect.pretrained import empty_model
 from sparsecast.collect.progress import console
 from sparsecast.collect.splits import assign
 from sparsecast.collect.tokenizers import load_tokenizer
 from sparsecast.collect.tokens import TokenBatch, batches
 from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
+from sparsecast.sparsify.saved import check_kept, differences, keep_files, say_activation
 from sparsecast.sparsify.text import sequences
 from sparsecast.sparsify.tokenizer import train_tokenizer
+from sparsecast.sparsify.work import Work
 
 TOKENIZER_DOCUMENTS = 6_000
+SPARSE = ("relu", "fatrelu", "drelu")
+
+Opened = tuple[Checkpoint, Tokenizer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,97 +51,177 @@ class Start:
 
     model: Any
     tokenizer: Tokenizer
-    tokenizer_files: list[Path]
+    kept: Path
+    """What of the tokenizer's files goes beside the saved model."""
+    rule: ActivationRule
+    """What takes the place of the model's own activation: relu, or drelu where it has that."""
     rows_NS: Tensor
     calibration: list[TokenBatch]
     held_out: list[TokenBatch]
     device: torch.device
-    steps: int
-    pretrain_steps: int
-    lr: float
-    l1: float
+
+    @property
+    def texts(self) -> list[str]:
+        """The beginnings of a few held-out documents."""
+        return _beginnings(self.tokenizer, self.held_out)
 
 
-def prepare(cfg: SparsifyConfig, work: Path) -> Start:
-    """Load or make the model and tokenise the corpus; finished parts are taken from `work`."""
+def _beginnings(tokenizer: Tokenizer, held_out: list[TokenBatch]) -> list[str]:
+    rows = held_out[0].ids_BS[:3]
+    return ["".join(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
+
+
+def open_source(cfg: SparsifyConfig) -> Opened | None:
+    """Everything that can be refused before a corpus is read; None for a preset."""
+    pick_device(cfg.device)
+    if cfg.corpus == "-" or Path(cfg.corpus).expanduser().is_fifo():
+        raise InputError(
+            f"--corpus {cfg.corpus}: sparsify reads its corpus more than once, expected one that "
+            "can be; save it to a file"
+        )
+    if cfg.model is None:
+        return None
+    checkpoint, tokenizer = open_checked(cfg.model)
+    check_length(cfg.seq_len, empty_model(checkpoint.config), cfg.model)
+    if _name(checkpoint.config) in SPARSE:
+        activation_rule(checkpoint.config, cfg.model)
+    return checkpoint, tokenizer
+
+
+def prepare(cfg: SparsifyConfig, opened: Opened | None, work: Work) -> Start:
+    """Make or load the model and tokenise the corpus; finished parts are taken from `work`.
+
+    The weights come last: whatever can be refused without them is refused sooner.
+    """
     device = pick_device(cfg.device)
-    preset = PRESETS[cfg.preset] if cfg.preset else None
-    if preset is not None:
-        source = _tokenizer_folder(cfg, work, preset)
-        tokenizer: Tokenizer = tokenizer_of(source)
-        model = _new_model(preset, len(tokenizer), cfg.seq_len)
+    work.needs = 4.0 * cfg.steps * cfg.step_tokens
+    kept = work.path / "tokenizer"
+    tokenizer = _train_tokenizer(cfg, kept) if opened is None else opened[1]
+    if opened is None:
+        assert cfg.preset is not None
+        config: Any = _config(PRESETS[cfg.preset], len(tokenizer), cfg.seq_len)
     else:
-        assert cfg.model is not None
-        checkpoint = Checkpoint(cfg.model)
-        family_of(checkpoint.config, cfg.model)
-        source, tokenizer = checkpoint.folder, load_tokenizer(checkpoint)
-        model = read_weights(checkpoint, torch.float32)
-    tokens = cfg.tokens or (preset.tokens if preset else 100_000_000)
-    steps = max(10, tokens // cfg.batch_tokens)
-    rows_NS = _rows(cfg, work, tokenizer, tokens)
-    evaluation = list(
+        config = opened[0].config
+    rule = ActivationRule("drelu" if _name(config) == "drelu" else "relu")
+    calibration, held_out = _evaluation(cfg, tokenizer, config.vocab_size)
+    if opened is not None:
+        _keep(opened, rule, kept, _beginnings(tokenizer, held_out))
+    rows_NS = _rows(cfg, work, tokenizer, config.vocab_size)
+    work.reserve(empty_model(config).num_parameters(), cfg.phases, rows_NS.numel())
+    if opened is None:
+        torch.manual_seed(cfg.seed)
+        model: Any = LlamaForCausalLM(config)
+    else:
+        model = read_weights(opened[0], torch.float32)
+        if _name(config) in SPARSE:
+            set_activation(model, activation_rule(config, opened[0].source))
+    return Start(
+        model=model.to(device),
+        tokenizer=tokenizer,
+        kept=kept,
+        rule=rule,
+        rows_NS=rows_NS.to(device),
+        calibration=calibration,
+        held_out=held_out,
+        device=device,
+    )
+
+
+def _name(config: PreTrainedConfig) -> Any:
+    """Of the activation that the model comes with."""
+    return getattr(config, family_of(config, "model").act_key, None)
+
+
+def _keep(opened: Opened, rule: ActivationRule, kept: Path, texts: Iterable[str]) -> None:
+    """Put the tokenizer's files aside, or find those that this run has put aside before."""
+    checkpoint, tokenizer = opened
+    if (kept / "config.json").is_file():
+        if changed := differences(tokenizer, load_tokenizer(Checkpoint(str(kept))), texts):
+            raise InputError(
+                f"{checkpoint.source}: its tokenizer gives {changed} than it did when the run in "
+                f"{kept.parent} began; restore it, or remove that folder to begin again"
+            )
+        return
+    keep_files(tokenizer, checkpoint.folder, kept)
+    config = copy.deepcopy(checkpoint.config)
+    say_activation(config, rule if rule.on_up else ActivationRule("fatrelu", 0.5))
+    check_kept(tokenizer, config, kept, texts)
+
+
+def _train_tokenizer(cfg: SparsifyConfig, folder: Path) -> Tokenizer:
+    assert cfg.preset is not None
+    preset = PRESETS[cfg.preset]
+    if (folder / "config.json").is_file():
+        return load_tokenizer(Checkpoint(str(folder)))
+    console.print(f"training a tokenizer of {preset.vocab_size} pieces")
+    docs = islice(_train_documents(cfg), TOKENIZER_DOCUMENTS)
+    tokenizer = train_tokenizer(_texts(docs, cfg.corpus), preset.vocab_size, folder)
+    _config(preset, len(tokenizer), cfg.seq_len).save_pretrained(folder)
+    return tokenizer
+
+
+def _texts(docs: Iterable[Document], corpus: str) -> Iterator[str]:
+    for doc in docs:
+        if doc.chat is not None:
+            raise InputError(
+                f"--corpus {corpus}: holds chats, and the tokenizer of a --preset has no template "
+                "for them; give plain text under 'text', or a --model that has one"
+            )
+        yield doc.text
+
+
+def _config(preset: Preset, vocab_size: int, seq_len: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=preset.hidden_size,
+        intermediate_size=preset.ffn_width,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.kv_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=seq_len,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
+
+
+def _evaluation(
+    cfg: SparsifyConfig, tokenizer: Tokenizer, vocabulary: int
+) -> tuple[list[TokenBatch], list[TokenBatch]]:
+    """The batches of the calibration and of the held-out split."""
+    found = list(
         batches(
             assign(documents(cfg.corpus, seq_len=cfg.seq_len)),
             tokenizer,
             {"calibration": cfg.eval_tokens, "held-out": cfg.eval_tokens},
             seq_len=cfg.seq_len,
             batch_size=32,
+            vocabulary=vocabulary,
         )
     )
-    return Start(
-        model=model.to(device),
-        tokenizer=tokenizer,
-        tokenizer_files=sorted(source.glob("tokenizer*")),
-        rows_NS=rows_NS.to(device),
-        calibration=[batch for batch in evaluation if batch.split == "calibration"],
-        held_out=[batch for batch in evaluation if batch.split == "held-out"],
-        device=device,
-        steps=steps,
-        pretrain_steps=int(steps * cfg.pretrain_share) if preset else 0,
-        lr=cfg.lr or (preset.lr if preset else 3e-5),
-        l1=(preset.l1 if preset else 0.1) if cfg.l1 is None else cfg.l1,
+    splits = {batch.split for batch in found}
+    if missing := {"calibration", "held-out"} - splits:
+        raise InputError(
+            f"--corpus {cfg.corpus}: no document of two tokens or more for "
+            f"{' and '.join(sorted(missing))}; give more text, in more documents"
+        )
+    return (
+        [batch for batch in found if batch.split == "calibration"],
+        [batch for batch in found if batch.split == "held-out"],
     )
 
 
-def _tokenizer_folder(cfg: SparsifyConfig, work: Path, preset: Preset) -> Path:
-    folder = work / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
-        console.print(f"training a tokenizer of {preset.vocab_size} pieces")
-        train_tokenizer(
-            islice(_train_texts(cfg.corpus, cfg.seq_len), TOKENIZER_DOCUMENTS),
-            preset.vocab_size,
-            folder,
-        )
-    return folder
-
-
-def _new_model(preset: Preset, vocab_size: int, seq_len: int) -> Any:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=preset.hidden_size,
-            intermediate_size=preset.ffn_width,
-            num_hidden_layers=preset.layers,
-            num_attention_heads=preset.heads,
-            num_key_value_heads=preset.kv_heads,
-            vocab_size=vocab_size,
-            max_position_embeddings=seq_len,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _rows(cfg: SparsifyConfig, work: Path, tokenizer: Tokenizer, limit: int) -> Tensor:
-    path = work / "tokens.safetensors"
+def _rows(cfg: SparsifyConfig, work: Work, tokenizer: Tokenizer, vocabulary: int) -> Tensor:
+    path = work.path / "tokens.safetensors"
     if path.is_file():
         return load_file(path)["rows"]
-    rows_NS = sequences(_train_texts(cfg.corpus, cfg.seq_len), tokenizer, cfg.seq_len, limit)
-    part = path.with_suffix(".part")
+    limit = cfg.steps * cfg.step_tokens
+    rows_NS = sequences(_train_documents(cfg), tokenizer, cfg.seq_len, limit, vocabulary)
+    part = path.with_name(f".{path.name}.part")
     save_file({"rows": rows_NS}, part)
     part.replace(path)
     return rows_NS
 
 
-def _train_texts(corpus: str, seq_len: int) -> Iterator[str]:
-    docs = assign(documents(corpus, workers=os.cpu_count() or 1, seq_len=seq_len))
-    return (doc.text for name, doc in docs if name == "train")
+def _train_documents(cfg: SparsifyConfig) -> Iterator[Document]:
+    docs = assign(documents(cfg.corpus, workers=os.cpu_count() or 1, seq_len=cfg.seq_len))
+    return (doc for name, doc in docs if name == "train")

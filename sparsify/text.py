@@ -5,47 +5,89 @@ Shape letters: N sequences, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from sparsecast.collect.corpus import Document
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import bar
+from sparsecast.collect.tokens import encode, encode_document, with_bos
+
+GROUP = 1024
+"""Documents that are tokenized together."""
 
 
-def sequences(texts: Iterable[str], tokenizer: Any, seq_len: int, limit: int) -> Tensor:
+def sequences(
+    docs: Iterable[Document],
+    tokenizer: Any,
+    seq_len: int,
+    limit: int,
+    vocabulary: float = float("inf"),
+) -> Tensor:
     """(N, S) int32 on the CPU: documents end to end, cut every S tokens, each row led by BOS.
 
-    Args:
-        tokenizer: One that is backed by the tokenizers library.
-        limit: Stop reading after this many tokens.
+    Documents are encoded as everywhere: text as it is, chats through the tokenizer's template.
 
-    Memory: 4 bytes per token, of at most `limit` tokens.
+    Args:
+        limit: Stop reading after this many tokens.
+        vocabulary: Rows of the model's embedding.
+
+    Memory: 4 bytes per token, of at most `limit` tokens and one group of documents.
+
+    Raises:
+        InputError: Too little text, a chat that has no template or does not fit it, or a token
+            without a row in the embedding.
     """
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # a literal <s> in the text is text
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     flat: list[Tensor] = []
     total = 0
-    stream = iter(texts)
+    stream = iter(docs)
     with bar("tokenise", None) as progress:
-        while total < limit and (group := list(islice(stream, 1024))):
-            for encoding in backend.encode_batch_fast(group, add_special_tokens=False):
-                flat.append(torch.tensor(bos + encoding.ids, dtype=torch.int32))
-                total += len(flat[-1])
+        while total < limit and (group := list(islice(stream, GROUP))):
+            for ids in _encoded(tokenizer, group):
+                flat.append(torch.tensor(ids, dtype=torch.int32))
+                total += len(ids)
             progress.advance(len(group))
-    rows = torch.cat(flat)[: total - total % seq_len].view(-1, seq_len).clone()
-    if not len(rows):
+    if total < seq_len:
         raise InputError(
             f"the training split has {total} tokens, expected at least {seq_len}; give more text "
             "or a smaller --seq-len"
         )
+    rows = torch.cat(flat)[: total - total % seq_len].view(-1, seq_len).clone()
+    if (largest := int(rows.max())) >= vocabulary:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer gives id {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings for "
+            f"{vocabulary} ids alone; give the tokenizer that belongs to the model"
+        )
     if tokenizer.bos_token_id is not None:
         rows[:, 0] = tokenizer.bos_token_id
     return rows
+
+
+def _encoded(tokenizer: Any, group: Sequence[Document]) -> Iterator[list[int]]:
+    """What `encode_document` gives for each, without its limit; texts on every core."""
+    plain = iter(_plain(tokenizer, [doc.text for doc in group if doc.chat is None]))
+    for doc in group:
+        if doc.chat is None:
+            yield with_bos(tokenizer, next(plain))
+        else:
+            yield encode_document(tokenizer, doc, sys.maxsize)
+
+
+def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return [encode(tokenizer, text, sys.maxsize) for text in texts]
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # a literal <s> in the text is text
+    backend.no_truncation()  # which tokenizer.json may ask for
+    backend.no_padding()
+    return [got.ids for got in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 class Batches(torch.utils.data.IterableDataset[Tensor]):

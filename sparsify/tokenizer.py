@@ -7,6 +7,7 @@ type. Byte fallback covers every text; normalisation is off so that text round-t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = (line for text in texts for line in text.split("\n") if line.strip())
+    model = BytesIO()  # a name in its place would be written into the model
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
-            model_prefix=str(folder / "tokenizer"),
+            model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
@@ -53,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
             f"the tokenizer could not be trained with {vocab_size} pieces "
             f"({str(error).splitlines()[0]}); give more text or a smaller vocabulary"
         ) from error
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     backend = tokenizer_of(folder, LlamaTokenizer).backend_tokenizer
     # transformers' own pre-tokeniser adds no space before a text that starts with one.
     backend.pre_tokenizer = None
