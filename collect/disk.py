@@ -60,12 +60,18 @@ def told_when_full(out: Path, need: int, what: str, kept: Callable[[], str]) -> 
     except OSError as error:
         if error.errno not in FULL:
             raise
-        left = kept()
-        file = f": {Path(error.filename).name}" if isinstance(error.filename, str) else ""
-        raise OSError(
-            f"{out}: cannot be written ({error.strerror}{file}); {what} needs {size(need)} of "
-            f"disk, {size(free(out))} are free there now; {left}"
-        ) from error
+        raise full_disk(error, out, need, what, kept()) from error
+
+
+def full_disk(error: OSError, out: Path, need: int, what: str, left: str) -> OSError:
+    """What `told_when_full` says; of any other fault of a disk the file, and what is `left`."""
+    if error.errno not in FULL:
+        return OSError(f"{error.filename or out}: {error.strerror or error}; {left}")
+    file = f": {Path(error.filename).name}" if isinstance(error.filename, str) else ""
+    return OSError(
+        f"{out}: cannot be written ({error.strerror}{file}); {what} needs {size(need)} of disk, "
+        f"{size(free(out))} are free there now; {left}"
+    )
 
 
 def save_tensors(path: Path, value: Any) -> None:

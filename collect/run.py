@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,8 +23,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint, effective
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.corpus import documents
+from sparsecast.collect.corpus import Document, begun, documents
+from sparsecast.collect.disk import full_disk, told_when_full
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.estimate import largest_batch, layers_of, look, token_limit, x_dtype_of
 from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.files import is_stream
 from sparsecast.collect.fill import Filler
@@ -35,7 +37,7 @@ from sparsecast.collect.prefetch import prefetch
 from sparsecast.collect.progress import Bar, bar, console
 from sparsecast.collect.ranks import Team, team
 from sparsecast.collect.recorder import Recorder
-from sparsecast.collect.shard import SHARD_BYTES, Shape
+from sparsecast.collect.shard import Shape
 from sparsecast.collect.shard_file import ShardFile
 from sparsecast.collect.splits import SPLITS, assign
 from sparsecast.collect.stop import Stop, same_kind, stoppable
@@ -80,6 +82,9 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
             checkpoint = Checkpoint(cfg.model)
             if (cfg.out / MANIFEST).is_file():
                 return _finished(cfg, checkpoint)
+            wanted = shares or quotas(cfg.tokens, cfg.count_tokens)
+            need = look(cfg, checkpoint, wanted)
+            docs = begun(cfg.corpus, assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
             model, tokenizer = load_model(
                 cfg.model,
                 device=cfg.device,
@@ -96,48 +101,53 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
         manifest = replace(manifest, threads=read_manifest(part).threads)
         try:
             with _threads(manifest.threads):
-                wanted = shares or quotas(cfg.tokens, cfg.count_tokens)
-                plan = _record(cfg, model, tokenizer, wanted, manifest.shape, part, ranks, stop)
+                plan = _record(
+                    cfg, model, tokenizer, docs, wanted, manifest.shape, part, ranks, stop
+                )
         except BaseException as error:
             kept = len(shards(part))
             if ranks.leads and (not kept or (fresh and isinstance(error, Silent))):
                 shutil.rmtree(part, ignore_errors=True)
-            left = (
-                f"{kept} finished shards are kept, the same command goes on from there"
-                if kept
-                else "no shard was finished yet, nothing is left behind"
-            )
-            if isinstance(error, OSError):
-                told = error.filename or cfg.out
-                raise OSError(f"{told}: {error.strerror or error}; {left}") from error
-            if not isinstance(error, KeyboardInterrupt):
+            told = _told(error, cfg, need, kept, stop.terminated and ranks.size > 1)
+            if told is error:
                 raise
-            how = (
-                "stopped by SIGTERM, as torchrun does when a rank fails: what that one says comes "
-                "first"
-                if stop.terminated and ranks.size > 1
-                else "interrupted"
-            )
-            raise same_kind(error, f"{cfg.out}: {how}; {left}") from None
+            raise told from None if isinstance(error, KeyboardInterrupt) else error
         ranks.wait()
         if ranks.leads:
-            manifest = _complete(cfg, part, manifest, *plan)
+            all_of_them = "every shard is kept: make room, and the same command goes on from there"
+            with told_when_full(cfg.out, need, "the store", lambda: all_of_them):
+                manifest = _complete(cfg, part, manifest, *plan)
             _summary(manifest, cfg)
         ranks.wait()
     return ActivationStore(cfg.out)
 
 
-def token_limit(cfg: CollectConfig, shape: Shape) -> tuple[int, int]:
-    """(tokens after which a shard is full, tokens of the largest one that may occur)."""
-    full = max(1, SHARD_BYTES // shape.token_bytes)
-    batch = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
-    return full, max(full, batch)
+def _told(
+    error: BaseException, cfg: CollectConfig, need: int, kept: int, torn: bool
+) -> BaseException:
+    """What to raise where recording ended with `kept` finished shards; `torn`: by another rank."""
+    left = (
+        f"{kept} finished shards are kept, the same command goes on from there"
+        if kept
+        else "no shard was finished yet, nothing is left behind"
+    )
+    if isinstance(error, OSError):
+        return full_disk(error, cfg.out, need, "the store", left)
+    if not isinstance(error, KeyboardInterrupt):
+        return error
+    how = (
+        "stopped by SIGTERM, as torchrun does when a rank fails: what that one says comes first"
+        if torn
+        else "interrupted"
+    )
+    return same_kind(error, f"{cfg.out}: {how}; {left}")
 
 
 def _record(
     cfg: CollectConfig,
     model: PreTrainedModel,
     tokenizer: Tokenizer,
+    docs: Iterable[tuple[str, Document]],
     wanted: Mapping[str, int],
     shape: Shape,
     part: Path,
@@ -145,10 +155,11 @@ def _record(
     stop: Stop,
 ) -> tuple[list[tuple[str, int, str]], Tally]:
     """Write this rank's share of the shards; (split, tokens, file) of all, and what went in."""
-    full, largest = token_limit(cfg, shape)
+    full, largest = token_limit(shape, largest_batch(cfg))
     tally = Tally()
-    docs = stop.until(assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
-    rows = sequences(docs, tokenizer, wanted, cfg.seq_len, vocabulary=embedding_rows(model))
+    rows = sequences(
+        stop.until(docs), tokenizer, wanted, cfg.seq_len, vocabulary=embedding_rows(model)
+    )
     plan = units(
         tally.over(rows), seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=full
     )
@@ -210,17 +221,9 @@ def _describe(
 ) -> Manifest:
     """The manifest before any token is recorded."""
     n_layers, hidden_size, ffn_width = ffn_shape(model)
-    layers = list(range(n_layers)) if cfg.layers is None else cfg.layers
-    if out := [i for i in layers if not 0 <= i < n_layers]:
-        raise InputError(f"--layers: the model has layers 0 to {n_layers - 1}, got {out}")
-    if not layers:
-        raise InputError(f"--layers: got none, expected some of 0 to {n_layers - 1}")
     check_length(cfg.seq_len, model, cfg.model)
     family = family_of(checkpoint.config, cfg.model)
     rule = activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
-    x_dtype = cfg.input_dtype
-    if x_dtype == "auto":
-        x_dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float16"
     return Manifest(
         model=cfg.model,
         fingerprint=checkpoint.fingerprint,
@@ -234,11 +237,11 @@ def _describe(
         activation_threshold=rule.threshold,
         corpus=cfg.corpus,
         options=_options(cfg),
-        layers=layers,
+        layers=layers_of(cfg, n_layers),
         hidden_size=hidden_size,
         ffn_width=ffn_width,
         ffn_matrices=family.matrices,
-        x_dtype=x_dtype,
+        x_dtype=x_dtype_of(cfg, model.dtype),
         energy=cfg.energy,
     )
 

@@ -26,6 +26,8 @@ def target(out: Path) -> Path:
     path = Path(os.path.realpath(out)) if follow else out
     if os.path.isfile(path / MANIFEST):
         return path
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise InputError(f"{out}: is not a folder, expected one to write; choose another --out")
     check_place(path)
     if path.is_dir() and any(path.iterdir()):
         raise InputError(

@@ -113,6 +113,7 @@ def to_folder(folder: Path) -> Callable[[str, Image], None]:
                 os.fsync(file.fileno())
             part.replace(folder / name)
         except OSError as error:
+            part.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(folder / name)) from error
 
     return write

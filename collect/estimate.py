@@ -1,0 +1,116 @@
+"""What a collection will take, before its model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.disk import check_room, free, size
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.families import activation_rule
+from sparsecast.collect.models import ffn_shape, pick_device, pick_dtype
+from sparsecast.collect.progress import console
+from sparsecast.collect.shard import SHARD_BYTES, Shape
+from sparsecast.collect.target import shards, unfinished
+from sparsecast.collect.tokens import COUNTED
+from sparsecast.collect.writer import BUFFERS
+
+ACTIVE = 0.15
+"""The share of neurons taken to fire, for the bytes of energies. All else is known."""
+
+
+def outline(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that the config describes, without weights: it takes no memory."""
+    with torch.device("meta"):
+        auto: Any = AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(checkpoint.config, trust_remote_code=False)
+    return model
+
+
+def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+
+
+def token_limit(shape: Shape, batch: int) -> tuple[int, int]:
+    """(tokens after which a shard is full, tokens of the largest one that may occur).
+
+    Args:
+        batch: Tokens of the largest batch.
+    """
+    full = max(1, SHARD_BYTES // shape.token_bytes)
+    return full, max(full, batch)
+
+
+def store_bytes(shape: Shape, tokens: Mapping[str, int]) -> int:
+    """Of a store with so many tokens per split: shards and statistics."""
+    layers, width = len(shape.layers), shape.ffn_width
+    full = token_limit(shape, 0)[0]
+    total = 0
+    for split, count in tokens.items():
+        fired = math.ceil(count / full) * 4 * layers * width
+        each = (8 + 4 * layers) if split == COUNTED else shape.token_bytes
+        if shape.energy and split != COUNTED:
+            each += round(ACTIVE * layers * width)
+        total += fired + count * each + 8 * layers * (2 * width + 1)
+    return total
+
+
+def host_bytes(shape: Shape, batch: int) -> int:
+    """Of memory, beside the model: the shards that are being filled and written."""
+    return BUFFERS * shape.nbytes(token_limit(shape, batch)[1])
+
+
+def look(cfg: CollectConfig, checkpoint: Checkpoint, wanted: Mapping[str, int]) -> int:
+    """Bytes of the store; refuses what can be seen without the weights, tells what a run takes."""
+    activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
+    dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, pick_device(cfg.device))
+    checkpoint.check()
+    model = outline(checkpoint)
+    n_layers, hidden_size, ffn_width = ffn_shape(model)
+    shape = Shape(
+        layers=layers_of(cfg, n_layers),
+        hidden_size=hidden_size,
+        ffn_width=ffn_width,
+        x_dtype=x_dtype_of(cfg, dtype),
+        energy=cfg.energy,
+    )
+    need = store_bytes(shape, wanted)
+    kept = sum(path.stat().st_size for path in shards(unfinished(cfg.out)))
+    weights, host = weight_bytes(model, dtype), host_bytes(shape, largest_batch(cfg))
+    console.print(
+        f"{cfg.out}: takes about {size(need)} of disk, {size(free(cfg.out))} are free there; of "
+        f"memory {size(weights)} for the model and {size(host)} for shards",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    check_room(cfg.out, need - kept, "the store", ", fewer --tokens, fewer --layers or int8 inputs")
+    return need
+
+
+def layers_of(cfg: CollectConfig, n_layers: int) -> list[int]:
+    """The layers to record of a model's `n_layers`."""
+    layers = list(range(n_layers)) if cfg.layers is None else cfg.layers
+    if out := [i for i in layers if not 0 <= i < n_layers]:
+        raise InputError(f"--layers: the model has layers 0 to {n_layers - 1}, got {out}")
+    if not layers:
+        raise InputError(f"--layers: got none, expected some of 0 to {n_layers - 1}")
+    return layers
+
+
+def x_dtype_of(cfg: CollectConfig, dtype: torch.dtype) -> str:
+    """How inputs are stored of a model that computes in `dtype`."""
+    if cfg.input_dtype != "auto":
+        return cfg.input_dtype
+    return "bfloat16" if dtype == torch.bfloat16 else "float16"
+
+
+def largest_batch(cfg: CollectConfig) -> int:
+    """Tokens."""
+    return min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
