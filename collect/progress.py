@@ -1,7 +1,9 @@
-"""One progress bar for every stage."""
+"""One progress bar for every stage; where nobody watches, one line when it ends, and a line a
+minute before that."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,8 @@ from rich.progress import (
 )
 
 console = Console(stderr=True)
+LOG_SECONDS = 60.0
+"""Between two lines of a log."""
 
 
 class Bar:
@@ -33,17 +37,49 @@ class Bar:
             self._progress.update(self._task, advance=n, note=note)
 
 
+class LogBar(Bar):
+    """The same as lines of a file or a pipe."""
+
+    def __init__(self, title: str, total: int | None) -> None:
+        self._title, self._total, self._done, self._note = title, total, 0, ""
+        self._start = self._told = time.monotonic()
+
+    def advance(self, n: int = 1, note: str | None = None) -> None:
+        self._done += n
+        self._note = self._note if note is None else note
+        if time.monotonic() - self._told >= LOG_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        """Write the line."""
+        self._told = time.monotonic()
+        minutes, seconds = divmod(round(self._told - self._start), 60)
+        count = f"{self._done:,}"
+        if self._total:
+            count = f"{self._done / self._total:.0%}, {count} of {self._total:,}"
+        note = f", {self._note}" if self._note else ""
+        line = f"{self._title}: {count} in {minutes}:{seconds:02}{note}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def bar(title: str, total: int | None, *, visible: bool = True) -> Iterator[Bar]:
     """A bar on stderr for `total` units; unknown totals show a pulse."""
+    if visible and not console.is_terminal:
+        lines = LogBar(title, total)
+        try:
+            yield lines
+        finally:
+            lines.tell()
+        return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TaskProgressColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not visible) as progress:
         yield Bar(progress, title, total)

@@ -19,16 +19,18 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.launcher import launcher
 from sparsecast.collect.progress import console
 from sparsecast.collect.ranks import Team
 from sparsecast.collect.stop import same_kind
+from sparsecast.collect.training_bar import TrainingBar
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.data import TokenBlocks
 from sparsecast.predictors.source import Batches, Source
@@ -98,7 +100,7 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
         source.store, "calibration", cfg.tokens_per_step, layers=run.layers, for_gpu=on_gpu
     )
     start = len(list((work / LOGS).glob("version_*")))
-    progress = [RichProgressBar(refresh_rate=5)] if team.leads else []
+    progress = [TrainingBar("train")] if team.leads else []
     trainer = L.Trainer(
         max_epochs=cfg.steps,
         precision="bf16-mixed" if on_gpu else "32-true",
@@ -111,9 +113,10 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
         log_every_n_steps=10,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=team.leads,
+        enable_progress_bar=False,
         num_sanity_val_steps=0,
-        callbacks=[*progress, _Epochs(train_data, last)],
+        callbacks=[_Epochs(train_data, last), *progress],
+        plugins=[launcher()],
         **_placed(device, team, cfg.data_parallel),
     )
     handler = signal.getsignal(signal.SIGINT)

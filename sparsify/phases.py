@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,7 +20,8 @@ from sparsecast.collect.families import family_of
 from sparsecast.collect.launcher import launcher
 from sparsecast.collect.progress import console
 from sparsecast.collect.staged import StagedCheckpoints, save_torch
-from sparsecast.collect.stop import Stop, stoppable
+from sparsecast.collect.stop import Stop, same_kind, stoppable
+from sparsecast.collect.training_bar import TrainingBar
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score
 from sparsecast.sparsify.module import Phase, SparsifyModule
@@ -131,7 +132,7 @@ def _fit(
                 weights_only=True,
             )
     except SystemExit as ended:  # how Lightning ends at an interrupt
-        raise KeyboardInterrupt from ended
+        raise same_kind(ended) from ended
     finally:
         module.remove_hooks()
     start.model.to(start.device)
@@ -180,6 +181,7 @@ def _trainer(phase: Phase, keep: _Keep, device: torch.device) -> L.Trainer:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[RichProgressBar(refresh_rate=10), keep],
+        enable_progress_bar=False,
+        callbacks=[TrainingBar(phase.name), keep],
         plugins=[launcher(), StagedCheckpoints()],
     )
