@@ -84,15 +84,10 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
 
 def _quiet() -> None:
     """Keep other libraries' chatter off the screen; errors still come through."""
-    import logging
-    import warnings
-
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.options import shown
 from sparsecast.collect.progress import console
 
 
@@ -77,13 +78,14 @@ def _quiet_loss() -> Iterator[None]:
 @contextmanager
 def team() -> Iterator[Team]:
     """The ranks that torchrun has set up, or this process alone; one stage may run another."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = from_environment("WORLD_SIZE", 1, least=1)
     if size == 1:
         yield Team()
         return
     if distributed.is_initialized():
         yield _this()
         return
+    _check_launched(size)
     # A rank may have a day more to do than another, or wait for its model's download.
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     console.quiet = distributed.get_rank() > 0
@@ -93,6 +95,41 @@ def team() -> Iterator[Team]:
         distributed.destroy_process_group()
 
 
+def from_environment(name: str, unset: int, *, least: int = 0, most: int = 2**31 - 1) -> int:
+    """A number that torchrun hands to its processes.
+
+    Raises:
+        InputError: The variable holds something else.
+    """
+    text = os.environ.get(name, str(unset))
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10):
+        raise _refused(name, text, "a whole number")
+    if not least <= int(text) <= most:
+        raise _refused(name, text, f"a number from {least:,} to {most:,}")
+    return int(text)
+
+
+def _refused(name: str, text: str, expected: str) -> InputError:
+    return InputError(
+        f"{name}={shown(text)} in the environment: expected {expected}; torchrun sets it for "
+        f"several processes, `unset {name}` for one"
+    )
+
+
+def _check_launched(size: int) -> None:
+    """What every process of a torchrun is told, before it waits for the others."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise InputError(
+                f"WORLD_SIZE={size} in the environment, but no {name}: torchrun sets both for "
+                "several processes, `unset WORLD_SIZE` for one"
+            )
+    from_environment("RANK", 0, most=size - 1)
+    from_environment("MASTER_PORT", 0, most=2**16 - 1)
+    from_environment("LOCAL_RANK", 0)
+    from_environment("LOCAL_WORLD_SIZE", size, least=1, most=size)
+
+
 def _this() -> Team:
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = from_environment("LOCAL_RANK", 0)
     return Team(distributed.get_rank(), distributed.get_world_size(), local_rank)

@@ -28,7 +28,8 @@ from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.launcher import launcher
 from sparsecast.collect.progress import console
-from sparsecast.collect.ranks import Team
+from sparsecast.collect.quiet import quiet_lightning
+from sparsecast.collect.ranks import Team, from_environment
 from sparsecast.collect.stop import same_kind
 from sparsecast.collect.training_bar import TrainingBar
 from sparsecast.predictors.config import TrainConfig
@@ -99,35 +100,17 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
     calibration_data = TokenBlocks(
         source.store, "calibration", cfg.tokens_per_step, layers=run.layers, for_gpu=on_gpu
     )
-    start = len(list((work / LOGS).glob("version_*")))
-    progress = [TrainingBar("train")] if team.leads else []
-    trainer = L.Trainer(
-        max_epochs=cfg.steps,
-        precision="bf16-mixed" if on_gpu else "32-true",
-        logger=[
-            CSVLogger(work, name=LOGS, version=start),
-            TensorBoardLogger(work, name=LOGS, version=start),
-        ]
-        if team.leads
-        else False,
-        log_every_n_steps=10,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-        callbacks=[_Epochs(train_data, last), *progress],
-        plugins=[launcher()],
-        **_placed(device, team, cfg.data_parallel),
-    )
+    callbacks: list[Callback] = [_Epochs(train_data, last)]
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(
-            module,
-            DataLoader(train_data, batch_size=None),
-            DataLoader(calibration_data, batch_size=None),
-            ckpt_path=resume,
-            weights_only=True,
-        )
+        with quiet_lightning():
+            _trainer(cfg, run, callbacks).fit(
+                module,
+                DataLoader(train_data, batch_size=None),
+                DataLoader(calibration_data, batch_size=None),
+                ckpt_path=resume,
+                weights_only=True,
+            )
     except SystemExit as stop:  # Lightning's end of an interrupt, with the signal left ignored
         signal.signal(signal.SIGINT, handler)
         kept = last.is_file()
@@ -137,6 +120,30 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
             else "no epoch was finished yet, nothing is left behind"
         )
         raise same_kind(stop, f"{cfg.out}: interrupted; {left}") from stop
+
+
+def _trainer(cfg: TrainConfig, run: Run, callbacks: list[Callback]) -> L.Trainer:
+    """The leading process shows a bar and keeps the logs, one version for every start."""
+    team, work = run.team, work_folder(cfg.out)
+    start = len(list((work / LOGS).glob("version_*")))
+    loggers: Any = [
+        CSVLogger(work, name=LOGS, version=start),
+        TensorBoardLogger(work, name=LOGS, version=start),
+    ]
+    progress = [TrainingBar("train")] if team.leads else []
+    return L.Trainer(
+        max_epochs=cfg.steps,
+        precision="bf16-mixed" if run.device.type == "cuda" else "32-true",
+        logger=loggers if team.leads else False,
+        log_every_n_steps=10,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        callbacks=[*callbacks, *progress],
+        plugins=[launcher()],
+        **_placed(run.device, team, cfg.data_parallel),
+    )
 
 
 def checkpoint_of(cfg: TrainConfig, run: Run) -> Path:
@@ -156,7 +163,7 @@ def _placed(device: torch.device, team: Team, data_parallel: bool) -> dict[str, 
     on_gpu = device.type == "cuda"
     accelerator = "gpu" if on_gpu else "cpu"
     if team.size > 1 and data_parallel:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", team.size))
+        here = from_environment("LOCAL_WORLD_SIZE", team.size, least=1)
         group = None
         if on_gpu:  # the team itself talks on gloo
             torch.cuda.set_device(device)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from sparsecast.collect.families import family_of
 from sparsecast.collect.launcher import launcher
 from sparsecast.collect.progress import console
+from sparsecast.collect.quiet import quiet_lightning
 from sparsecast.collect.staged import StagedCheckpoints, save_torch
 from sparsecast.collect.stop import Stop, same_kind, stoppable
 from sparsecast.collect.training_bar import TrainingBar
@@ -123,7 +124,7 @@ def _fit(
     data = Batches(start.rows_NS, cfg.batch_size, cfg.seed, phase.start + step)
     module = SparsifyModule(start.model, phase, optimizer, compile=on_gpu and cfg.compile)
     try:
-        with stoppable() as stop:
+        with stoppable() as stop, quiet_lightning():
             trainer = _trainer(phase, _Keep(last, phase, stop), start.device)
             trainer.fit(
                 module,
