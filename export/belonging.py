@@ -13,14 +13,13 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import family_of
 from sparsecast.export.hyper import Hyper
-from sparsecast.export.traffic import scored
 from sparsecast.predictors.checkpoint import (
-    PredictorManifest,
     PredictorSet,
     check_fits,
     load_predictors,
     used_otherwise,
 )
+from sparsecast.predictors.manifest import PredictorManifest
 
 
 def predictors_for(
@@ -42,7 +41,6 @@ def predictors_for(
         model=checkpoint.source,
     )
     manifest = predictors.manifest
-    check_numbers(manifest, hyper.layers, str(folder / "manifest.json"))
     odd = [] if manifest is None else differences(manifest, checkpoint, hyper.activation)
     if odd and not force:
         raise InputError(
@@ -50,19 +48,6 @@ def predictors_for(
             "--force"
         )
     return predictors, odd
-
-
-def check_numbers(manifest: PredictorManifest | None, layers: int, where: str) -> None:
-    """Refuse a manifest, if there is one, without the numbers that are read from it."""
-    if manifest is not None and not (
-        scored(manifest.calibration, layers)
-        and isinstance(manifest.activation_threshold, (int, float))
-    ):
-        raise InputError(
-            f"{where}: expected a number under activation_threshold, and under "
-            "calibration recall and predicted_sparsity of every layer, from 0 to 1; copy the whole "
-            "folder again"
-        )
 
 
 def differences(

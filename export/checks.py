@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsecast.collect.errors import InputError
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import GGUFFile
-from sparsecast.export.traffic import scored, traffic_of
-from sparsecast.predictors.checkpoint import load_predictors
+from sparsecast.export.traffic import traffic_of
+from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.manifest import PredictorManifest
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,8 @@ def check_finite(file: GGUFFile) -> Check:
     return Check("finite", not wrong, detail)
 
 
-def check_predictor_folder(file: GGUFFile, folder: Path) -> Check:
+def check_predictor_folder(file: GGUFFile, predictors: PredictorSet) -> Check:
     """predictor/ says what the file says: fc1, fc2 and the threshold."""
-    try:
-        predictors = load_predictors(folder)
-    except InputError as error:
-        return Check("predictor folder", False, str(error))
     wrong = []
     layers = header_of(file).layers
     if len(predictors.layers) != layers:
@@ -59,17 +55,10 @@ def check_predictor_folder(file: GGUFFile, folder: Path) -> Check:
     return Check("predictor folder", not wrong, "; ".join(wrong) or f"{layers} predictors equal")
 
 
-def check_traffic(file: GGUFFile, folder: Path) -> list[Check]:
+def check_traffic(file: GGUFFile, manifest: PredictorManifest | None) -> list[Check]:
     """What the file's predictors save, by their own scores; nothing where they have none."""
-    try:
-        manifest = load_predictors(folder).manifest
-    except InputError:
+    if manifest is None or len(manifest.calibration) != header_of(file).layers:
         return []
-    if manifest is None:
-        return []
-    if not scored(manifest.calibration, header_of(file).layers):
-        detail = "manifest.json lacks recall or predicted_sparsity of a layer"
-        return [Check("traffic", False, detail)]
     stored = {name: (entry.type.name, entry.shape) for name, entry in file.entries.items()}
     return [Check("traffic", True, str(traffic_of(stored, manifest.calibration)))]
 

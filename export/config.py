@@ -79,6 +79,10 @@ class VerifyConfig:
     tokens: int = 2048
     """Held-out tokens for the perplexities."""
 
+    max_perplexity_increase: float | None = None
+    """Largest share by which the bundle's perplexity may exceed the model's, such as 0.02; unset:
+    what as many misses at random as the predictors' calibration has would cost."""
+
     activation_threshold: float | None = None
     """FATReLU threshold, for a model whose config has lost it; unset: the predictors' own, if they
     are of this model."""
@@ -87,4 +91,4 @@ class VerifyConfig:
     """Also write the result to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=256, activation_threshold=0)
+        settle(self, tokens=256, activation_threshold=0, max_perplexity_increase=0)

@@ -98,7 +98,7 @@ class Emulator:
             skip_TF = self._skipped(x_TD, block)
         return self._ffn(self._norm(x_TD, f"{block}.ffn_norm"), block, skip_TF) + x_TD
 
-    def _skipped(self, x_TD: Tensor, block: str) -> Tensor:
+    def _skipped(self, x_TD: Tensor, block: str) -> Tensor | None:
         layer = int(block.removeprefix("blk."))
         return self.predictor_logits(x_TD, layer) < self.header.threshold
 
@@ -173,17 +173,34 @@ class Emulator:
         return list(torch.split(fused, [self.header.hidden, width, width], dim=-1))
 
     def _ffn(self, x_TD: Tensor, block: str, skip_TF: Tensor | None) -> Tensor:
+        return self._down(self._first(x_TD, block), block, skip_TF)
+
+    def _first(self, x_TD: Tensor, block: str) -> list[Tensor]:
+        """Gate and up, or up alone (T, F), without bias."""
+        names = ("ffn_gate", "ffn_up") if self.header.gated else ("ffn_up",)
+        return [self._product(x_TD, f"{block}.{name}.weight") for name in names]
+
+    def _biased(self, first: list[Tensor], block: str, skip_TF: Tensor | None) -> list[Tensor]:
+        """The same, 0 where a neuron is skipped, with bias where the file has one."""
         names = ("ffn_gate", "ffn_up") if self.header.gated else ("ffn_up",)
         parts = []
-        for name in names:
-            y_TF = self._product(x_TD, f"{block}.{name}.weight")
+        for name, y_TF in zip(names, first, strict=True):
             if skip_TF is not None:
                 y_TF = y_TF.masked_fill(skip_TF, 0.0)
             bias = f"{block}.{name}.bias"
             parts.append(y_TF + self.file.tensor(bias) if bias in self.file.entries else y_TF)
+        return parts
+
+    def _x1(self, first: list[Tensor], block: str, skip_TF: Tensor | None) -> Tensor:
+        """(T, F): the input of the down projection."""
+        parts = self._biased(first, block, skip_TF)
         x1_TF = parts[0].relu()
         if self.header.gated:
             x1_TF = x1_TF * (parts[1].relu() if self.header.arch == "bamboo" else parts[1])
+        return x1_TF
+
+    def _down(self, first: list[Tensor], block: str, skip_TF: Tensor | None) -> Tensor:
+        x1_TF = self._x1(first, block, skip_TF)
         return self._linear(x1_TF, f"{block}.ffn_down_t", skip_TF)
 
 

@@ -31,7 +31,6 @@ from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.models import set_activation
 from sparsecast.export.checks import Check
 from sparsecast.export.emulate import Emulator
-from sparsecast.export.protocol import perplexity
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.sources import module_of, rounded
 from sparsecast.export.tensor_types import TensorType
@@ -62,22 +61,6 @@ def check_logits(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> 
         f"{mean:.2e} (bound {mean_bound:.2e}), largest {worst:.2e} (bound {worst_bound:.2e})"
     )
     return Check("logits", mean <= mean_bound and worst <= worst_bound, detail)
-
-
-def check_perplexity(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> Check:
-    """The bundle with its predictors beside the model with its own activation.
-
-    Fails only on a perplexity that is no number: how much the predictors cost is for the reader
-    to judge.
-    """
-    bundle = perplexity(emulator.logits, ids_NS)
-    own = perplexity(lambda ids: model_logits(model, ids), ids_NS)
-    finite = bundle < float("inf") and own < float("inf")
-    detail = (
-        f"bundle {bundle:.4f}, the model itself {own:.4f} ({bundle / own - 1:+.2%}), "
-        f"{ids_NS.numel()} held-out tokens"
-    )
-    return Check("perplexity", finite, detail)
 
 
 def degenerate(logits: Tensor) -> str | None:

@@ -11,7 +11,7 @@ from sparsecast.collect.families import activation_rule
 from sparsecast.export.belonging import differences
 from sparsecast.export.checks import Check
 from sparsecast.export.reader import GGUFFile
-from sparsecast.predictors.checkpoint import PredictorManifest, read_manifest
+from sparsecast.predictors.manifest import PredictorManifest
 
 
 def made_for(file: GGUFFile) -> dict[str, Any]:
@@ -24,24 +24,33 @@ def made_for(file: GGUFFile) -> dict[str, Any]:
         return {}
 
 
-def check_predictor_model(
-    file: GGUFFile, checkpoint: Checkpoint | None, threshold: float | None
-) -> list[Check]:
+def foreign(
+    file: GGUFFile,
+    manifest: PredictorManifest | None,
+    checkpoint: Checkpoint | None,
+    threshold: float | None,
+) -> list[str] | None:
     """Where the predictors are of another model, input or activation than the file's, as --force
-    allows; nothing where they do not say.
+    allows; None where one of them does not say.
 
     Args:
         checkpoint: The file's model, where it is at hand; else fingerprints alone are compared.
         threshold: FATReLU's T, where the model's config has lost it.
     """
     model = file.keys.get("sparsecast.model_fingerprint")
-    try:
-        manifest = read_manifest(file.path.parent / "predictor" / "manifest.json")
-    except InputError:
-        return []
     if manifest is None or model is None:
+        return None
+    return _odd(manifest, model, checkpoint, threshold)
+
+
+def check_predictor_model(manifest: PredictorManifest | None, odd: list[str] | None) -> list[Check]:
+    """Told, and left to the reader; nothing where they do not say.
+
+    Args:
+        odd: See `foreign`.
+    """
+    if manifest is None or odd is None:
         return []
-    odd = _odd(manifest, model, checkpoint, threshold)
     detail = f"trained for {manifest.model} (fingerprint {manifest.fingerprint})"
     if odd:
         detail = f"NOT for this model, exported with --force: {'; '.join(odd)}"

@@ -71,11 +71,14 @@ def perplexity(logits: Logits, ids_NS: Tensor) -> float:
     Args:
         logits: (N, S) ids to (N, S, V) float32 logits.
     """
-    total, count = 0.0, 0
-    first = ids_NS.shape[1] // 2
+    return float(losses(logits, ids_NS).mean().exp())
+
+
+def losses(logits: Logits, ids_NS: Tensor) -> Tensor:
+    """(N, S - S / 2 - 1) float64: the NLL of each token that `perplexity` scores."""
+    first, rows = ids_NS.shape[1] // 2, []
     for ids in torch.split(ids_NS, max(1, TOKENS_AT_ONCE // ids_NS.shape[1])):
-        scored = logits(ids)[:, first:-1].flatten(0, 1).double()
-        target = ids[:, first + 1 :].flatten()
-        total += torch.nn.functional.cross_entropy(scored, target, reduction="sum").item()
-        count += target.numel()
-    return float(torch.tensor(total / count).exp())
+        scored = logits(ids)[:, first:-1].transpose(1, 2).double()
+        target = ids[:, first + 1 :]
+        rows.append(torch.nn.functional.cross_entropy(scored, target, reduction="none"))
+    return torch.cat(rows)

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from statistics import fmean
-from typing import Any
 
 from sparsecast.predictors.formats import BITS
 
@@ -45,17 +44,6 @@ class Traffic:
     def __str__(self) -> str:
         mean = f"mean {fmean(self.reported):.4f} with the FFN counted in f16, as in every report"
         return f"{mean}; {fmean(self.own):.4f} with the types of this file ({self.types})"
-
-
-def scored(calibration: Sequence[Any], layers: int) -> bool:
-    """Whether a manifest has both scores of every layer, as shares."""
-    return len(calibration) == layers and all(
-        isinstance(scores, dict)
-        and isinstance(value := scores.get(name), (int, float))
-        and 0 <= value <= 1
-        for scores in calibration
-        for name in ("recall", "predicted_sparsity")
-    )
 
 
 def traffic_of(tensors: Stored, calibration: Sequence[Mapping[str, float]]) -> Traffic:

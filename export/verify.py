@@ -14,6 +14,13 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.progress import console
+from sparsecast.export.calibration_checks import (
+    bound_of,
+    calibrated,
+    check_decisions,
+    check_perplexity,
+    measure,
+)
 from sparsecast.export.checks import (
     Check,
     check_activation_folder,
@@ -27,11 +34,12 @@ from sparsecast.export.engine import binary
 from sparsecast.export.engine_checks import check_engine
 from sparsecast.export.engine_text import EnginePerplexity
 from sparsecast.export.file_vocab import FileVocabulary, tokenizer_of
+from sparsecast.export.header import header_of
 from sparsecast.export.header_checks import check_header
 from sparsecast.export.metadata import check_metadata
-from sparsecast.export.numerics import check_logits, check_perplexity, degenerate, with_relu
-from sparsecast.export.predictor_checks import check_predictor_model, made_for
-from sparsecast.export.protocol import chunks_of, held_out_documents, joined
+from sparsecast.export.numerics import check_logits, degenerate, model_logits, with_relu
+from sparsecast.export.predictor_checks import check_predictor_model, foreign, made_for
+from sparsecast.export.protocol import chunks_of, held_out_documents, joined, losses
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.sources import Source
 from sparsecast.export.split_checks import check_gpu_split
@@ -39,6 +47,8 @@ from sparsecast.export.tensors import check_tensors
 from sparsecast.export.values import check_values
 from sparsecast.export.vocab_checks import check_vocabulary
 from sparsecast.export.vocab_source import check_pieces, check_tokens
+from sparsecast.predictors.checkpoint import load_predictors
+from sparsecast.predictors.manifest import PredictorManifest, number
 
 
 @dataclass
@@ -121,7 +131,7 @@ def _model(cfg: VerifyConfig, file: GGUFFile) -> tuple[Checkpoint | None, str]:
 
 def _threshold(cfg: VerifyConfig, file: GGUFFile) -> float | None:
     """FATReLU's T, which a config may have lost: as given here, or to export."""
-    exported: float | None = file.keys.get("sparsecast.activation_threshold")
+    exported = number(file.keys.get("sparsecast.activation_threshold"))
     return exported if cfg.activation_threshold is None else cfg.activation_threshold
 
 
@@ -132,10 +142,8 @@ def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
         checks.append(check(file))
         if not checks[-1].ok:
             return
-    checks.append(check_predictor_folder(file, file.path.parent / "predictor"))
     threshold = _threshold(cfg, file)
-    checks += check_predictor_model(file, checkpoint, threshold)
-    checks += check_traffic(file, file.path.parent / "predictor")
+    calibration = _predictors(file, checkpoint, threshold, checks)
     checks.append(check_activation_folder(file, file.path.parent / "activation"))
     checks += check_gpu_split(file, file.path.parent)
     if checkpoint is None:
@@ -150,10 +158,30 @@ def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
     docs = held_out_documents(cfg.corpus, tokenizer, cfg.tokens)
     ids_NS = chunks_of(joined(docs), tokenizer, cfg.tokens)
     emulator = Emulator(file)
-    _numerics(checkpoint, threshold, emulator, tokenizer, docs, ids_NS, checks)
+    own_NS = _numerics(checkpoint, threshold, emulator, tokenizer, docs, ids_NS, checks)
+    allowed = cfg.max_perplexity_increase
+    checks += _decisions(emulator, threshold or 0.0, calibration, ids_NS, own_NS, allowed)
     if cfg.engine is not None:
         found, result.engine = check_engine(cfg.engine, file, emulator, tokenizer, docs, ids_NS)
         checks += found
+
+
+def _predictors(
+    file: GGUFFile, checkpoint: Checkpoint | None, threshold: float | None, checks: list[Check]
+) -> PredictorManifest | None:
+    """Check the folder that lies beside the file; its manifest, if it is of the file's model."""
+    try:
+        predictors = load_predictors(file.path.parent / "predictor")
+    except InputError as error:
+        checks.append(Check("predictor folder", False, str(error)))
+        return None
+    manifest = predictors.manifest
+    checks.append(check_predictor_folder(file, predictors))
+    odd = foreign(file, manifest, checkpoint, threshold)
+    checks += check_predictor_model(manifest, odd)
+    checks += check_traffic(file, manifest)
+    layers = header_of(file).layers
+    return None if odd or len(predictors.layers) != layers else manifest
 
 
 def _numerics(
@@ -164,17 +192,40 @@ def _numerics(
     docs: list[str],
     ids_NS: Tensor,
     checks: list[Check],
-) -> None:
+) -> Tensor | None:
+    """Everything active against the model; the losses of the model itself, where it is at hand."""
     if checkpoint is None:
         reason = degenerate(emulator.logits(ids_NS[:1]))
         checks.append(Check("logits", reason is None, reason or "finite and not constant"))
-        return
+        return None
     model, theirs = load_model(
         checkpoint.source, device="cpu", dtype="float32", activation_threshold=threshold
     )
     checks.append(check_tokens(theirs, tokenizer, docs))
     checks.append(check_logits(emulator, with_relu(model), ids_NS))
-    checks.append(check_perplexity(emulator, model, ids_NS))
+    return losses(lambda ids: model_logits(model, ids), ids_NS)
+
+
+def _decisions(
+    emulator: Emulator,
+    threshold: float,
+    calibration: PredictorManifest | None,
+    ids_NS: Tensor,
+    own_NS: Tensor | None,
+    allowed: float | None,
+) -> list[Check]:
+    """What the predictors decide and cost on the text, against their calibration."""
+    file, tokens = emulator.file, ids_NS.numel()
+    bundle_NS = losses(emulator.logits, ids_NS)
+    decisions, stored_NS = measure(file, threshold, ids_NS)
+    bound = None
+    if calibration is not None and allowed is None:
+        rates = calibrated(calibration, decisions)
+        bound = bound_of(file, threshold, rates, ids_NS, bundle_NS, stored_NS)
+    return [
+        check_decisions(decisions, calibration, tokens),
+        check_perplexity(bundle_NS, stored_NS, own_NS, bound=bound, allowed=allowed),
+    ]
 
 
 def _print(path: Path, result: VerifyResult) -> None:

@@ -10,6 +10,7 @@ model in bfloat16 rounds what f16 holds.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,13 @@ def open_bundle(path: Path) -> tuple[GGUFFile, PredictorSet]:
         if not (found := check(file)).ok:
             raise InputError(f"{file.path}: {found.detail}; export it again")
     folder = file.path.parent / "predictor"
-    manifest = load_predictors(folder).manifest if folder.is_dir() else None
+    manifest = load_predictors(folder).manifest if os.path.lexists(folder) else None
     header = header_of(file)
+    if manifest is not None and len(manifest.dtypes) != header.layers:
+        raise InputError(
+            f"{folder}: is of {len(manifest.dtypes)} layers, but {file.path} has {header.layers}; "
+            "export it again"
+        )
     layers = [_predictor(file, layer) for layer in range(header.layers)]
     return file, PredictorSet(layers, header.threshold, manifest)
 

@@ -3,54 +3,41 @@
 model_<i>.pt    {"fc1.weight": (R, D), "fc2.weight": (F, R)}, one per layer, no gaps: f16, or the
                 dequantised values of q8_0 and q4_0 in f32
 config.json     {"sparse_threshold": t}: active where logit >= t
-manifest.json   what PowerInfer does not ask: the model's fingerprint, where the input is
-                taken, the activation, formats, calibration scores, the recipe
+manifest.json   what PowerInfer does not ask, see manifest.py: the model's fingerprint, where the
+                input is taken, formats, calibration scores, the recipe, every file's checksum
 """
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import asdict, dataclass, fields
-from math import isfinite
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
 
 import torch
+from torch import Tensor
 
 from sparsecast.collect.activations import ActivationRule
-from sparsecast.collect.atomic import new_folder, read_json, write_json
+from sparsecast.collect.atomic import new_folder, read_json, unreadable, write_json
 from sparsecast.collect.disk import save_tensors
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.folders import refuse_other
 from sparsecast.predictors.blocks import BLOCK
-from sparsecast.predictors.formats import BITS, rounded
+from sparsecast.predictors.formats import rounded
+from sparsecast.predictors.manifest import (
+    CONFIG,
+    MANIFEST,
+    PredictorManifest,
+    check_checksum,
+    number,
+    read_manifest,
+    write_manifest,
+)
 from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.tensor_file import oddity, read_tensors
 
-FORMAT_VERSION = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictorManifest:
-    """What a predictor folder says about itself."""
-
-    model: str
-    fingerprint: str
-    """Of the model the predictors belong to, see `Checkpoint.fingerprint`."""
-    convention: str
-    """Where the input is taken, see `collect.families`."""
-    activation: str
-    activation_threshold: float
-    hidden_size: int
-    ffn_width: int
-    ffn_matrices: int
-    dtypes: list[str]
-    """Per layer: f16, q8_0 or q4_0."""
-    ranks: list[int]
-    calibration: list[dict[str, float]]
-    """Per layer: recall and predicted_sparsity on the calibration split."""
-    recipe: dict[str, Any]
-    format_version: int = FORMAT_VERSION
+WANT = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'
 
 
 @dataclass(frozen=True)
@@ -74,135 +61,151 @@ class PredictorSet:
             weights = {"fc1.weight": stored.fc1_RD, "fc2.weight": stored.fc2_FR}
             # Own, contiguous storage: a view would drag its whole base into the file.
             save_tensors(
-                folder / f"model_{i}.pt",
+                folder / model_file(i),
                 {
                     name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
                     for name, w in weights.items()
                 },
             )
-        write_json(folder / "config.json", {"sparse_threshold": self.threshold})
+        write_json(folder / CONFIG, {"sparse_threshold": self.threshold})
         if self.manifest is not None:
-            write_json(folder / "manifest.json", asdict(self.manifest))
+            names = [CONFIG, *(model_file(i) for i in range(len(self.layers)))]
+            write_manifest(folder, self.manifest, names)
 
 
 def load_predictors(folder: str | Path) -> PredictorSet:
     """Read a predictor folder, ours or one that PowerInfer published.
 
+    Every file of ours is held against its checksum in the manifest; a folder without a manifest
+    says nothing that could be compared.
+
     Memory: none for files as `PredictorSet` writes them, which stay memory maps; other dtypes are
     converted.
 
     Raises:
-        InputError: No predictors there, a gap in the layers, or a file that does not hold two
-            finite matrices that fit together.
+        InputError: No predictors there, a gap in the layers, a file that is not the one that was
+            trained, or one that does not hold two finite matrices that fit together.
     """
     folder = Path(folder)
-    found = {
-        int(m[1]) for p in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)", p.stem))
-    }
-    if not found:
-        refuse_other(folder, "predictors")
+    n_layers = _layers(folder)
+    manifest = read_manifest(folder)
+    threshold = _threshold(folder / CONFIG, manifest)
+    dtypes = ["f16"] * n_layers if manifest is None else manifest.dtypes
+    if len(dtypes) != n_layers:
         raise InputError(
-            f"{folder}: no model_0.pt in it, expected a folder written by `sparsecast train` or "
-            "one of PowerInfer's predictor repositories"
-        )
-    if missing := sorted(set(range(max(found) + 1)) - found):
-        raise InputError(f"{folder}: model_{missing[0]}.pt is missing; train again or copy it here")
-    threshold = 0.0
-    if (folder / "config.json").is_file():
-        value = read_json(folder / "config.json", "sparse_threshold").get("sparse_threshold", 0.0)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not isfinite(value):
-            raise InputError(
-                f"{folder / 'config.json'}: sparse_threshold is {value!r}, not a number"
-            )
-        threshold = float(value)
-    manifest = read_manifest(folder / "manifest.json")
-    dtypes = ["f16"] * len(found) if manifest is None else manifest.dtypes
-    if len(dtypes) != len(found):
-        raise InputError(
-            f"{folder}: holds predictors for {len(found)} layers, but manifest.json is of "
+            f"{folder}: holds predictors for {n_layers} layers, but manifest.json is of "
             f"{len(dtypes)}; copy the whole folder again"
         )
-    layers = [_read(folder / f"model_{i}.pt", dtypes[i]) for i in sorted(found)]
-    if manifest is not None and manifest.ranks != [layer.rank for layer in layers]:
-        raise InputError(
-            f"{folder / 'manifest.json'}: says ranks {manifest.ranks}, but the files have "
-            f"{[layer.rank for layer in layers]}; copy the whole folder again"
-        )
+    layers = []
+    for i, dtype in enumerate(dtypes):
+        path = folder / model_file(i)
+        check_checksum(path, manifest)
+        layers.append(_read(path, dtype))
+    if manifest is not None:
+        _check_shapes(layers, manifest, folder)
     return PredictorSet(layers, threshold, manifest)
 
 
-def _read(path: Path, dtype: str) -> Predictor:
-    want = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'
+def model_file(layer: int) -> str:
+    """The name of a layer's file."""
+    return f"model_{layer}.pt"
+
+
+def _layers(folder: Path) -> int:
+    """How many layers the folder's file names tell of, without a gap."""
+    want = "a folder written by `sparsecast train` or one of PowerInfer's predictor repositories"
     try:
-        # Pages are read when they are used; torch's older format cannot be mapped.
-        mmap = is_zipfile(path)
-        value = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except (RuntimeError, OSError, EOFError, BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        names = os.listdir(folder)
+    except OSError as error:
+        if folder.is_file():
+            raise InputError(f"{folder}: is a file, expected {want}") from error
+        raise unreadable(folder, error, want) from error
+    pattern = re.compile(r"model_(0|[1-9][0-9]*)\.pt")
+    found = {int(m[1]) for name in names if (m := pattern.fullmatch(name))}
+    if not found:
+        refuse_other(folder, "predictors")
+        raise InputError(f"{folder}: no model_0.pt in it, expected {want}")
+    missing = next((i for i in range(len(found)) if i not in found), None)
+    if missing is not None:
+        raise InputError(f"{folder}: {model_file(missing)} is missing; train again or copy it here")
+    return len(found)
+
+
+def _threshold(path: Path, manifest: PredictorManifest | None) -> float:
+    """sparse_threshold; 0 where a folder of another tool does not say."""
+    if manifest is None and not os.path.lexists(path):
+        return 0.0
+    value = read_json(path, "sparse_threshold").get("sparse_threshold", 0.0)
+    check_checksum(path, manifest)
+    if (threshold := number(value)) is None:
         raise InputError(
-            f"{path}: not a readable torch file ({reason}); expected {want}"
-        ) from error
-    except Exception as error:  # pickle.UnpicklingError names the refused global at length
-        raise InputError(f"{path}: holds more than tensors; expected {want}") from error
+            f"{path}: sparse_threshold is {_shown(value)}, expected a number that float32 holds, "
+            "as PowerInfer's file has it; correct it, or copy the folder again"
+        )
+    return threshold
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _read(path: Path, dtype: str) -> Predictor:
+    value = read_tensors(path, WANT)
     if not isinstance(value, dict) or set(value) != {"fc1.weight", "fc2.weight"}:
-        keys = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise InputError(f"{path}: holds {keys}, expected {want}")
-    fc1, fc2 = value["fc1.weight"], value["fc2.weight"]
-    if not all(isinstance(w, torch.Tensor) and w.is_floating_point() for w in (fc1, fc2)):
-        raise InputError(f"{path}: holds something else than float tensors, expected {want}")
-    fc1, fc2 = fc1.detach(), fc2.detach()  # parameters too
+        keys = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        raise InputError(f"{path}: holds {_shown(keys)}, expected {WANT}")
+    for name in ("fc1.weight", "fc2.weight"):
+        if (odd := oddity(value[name])) is not None:
+            raise InputError(
+                f"{path}: {name} is {odd}, expected a dense tensor of f16, bf16, f32 or f64; save "
+                "it again as one, or train again"
+            )
+    # Parameters too, and matrices that lie transposed in the file.
+    fc1, fc2 = (value[name].detach().contiguous() for name in ("fc1.weight", "fc2.weight"))
     if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1] or not len(fc1):
         raise InputError(
             f"{path}: fc1.weight {tuple(fc1.shape)} and fc2.weight {tuple(fc2.shape)} do not fit; "
-            f"expected {want}"
+            f"expected {WANT}"
         )
     if not (fc1.isfinite().all() and fc2.isfinite().all()):
         raise InputError(f"{path}: holds NaN or infinity; train again")
-    if dtype != "f16" and (fc1.shape[0] % BLOCK or fc1.shape[1] % BLOCK):
+    return _as_stored(path, fc1, fc2, dtype)
+
+
+def _as_stored(path: Path, fc1: Tensor, fc2: Tensor, dtype: str) -> Predictor:
+    """The predictor in the format that the manifest names."""
+    if dtype == "f16":
+        predictor = Predictor(fc1, fc2).stored()
+        if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
+            raise InputError(
+                f"{path}: holds values beyond 65504, which f16 cannot store; scale fc1 down and "
+                "fc2 up"
+            )
+        return predictor
+    if fc1.shape[0] % BLOCK or fc1.shape[1] % BLOCK:
         raise InputError(
             f"{path}: manifest.json says {dtype}, whose rows lie in blocks of {BLOCK}, but fc1 is "
             f"{tuple(fc1.shape)}; train again"
         )
-    if dtype != "f16" and not (
+    if not (
         torch.equal(rounded(fc1, dtype), fc1.float())
         and torch.equal(rounded(fc2, dtype), fc2.float())
     ):
         raise InputError(
             f"{path}: manifest.json says {dtype}, but {dtype} cannot hold these values; train again"
         )
-    if dtype != "f16":  # rounded already, as the comparison says
-        return Predictor(fc1.float(), fc2.float(), dtype)
-    predictor = Predictor(fc1, fc2).stored()
-    if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
-        raise InputError(
-            f"{path}: holds values beyond 65504, which f16 cannot store; scale fc1 down and fc2 up"
-        )
-    return predictor
+    return Predictor(fc1.float(), fc2.float(), dtype)  # rounded already, as the comparison says
 
 
-def read_manifest(path: Path) -> PredictorManifest | None:
-    """The manifest of a predictor folder; None where there is none.
-
-    Raises:
-        InputError: It is of another version, or damaged.
-    """
-    if not path.is_file():
-        return None
-    value = read_json(path, "the manifest of a `sparsecast train` folder")
-    known = {field.name for field in fields(PredictorManifest)}
-    if value.get("format_version") != FORMAT_VERSION or set(value) != known:
-        raise InputError(
-            f"{path}: format version {value.get('format_version')}, expected {FORMAT_VERSION}; "
-            "train again"
-        )
-    if (
-        not all(isinstance(value[name], list) for name in ("dtypes", "ranks", "calibration"))
-        or not all(isinstance(dtype, str) and dtype in BITS for dtype in value["dtypes"])
-        or not isinstance(value["recipe"], dict)
-        or value["activation"] not in ("relu", "fatrelu", "drelu")
-    ):
-        raise InputError(f"{path}: damaged, expected {', '.join(sorted(known))}; train again")
-    return PredictorManifest(**value)
+def _check_shapes(layers: list[Predictor], made: PredictorManifest, folder: Path) -> None:
+    for i, layer in enumerate(layers):
+        found = (layer.rank, layer.fc1_RD.shape[1], layer.fc2_FR.shape[0])
+        if found != (want := (made.ranks[i], made.hidden_size, made.ffn_width)):
+            raise InputError(
+                f"{folder / model_file(i)}: rank, hidden size and FFN width are {found}, but "
+                f"{MANIFEST} says {want}; copy the whole folder again"
+            )
 
 
 def check_fits(

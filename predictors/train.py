@@ -19,7 +19,7 @@ from sparsecast.collect.ranks import Team, team
 from sparsecast.collect.store import ActivationStore
 from sparsecast.collect.target import locked, target
 from sparsecast.predictors.calibrate import Calibrated
-from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.fit import (
     Run,
@@ -30,6 +30,7 @@ from sparsecast.predictors.fit import (
     work_folder,
 )
 from sparsecast.predictors.formats import check_widths
+from sparsecast.predictors.manifest import PredictorManifest
 from sparsecast.predictors.metrics import Counts
 from sparsecast.predictors.online import running
 from sparsecast.predictors.recipes import RECIPES, Job

@@ -28,7 +28,7 @@ from sparsecast.collect.shard import checksum
 from sparsecast.collect.store import ActivationStore, Manifest, seal
 from sparsecast.collect.tokens import TokenBatch
 from sparsecast.collect.writer import Writer, to_folder
-from sparsecast.predictors.checkpoint import PredictorManifest
+from sparsecast.predictors.manifest import PredictorManifest
 from sparsecast.predictors.mlp import Predictor
 from sparsecast.sparsify.tokenizer import train_tokenizer
 

@@ -29,7 +29,8 @@ from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.models import set_activation
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.run import export
-from sparsecast.predictors.checkpoint import PredictorManifest, PredictorSet
+from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.manifest import PredictorManifest
 from sparsecast.predictors.mlp import Predictor
 
 LAYERS, HIDDEN, FFN, RANK = 3, 64, 1280, 16

@@ -1,0 +1,183 @@
+"""manifest.json of a predictor folder: whose predictors they are, and the checksum of every file.
+
+Checksums are xxh3_128, as in an activation store. They tell a damaged or edited folder, not one
+that somebody wants to look whole: `sparsecast verify` measures what the predictors do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sparsecast.collect.atomic import check_file, read_json, unreadable, write_json
+from sparsecast.collect.errors import InputError
+from sparsecast.predictors.formats import BITS
+
+FORMAT_VERSION = 3
+MANIFEST = "manifest.json"
+CONFIG = "config.json"
+SCORES = ("recall", "predicted_sparsity")
+ACTIVATIONS = ("relu", "fatrelu", "drelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorManifest:
+    """What a predictor folder says about itself."""
+
+    model: str
+    fingerprint: str
+    """Of the model the predictors belong to, see `Checkpoint.fingerprint`."""
+    convention: str
+    """Where the input is taken, see `collect.families`."""
+    activation: str
+    activation_threshold: float
+    hidden_size: int
+    ffn_width: int
+    ffn_matrices: int
+    dtypes: list[str]
+    """Per layer: f16, q8_0 or q4_0."""
+    ranks: list[int]
+    calibration: list[dict[str, float]]
+    """Per layer: recall and predicted_sparsity on the calibration split."""
+    recipe: dict[str, Any]
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Of every other file of the folder, and of this one without its own; set when written."""
+    format_version: int = FORMAT_VERSION
+
+
+def write_manifest(folder: Path, manifest: PredictorManifest, names: list[str]) -> None:
+    """Write the manifest with the checksums of the files that lie in the folder under `names`."""
+    sums = {name: checksum(folder / name) for name in names}
+    manifest = replace(manifest, checksums=sums)
+    sums = {**sums, MANIFEST: _own_checksum(manifest)}
+    write_json(folder / MANIFEST, asdict(replace(manifest, checksums=sums)))
+
+
+def checksum(path: Path) -> str:
+    """xxh3_128 of a file, read in blocks of 16 MiB."""
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    except OSError as error:
+        raise unreadable(path, error, "a file of a predictor folder") from error
+    return digest.hexdigest()
+
+
+def _own_checksum(manifest: PredictorManifest) -> str:
+    value = asdict(manifest)
+    value["checksums"].pop(MANIFEST, None)
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def read_manifest(folder: Path) -> PredictorManifest | None:
+    """The manifest of a predictor folder; None where there is none.
+
+    Raises:
+        InputError: It is of another version, damaged or edited.
+    """
+    path = folder / MANIFEST
+    if not os.path.lexists(path):  # what is there and is no file is refused
+        return None
+    value = read_json(path, "the manifest of a `sparsecast train` folder")
+    known = {item.name for item in fields(PredictorManifest)}
+    version = value.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        raise InputError(
+            f"{path}: format version {version}, expected {FORMAT_VERSION}; "
+            + ("it is of a newer sparsecast: update yours" if newer else "train again")
+        )
+    if set(value) != known:
+        odd = ", ".join(sorted(set(value) ^ known))
+        raise InputError(f"{path}: damaged ({odd} missing or not expected); copy the folder again")
+    manifest = PredictorManifest(**value)
+    if (name := _senseless(manifest)) is not None:
+        raise InputError(f"{path}: damaged, its {name} makes no sense; copy the folder again")
+    if manifest.checksums[MANIFEST] != _own_checksum(manifest):
+        raise InputError(
+            f"{path}: was edited or damaged after it was written, going by its own checksum; copy "
+            "the folder again"
+        )
+    return manifest
+
+
+def check_checksum(path: Path, manifest: PredictorManifest | None) -> None:
+    """Refuse a file of the folder that is not the one that the manifest was written for."""
+    if manifest is None:
+        return
+    check_file(path, "a file of a `sparsecast train` folder")
+    want = manifest.checksums.get(path.name)
+    if want is None:
+        raise InputError(
+            f"{path}: {MANIFEST} has no checksum of it; it came from elsewhere: copy the whole "
+            "folder again"
+        )
+    if (found := checksum(path)) != want:
+        raise InputError(
+            f"{path}: is not the file that was trained (xxh3_128 {found}, {MANIFEST} has {want}); "
+            "copy the whole folder again"
+        )
+
+
+def number(value: Any) -> float | None:
+    """A number that PowerInfer's file can hold, a float32; None for anything else."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    held = abs(value) <= LARGEST and (value == 0 or abs(value) >= SMALLEST)
+    return float(value) if held and isfinite(value) else None
+
+
+LARGEST, SMALLEST = float.fromhex("0x1.fffffep127"), float.fromhex("0x1p-149")
+"""Of the magnitudes of float32 numbers but 0."""
+
+
+def _senseless(made: PredictorManifest) -> str | None:
+    """The field of a manifest that no training could have written; None where all is well."""
+    texts = ("model", "fingerprint", "convention", "activation")
+    sizes = ("hidden_size", "ffn_width", "ffn_matrices")
+    layers = len(made.dtypes) if isinstance(made.dtypes, list) else 0
+    threshold = number(made.activation_threshold)
+    rules: dict[str, bool] = {
+        **{name: isinstance(getattr(made, name), str) for name in texts},
+        **{name: _count(getattr(made, name)) for name in sizes},
+        "activation": made.activation in ACTIVATIONS,
+        "activation_threshold": threshold is not None and threshold >= 0,
+        "dtypes": layers > 0
+        and all(isinstance(dtype, str) and dtype in BITS for dtype in made.dtypes),
+        "ranks": _list(made.ranks, layers) and all(_count(rank) for rank in made.ranks),
+        "calibration": _list(made.calibration, layers) and all(map(_scores, made.calibration)),
+        "recipe": isinstance(made.recipe, dict),
+        "checksums": isinstance(made.checksums, dict)
+        and MANIFEST in made.checksums
+        and all(isinstance(value, str) for value in made.checksums.values()),
+    }
+    return next((name for name, sound in rules.items() if not sound), None)
+
+
+def _list(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _scores(value: Any) -> bool:
+    """Shares between 0 and 1, both of `SCORES` among them."""
+    return (
+        isinstance(value, dict)
+        and set(SCORES) <= set(value)
+        and all(_share(score) for score in value.values())
+    )
+
+
+def _share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
