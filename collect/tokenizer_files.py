@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from sparsecast.collect.atomic import check_file, read_bytes, read_json
 from sparsecast.collect.errors import InputError
@@ -51,6 +52,12 @@ def sentencepiece_file(folder: Path) -> Path | None:
     """tokenizer.model, unless it is one of tiktoken's, which Llama 3 gave that name."""
     path = folder / MODEL
     return path if path.exists() and not _is_tiktoken(path) else None
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, where there is one."""
+    path = folder / SETTINGS[0]
+    return read_json(path, "a tokenizer's settings") if path.exists() else {}
 
 
 def _is_tiktoken(path: Path) -> bool:

@@ -34,7 +34,7 @@ from sparsecast.collect.sentencepieces import (
     read_model,
     scores_of,
 )
-from sparsecast.collect.tokenizer_files import check_files, sentencepiece_file
+from sparsecast.collect.tokenizer_files import check_files, sentencepiece_file, settings_of
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -63,7 +63,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         if path is not None and is_bpe(model):
             _by_score(tokenizer, path, model)
             if not whole.exists() and puts_one_space(model):
-                _put_space(tokenizer, any(piece.type == USER for piece in model.pieces))
+                whole_pieces = any(piece.type == USER for piece in model.pieces)
+                _put_space(backend, settings_of(folder), whole_pieces)
     if not tokenizer("a b", add_special_tokens=False, verbose=False)["input_ids"]:
         raise InputError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens and makes none of a text; copy "
@@ -116,13 +117,15 @@ def _by_score(tokenizer: Any, path: Path, model: Any) -> None:
         )
 
 
-def _put_space(tokenizer: Any, user_defined: bool) -> None:
-    """One space before a text; not behind tokens within it, where those are found by the library
-    and the tokenizer was not made before `legacy`."""
-    options, backend = tokenizer.init_kwargs, tokenizer.backend_tokenizer
-    if options.get("add_prefix_space") is False:
+def _put_space(backend: Any, settings: dict[str, Any], whole_pieces: bool) -> None:
+    """One space before a text, and before what follows a special token unless `legacy` is false.
+
+    With pieces that are found whole in a text a space would follow them, too; then it is before
+    the text alone, and not before one that begins with a space.
+    """
+    if settings.get("add_prefix_space") is False:
         return
-    if user_defined or options.get("legacy") is False:
+    if whole_pieces or settings.get("legacy") is False:
         backend.normalizer = None
         backend.pre_tokenizer = Metaspace(SPACE, prepend_scheme="first", split=False)
     else:
