@@ -10,6 +10,7 @@ Shape letters: B batch, S sequence.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,8 @@ class SparsifyModule(L.LightningModule):
             groups, lr=self.phase.lr, betas=(0.9, 0.95), fused=self.device.type == "cuda"
         )
         if self._optimizer_state is not None:
-            optimizer.load_state_dict(self._optimizer_state)
+            # A copy: AdamW would go on in these very tensors, and the next branch after it.
+            optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] = self.phase.lr
 

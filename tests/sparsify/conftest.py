@@ -1,0 +1,120 @@
+"""Models of a few hundred weights, and options that train them in a second."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from sparsecast.sparsify import config
+from sparsecast.sparsify.config import Preset, SparsifyConfig
+
+GATED = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+OPT = {
+    "hidden_size": 16,
+    "ffn_dim": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "word_embed_proj_dim": 16,
+    "init_std": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+FALCON = {
+    "hidden_size": 16,
+    "ffn_hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+    "alibi": False,
+    "bias": False,
+    "parallel_attn": True,
+    "multi_query": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, GATED, "hidden_act"),
+    "mistral": (MistralForCausalLM, MistralConfig, GATED, "hidden_act"),
+    "opt": (OPTForCausalLM, OPTConfig, OPT, "activation_function"),
+    "falcon": (FalconForCausalLM, FalconConfig, FALCON, "activation"),
+}
+
+
+MICRO = Preset(
+    hidden_size=32,
+    ffn_width=96,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    vocab_size=400,
+    tokens=40_960,
+    lr=5e-3,
+    l1=5.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def _micro(monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "micro", MICRO)
+
+
+@pytest.fixture(scope="session")
+def short_corpus(tmp_path_factory, corpus) -> Path:
+    """The first 3,000 characters of 6 files."""
+    folder = tmp_path_factory.mktemp("short")
+    for path in sorted(corpus.iterdir())[:6]:
+        (folder / path.name).write_text(path.read_text()[:3_000])
+    return folder
+
+
+@pytest.fixture
+def dense(tmp_path, model_folder):
+    """(family, activation, **fields) to a folder of random weights, with 512 pieces."""
+
+    def make(family: str = "llama", act: str = "silu", **fields) -> Path:
+        model_of, config_of, sizes, key = KINDS[family]
+        torch.manual_seed(3)
+        described = config_of(**copy.deepcopy(sizes) | {"vocab_size": 512, key: act} | fields)
+        folder = tmp_path / f"{family}-{act}"
+        model_of(described).save_pretrained(folder)
+        for path in model_folder.glob("tokenizer*"):
+            shutil.copy(path, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def options(tmp_path, short_corpus):
+    """Four steps of two sequences of 32 tokens."""
+
+    def make(**changes) -> SparsifyConfig:
+        base = {"corpus": str(short_corpus), "out": tmp_path / "out", "device": "cpu"}
+        base |= {"tokens": 256, "batch_tokens": 64, "seq_len": 32, "eval_tokens": 200, "lr": 1e-2}
+        return SparsifyConfig(**base | changes)
+
+    return make

@@ -1,0 +1,62 @@
+"""The card and the record say what a reader elsewhere can use, and nothing of this machine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sparsecast.sparsify.card import Sample, count, write_card
+from sparsecast.sparsify.measure import Score
+from sparsecast.sparsify.work import name_of
+
+FACTS = {
+    "parameters": 18_736,
+    "model_type": "falcon",
+    "tokens": 16_384,
+    "corpus": "notes.txt",
+    "corpus_tokens": 7_296,
+    "activation": "fatrelu",
+    "threshold": 0.25,
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(16_384, "16,384"), (999_999, "999,999"), (1_000_000, "1.0M"), (159_973_376, "160.0M")],
+)
+def test_small_numbers_are_not_zero_millions(number, text):
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("builtin", "builtin"),
+        ("wikitext:wikitext-2-raw-v1@train", "wikitext:wikitext-2-raw-v1@train"),
+        ("owner/name", "owner/name"),
+        ("/home/me/secret/notes.txt", "notes.txt"),
+        ("../secret/notes.jsonl", "notes.jsonl"),
+        ("secret/*.md", "*.md"),
+        ("~/secret/notes", "notes"),
+    ],
+)
+def test_a_corpus_is_named_without_its_path(spec, name):
+    assert name_of(spec) == name
+
+
+def test_the_card_reads_well_and_holds_samples_in_their_fences(tmp_path):
+    (tmp_path / "sparsify.json").write_text(json.dumps(FACTS))
+    scores = {"GELU original": Score(2.0, 0.0), "ProSparse after the shift": Score(3.0, 0.75)}
+
+    write_card(tmp_path, "m", scores, [Sample("Use ```text", "fences ````")])
+
+    card = (tmp_path / "README.md").read_text()
+    assert "A ReLU-sparse Falcon of 18,736 parameters" in card
+    assert "| ProSparse after the shift | 75.00% | 3.000 | +50.00% |" in card
+    assert "against GELU" in card
+    assert "trained on 16,384 tokens" in card
+    assert "7,296 tokens of `notes.txt`" in card
+    assert "`activation` is `fatrelu`" in card
+    assert "````text\nUse ```text\n````" in card
+    assert "`````text\nfences ````\n`````" in card

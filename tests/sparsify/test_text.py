@@ -1,0 +1,69 @@
+"""What is trained on is encoded as what is evaluated on."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.corpus import Document
+from sparsecast.collect.errors import InputError
+from sparsecast.collect.models import load_tokenizer
+from sparsecast.collect.tokens import encode_document
+from sparsecast.sparsify.text import sequences
+
+CHAT = (("user", "What is <s> for?"), ("assistant", "It begins\na text."))
+DOCS = [
+    Document("a", "def f(x): return x </s> y"),
+    Document("b", "What is <s> for?\nIt begins\na text.", CHAT),
+    Document("c", "x = 1\n" * 40),
+]
+
+
+@pytest.fixture
+def tokenizer(model_folder):
+    made = load_tokenizer(Checkpoint(str(model_folder)))
+    made.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    )
+    return made
+
+
+def test_chats_go_through_the_template_and_texts_do_not(tokenizer):
+    expected = [ids for doc in DOCS for ids in encode_document(tokenizer, doc, sys.maxsize)]
+
+    rows = sequences(DOCS, tokenizer, seq_len=2, limit=10**6)
+
+    kept = len(expected) - len(expected) % 2
+    assert rows[:, 1].tolist() == expected[1:kept:2]
+    assert set(rows[:, 0].tolist()) == {tokenizer.bos_token_id}
+    assert rows.dtype == torch.int32
+
+
+def test_a_chat_without_a_template_is_refused(tokenizer):
+    tokenizer.chat_template = None
+
+    with pytest.raises(InputError, match="no chat template"):
+        sequences(DOCS, tokenizer, seq_len=2, limit=10**6)
+
+
+def test_a_limit_in_tokenizer_json_does_not_cut_the_corpus(tokenizer):
+    whole = sequences(DOCS, tokenizer, seq_len=2, limit=10**6)
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+
+    assert torch.equal(sequences(DOCS, tokenizer, seq_len=2, limit=10**6), whole)
+
+
+def test_a_token_beyond_the_embedding_is_named(tokenizer):
+    with pytest.raises(InputError, match=r"gives id \d+ .* embeddings for 300 ids alone"):
+        sequences(DOCS, tokenizer, seq_len=2, limit=10**6, vocabulary=300)
+
+
+def test_too_little_text_is_named(tokenizer):
+    with pytest.raises(InputError, match="expected at least 4096"):
+        sequences(DOCS, tokenizer, seq_len=4096, limit=10**6)
+    with pytest.raises(InputError, match="has 0 tokens"):
+        sequences([], tokenizer, seq_len=2, limit=10)
