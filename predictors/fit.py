@@ -10,9 +10,11 @@ Processes that share the layers out have a checkpoint each; the logs are the lea
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from sparsecast.collect.launcher import launcher
 from sparsecast.collect.progress import console
 from sparsecast.collect.quiet import quiet_lightning
 from sparsecast.collect.ranks import Team, from_environment
+from sparsecast.collect.staged import StagedCheckpoints
 from sparsecast.collect.stop import same_kind
 from sparsecast.collect.training_bar import TrainingBar
 from sparsecast.predictors.config import TrainConfig
@@ -73,10 +76,7 @@ class _Epochs(Callback):
                 f"training diverged in epoch {trainer.current_epoch}: a weight is no number; "
                 "choose a smaller --lr"
             )
-        part = self._path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            os.replace(part, self._path)
+        trainer.save_checkpoint(self._path)
 
 
 def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -> None:
@@ -103,7 +103,7 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
     callbacks: list[Callback] = [_Epochs(train_data, last)]
     handler = signal.getsignal(signal.SIGINT)
     try:
-        with quiet_lightning():
+        with quiet_lightning(), _quiet_threads():
             _trainer(cfg, run, callbacks).fit(
                 module,
                 DataLoader(train_data, batch_size=None),
@@ -141,9 +141,25 @@ def _trainer(cfg: TrainConfig, run: Run, callbacks: list[Callback]) -> L.Trainer
         enable_progress_bar=False,
         num_sanity_val_steps=0,
         callbacks=[*callbacks, *progress],
-        plugins=[launcher()],
+        plugins=[launcher(), StagedCheckpoints()],
         **_placed(run.device, team, cfg.data_parallel),
     )
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """TensorBoard's thread hands a full disk on to whoever logs next, and prints it besides."""
+    before = threading.excepthook
+
+    def tell(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def checkpoint_of(cfg: TrainConfig, run: Run) -> Path:
@@ -200,13 +216,14 @@ def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
 
 def _begin(work: Path, recipe: dict[str, Any]) -> None:
     """Make the folder of a fresh run, or accept the one of an interrupted run."""
-    if check_unfinished(work, recipe):
+    begun = check_unfinished(work, recipe)
+    for leftover in (*work.glob("*.part"), *work.glob("layer-*.pt")):
+        leftover.unlink()
+    if begun:
         console.print("resuming from the last finished epoch")
         return
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / LOGS, ignore_errors=True)
-    for leftover in (*work.glob("*.part"), *work.glob("layer-*.pt")):
-        leftover.unlink()
     write_json(work / RECIPE, recipe)
 
 

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 
 from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.disk import told_when_full
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.firing import check_firing
 from sparsecast.collect.models import pick_device
@@ -22,6 +23,7 @@ from sparsecast.predictors.calibrate import Calibrated
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.fit import (
+    LAST,
     Run,
     check_unfinished,
     clear_unfinished,
@@ -32,6 +34,7 @@ from sparsecast.predictors.fit import (
 from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.manifest import PredictorManifest
 from sparsecast.predictors.metrics import Counts
+from sparsecast.predictors.needs import disk_bytes, held_bytes, tell_needs
 from sparsecast.predictors.online import running
 from sparsecast.predictors.recipes import RECIPES, Job
 from sparsecast.predictors.recorded import check_recorded
@@ -76,16 +79,25 @@ def train(cfg: TrainConfig) -> PredictorSet:
         try:
             source = running(cfg) if store is None else Recorded(store)
             with processes.together():
-                job, recipe = _prepare(cfg, source, device, processes)
-            calibrated = RECIPES[cfg.recipe](job)
-            with processes.together():
-                if calibrated is not None:
-                    _finish(cfg, source.store, recipe, calibrated)
-        except (InputError, KeyboardInterrupt):
-            if processes.leads:
-                clear_unfinished(cfg.out)
+                job, recipe, need = _prepare(cfg, source, device, processes)
+            with told_when_full(cfg.out, need, "training", lambda: _left(cfg, processes)):
+                calibrated = RECIPES[cfg.recipe](job)
+                with processes.together():
+                    if calibrated is not None:
+                        _finish(cfg, source.store, recipe, calibrated)
+        except BaseException:
+            _left(cfg, processes)
             raise
         return load_predictors(cfg.out)
+
+
+def _left(cfg: TrainConfig, processes: Team) -> str:
+    """What a run that failed has left, once what nobody can use is gone."""
+    if processes.leads:
+        clear_unfinished(cfg.out)
+    if any(work_folder(cfg.out).glob(LAST)):
+        return "the last finished epoch is kept: make room, and the same command goes on from there"
+    return "no epoch was finished yet, nothing is left behind: make room and run it again"
 
 
 def _check_running(cfg: TrainConfig, processes: Team) -> None:
@@ -115,8 +127,8 @@ def _training(recipe: dict[str, Any], processes: Team) -> dict[str, Any]:
 
 def _prepare(
     cfg: TrainConfig, source: Source, device: torch.device, processes: Team
-) -> tuple[Job, dict[str, Any]]:
-    """Everything that can be refused before training."""
+) -> tuple[Job, dict[str, Any], int]:
+    """Everything that can be refused before training; the bytes of disk that it takes."""
     store = source.store
     dtype = default_dtype(cfg, store.manifest.hidden_size)
     recipe = _recipe(cfg, dtype, store.manifest.fingerprint, store, processes)
@@ -134,7 +146,12 @@ def _prepare(
     for rank in set(ranks):
         check_widths(dtype, rank=rank, hidden_size=store.manifest.hidden_size)
     check_traffic(cfg, store, dtype, ranks)
-    return Job(cfg, source, dtype, ranks, Run(layers, device, processes, training)), recipe
+    made = store.manifest
+    shape = made.hidden_size, made.ffn_width
+    need = disk_bytes(cfg, dtype, ranks, shape, split=len(layers) < len(ranks))
+    held = held_bytes(work_folder(cfg.out), LAST)
+    tell_needs(cfg, need, held, dtype, [ranks[layer] for layer in layers], shape)
+    return Job(cfg, source, dtype, ranks, Run(layers, device, processes, training)), recipe, need
 
 
 def _every_layer(folder: Path) -> ActivationStore:
