@@ -6,17 +6,20 @@ share nothing with the exporter's: one table for both would confirm its own mist
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sparsecast.collect.errors import InputError
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.traffic import traffic_of
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.manifest import PredictorManifest
+from sparsecast.predictors.tensor_file import oddity, read_tensors
 
 
 @dataclass(frozen=True)
@@ -65,29 +68,44 @@ def check_traffic(file: GGUFFile, manifest: PredictorManifest | None) -> list[Ch
 
 def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
     """activation_<i>.pt per layer, 1-D float32 or float64 of the FFN's width, counts."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return Check("hot and cold", True, "no activation folder: exported without activations")
+    try:
+        there = set(os.listdir(folder))
+    except OSError as error:
+        detail = f"{folder}: expected a folder with the activation counts ({error.strerror})"
+        return Check("hot and cold", False, detail)
     wrong = []
     header = header_of(file)
-    layers, width = header.layers, header.ffn
-    names = {f"activation_{i}.pt" for i in range(layers)}
-    if odd := names ^ {path.name for path in folder.iterdir()}:
+    names = [f"activation_{i}.pt" for i in range(header.layers)]
+    if odd := set(names) ^ there:
         wrong.append(f"{', '.join(sorted(odd))} missing or not expected")
-    for name in sorted(names):
-        if not (folder / name).is_file():
+    for name in names:
+        if name not in there:
             continue
         try:
-            counts = torch.load(folder / name, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch and pickle raise many kinds for a damaged file
-            wrong.append(f"{name} cannot be read ({type(error).__name__})")
-            continue
-        if not isinstance(counts, Tensor) or counts.dtype not in (torch.float32, torch.float64):
-            wrong.append(f"{name} is no float32 or float64 tensor")
-        elif counts.shape != (width,):
-            wrong.append(f"{name} has shape {tuple(counts.shape)}, expected ({width},)")
-        elif not bool((counts >= 0).all()) or not bool(counts.isfinite().all()):
-            wrong.append(f"{name} holds values that are no counts")
-    return Check("hot and cold", not wrong, "; ".join(wrong) or f"{layers} files")
+            read_counts(folder / name, header.ffn)
+        except InputError as error:
+            wrong.append(str(error).removeprefix(f"{folder}{os.sep}"))
+    return Check("hot and cold", not wrong, "; ".join(wrong) or f"{header.layers} files")
+
+
+def read_counts(path: Path, width: int) -> Tensor:
+    """(F,) float32 or float64: how often each neuron of a layer fired.
+
+    Raises:
+        InputError: The file is damaged, or holds something else.
+    """
+    counts = read_tensors(path, f"a tensor of {width} counts")
+    odd = oddity(counts)
+    if odd is not None or counts.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"{path}: is no float32 or float64 tensor ({odd or counts.dtype})")
+    if counts.shape != (width,):
+        raise InputError(f"{path}: has shape {tuple(counts.shape)}, expected ({width},)")
+    if not bool((counts >= 0).all()) or not bool(counts.isfinite().all()):
+        raise InputError(f"{path}: holds values that are no counts")
+    kept: Tensor = counts.detach()
+    return kept
 
 
 def same(a: Tensor, b: Tensor) -> bool:

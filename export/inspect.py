@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from sparsecast.collect.atomic import refuse_unwritable, write_json
+from sparsecast.collect.atomic import check_file, refuse_unwritable, unreadable, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.inspect import InspectConfig, Inspection
 from sparsecast.collect.inspect import inspect as inspect_store
@@ -19,8 +21,7 @@ from sparsecast.export.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.inspect_file import file_values, plain, show_file, size
 from sparsecast.export.verify import bundle_file
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
-
-SCORES = ("recall", "predicted_sparsity")
+from sparsecast.predictors.manifest import SCORES
 
 
 def inspect(cfg: InspectConfig) -> Inspection:
@@ -49,19 +50,21 @@ def inspect(cfg: InspectConfig) -> Inspection:
 
 
 def _kind(path: Path) -> str:
-    if path.is_file():
+    want = "what `sparsecast collect`, `train` or `export` writes, or a PWRI, GGUF or gpuidx file"
+    if not path.is_dir():
+        check_file(path, want)  # a device or a FIFO is not opened
         return "file"
-    if any(path.glob("model_*.pt")):
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise unreadable(path, error, want) from error
+    if any(fnmatch(name, "model_*.pt") for name in names):
         return "predictors"
-    if any(path.glob(f"*{SUFFIX}")):
+    if any(name.endswith(SUFFIX) for name in names):
         return "bundle"
-    if (path / MANIFEST).is_file():
+    if MANIFEST in names:
         return "activations"
-    found = "holds none of ours" if path.is_dir() else "no such file or folder"
-    raise InputError(
-        f"{path}: {found}, expected what `sparsecast collect`, `train` or `export` writes, or a "
-        "PWRI, GGUF or gpuidx file"
-    )
+    raise InputError(f"{path}: holds none of ours, expected {want}")
 
 
 def _predictor_values(path: Path) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def _predictor_values(path: Path) -> dict[str, Any]:
 
 def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
     layer, made = predictors.layers[i], predictors.manifest
-    scores: Any = made.calibration[i] if made is not None and i < len(made.calibration) else {}
+    scores: dict[str, float] = {} if made is None else made.calibration[i]
     return {
         "layer": i,
         "rank": layer.rank,
@@ -91,21 +94,15 @@ def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
         "ffn_width": layer.fc2_FR.shape[0],
         "dtype": layer.dtype,
         "bytes": layer.nbytes,
-        **{name: _score(scores, name) for name in SCORES},
+        **{name: scores.get(name) for name in SCORES},
     }
-
-
-def _score(scores: Any, name: str) -> float | None:
-    """A share, or None for whatever else an edited manifest holds."""
-    value = scores.get(name) if isinstance(scores, dict) else None
-    return value if isinstance(value, (int, float)) and 0 <= value <= 1 else None
 
 
 def _show_predictors(values: dict[str, Any]) -> None:
     console.print(f"[bold]{escape(values['path'])}", soft_wrap=True)
     facts = {"threshold": f"{values['threshold']:g}", "size": size(values["bytes"])}
     if values["model"] is not None:
-        rule = f"{values['activation']} {values['activation_threshold']}"
+        rule = f"{values['activation']} {values['activation_threshold']:g}"
         facts |= {
             "model": f"{values['model']} (fingerprint {values['fingerprint']})",
             "activation": f"{rule}, input: {values['convention']}",
@@ -125,15 +122,26 @@ def _show_predictors(values: dict[str, Any]) -> None:
 def _bundle_values(path: Path) -> dict[str, Any]:
     model = bundle_file(path)
     split, predictors = model.with_name(model.name + GPUIDX), path / "predictor"
-    files = sorted(p for p in path.rglob("*") if p.is_file())
     return {
         "kind": "bundle",
         "path": str(path),
-        "files": [{"name": str(p.relative_to(path)), "bytes": p.stat().st_size} for p in files],
+        "files": [
+            {"name": str(p.relative_to(path)), "bytes": p.lstat().st_size} for p in _files(path)
+        ],
         "model": file_values(model),
-        "gpu_split": file_values(split) if split.is_file() else None,
-        "predictors": _predictor_values(predictors) if predictors.is_dir() else None,
+        "gpu_split": file_values(split) if os.path.lexists(split) else None,
+        "predictors": _predictor_values(predictors) if os.path.lexists(predictors) else None,
     }
+
+
+def _files(path: Path) -> list[Path]:
+    """All that is no folder; folders that links lead to are not entered, so that none loops."""
+    walked = os.walk(path, onerror=_cannot_list)
+    return sorted(Path(folder, name) for folder, _, names in walked for name in names)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise unreadable(Path(error.filename), error, "a folder of the bundle")
 
 
 def _show_bundle(values: dict[str, Any]) -> None:

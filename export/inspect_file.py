@@ -7,6 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,6 +18,8 @@ from sparsecast.export.reader import Entry, GGUFFile
 from sparsecast.export.vram import LIST_BYTES, ROWS
 
 SHORT_ARRAY = 8
+SHOWN = 1000
+"""Rows of a table on the screen; the rest is in the JSON."""
 SHORT_TEXT = 100
 
 
@@ -47,7 +50,7 @@ def file_values(path: Path) -> dict[str, Any]:
 
 def _value(value: Any) -> Any:
     """As JSON holds it; of a long array its length alone."""
-    if isinstance(value, list):
+    if isinstance(value, (list, np.ndarray)):
         if len(value) > SHORT_ARRAY:
             return {"length": len(value)}
         return [_value(item) for item in value]
@@ -89,10 +92,17 @@ def show_file(values: dict[str, Any]) -> None:
     head = f"{values['magic']} version {values['version']}, alignment {values['alignment']}"
     console.print(f"  {head}, {size(values['bytes'])}", soft_wrap=True, highlight=False)
     keys = Table(title="keys", title_justify="left", show_header=False)
-    for key, value in values["keys"].items():
+    for key, value in list(values["keys"].items())[:SHOWN]:
         keys.add_row(plain(key), _told(value))
     console.print(keys)
+    _tell_more(len(values["keys"]), "keys")
     console.print(_split_table(values) if "layers" in values else _tensor_table(values))
+    _tell_more(len(values["tensors"]), "tensors")
+
+
+def _tell_more(count: int, what: str) -> None:
+    if count > SHOWN:
+        console.print(f"and {count - SHOWN:,} more {what}, see --json", highlight=False)
 
 
 def _tensor_table(values: dict[str, Any]) -> Table:
@@ -102,7 +112,7 @@ def _tensor_table(values: dict[str, Any]) -> Table:
     table.add_column("name", overflow="fold")
     for name in ("shape", "type", "bytes"):
         table.add_column(name, justify="right")
-    for tensor in tensors:
+    for tensor in tensors[:SHOWN]:
         shape = " x ".join(map(str, tensor["shape"]))
         table.add_row(plain(tensor["name"]), shape, tensor["type"], f"{tensor['bytes']:,}")
     return table
@@ -114,7 +124,7 @@ def _split_table(values: dict[str, Any]) -> Table:
     table = Table(title=f"{total:,} neurons on the GPU", title_justify="left")
     for name in ("layer", "neurons", "of", "bytes"):
         table.add_column(name, justify="right")
-    for layer in layers:
+    for layer in layers[:SHOWN]:
         told = ("?" if v is None else f"{v:,}" for v in (layer["width"], layer["bytes"]))
         table.add_row(str(layer["layer"]), f"{layer['neurons']:,}", *told)
     return table

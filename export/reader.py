@@ -20,9 +20,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sparsecast.collect.atomic import check_file, unreadable
 from sparsecast.collect.errors import InputError
 from sparsecast.export.tensor_types import DECODED, TYPES, TensorType
 
@@ -40,7 +42,12 @@ SCALARS = {
     12: "d",
 }
 STRING, ARRAY = 8, 9
-UINT32, INT32, FLOAT32, UINT64 = 4, 5, 6, 10
+UINT32, INT32, FLOAT32, BOOL, UINT64 = 4, 5, 6, 7, 10
+MOST, MOST_STRINGS = 100_000, 2**21
+"""Tensors or keys, and strings of one array: far more than any model and its vocabulary have."""
+LONG = 2**20
+"""Numbers that an array may have to be read as a list; a longer one stays in the file, as a numpy
+view."""
 
 
 class Entry(NamedTuple):
@@ -67,12 +74,15 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_file(path, "a GGUF file")
         try:
             with path.open("rb") as file:
                 # A private mapping: torch wants writable memory, the file stays as it is.
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}), expected a GGUF file") from error
+        except ValueError as error:
+            raise InputError(f"{path}: is empty, expected a GGUF file") from error
+        except OSError as error:
+            raise unreadable(path, error, "a GGUF file") from error
         self._at = 0
         self.magic = self._take(4)
         if self.magic not in TYPES:
@@ -80,7 +90,7 @@ class GGUFFile:
         self.version: int = self._scalar("I")
         if self.version != 3:
             raise InputError(f"{path}: is of GGUF version {self.version}, expected 3")
-        n_tensors, n_keys = self._count(24, "tensors"), self._count(13, "keys")
+        n_tensors, n_keys = self._count(32, "tensors", MOST), self._count(13, "keys", MOST)
         self.keys: dict[str, Any] = {}
         self.key_types: dict[str, int] = {}
         self.element_types: dict[str, int] = {}
@@ -131,12 +141,18 @@ class GGUFFile:
     def _scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
 
-    def _count(self, least: int, what: str) -> int:
-        """A count of things that take at least `least` bytes each."""
+    def _count(self, least: int, what: str, most: int | None = None) -> int:
+        """A count of things that take at least `least` bytes each, and of which there are at most
+        `most` in a file of any use."""
         value: int = self._scalar("Q")
         if value * least > len(self._data) - self._at:
             raise self._broken(
                 f"claims {value} {what} at byte {self._at - 8}, more than it can hold"
+            )
+        if most is not None and value > most:
+            raise InputError(
+                f"{self.path}: claims {value:,} {what} at byte {self._at - 8}, expected at most "
+                f"{most:,}; no file of a model has so many"
             )
         return value
 
@@ -150,7 +166,7 @@ class GGUFFile:
     def _read_key(self) -> None:
         name = self._string()
         if name in self.keys:
-            raise self._broken(f"has the key {name!r} twice")
+            raise self._broken(f"has the key {shown(name)} twice")
         kind = self._scalar("I")
         self.key_types[name] = kind
         self.keys[name] = self._array(name) if kind == ARRAY else self._value(kind, name)
@@ -159,19 +175,23 @@ class GGUFFile:
         if kind == STRING:
             return self._string()
         if kind not in SCALARS:
-            raise self._broken(f"key {name!r} has the unknown value type {kind}")
+            raise self._broken(f"key {shown(name)} has the unknown value type {kind}")
         return self._scalar(SCALARS[kind])
 
-    def _array(self, name: str) -> list[Any]:
+    def _array(self, name: str) -> list[Any] | np.ndarray:
         kind: int = self._scalar("I")
         self.element_types[name] = kind
         if kind == STRING:
-            return [self._string() for _ in range(self._count(8, f"strings in {name!r}"))]
+            count = self._count(8, f"strings in {shown(name)}", MOST_STRINGS)
+            return [self._string() for _ in range(count)]
         if kind not in SCALARS:
-            raise self._broken(f"key {name!r} is an array of the unknown value type {kind}")
-        size = struct.calcsize("<" + SCALARS[kind])
-        count = self._count(size, f"values in {name!r}")
-        return list(struct.unpack(f"<{count}{SCALARS[kind]}", self._take(count * size)))
+            raise self._broken(f"key {shown(name)} is an array of the unknown value type {kind}")
+        dtype = np.dtype("?" if kind == BOOL else "<" + SCALARS[kind])
+        count = self._count(dtype.itemsize, f"values in {shown(name)}")
+        start = self._at
+        self._at += count * dtype.itemsize
+        values = np.frombuffer(self._data, dtype, count, start) if count else np.empty(0, dtype)
+        return values if count > LONG else values.tolist()
 
     def _alignment(self) -> int:
         value = self.keys.get("general.alignment", 32)
@@ -183,28 +203,32 @@ class GGUFFile:
         name = self._string()
         n_dims = self._scalar("I")
         if not 1 <= n_dims <= 4:
-            raise self._broken(f"tensor {name} has {n_dims} dimensions, expected 1 to 4")
+            raise self._broken(f"tensor {shown(name)} has {n_dims} dimensions, expected 1 to 4")
         shape = tuple(self._scalar("Q") for _ in range(n_dims))[::-1]
         kind, offset = self._scalar("I"), self._scalar("Q")
         types = TYPES[self.magic]
         if kind not in types:
             known = ", ".join(f"{i} ({t.name})" for i, t in types.items())
-            raise InputError(f"{self.path}: tensor {name} has type id {kind}, expected {known}")
+            raise InputError(
+                f"{self.path}: tensor {shown(name)} has type id {kind}, expected {known}"
+            )
         return name, shape, types[kind], offset
 
     def _add(self, name: str, entry: Entry, offset: int) -> None:
         if name in self.entries:
-            raise self._broken(f"has the tensor {name} twice")
+            raise self._broken(f"has the tensor {shown(name)} twice")
         # As the engine does: rows may straddle blocks here, see `checks.check_tensors`. A layer
         # without neurons on the GPU has a list of none.
         empty = not prod(entry.shape) and (entry.type.name != "i32" or len(entry.shape) > 1)
         if empty or prod(entry.shape) % entry.type.block:
-            raise self._broken(f"tensor {name} has the shape {entry.shape}")
+            raise self._broken(f"tensor {shown(name)} has the shape {entry.shape}")
         if offset % self.alignment:
-            raise self._broken(f"tensor {name} begins at {offset}, not at {self.alignment} n")
+            raise self._broken(
+                f"tensor {shown(name)} begins at {offset}, not at {self.alignment} n"
+            )
         if entry.start + entry.nbytes > len(self._data):
             raise self._broken(
-                f"tensor {name} ends at byte {entry.start + entry.nbytes}, but the file has "
+                f"tensor {shown(name)} ends at byte {entry.start + entry.nbytes}, but the file has "
                 f"{len(self._data)}: truncated"
             )
         self.entries[name] = entry
@@ -214,8 +238,14 @@ class GGUFFile:
         places = sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].nbytes))
         for name, entry in places:
             if entry.start < end:
-                raise self._broken(f"tensors {before} and {name} overlap")
+                raise self._broken(f"tensors {shown(before)} and {shown(name)} overlap")
             end, before = entry.start + entry.nbytes, name
+
+
+def shown(name: str) -> str:
+    """A name out of a file, on one line and short."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _blocks(blocks_NB: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ Shape letters: F FFN width, K neurons on the GPU.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.collect.errors import InputError
-from sparsecast.export.checks import Check
+from sparsecast.export.checks import Check, read_counts
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import STRING, UINT32, UINT64, GGUFFile
 
@@ -46,7 +47,7 @@ def check_gpu_split(file: GGUFFile, folder: Path) -> list[Check]:
     if others:
         detail = f"{', '.join(others)}: PowerInfer reads {path.name} alone"
         return [Check("gpu split", False, detail)]
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
     try:
         split = GGUFFile(path)
@@ -136,12 +137,10 @@ def _best(split: GGUFFile, file: GGUFFile, folder: Path) -> Check:
     edges = []
     for i, bucket_K in enumerate(buckets):
         try:
-            count_F = torch.load(folder / f"activation_{i}.pt", weights_only=True).double()
-            colder = bool(count_F[bucket_K].sum() < count_F.topk(len(bucket_K)).values.sum())
-        except Exception as error:  # torch and pickle raise many kinds for a damaged file
-            detail = f"activation_{i}.pt cannot be read ({type(error).__name__})"
-            return Check("gpu split", False, detail)
-        if colder:
+            count_F = read_counts(folder / f"activation_{i}.pt", header_of(file).ffn).double()
+        except InputError as error:
+            return Check("gpu split", False, str(error))
+        if bool(count_F[bucket_K].sum() < count_F.topk(len(bucket_K)).values.sum()):
             return Check(
                 "gpu split", False, f"layer {i}: not its {len(bucket_K):,} hottest neurons"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from sparsecast.collect.atomic import refuse_unwritable, write_json
+from sparsecast.collect.atomic import check_file, refuse_unwritable, unreadable, write_json
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
@@ -100,15 +101,19 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
 
 def bundle_file(bundle: Path) -> Path:
     """The one GGUF file of a bundle folder, or the file itself."""
-    if bundle.is_file():
+    want = "a folder that `sparsecast export` wrote"
+    if not bundle.is_dir():
+        check_file(bundle, want)
         return bundle
-    found = sorted(bundle.glob(f"*{SUFFIX}"))
+    try:
+        found = sorted(name for name in os.listdir(bundle) if name.endswith(SUFFIX))
+    except OSError as error:
+        raise unreadable(bundle, error, want) from error
     if len(found) != 1:
         raise InputError(
-            f"{bundle}: holds {len(found)} files *{SUFFIX}, expected exactly one; give a folder "
-            "that `sparsecast export` wrote"
+            f"{bundle}: holds {len(found)} files *{SUFFIX}, expected exactly one; give {want}"
         )
-    return found[0]
+    return bundle / found[0]
 
 
 def _model(cfg: VerifyConfig, file: GGUFFile) -> tuple[Checkpoint | None, str]:

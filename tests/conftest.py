@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+import xxhash
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
@@ -63,6 +65,28 @@ def as_nobody() -> Iterator[Nobody]:
     with TemporaryDirectory() as folder:  # pytest's own folders are closed to others
         Path(folder).chmod(0o777)
         yield Nobody(Path(folder))
+
+
+@pytest.fixture(scope="session")
+def sealed():
+    """Give the files of a predictor folder, and fields of its manifest, checksums that fit: what
+    nobody but somebody hostile would do."""
+
+    def seal(folder: Path, **fields: object) -> Path:
+        path = folder / "manifest.json"
+        value = {**json.loads(path.read_text()), **fields}
+        names = set(value["checksums"]) - {path.name}
+        value["checksums"] = {
+            name: xxhash.xxh3_128_hexdigest((folder / name).read_bytes())
+            for name in names
+            if (folder / name).exists()
+        }
+        own = xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+        value["checksums"][path.name] = own
+        path.write_text(json.dumps(value))
+        return folder
+
+    return seal
 
 
 @pytest.fixture
