@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from sparsecast.collect.atomic import read_json
+from sparsecast.collect.atomic import read_json, unreadable
 from sparsecast.collect.config_checks import check_fields, check_shapes, check_tokens
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.families import unknown
 from sparsecast.collect.pretrained import build_config, without_code
 from sparsecast.collect.remap import REMAPPED, kind_of
@@ -171,11 +171,15 @@ def read_config(folder: Path) -> PreTrainedConfig:
         InputError: No config.json, fields that make no sense, or a family without a class.
     """
     path = folder / "config.json"
-    if os.access(folder, os.X_OK) and not os.path.lexists(path):
+    try:
+        path.lstat()
+    except FileNotFoundError as error:
         raise InputError(
             f"{folder}: no config.json in this folder, expected a model as save_pretrained writes "
             "it; give its folder or a Hugging Face id"
-        )
+        ) from error
+    except OSError as error:
+        raise unreadable(path, error, "the config of a causal language model") from error
     refuse_pointer(path)
     raw = read_json(path, "the config of a causal language model")
     check_fields(raw, path)
@@ -188,10 +192,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except InputError:
         raise
     except Exception as error:  # config classes check their fields, each in its own way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{path}: transformers cannot read it ({reason}); expected the config of a causal "
-            "language model"
+            f"{path}: transformers cannot read it ({reason_of(error)}); expected the config of a "
+            "causal language model"
         ) from error
     config.name_or_path = str(folder)
     return config
@@ -200,7 +203,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _refuse_adapter(folder: Path) -> None:
     """peft's files change a model only where peft is installed, and export would not see them."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).exists():
+        if os.path.exists(folder / name):  # false in a folder that may not be searched
             raise InputError(
                 f"{folder}: holds an adapter ({name}), which is not applied; merge it into the "
                 "weights with peft's `PeftModel.from_pretrained(base, folder).merge_and_unload()"

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.families import FAMILIES
 from sparsecast.collect.pretrained import empty_model
 
@@ -144,10 +144,9 @@ def check_shapes(
     try:
         described = empty_model(config).state_dict()
     except Exception as error:  # a model's class meets absurd fields, each in its own way
-        reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(
-            f"{folder}: transformers cannot build the model that config.json describes ({reason}); "
-            "give the config and the weights of one model"
+            f"{folder}: transformers cannot build the model that config.json describes "
+            f"({reason_of(error)}); give the config and the weights of one model"
         ) from error
     for name, tensor in described.items():
         shape = stored.get(name, stored.get(name.partition(".")[2]))

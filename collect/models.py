@@ -130,7 +130,8 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, where: object) -> None:
     Special tokens but BOS may lie beyond: many models have a padding token there that no text
     gives, and `sequences` names the document that does.
     """
-    special = {*tokenizer.all_special_ids} - {tokenizer.bos_token_id}
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in added if token.special} - {tokenizer.bos_token_id}
     beyond = [
         (number, token)
         for token, number in tokenizer.get_vocab().items()

@@ -17,9 +17,11 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.atomic import read_json
+from sparsecast.collect.errors import InputError, reason_of
 
 CODE = ("auto_map", "custom_pipelines", "configuration_files", "fusion_config")
 """Fields that name code, kernels or other files to load; models are the same without them."""
@@ -67,11 +69,10 @@ def load_weights(
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise InputError(
-            f"{folder}: transformers cannot load the model ({reason}); check config.json and "
-            "generation_config.json"
+            f"{folder}: transformers cannot load the model ({reason_of(error)}); check "
+            "config.json and generation_config.json"
         ) from error
     return loaded[0], loaded[1]
 
@@ -90,4 +91,8 @@ def tokenizer_of(folder: Path, kind: Any = AutoTokenizer) -> Any:
 
     Raises whatever transformers meets in the files; `load_tokenizer` says it in one line.
     """
+    path = folder / "tokenizer_config.json"
+    if kind is AutoTokenizer and path.is_file() and "auto_map" in read_json(path, "a tokenizer's"):
+        # The class that it names is code; tokenizer.json is the whole tokenizer without it.
+        kind = PreTrainedTokenizerFast
     return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

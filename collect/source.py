@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.atomic import unreadable
+from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.progress import console
 
 SHIPPED = Path(__file__).parents[1] / "sparsify" / "tiny-prosparse"
@@ -31,7 +32,14 @@ def resolve(source: str) -> Path:
     """
     if (folder := find_local(source)) is not None:
         return folder
-    if os.path.lexists(os.path.expanduser(source)):
+    path = Path(os.path.expanduser(source))
+    try:
+        there = bool(source) and bool(path.lstat())
+    except PermissionError as error:
+        raise unreadable(path, error, "a model's folder") from error
+    except (OSError, ValueError):  # not there, or no name that a file can have
+        there = False
+    if there:
         raise InputError(f"{source}: is not a folder, expected a model's; {_GIVE}")
     if is_path(source):
         raise InputError(f"{source or repr(source)}: no such model folder; {_GIVE}")
@@ -51,7 +59,7 @@ def is_path(source: str) -> bool:
     owner, slash, name = source.partition("/")
     if not slash or not owner or not name or "/" in name or "\\" in source:
         return True
-    return owner.startswith((".", "~")) or os.path.lexists(owner)
+    return owner.startswith((".", "~")) or name.startswith(".") or os.path.lexists(owner)
 
 
 def _download(source: str) -> Path:
@@ -68,7 +76,7 @@ def _download(source: str) -> Path:
         except OSError:
             raise _not_there(source, error) from error
         console.print(
-            f"{source}: the hub does not answer ({_first_line(error)}); its copy in the cache is "
+            f"{source}: the hub does not answer ({reason_of(error)}); its copy in the cache is "
             "used",
             style="yellow",
             highlight=False,
@@ -80,12 +88,8 @@ def _download(source: str) -> Path:
 def _not_there(source: str, error: Exception) -> InputError:
     return InputError(
         f"{source}: neither a local folder nor a model that could be downloaded "
-        f"({_first_line(error)}); check the spelling, the network and `hf auth login`"
+        f"({reason_of(error)}); check the spelling, the network and `hf auth login`"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).split("\n") if line.strip()), type(error).__name__)
 
 
 def _wanted(files: list[str]) -> list[str]:

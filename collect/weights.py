@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -20,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsecast.collect.atomic import check_file, read_json
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.atomic import check_file, read_json, unreadable
+from sparsecast.collect.errors import InputError, reason_of
 
 ORDER = (
     "model.safetensors",
@@ -138,8 +139,9 @@ def open_weights(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a readable weights file ({reason}); {_AGAIN}") from error
+        raise InputError(
+            f"{path}: not a readable weights file ({reason_of(error)}); {_AGAIN}"
+        ) from error
 
 
 def refuse_pointers(folder: Path) -> None:
@@ -151,10 +153,13 @@ def refuse_pointers(folder: Path) -> None:
 
 def refuse_pointer(path: Path) -> None:
     """Raises `InputError` where Git LFS has left its note of a file in the file's place."""
-    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+    if not os.path.isfile(path):
         return
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise unreadable(path, error, "a model's file") from error
     if head.startswith(_POINTER):
         size = re.search(rb"^size (\d{1,18})\s*$", head, re.M)
         real = f" of {int(size[1]):,} bytes" if size else ""
@@ -195,7 +200,8 @@ def _unpickled(path: Path) -> object:
     try:
         # torch maps zip files alone; its format before 1.6 is not one.
         mapped = is_zipfile(path)
-        value: object = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle versions, which say nothing here
+            value: object = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # what a damaged pickle raises is up to its bytes
         told = str(error)
         # torch's own text advises weights_only=False, which runs whatever the file says.
@@ -204,10 +210,9 @@ def _unpickled(path: Path) -> object:
                 f"{path}: holds more than tensors ({foreign[1]}), and nothing that comes with a "
                 "model is run; give the weights as model.safetensors"
             ) from None
-        reason = "it is not a file of torch.save" if "weights_only" in told else told.split("\n")[0]
-        raise InputError(
-            f"{path}: not a readable weights file ({reason or type(error).__name__}); {_AGAIN}"
-        ) from None
+        none = "weights_only" in told
+        reason = "it is not a file of torch.save" if none else reason_of(error).split(". ")[0]
+        raise InputError(f"{path}: not a readable weights file ({reason}); {_AGAIN}") from None
     return value
 
 

@@ -15,6 +15,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.progress import console
+from sparsecast.collect.source import find_local
 from sparsecast.export.calibration_checks import (
     bound_of,
     calibrated,
@@ -126,7 +127,7 @@ def _model(cfg: VerifyConfig, file: GGUFFile) -> tuple[Checkpoint | None, str]:
     model = str(manifest.get("model"))
     if file.keys.get("sparsecast.model_fingerprint") not in (None, manifest.get("fingerprint")):
         return None, f"the predictors are of {model}, the file is of another model; give --model"
-    if not Path(model).expanduser().is_dir():
+    if find_local(model) is None:
         return None, f"{model} is no folder here; give --model"
     checkpoint = Checkpoint(model)
     if checkpoint.fingerprint != manifest.get("fingerprint"):
