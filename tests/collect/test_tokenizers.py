@@ -20,6 +20,8 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.tokenizers import load_tokenizer
 from sparsecast.collect.tokens import encode
+from sparsecast.sparsify.config import SparsifyConfig
+from sparsecast.sparsify.run import sparsify
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SPARSECAST_SHARED", ROOT / "../shared"))
@@ -294,7 +296,7 @@ def test_a_folder_without_tokenizer_files_is_named(kind, model_folder, tmp_path)
         loaded(folder)
 
 
-@pytest.mark.parametrize("stage", ["collect", "train", "export", "sparsify"])
+@pytest.mark.parametrize("stage", ["collect", "train", "export"])
 def test_every_stage_names_it_before_work(stage, model_folder, tmp_path, corpus, capsys, acts):
     folder = Path(shutil.copytree(model_folder, tmp_path / "m"))
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -309,6 +311,15 @@ def test_every_stage_names_it_before_work(stage, model_folder, tmp_path, corpus,
     (line,) = capsys.readouterr().err.strip().split("\n")
     assert f"{folder}: no tokenizer files" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_sparsify_names_it_before_work(model_folder, tmp_path, corpus):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "m"))
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (folder / name).unlink()
+
+    with pytest.raises(InputError, match=f"{folder}: no tokenizer files"):
+        sparsify(SparsifyConfig(model=str(folder), corpus=str(corpus), out=tmp_path / "out"))
 
 
 def half(folder: Path, *names: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
-from sparsecast.export.engine import EngineError, Next, engine_perplexity, serving
+from sparsecast.export.engine import EngineError, Next, Server, engine_perplexity, serving
 from sparsecast.export.engine_checks import (
     Position,
     position,
@@ -213,3 +215,18 @@ def test_a_position_takes_the_evaluation_nearest_to_the_engine():
     assert found.moved == pytest.approx(1.0)
     assert found.theirs[0] == pytest.approx(found.ours[0])
     assert found.theirs[1] < 1e-7
+
+
+BREAKS = "\x0b\x0c\r\x1c\x1d\x1e\x85\u2028\u2029"
+"""What Python takes for line ends; the server escapes those below 32 and no others."""
+
+
+@pytest.mark.parametrize("text", [*BREAKS, f"a{BREAKS}b"])
+def test_a_reply_ends_at_a_line_feed_alone(text, monkeypatch):
+    probs = [{"tok_str": text, "prob": 0.5}, {"tok_str": "b", "prob": 0.25}]
+    event = {"content": text, "completion_probabilities": [{"content": text, "probs": probs}]}
+    raw = f'data: {json.dumps(event, ensure_ascii=False)}\n\ndata: {{"stop": true}}\n\n'
+    server = Server(0, 10, [], [])
+    monkeypatch.setattr(server, "_post", lambda path, body: raw)
+
+    assert server.next([1]) == Next(text, [(text, 0.5), ("b", 0.25)], False)

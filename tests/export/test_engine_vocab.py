@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.tokenizers import load_tokenizer
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.engine_checks import replies_to
@@ -18,6 +23,9 @@ from sparsecast.export.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file, verify
+
+SHARED = Path(os.environ.get("SPARSECAST_SHARED", Path(__file__).parents[2] / "../shared"))
+LLAMA2 = SHARED / "cases" / "data" / "llama2.tokenizer.model"
 
 
 def details(result) -> dict[str, str]:
@@ -107,4 +115,42 @@ def test_the_engine_cuts_text_as_a_sentencepiece_model_in_either_file(
     result = verify(VerifyConfig(bundle=tmp_path / "b", corpus=str(corpus), engine=engine))
 
     assert result.ok, details(result)
+    assert details(result)["engine tokenisation"].startswith("0 of ")
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(not LLAMA2.is_file(), reason="Llama 2's tokenizer.model is not here")
+@pytest.mark.parametrize("kept", ["tokenizer.model", "tokenizer.json", "tokenizer.*"])
+def test_llama_2s_own_vocabulary_passes_from_either_file(
+    kept, engine, random_predictors, corpus, tmp_path
+):
+    """Runs of spaces of one score, and tokens that Python takes for line ends."""
+    model = tmp_path / "m"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=1280,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=32_000,
+        max_position_embeddings=256,
+        hidden_act="relu",
+    )
+    LlamaForCausalLM(config).half().save_pretrained(model)
+    shutil.copy(LLAMA2, model / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(Checkpoint(str(model)))
+    tokenizer.backend_tokenizer.save(str(model / "tokenizer.json"))
+    for path in {*model.glob("tokenizer.*")} - {*model.glob(kept)}:
+        path.unlink()
+    predictors = random_predictors(tmp_path / "p", str(model))
+    export(ExportConfig(model=str(model), predictors=predictors, out=tmp_path / "b"))
+
+    result = verify(
+        VerifyConfig(bundle=tmp_path / "b", corpus=str(corpus), engine=engine, tokens=256)
+    )
+
+    wrong = [check for check in result.checks if not check.ok]
+    assert not wrong
     assert details(result)["engine tokenisation"].startswith("0 of ")

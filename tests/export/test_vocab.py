@@ -164,6 +164,15 @@ def test_merges_are_read_in_either_spelling(byte_copy):
     assert vocabulary(byte_copy) == pairs
 
 
+def test_a_sequence_of_no_normalizers_is_none(byte_copy, byte_model):
+    empty = {"type": "Sequence", "normalizers": []}
+    cut = json.loads((byte_copy / "tokenizer.json").read_text())["pre_tokenizer"]
+    one = {"type": "Sequence", "pretokenizers": [cut]}
+    change(byte_copy, lambda spec: spec.update(normalizer=empty, pre_tokenizer=one))
+
+    assert vocabulary(byte_copy) == vocabulary(byte_model)
+
+
 def test_vocab_json_and_merges_txt_do_as_well(byte_copy, byte_model):
     Tokenizer.from_file(str(byte_copy / "tokenizer.json")).model.save(str(byte_copy))
     (byte_copy / "tokenizer.json").unlink()
