@@ -22,6 +22,7 @@ from sparsecast.collect.atomic import read_json, unreadable
 from sparsecast.collect.config_checks import check_fields, check_shapes, check_tokens
 from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.families import unknown
+from sparsecast.collect.folders import refuse_other
 from sparsecast.collect.pretrained import build_config, without_code
 from sparsecast.collect.remap import REMAPPED, kind_of
 from sparsecast.collect.source import resolve
@@ -174,6 +175,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         path.lstat()
     except FileNotFoundError as error:
+        refuse_other(folder, "model")
         raise InputError(
             f"{folder}: no config.json in this folder, expected a model as save_pretrained writes "
             "it; give its folder or a Hugging Face id"
@@ -183,7 +185,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     refuse_pointer(path)
     raw = read_json(path, "the config of a causal language model")
     check_fields(raw, path)
-    kind = kind_of(raw)
+    if (kind := kind_of(raw)) is None:
+        refuse_other(folder, "model")
     if not isinstance(kind, str) or (kind not in REMAPPED and kind not in CONFIG_MAPPING):
         raise InputError(unknown(kind, str(folder), brings_code="auto_map" in raw))
     raw = without_code(raw | {"model_type": kind})

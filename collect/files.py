@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sparsecast.collect.atomic import check_file, unreadable
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.folders import refuse_other
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _FILE = f"a file of text ({', '.join(SUFFIXES)})"
@@ -46,6 +47,7 @@ def local_files(spec: str) -> list[Path] | None:
     if mode is not None and stat.S_ISDIR(mode):
         files = sorted(_below(path))
         if not files:
+            refuse_other(path, "text")
             raise InputError(f"{spec}: no {', '.join(SUFFIXES)} file in this folder")
     elif mode is not None:
         files = [path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ KINDS = {
     "bundle": "a bundle of `sparsecast export`, which `sparsecast verify` takes",
     "report": "a report of `sparsecast report`, which no stage reads",
     "model": "a model, which --model takes",
+    "text": "text, which --corpus takes",
 }
+MANY = 100
+"""Folders in a folder that are looked into."""
 
 
 def kind_of(folder: Path) -> str | None:
-    """A key of `KINDS`, by what lies in the folder and not by whether it is whole."""
+    """A key of `KINDS` but text, by what lies in the folder and not by whether it is whole."""
     if any(folder.glob("model_*.pt")):
         return "predictors"
     if any(folder.glob("*.powerinfer.gguf")):
@@ -40,12 +44,19 @@ def _keys(folder: Path, name: str) -> set[str]:
 
 
 def refuse_other(path: Path, wanted: str) -> None:
-    """Raises `InputError` where `path` is a folder of another kind than `wanted`, or a file in one
-    of that kind; what is nothing of ours is left to the caller."""
+    """Raises `InputError` where `path` is a folder of another kind than `wanted`, or beside one of
+    that kind by one level; what is nothing of ours is left to the caller."""
     if path.is_file() and kind_of(path.parent) == wanted:
         raise InputError(f"{path}: is a file, expected its folder; give {path.parent}")
     if (kind := kind_of(path)) not in (None, wanted):
         raise InputError(f"{path}: holds {KINDS[str(kind)]}; expected {KINDS[wanted]}")
+    if kind is None:
+        inner = sorted(islice((p for p in path.glob("[!.]*/") if p.is_dir()), MANY))
+        if (found := next((p for p in inner if kind_of(p) == wanted), None)) is not None:
+            raise InputError(
+                f"{path}: holds none itself, expected {KINDS[wanted]}; give a folder in it, such "
+                f"as {found}"
+            )
 
 
 def check_version(path: Path, value: dict[str, Any], ours: int, again: str) -> None:

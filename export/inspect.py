@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sparsecast.collect.atomic import check_file, refuse_unwritable, unreadable, write_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.folders import KINDS, kind_of
 from sparsecast.collect.inspect import InspectConfig, Inspection
 from sparsecast.collect.inspect import inspect as inspect_store
 from sparsecast.collect.progress import console
@@ -64,7 +65,8 @@ def _kind(path: Path) -> str:
         return "bundle"
     if MANIFEST in names:
         return "activations"
-    raise InputError(f"{path}: holds none of ours, expected {want}")
+    what = KINDS.get(kind_of(path) or "", "none of ours")
+    raise InputError(f"{path}: holds {what}; expected {want}")
 
 
 def _predictor_values(path: Path) -> dict[str, Any]:

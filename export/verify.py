@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsecast.collect.atomic import check_file, refuse_unwritable, unreadable, write_json
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.folders import refuse_other
 from sparsecast.collect.models import load_model
 from sparsecast.collect.progress import console
 from sparsecast.collect.source import find_local
@@ -111,6 +112,7 @@ def bundle_file(bundle: Path) -> Path:
     except OSError as error:
         raise unreadable(bundle, error, want) from error
     if len(found) != 1:
+        refuse_other(bundle, "bundle")
         raise InputError(
             f"{bundle}: holds {len(found)} files *{SUFFIX}, expected exactly one; give {want}"
         )
