@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
+from safetensors import SafetensorError
 
 from sparsecast.collect.errors import InputError
 
@@ -57,37 +58,33 @@ def told_when_full(out: Path, need: int, what: str, kept: Callable[[], str]) -> 
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        if no_room(error) is None:
             raise
         raise full_disk(error, out, need, what, kept()) from error
 
 
-def full_disk(error: OSError, out: Path, need: int, what: str, left: str) -> OSError:
-    """What `told_when_full` says; of any other fault of a disk the file, and what is `left`."""
-    if error.errno not in FULL:
-        return OSError(f"{error.filename or out}: {error.strerror or error}; {left}")
-    file = f": {Path(error.filename).name}" if isinstance(error.filename, str) else ""
+def full_disk(error: BaseException, out: Path, need: float, what: str, left: str) -> OSError:
+    """What `told_when_full` says; `error` is one that `no_room` knows."""
+    name = getattr(error, "filename", None)
+    file = f": {Path(name).name}" if isinstance(name, str) else ""
     return OSError(
-        f"{out}: cannot be written ({error.strerror}{file}); {what} needs {size(need)} of disk, "
-        f"{size(free(out))} are free there now; {left}"
+        f"{out}: cannot be written ({os.strerror(no_room(error) or 0)}{file}); {what} needs "
+        f"{size(need)} of disk, {size(free(out))} are free there now; {left}"
     )
 
 
-def save_tensors(path: Path, value: Any) -> None:
-    """`torch.save`, which says no more of a full disk than that positions differ.
+def no_room(error: BaseException) -> int | None:
+    """The error number of a full disk, quota or file, or None.
 
-    Raises:
-        OSError: In the system's words, with the file's name; no half of it stays.
+    torch and safetensors wrap it in errors of their own.
     """
-    try:
-        with path.open("wb") as file:
-            torch.save(value, file)
-    except (RuntimeError, OSError) as error:
-        path.unlink(missing_ok=True)
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
+    seen: BaseException | None = error
+    while seen is not None:
+        code = seen.errno if isinstance(seen, OSError) else None
+        if isinstance(seen, SafetensorError) and (found := re.search(r"os error (\d+)", str(seen))):
+            code = int(found[1])
+        if code in FULL:
+            return code
+        seen = seen.__cause__ or seen.__context__
+    return None

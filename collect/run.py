@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sparsecast.collect.checkpoint import Checkpoint, effective
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.corpus import Document, begun, documents
-from sparsecast.collect.disk import full_disk, told_when_full
+from sparsecast.collect.disk import full_disk, no_room, told_when_full
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.estimate import largest_batch, layers_of, look, token_limit, x_dtype_of
 from sparsecast.collect.families import activation_rule, family_of
@@ -131,8 +131,10 @@ def _told(
         if kept
         else "no shard was finished yet, nothing is left behind"
     )
-    if isinstance(error, OSError):
+    if no_room(error) is not None:
         return full_disk(error, cfg.out, need, "the store", left)
+    if isinstance(error, OSError):
+        return OSError(f"{error.filename or cfg.out}: {error.strerror or error}; {left}")
     if not isinstance(error, KeyboardInterrupt):
         return error
     how = (

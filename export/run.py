@@ -9,12 +9,13 @@ import torch
 
 from sparsecast.collect.atomic import check_new, new_folder, write_text
 from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.disk import check_room, free, save_tensors, size, told_when_full
+from sparsecast.collect.disk import check_room, free, size, told_when_full
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import lost_threshold
 from sparsecast.collect.firing import check_firing
 from sparsecast.collect.lock import locked
 from sparsecast.collect.progress import bar, console
+from sparsecast.collect.staged import save_torch
 from sparsecast.collect.store import ActivationStore
 from sparsecast.export.belonging import predictors_for
 from sparsecast.export.card import foreign_note, model_card, relu_note, split_note, window_note
@@ -168,4 +169,4 @@ def _write_counts(folder: Path, counts: list[torch.Tensor]) -> None:
     folder.mkdir()
     for i, count_F in enumerate(counts):
         dtype = torch.float32 if int(count_F.max()) <= EXACT else torch.float64
-        save_tensors(folder / f"activation_{i}.pt", count_F.to(dtype))
+        save_torch(count_F.to(dtype), folder / f"activation_{i}.pt")

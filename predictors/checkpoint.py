@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import new_folder, read_json, unreadable, write_json
-from sparsecast.collect.disk import save_tensors
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.folders import refuse_other
+from sparsecast.collect.staged import save_torch
 from sparsecast.predictors.blocks import BLOCK
 from sparsecast.predictors.formats import rounded
 from sparsecast.predictors.manifest import (
@@ -60,13 +60,11 @@ class PredictorSet:
             stored = predictor.stored()
             weights = {"fc1.weight": stored.fc1_RD, "fc2.weight": stored.fc2_FR}
             # Own, contiguous storage: a view would drag its whole base into the file.
-            save_tensors(
-                folder / model_file(i),
-                {
-                    name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
-                    for name, w in weights.items()
-                },
-            )
+            own = {
+                name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, w in weights.items()
+            }
+            save_torch(own, folder / model_file(i))
         write_json(folder / CONFIG, {"sparse_threshold": self.threshold})
         if self.manifest is not None:
             names = [CONFIG, *(model_file(i) for i in range(len(self.layers)))]

@@ -8,7 +8,6 @@ its share of the batches, and gradients are averaged.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from sparsecast.collect.disk import save_tensors
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.ranks import Team
+from sparsecast.collect.staged import save_torch
 from sparsecast.predictors.bias import BiasUnits, Spread, Uncut
 from sparsecast.predictors.mlp import Predictor
 
@@ -55,9 +54,7 @@ def gathered(
         return [mine[layer] for layer in layers] if team.leads else None
     for layer, trained in mine.items():
         state = {field.name: getattr(trained, field.name) for field in fields(trained)}
-        part = work / f"layer-{layer}.part"
-        save_tensors(part, {"kind": type(trained).__name__, **state})
-        os.replace(part, _file(work, layer))
+        save_torch({"kind": type(trained).__name__, **state}, _file(work, layer))
     team.wait()
     if not team.leads:
         return None

@@ -15,14 +15,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.checkpoint import Checkpoint
+from sparsecast.collect.disk import free, full_disk, no_room, size
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.files import SUFFIXES
 from sparsecast.collect.progress import console
-from sparsecast.collect.staged import free, full_disk, no_room, size
 from sparsecast.sparsify.config import SparsifyConfig
 
 FACTS = "sparsify.json"
@@ -137,10 +135,9 @@ def work_folder(out: Path, options: dict[str, Any]) -> Iterator[Work]:
         )
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"{out}: interrupted; {left}") from None
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)) and (
-            reason := no_room(error)
-        ):
-            raise full_disk(work.path.parent, reason, work.needs, f"free some; {left}") from error
+        if no_room(error) is not None:
+            said = f"make room; {left}"
+            raise full_disk(error, work.path.parent, work.needs, "the run", said) from error
         raise
     shutil.rmtree(work.path, ignore_errors=True)
 

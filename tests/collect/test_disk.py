@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from sparsecast.collect.atomic import check_new, refuse_unwritable, write_json
-from sparsecast.collect.disk import check_room, free, save_tensors, size, told_when_full
+from sparsecast.collect.disk import check_room, free, no_room, size, told_when_full
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.lock import locked
+from sparsecast.collect.staged import save_torch
 from sparsecast.collect.target import target
 
 
@@ -50,14 +53,21 @@ def test_more_than_the_disk_has_is_refused(tmp_path):
         check_room(tmp_path / "a", 10**18, "the store", ", or fewer --tokens")
 
 
-def test_tensors_that_do_not_fit_are_said_in_the_systems_words(tmp_path):
-    path = tmp_path / "x.pt"
-    with small_files(2**16), pytest.raises(OSError, match="File too large") as failed:
-        save_tensors(path, {"w": torch.zeros(2**20)})
-    assert (failed.value.errno, failed.value.filename) == (errno.EFBIG, str(path))
-    assert not path.exists()
-    save_tensors(path, {"w": torch.arange(9)})
-    assert torch.equal(torch.load(path, weights_only=True)["w"], torch.arange(9))
+VALUE = {"w": torch.zeros(2**20)}
+
+
+@pytest.mark.parametrize("write", [save_file, lambda v, p: p.write_bytes(bytes(2**20)), save_torch])
+def test_a_full_disk_is_recognized_in_whatever_a_library_raises(tmp_path, write):
+    with small_files(2**16), pytest.raises((OSError, SafetensorError)) as caught:
+        write(VALUE, tmp_path / "x")
+    assert no_room(caught.value) == errno.EFBIG
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "no"), RuntimeError("os error 28"), KeyError()]
+)
+def test_other_errors_are_not_taken_for_a_full_disk(error):
+    assert no_room(error) is None
 
 
 def test_a_full_disk_is_told_with_what_it_takes(tmp_path):
@@ -66,7 +76,7 @@ def test_a_full_disk_is_told_with_what_it_takes(tmp_path):
         small_files(2**16),
         told_when_full(tmp_path / "out", 5_000_000, "the thing", lambda: "all is kept"),
     ):
-        save_tensors(tmp_path / "x.pt", {"w": torch.zeros(2**20)})
+        save_torch(VALUE, tmp_path / "x.pt")
     said = str(failed.value)
     assert f"{tmp_path / 'out'}: cannot be written (File too large: x.pt)" in said
     assert "the thing needs 5 MB of disk" in said

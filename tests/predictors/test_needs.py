@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsecast.collect import disk
+from sparsecast.collect import disk, staged
 from sparsecast.collect.errors import InputError
 from sparsecast.predictors import fit
 from sparsecast.predictors.config import TrainConfig
@@ -65,19 +65,17 @@ def test_what_the_disk_cannot_hold_is_refused_before_training(asked, monkeypatch
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeypatch, epochs):
     """The second run goes on from it, and ends as one that was never stopped."""
-    done, save = [], fit.save_tensors
+    done, save = [], staged.save_torch
 
-    def full(path: Path, value: object) -> None:
+    def full(value: object, path: Path) -> None:
         assert path.parent == work_folder(asked.out)  # not the system's temporary folder
         if len(done) == epochs:
-            path.write_bytes(b"half of it")
-            path.unlink()
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         done.append(path)
-        save(path, value)
+        save(value, path)
 
-    monkeypatch.setattr(fit, "save_tensors", full)
-    with pytest.raises(OSError, match="No space left on device: last.part") as failed:
+    monkeypatch.setattr(staged, "save_torch", full)
+    with pytest.raises(OSError, match="No space left on device: last.ckpt") as failed:
         train(asked)
     said = str(failed.value)
     assert f"{asked.out}: cannot be written" in said
@@ -89,7 +87,7 @@ def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeyp
         return
     assert "the last finished epoch is kept: make room, and the same command goes on" in said
     assert [path.name for path in work.iterdir() if "last" in path.name] == ["last.ckpt"]
-    monkeypatch.setattr(fit, "save_tensors", save)
+    monkeypatch.setattr(staged, "save_torch", save)
     resumed = train(asked)
     whole = train(replace(asked, out=asked.out.with_name("whole")))
     for a, b in zip(resumed.layers, whole.layers, strict=True):
@@ -97,36 +95,35 @@ def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeyp
 
 
 def test_half_a_checkpoint_of_a_killed_run_goes_when_it_is_resumed(asked, monkeypatch):
-    save = fit.save_tensors
+    save, part = staged.save_torch, work_folder(asked.out) / ".last.ckpt.part"
 
-    def killed(path: Path, value: object) -> None:
+    def killed(value: object, path: Path) -> None:
         if (path.parent / "last.ckpt").is_file():
-            path.write_bytes(bytes(1000))
+            part.write_bytes(bytes(1000))
             raise KeyboardInterrupt
-        save(path, value)
+        save(value, path)
 
-    monkeypatch.setattr(fit, "save_tensors", killed)
+    monkeypatch.setattr(staged, "save_torch", killed)
     with pytest.raises(KeyboardInterrupt):
         train(asked)
-    part = work_folder(asked.out) / "last.part"
     assert part.is_file()
     seen = []
 
-    def look(path: Path, value: object) -> None:
+    def look(value: object, path: Path) -> None:
         seen.append(part.exists())
-        save(path, value)
+        save(value, path)
 
-    monkeypatch.setattr(fit, "save_tensors", look)
+    monkeypatch.setattr(staged, "save_torch", look)
     train(asked)
     assert seen == [False]
 
 
 def test_a_folder_of_predictors_that_does_not_fit_keeps_the_training(asked, monkeypatch):
-    def full(path: Path, value: object) -> None:
+    def full(value: object, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr("sparsecast.predictors.checkpoint.save_tensors", full)
+        patched.setattr("sparsecast.predictors.checkpoint.save_torch", full)
         with pytest.raises(OSError, match=r"model_0\.pt.*the last finished epoch is kept"):
             train(asked)
     assert not asked.out.exists()
