@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.config import CollectConfig
@@ -15,6 +14,7 @@ from sparsecast.collect.disk import check_room, free, size
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule
 from sparsecast.collect.models import ffn_shape, pick_device, pick_dtype
+from sparsecast.collect.pretrained import empty_model
 from sparsecast.collect.progress import console
 from sparsecast.collect.shard import SHARD_BYTES, Shape
 from sparsecast.collect.target import shards, unfinished
@@ -23,14 +23,6 @@ from sparsecast.collect.writer import BUFFERS
 
 ACTIVE = 0.15
 """The share of neurons taken to fire, for the bytes of energies. All else is known."""
-
-
-def outline(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model that the config describes, without weights: it takes no memory."""
-    with torch.device("meta"):
-        auto: Any = AutoModelForCausalLM
-        model: PreTrainedModel = auto.from_config(checkpoint.config, trust_remote_code=False)
-    return model
 
 
 def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
@@ -71,7 +63,7 @@ def look(cfg: CollectConfig, checkpoint: Checkpoint, wanted: Mapping[str, int]) 
     activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
     dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, pick_device(cfg.device))
     checkpoint.check()
-    model = outline(checkpoint)
+    model = empty_model(checkpoint.config)
     n_layers, hidden_size, ffn_width = ffn_shape(model)
     shape = Shape(
         layers=layers_of(cfg, n_layers),

@@ -13,8 +13,9 @@ from sparsecast.collect import disk
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.estimate import outline, store_bytes, weight_bytes
+from sparsecast.collect.estimate import store_bytes, weight_bytes
 from sparsecast.collect.models import ffn_shape, load_model
+from sparsecast.collect.pretrained import empty_model
 from sparsecast.collect.run import collect
 from sparsecast.collect.shard import Shape
 from sparsecast.collect.tokens import quotas
@@ -55,7 +56,7 @@ def test_the_default_of_a_7b_takes_what_the_documentation_says():
 
 
 def test_the_outline_is_the_model_without_its_weights(model_folder):
-    drawn = outline(Checkpoint(str(model_folder)))
+    drawn = empty_model(Checkpoint(str(model_folder)).config)
     model, _ = load_model(str(model_folder))
     assert all(weight.is_meta for weight in drawn.parameters())
     assert ffn_shape(drawn) == ffn_shape(model)
