@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +36,22 @@ def option_of(name: str) -> str:
 def shown(value: object) -> str:
     """A value in a message, cut where it is long."""
     return _short.repr(value)
+
+
+def command_of(stage: str, config: Any) -> str:
+    """The command that a configuration stands for, as a shell takes it; defaults are left out."""
+    words = ["sparsecast", stage]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is None or value == field.default:
+            continue
+        items = value if isinstance(value, list) else [value]
+        words += [option_of(field.name), *(_word(item) for item in items)]
+    return shlex.join(words)
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def without_none(kind: Any) -> Any:

@@ -34,7 +34,12 @@ from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, check_
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.in_loop import exact_ffn, predicted_ffn
 
-MODES = ("dense", "exact", "predicted", "bundle")
+MODES = {
+    "dense": "the model as it is",
+    "exact": "only what the gate lets through is computed, without predictors",
+    "predicted": "what the predictors select, with the model's own activation",
+    "bundle": "what the predictors select, plain ReLU and weights in f16: PowerInfer's way",
+}
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -84,6 +89,8 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     values = perplexities(model, predictors, data)
     dense = values["dense"]
     result = {
+        "model": cfg.model,
+        "corpus": cfg.corpus,
         "tokens": sum(batch.tokens for batch in data),
         "perplexity": values,
         "change": {name: value / dense - 1 for name, value in values.items() if name != "dense"},
@@ -117,7 +124,9 @@ def perplexities(
 
 
 def _show(result: dict[str, Any]) -> None:
-    table = Table(title=f"perplexity on {result['tokens']:,} held-out tokens", title_justify="left")
+    title = f"perplexity on {result['tokens']:,} held-out tokens of {result['corpus']}"
+    console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
+    table = Table()
     table.add_column("FFN")
     table.add_column("perplexity", justify="right")
     table.add_column("change", justify="right")
@@ -125,3 +134,5 @@ def _show(result: dict[str, Any]) -> None:
         change = result["change"].get(name)
         table.add_row(name, f"{value:.4f}", "" if change is None else f"{change:+.2%}")
     console.print(table)
+    for name, text in MODES.items():
+        console.print(f"{name}: {text}", highlight=False, soft_wrap=True)

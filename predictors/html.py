@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from sparsecast.predictors.score import times_oracle
+from sparsecast.predictors.words import TERMS, measured
 
 Rows = Sequence[Sequence[str]]
 
@@ -26,6 +27,8 @@ body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: va
 h1 {{ font-size: 1.6rem; line-height: 1.2; margin-bottom: .2rem; }}
 h2 {{ font-size: 1.15rem; margin-top: 2.4rem; }}
 h3 {{ font-size: 1rem; font-weight: 500; }}
+h1, p, dd, code {{ overflow-wrap: anywhere; }}
+p.verdict {{ font-size: 1.1rem; font-weight: 600; }}
 p.soft, figcaption {{ color: var(--soft); font-size: .92rem; }}
 .cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .8rem;
   margin: 1.4rem 0; }}
@@ -33,12 +36,13 @@ p.soft, figcaption {{ color: var(--soft); font-size: .92rem; }}
 .cards b {{ display: block; font-size: 1.5rem; font-weight: 600; line-height: 1.3; }}
 .cards span, .cards small {{ display: block; font-size: .85rem; line-height: 1.35; }}
 .cards small {{ color: var(--soft); }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; width: 100%; font-size: .82rem;
+.scroll {{ overflow-x: auto; max-width: 100%; }}
+table {{ border-collapse: separate; border-spacing: 0; width: 100%; font-size: .82rem;
   font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: .3rem .35rem; border-bottom: 1px solid var(--line); }}
 th {{ color: var(--soft); font-weight: 500; vertical-align: bottom; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0;
+  background: var(--page); }}
 tr:last-child td {{ border-bottom: 0; }}
 tr.main td {{ font-weight: 600; }}
 figure {{ margin: 1rem 0; }} svg {{ width: 100%; height: auto; }}
@@ -46,8 +50,10 @@ svg text {{ fill: var(--ink); }}
 dt {{ font-weight: 600; margin-top: .6rem; }} dd {{ margin: 0; color: var(--soft); }}
 </style>
 <h1>Activation predictors</h1>
-<p class="soft">{model}, {layers} layers, rank {rank}, {dtype}, threshold {threshold}; scored on
-{tokens} held-out tokens, with the weights as exported.</p>
+<p class="soft">{model}, {layers} layers, rank {rank}, {dtype}, threshold {threshold}; scored with
+the weights as exported, on {tokens} held-out tokens of {corpus}.</p>
+<p class="verdict">{verdict}</p>
+<p>{measured}</p>
 <div class="cards">{cards}</div>
 {side}{data}
 <h2>Layer by layer</h2>
@@ -55,30 +61,25 @@ dt {{ font-weight: 600; margin-top: .6rem; }} dd {{ margin: 0; color: var(--soft
 skipped.</figcaption></figure>
 <div class="scroll">{table}</div>
 <h2>What each threshold would give</h2>
-<figure>{curves}<figcaption>The ringed dot is the operating point that was calibrated; every other
-point of a curve is another target for <code>sparsecast train</code>.</figcaption></figure>
+<figure>{curves}<figcaption>One curve a layer. The ringed dot is the operating point that was
+calibrated; every other point of a curve is another target for <code>sparsecast
+train</code>.</figcaption></figure>
 <h2>Bytes that decoding reads</h2>
-<figure>{traffic}<figcaption>FFN weights and predictor, as a share of the dense FFN in f16. A
-predictor earns its place well below the exact path, which needs none.</figcaption></figure>
+<figure>{traffic}<figcaption>FFN weights and predictor, as a share of the dense FFN in f16: traffic
+in PowerInfer; cascade, the gate of the predicted neurons first; exact, without a predictor;
+oracle, a perfect one. A predictor earns its place well below the exact path.</figcaption></figure>
 <h2>What they mean</h2>
 <dl>
-<dt>recall</dt><dd>Of the neurons that fired, the share that was predicted. What is missed is
-lost.</dd>
-<dt>recall p5</dt><dd>Of single tokens: 5 % of them have this recall or less.</dd>
+{terms}<dt>recall p5</dt><dd>Of single tokens: 5 % of them have this recall or less.</dd>
 <dt>first token</dt><dd>The recall on the first token of every document alone.</dd>
-<dt>predicted sparsity</dt><dd>The share of neurons the engine skips.</dd>
-<dt>true sparsity</dt><dd>The share that is exactly zero: the most that could be skipped for
-free.</dd>
 <dt>precision</dt><dd>Of the predicted neurons, the share that fired.</dd>
 <dt>AUC</dt><dd>How often a neuron that fired scores above one that did not, over all
 thresholds.</dd>
 <dt>AP</dt><dd>Average precision: the mean precision over all recalls; at random, 1 - true
 sparsity.</dd>
-<dt>traffic</dt><dd>Predictor + (1 - predicted sparsity): what PowerInfer reads.</dd>
-<dt>cascade</dt><dd>The gate of the predicted neurons first, the rest only where it fired.</dd>
-<dt>exact</dt><dd>No predictor: the whole gate, the rest where it fired. Cannot be wrong.</dd>
-<dt>oracle</dt><dd>A perfect predictor that costs nothing.</dd>
 </dl>
+<h2>Where this comes from</h2>
+<p class="soft">{date}, sparsecast {version}:<br><code>{command}</code></p>
 </html>
 """
 
@@ -122,7 +123,14 @@ def page(
         dtype=escape(report["predictor_dtype"]),
         threshold=f"{report['threshold']:g}",
         tokens=f"{report['tokens']:,}",
-        cards=_cards(mean, report["perplexity_change"]),
+        corpus=escape(report["corpus"]),
+        verdict=escape(report["verdict"]),
+        measured=escape(measured(report)),
+        terms=_terms(),
+        date=report["date"],
+        version=escape(report["version"]),
+        command=escape(report["command"]),
+        cards=_cards(report),
         side=SIDE.format(table=_table(side, main=1), **mean) if side else "",
         data=f"<h2>How much data is enough</h2>\n{sections}" if sections else "",
         recall=figures[0],
@@ -132,9 +140,14 @@ def page(
     )
 
 
-def _cards(mean: dict[str, Any], change: float | None) -> str:
+def _terms() -> str:
+    sentences = {name: escape(text[0].upper() + text[1:]) + "." for name, text in TERMS.items()}
+    return "".join(f"<dt>{name}</dt><dd>{text}</dd>\n" for name, text in sentences.items())
+
+
+def _cards(report: dict[str, Any]) -> str:
     """The headline figures; what was not measured is left out."""
-    times = times_oracle(mean)
+    mean, times = report["mean"], times_oracle(report["mean"])
     reach = f"exact path {mean['exact']:.3f}, oracle {mean['oracle']:.3f}"
     cards = [
         (f"{mean['recall']:.1%}", "recall", f"5th percentile {mean['recall_p5']:.1%}"),
@@ -147,8 +160,12 @@ def _cards(mean: dict[str, Any], change: float | None) -> str:
     ]
     if times is not None:
         cards.append((f"{times:.2f}×", "the oracle's traffic", "1 would be perfect"))
-    if change is not None:
-        cards.append((f"{change:+.2%}", "perplexity", "predictors in the loop"))
+    for key, note in (
+        ("perplexity_change", "predicted: the model's own activation"),
+        ("bundle_perplexity_change", "bundle: as PowerInfer computes it"),
+    ):
+        if (change := report[key]) is not None:
+            cards.append((f"{change:+.2%}", "perplexity", note))
     return "".join(
         f"<div><b>{value}</b><span>{name}</span><small>{note}</small></div>"
         for value, name, note in cards

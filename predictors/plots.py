@@ -11,10 +11,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from matplotlib import colormaps
 from matplotlib import pyplot as plt
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy import linspace
 
 BLUE, ORANGE, GREEN, GREY = "#3b76c4", "#d9822b", "#2f9e5f", "#8a8f98"
 STYLE: Any = {
@@ -59,12 +62,17 @@ def recall_and_sparsity(layers: Sequence[dict[str, Any]]) -> str:
 def curves(
     layers: Sequence[dict[str, Any]], points: Sequence[Sequence[tuple[float, float]]]
 ) -> str:
-    """Recall against predicted sparsity, one curve per layer, its operating point ringed."""
-    colours = LinearSegmentedColormap.from_list("layers", [BLUE, ORANGE])
+    """Recall against predicted sparsity, one curve per layer, its operating point ringed.
+
+    Layers go from dark to light, with a scale beside them, however many there are.
+    """
+    index = [row["layer"] for row in layers]
+    shades = ListedColormap(colormaps["viridis"](linspace(0.15, 0.92, max(index) - min(index) + 1)))
+    norm = Normalize(min(index) - 0.5, max(index) + 0.5)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.6))
-        for i, (row, curve) in enumerate(zip(layers, points, strict=True)):
-            colour = colours(i / max(1, len(layers) - 1))
+        for row, curve in zip(layers, points, strict=True):
+            colour = shades(norm(row["layer"]))
             axes.plot([p for _, p in curve], [r for r, _ in curve], color=colour, lw=1.2)
             axes.plot(
                 row["predicted_sparsity"],
@@ -81,20 +89,21 @@ def curves(
         left = max(0.0, min(row["predicted_sparsity"] for row in layers) - 0.3)
         lowest = min(0.5, *(row["recall"] - 0.05 for row in layers))
         axes.set(xlabel="predicted sparsity", ylabel="recall", xlim=(left, 1), ylim=(lowest, 1.01))
-        axes.set_title(
-            f"layers {layers[0]['layer']} (blue) to {layers[-1]['layer']} (orange)", size=9
-        )
+        if len(layers) > 1:
+            ticks = MaxNLocator(nbins=8, integer=True, steps=[1, 2, 4, 5, 8, 10])
+            figure.colorbar(ScalarMappable(norm, shades), ax=axes, label="layer", ticks=ticks)
         return _svg(figure)
 
 
 def traffic_bars(layers: Sequence[dict[str, Any]]) -> str:
     """Traffic against the exact path and the oracle."""
     index = [row["layer"] for row in layers]
+    dot = 4 if len(index) <= 24 else 2
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.0))
         axes.bar(index, [row["traffic"] for row in layers], color=BLUE, label="traffic", width=0.6)
         for name, colour in (("cascade", GREEN), ("exact", ORANGE), ("oracle", GREY)):
-            axes.plot(index, [row[name] for row in layers], "o--", color=colour, label=name, ms=4)
+            axes.plot(index, [row[name] for row in layers], "o--", color=colour, label=name, ms=dot)
         axes.set(xlabel="layer", ylabel="share of dense FFN bytes", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
