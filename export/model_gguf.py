@@ -45,6 +45,8 @@ from sparsecast.predictors.checkpoint import PredictorSet
 MAGIC = b"PWRI"
 KEY_THRESHOLD = "powerinfer.sparse_threshold"
 KEY_FINGERPRINT = "sparsecast.model_fingerprint"
+KEY_RECIPE = "sparsecast.recipe"
+"""How the bundle was made, see `finished.recipe_of`."""
 KEY_ACTIVATION = "sparsecast.activation_threshold"
 """FATReLU's T of the model, which its config may lack. The engine passes over keys that it does not
 know."""
@@ -135,6 +137,7 @@ def write_model(
     fingerprint: str,
     threshold: float,
     dtype: str,
+    recipe: str = "",
     wrote: Callable[[int], Any] = lambda nbytes: None,
 ) -> None:
     """Write the file; it appears under `path` complete and on disk, or not at all.
@@ -142,6 +145,7 @@ def write_model(
     Args:
         fingerprint: Of the model.
         threshold: Smallest predictor logit for which the engine computes a neuron.
+        recipe: See `finished.recipe_of`, as JSON.
         wrote: Called with the bytes of each tensor.
 
     Raises:
@@ -153,6 +157,8 @@ def write_model(
     try:
         _add_header(writer, hyper, vocabulary, name, threshold, dtype)
         writer.add_string(KEY_FINGERPRINT, fingerprint)
+        if recipe:
+            writer.add_string(KEY_RECIPE, recipe)
         if hyper.activation.name == "fatrelu":
             kind = GGUFValueType.FLOAT64
             writer.add_key_value(KEY_ACTIVATION, hyper.activation.threshold, kind)

@@ -20,6 +20,7 @@ from sparsecast.collect.store import ActivationStore
 from sparsecast.export.belonging import predictors_for
 from sparsecast.export.card import foreign_note, model_card, relu_note, split_note, window_note
 from sparsecast.export.config import SUFFIX, ExportConfig
+from sparsecast.export.finished import finished, recipe_of, recipe_text
 from sparsecast.export.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.gpuidx import write_gpuidx
 from sparsecast.export.hot_cold import check_width, split_for
@@ -28,7 +29,7 @@ from sparsecast.export.model_config import read_hyper
 from sparsecast.export.model_gguf import plan, write_model
 from sparsecast.export.stored import Planned
 from sparsecast.export.traffic import Traffic, traffic_of
-from sparsecast.export.vocab import read_vocabulary
+from sparsecast.export.vocab import Vocabulary, read_vocabulary
 from sparsecast.export.vram import budget_for
 from sparsecast.predictors.checkpoint import PredictorSet
 
@@ -40,14 +41,16 @@ EXACT = 2**24
 
 
 def export(cfg: ExportConfig) -> Path:
-    """Write the bundle and return the path of its GGUF file.
+    """Write the bundle and return the path of its GGUF file; one that is there and was made of the
+    same inputs with the same options is kept.
 
     Memory: see `model_gguf`; predictors stay memory maps where their files hold f16, q8_0 or q4_0.
 
     Raises:
         InputError: See `read_hyper`, `read_vocabulary` and `predictors_for`; activations of
             another model; too little space on the disk; an FFN that does not divide into the
-            blocks of --vram-budget; another export that is writing `cfg.out`.
+            blocks of --vram-budget; another export that is writing `cfg.out`; a bundle there
+            that was made otherwise.
         OSError: The disk filled up meanwhile; nothing is left behind.
     """
     with locked(check_new(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE), "export"):
@@ -60,6 +63,11 @@ def _export(cfg: ExportConfig) -> Path:
     vocabulary = read_vocabulary(checkpoint, hyper.vocab)
     predictors, foreign = predictors_for(cfg.predictors, checkpoint, hyper, force=cfg.force)
     counts = None if cfg.activations is None else _counts(cfg.activations, checkpoint, hyper)
+    file = file_name(checkpoint.source)
+    recipe = recipe_of(cfg, checkpoint.fingerprint, hyper, vocabulary, predictors)
+    if (there := finished(cfg.out, file, recipe)) is not None:
+        console.print(f"{cfg.out}: already exported", highlight=False, markup=False)
+        return there
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
     split = None
     if cfg.vram_budget is not None and counts is not None:
@@ -78,7 +86,6 @@ def _export(cfg: ExportConfig) -> Path:
     )
     traffic = _traffic(tensors, predictors)
 
-    file = file_name(checkpoint.source)
     with (
         told_when_full(cfg.out, total + copies, "the bundle", lambda: AFTER),
         new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE) as folder,
@@ -93,6 +100,7 @@ def _export(cfg: ExportConfig) -> Path:
                 fingerprint=checkpoint.fingerprint,
                 threshold=predictors.threshold,
                 dtype=cfg.dtype,
+                recipe=recipe_text(recipe),
                 wrote=progress.advance,
             )
         (folder / "predictor").mkdir()
@@ -103,6 +111,24 @@ def _export(cfg: ExportConfig) -> Path:
             write_gpuidx(folder / (file + GPUIDX), split)
         card = model_card(file, hyper, vocabulary, predictors, foreign, cfg, split, traffic)
         write_text(folder / "README.md", card)
+    _tell_notes(cfg, checkpoint, hyper, vocabulary, foreign)
+    console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
+    if traffic is not None:
+        console.print(f"FFN traffic by the calibration split: {traffic}", highlight=False)
+    if split is not None:
+        style = None if split.neurons else "yellow"
+        console.print(split_note(split), style=style, highlight=False)
+    return cfg.out / file
+
+
+def _tell_notes(
+    cfg: ExportConfig,
+    checkpoint: Checkpoint,
+    hyper: Hyper,
+    vocabulary: Vocabulary,
+    foreign: list[str],
+) -> None:
+    """Where the bundle is not what the model is, or may not be."""
     if cfg.activation_threshold is None:
         lost = lost_threshold(checkpoint.config, checkpoint.source)
         if lost is not None:
@@ -115,13 +141,6 @@ def _export(cfg: ExportConfig) -> Path:
         console.print(window_note(hyper), style="yellow", highlight=False)
     for note in vocabulary.notes:
         console.print(note, style="yellow", highlight=False, markup=False)
-    console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
-    if traffic is not None:
-        console.print(f"FFN traffic by the calibration split: {traffic}", highlight=False)
-    if split is not None:
-        style = None if split.neurons else "yellow"
-        console.print(split_note(split), style=style, highlight=False)
-    return cfg.out / file
 
 
 def file_name(model: str) -> str:
