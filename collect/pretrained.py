@@ -7,6 +7,7 @@ never asked, and configs lose what would name code or other files to load.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,4 +96,6 @@ def tokenizer_of(folder: Path, kind: Any = AutoTokenizer) -> Any:
     if kind is AutoTokenizer and path.is_file() and "auto_map" in read_json(path, "a tokenizer's"):
         # The class that it names is code; tokenizer.json is the whole tokenizer without it.
         kind = PreTrainedTokenizerFast
-    return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    # Of older names in config.json, which are not the user's.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

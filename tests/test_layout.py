@@ -90,7 +90,7 @@ def test_models_come_through_one_door_that_runs_none_of_their_code():
                 said = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert said.get("trust_remote_code") == "False", path
                 found.add(ast.unparse(node.func))
-    assert len(found) == 3
+    assert {"AutoModelForCausalLM.from_pretrained", "kind.from_pretrained"} <= found
 
 
 def test_nothing_asks_on_the_terminal():
