@@ -19,13 +19,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparsecast.collect.bits import pack, unpack
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.corpus import documents
+from sparsecast.collect.corpus import Document, documents
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model, positions
+from sparsecast.collect.models import load_model, open_checked, positions
 from sparsecast.collect.run import collect
 from sparsecast.collect.splits import SPLITS, assign
 from sparsecast.collect.store import ActivationStore
-from sparsecast.collect.tokens import batches, quotas
+from sparsecast.collect.tokens import batches, quotas, sequences
 
 
 @given(st.integers(0, 5), st.integers(1, 40), st.integers(0, 2**31))
@@ -146,11 +146,18 @@ def test_a_token_without_an_embedding_is_refused_before_it_runs(model_folder, co
         weights[name] = weights[name][:300].clone()
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     (copy / "config.json").write_text(json.dumps(config_of | {"vocab_size": 300}))
+    with pytest.raises(InputError, match=r"tokenizer has '.*' as id 300, but .* ids 0 to 299"):
+        collect(config(copy, corpus, tmp_path / "a", tokens=600))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_special_token_without_an_embedding_is_refused_where_a_text_gives_it(model_folder):
+    tokenizer = open_checked(str(model_folder))[1]
+    docs = [("train", Document("a", "import os"))]
     with pytest.raises(
         InputError, match=r"gives id \d+ \('.*'\), but the model has embeddings for"
     ):
-        collect(config(copy, corpus, tmp_path / "a", tokens=600))
-    assert not (tmp_path / "a").exists()
+        list(sequences(docs, tokenizer, {"train": 9}, 9, vocabulary=50))
 
 
 def test_out_may_be_a_link(model_folder, corpus, tmp_path):
