@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.tokenizer_files import sentencepiece_file
 from sparsecast.collect.tokenizers import load_tokenizer
 from sparsecast.export.vocab_bytes import byte_vocabulary, is_byte_level
 from sparsecast.export.vocab_parts import CONTROL, UNUSED, USER, Parts
@@ -51,8 +52,8 @@ def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
         InputError: A tokenizer of another kind, or one that the engine would misread.
     """
     tokenizer: Any = load_tokenizer(checkpoint)
-    path = checkpoint.folder / "tokenizer.model"
-    if path.is_file():
+    path = sentencepiece_file(checkpoint.folder)
+    if path is not None:
         parts = model_pieces(path)
         _, spec = _spec(checkpoint.folder, tokenizer)
         notes = [] if spec is None else space_notes(spec)

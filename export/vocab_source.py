@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from sparsecast.collect.atomic import read_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.tokenizer_files import sentencepiece_file
 from sparsecast.export.checks import Check
 from sparsecast.export.file_vocab import BYTE, NORMAL, UNKNOWN, USER, FileVocabulary
 from sparsecast.export.protocol import joined
@@ -32,14 +33,14 @@ def check_pieces(source: Source) -> Check:
     try:
         if source.file.keys["tokenizer.ggml.model"] == "gpt2":
             name, wrong = _against_bytes(source, folder)
-        elif (folder / "tokenizer.model").is_file():
-            name, wrong = "tokenizer.model", _against_model(source, folder / "tokenizer.model")
+        elif (path := sentencepiece_file(folder)) is not None:
+            name, wrong = "tokenizer.model", _against_model(source, path)
         else:
             name, wrong = "tokenizer.json", _against_json(source, folder)
         wrong += _wrong_ends(source, folder)
     except InputError as error:
         return Check("pieces", False, str(error))
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         return Check("pieces", False, f"{folder}: its tokenizer cannot be read ({error!r})")
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     detail = "; ".join(wrong[:3]) + more
@@ -186,9 +187,8 @@ def _wrong_ends(source: Source, folder: Path) -> list[str]:
         token = named.get(f"{end}_token")
         text = token.get("content") if isinstance(token, dict) else token
         known[end] |= {i for i, own in enumerate(tokens) if own == text}
-    path = folder / "tokenizer.model"
-    if path.is_file():
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    if (pieces := sentencepiece_file(folder)) is not None:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
         known["bos"].add(model.bos_id())
         known["eos"].add(model.eos_id())
     if keys["tokenizer.ggml.model"] == "gpt2":
