@@ -118,7 +118,9 @@ def cut_otherwise(vocab: Mapping[str, int], merges: list[Merge], model: Any) -> 
     own = Tokenizer(BPE(dict(vocab), merges, fuse_unk=True, byte_fallback=bytewise))
     bare = proto.ModelProto()  # type: ignore[attr-defined]
     bare.CopyFrom(model)
+    bare.normalizer_spec.Clear()
     bare.normalizer_spec.add_dummy_prefix = False
+    bare.normalizer_spec.remove_extra_whitespaces = False
     theirs = _processor(bare)
     for text in islice(_doubtful(merges, scores), MOST_TEXTS):
         for spaced in (text, SPACE + text):

@@ -51,6 +51,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     try:
         tokenizer: Any = tokenizer_of(folder)
     except Exception as error:  # a damaged tokenizer file raises whatever it meets
+        if "auto_map" in settings_of(folder):
+            raise InputError(
+                f"{folder}: tokenizer_config.json names code of the model's own under auto_map, "
+                "which is not run; take auto_map out, and name a class of transformers under "
+                "tokenizer_class"
+            ) from error
         reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(
             f"{folder}: no usable tokenizer ({reason}); expected the tokenizer.json or "

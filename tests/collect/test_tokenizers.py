@@ -205,6 +205,7 @@ def small(path: Path, scores: dict[str, float], user: tuple[str, ...] = ()) -> P
         ({"ab": 0.0, "bc": -1.0, "ca": -2.0}, False),
         ({"ab": 0.0, "cd": 0.0, "ef": 0.0}, False),
         ({"aa": 0.0, "aaa": 0.0, "aaaa": 0.0}, False),
+        ({"\u2581\u2581": 0.0, "\u2581a": 0.0}, False),
     ],
 )
 def test_equal_scores_that_no_order_expresses_are_told(
@@ -279,6 +280,32 @@ def test_tokenizer_json_counts_whatever_class_is_named(kind, parts, model_folder
         plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         assert plain["input_ids"] == own.encode(text, add_special_tokens=False).ids
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == 258
+
+
+@pytest.mark.parametrize("names", [["x.Y", None], {"AutoTokenizer": ["x.Y", None]}, ["x.Y"]])
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "OwnTokenizer"])
+def test_code_that_a_tokenizer_names_is_not_run(kind, names, model_folder, tmp_path):
+    config = {"tokenizer_class": kind, "auto_map": names}
+    folder = folder_of(tmp_path / "m", model_folder, None, config)
+    own = by_digits(folder)
+    mark = tmp_path / "ran"
+    (folder / "x.py").write_text(f"open({str(mark)!r}, 'w')\nclass Y:\n    pass\n")
+
+    if kind == "GPT2Tokenizer" and names != ["x.Y"]:
+        assert loaded(folder).tokenize("ab 12") == own.encode("ab 12").tokens
+    else:
+        with pytest.raises(InputError, match="code of the model's own under auto_map, which is no"):
+            loaded(folder)
+    assert not mark.exists()
+
+
+def test_tiktokens_file_of_that_name_is_left_alone(model_folder, tmp_path):
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    folder = folder_of(tmp_path / "m", model_folder, None, config)
+    own = by_digits(folder)
+    (folder / "tokenizer.model").write_text("".join(f"{'IQ=='} {i}\n" for i in range(9)))
+
+    assert loaded(folder).tokenize("ab 12") == own.encode("ab 12").tokens
 
 
 CLASSES = [
