@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, nextafter
+from math import inf
 from pathlib import Path
 
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.options import between, settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +108,14 @@ class SparsifyConfig:
     """Of initialisation and data order."""
 
     def __post_init__(self) -> None:
+        settle(self, tokens=1, seq_len=2, eval_tokens=2, pretrain_share=0, l1=0, shift_tolerance=0)
         if (self.model is None) == (self.preset is None):
             raise InputError("sparsify: give either --model or --preset")
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"--preset: got {self.preset!r}, expected {' or '.join(PRESETS)}")
-        for option, value, low, high, expected in (
-            ("--pretrain-share", self.pretrain_share, 0, _below(1), "a share from 0 to below 1"),
-            ("--l1", self.l1, 0, _below(inf), "a number >= 0"),
-            ("--lr", self.lr, _above(0), _below(inf), "a number > 0"),
-            ("--shift-tolerance", self.shift_tolerance, 0, _below(inf), "a number >= 0"),
-            ("--seq-len", self.seq_len, 2, inf, "at least 2"),
-            ("--eval-tokens", self.eval_tokens, 2, inf, "at least 2"),
-            ("--seed", self.seed, 0, 2**32 - 1, "a whole number from 0 to 2^32 - 1"),
-        ):
-            if value is not None and not low <= value <= high:
-                raise InputError(f"{option}: got {value}, expected {expected}")
+        if not self.pretrain_share < 1:
+            raise InputError(f"--pretrain-share: must be below 1, got {self.pretrain_share}")
+        between(self, 0, inf, "lr")
         if self.batch_tokens < self.seq_len:
             raise InputError(
                 f"--batch-tokens: got {self.batch_tokens}, expected at least one sequence of "
@@ -181,11 +175,3 @@ class SparsifyConfig:
         if self.l1 is not None:
             return self.l1
         return self._preset.l1 if self._preset else 0.1
-
-
-def _below(value: float) -> float:
-    return nextafter(value, -inf)
-
-
-def _above(value: float) -> float:
-    return nextafter(value, inf)

@@ -23,9 +23,9 @@ from transformers import GenerationConfig
 from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import check_new, new_folder, write_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.lock import locked
 from sparsecast.collect.models import positions, set_activation
 from sparsecast.collect.progress import console
-from sparsecast.collect.target import locked
 from sparsecast.sparsify.card import Sample, write_card
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score, sweep

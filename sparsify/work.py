@@ -17,10 +17,11 @@ from typing import Any
 
 from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.disk import free, full_disk, no_room, size
+from sparsecast.collect.disk import check_room, full_disk, no_room
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.files import SUFFIXES
 from sparsecast.collect.progress import console
+from sparsecast.collect.stop import same_kind
 from sparsecast.sparsify.config import SparsifyConfig
 
 FACTS = "sparsify.json"
@@ -52,11 +53,7 @@ class Work:
         """
         self.needs = 12.0 * parameters * (phases + 1) + 4.0 * tokens + 2.0 * parameters
         there = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
-        if self.needs - there > (rest := free(self.path)):
-            raise InputError(
-                f"{self.path.parent}: the run needs about {size(self.needs - there)} of disk, "
-                f"{size(rest)} are free; free some, or choose another --out"
-            )
+        check_room(self.path.parent, int(self.needs) - there, "the run")
 
 
 def options_of(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -134,7 +131,7 @@ def work_folder(out: Path, options: dict[str, Any]) -> Iterator[Work]:
             else "nothing was trained yet, nothing is left behind"
         )
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"{out}: interrupted; {left}") from None
+            raise same_kind(error, f"{out}: interrupted; {left}") from None
         if no_room(error) is not None:
             said = f"make room; {left}"
             raise full_disk(error, work.path.parent, work.needs, "the run", said) from error

@@ -10,8 +10,8 @@ from sparsecast.collect.errors import InputError
 from sparsecast.sparsify.config import SparsifyConfig
 
 
-def options(out, **changes) -> SparsifyConfig:
-    return SparsifyConfig(**{"model": "m", "out": out} | changes)
+def options(folder, **changes) -> SparsifyConfig:
+    return SparsifyConfig(**{"model": "m", "out": folder} | changes)
 
 
 @pytest.mark.parametrize(
@@ -20,17 +20,23 @@ def options(out, **changes) -> SparsifyConfig:
         ({"model": None}, "either --model or --preset"),
         ({"preset": "tiny"}, "either --model or --preset"),
         ({"model": None, "preset": "giant"}, "--preset: got 'giant'"),
-        *(({"l1": x}, f"--l1: got {x}, expected a number >= 0") for x in (-5.0, nan, inf)),
-        *(({"lr": x}, f"--lr: got {x}, expected a number > 0") for x in (-1.0, 0.0, nan, inf)),
-        *(({"shift_tolerance": x}, f"--shift-tolerance: got {x}") for x in (-1.0, nan, inf)),
-        *(({"pretrain_share": x}, f"--pretrain-share: got {x}") for x in (-0.1, 1.0, nan)),
-        *(({"eval_tokens": x}, f"--eval-tokens: got {x}, expected at") for x in (-1, 0, 1)),
-        *(({"seq_len": x}, f"--seq-len: got {x}, expected at") for x in (-1, 0, 1)),
-        *(({"seed": x}, f"--seed: got {x}, expected") for x in (-1, 2**32, 2**70)),
+        *(({"l1": x}, "--l1: must be at least 0") for x in (-5.0, -1e-9)),
+        *(({"lr": x}, r"--lr: must be in \(0, inf\)") for x in (-1.0, 0.0)),
+        *(({"shift_tolerance": x}, "--shift-tolerance: must be at least 0") for x in (-1.0, -0.1)),
+        *(
+            ({name: x}, f"{option}.*: got {x}, expected a number")
+            for name, option in (("l1", "--l1"), ("lr", "--lr"), ("shift_tolerance", "--shift"))
+            for x in (nan, inf)
+        ),
+        *(({"pretrain_share": x}, "--pretrain-share: ") for x in (-0.1, 1.0, nan)),
+        *(({"eval_tokens": x}, "--eval-tokens: must be at least 2") for x in (-1, 0, 1)),
+        *(({"seq_len": x}, "--seq-len: must be at least 2") for x in (-1, 0, 1)),
+        *(({"seed": x}, "--seed: must be at") for x in (-1, 2**32, 2**70)),
         ({"batch_tokens": 8}, "--batch-tokens: got 8, expected at least one sequence"),
         ({"tokens": 1}, "--tokens: got 1, expected at least 32,768: one step"),
-        ({"tokens": 0}, "--tokens: got 0"),
-        ({"tokens": -5}, "--tokens: got -5"),
+        ({"tokens": 0}, "--tokens: must be at least 1, got 0"),
+        ({"tokens": 2.5}, "--tokens: got 2.5, expected a whole number"),
+        ({"out": ""}, "--out: got '', expected a path"),
         ({"model": None, "preset": "tiny", "tokens": 40_000}, "at least 65,536: two steps"),
     ],
 )

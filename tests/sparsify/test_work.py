@@ -12,7 +12,7 @@ from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 import pytest
 import torch
 
-from sparsecast.collect import staged
+from sparsecast.collect import disk, staged
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.models import load_model
 from sparsecast.collect.target import locked
@@ -143,12 +143,14 @@ def test_a_full_disk_says_what_is_needed_kept_and_next(dense, options, tmp_path,
 
     monkeypatch.setattr(phases, "save_torch", filling)
     monkeypatch.setattr(staged, "save_torch", filling)
-    with pytest.raises(OSError, match="file too large") as caught:
+    with pytest.raises(OSError, match="File too large: ProSparse") as caught:
         sparsify(cfg)
 
     told = str(caught.value)
     assert told.startswith(f"{tmp_path}: ")
-    assert re.search(r"needs about [\d.]+ MiB there, [\d,.]+ GiB are free; free some; ", told)
+    assert re.search(
+        r"the run needs \d+ kB of disk, [\d.]+ .B are free there now; make room; ", told
+    )
     assert told.endswith("the same command goes on from the last checkpoint")
     assert not list(tmp_path.rglob("*.part"))
     monkeypatch.undo()
@@ -166,9 +168,9 @@ def test_no_room_for_tokens_or_the_model_is_told_too(dense, options, tmp_path):
 def test_a_disk_that_cannot_hold_the_run_is_refused_before_training(
     dense, options, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sparsecast.sparsify.work.free", lambda folder: 1000)
+    monkeypatch.setattr(disk, "free", lambda folder: 1000)
 
-    with pytest.raises(InputError, match=r"needs about 0.\d MiB of disk, 0.0 MiB are free"):
+    with pytest.raises(InputError, match=r"the run needs \d+ kB, but only 1 kB are free"):
         sparsify(options(model=str(dense())))
     assert left(tmp_path) == []
 
