@@ -24,6 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.bits import unpack
 from sparsecast.collect.energy import decode
@@ -92,6 +93,11 @@ class Manifest:
             x_dtype=self.x_dtype,
             energy=self.energy,
         )
+
+    @property
+    def rule(self) -> ActivationRule:
+        """What decided which neurons fire."""
+        return ActivationRule(self.activation, self.activation_threshold)
 
     def tokens(self, split: str | None = None) -> int:
         """Stored tokens, of one split or of all three."""

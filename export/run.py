@@ -173,6 +173,12 @@ def _counts(folder: Path, checkpoint: Checkpoint, hyper: Hyper) -> list[torch.Te
             f"{folder}: holds layers {manifest.layers}, expected all {hyper.layers}; collect again "
             "without --layers"
         )
+    theirs, ours = manifest.rule, hyper.activation
+    if (theirs.on_up, theirs.threshold) != (ours.on_up, ours.threshold):
+        raise InputError(
+            f"{folder}: was recorded with {theirs}, but the file is of {ours}; collect with the "
+            "--activation-threshold of this export"
+        )
     stats = store.stats()
     check_firing(stats, manifest.layers, str(folder))
     seen = [split for split in stats.splits() if split != "held-out"]

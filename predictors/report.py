@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import (
     check_new,
     json_text,
@@ -102,6 +103,18 @@ def _predictors(path: Path, store: ActivationStore, layers: int | None = None) -
         fingerprint=made.fingerprint,
         model=f"{store.folder} ({made.model})",
     )
+    if (manifest := predictors.manifest) is not None:
+        trained = ActivationRule(manifest.activation, manifest.activation_threshold)
+        pairs = {
+            "input": (manifest.convention, made.convention),
+            "activation": (str(trained), str(made.rule)),
+            "number of FFN matrices": (manifest.ffn_matrices, made.ffn_matrices),
+        }
+        if odd := [f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if a != b]:
+            raise InputError(
+                f"{path}: was trained for another use than {store.folder} was recorded for: "
+                f"{'; '.join(odd)}; give activations that were recorded alike"
+            )
     return predictors
 
 

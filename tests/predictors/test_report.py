@@ -179,6 +179,25 @@ def test_a_flipped_bit_is_not_scored(cfg, synthetic, tmp_path, flipped, name):
     assert not cfg.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (
+            {"activation": "fatrelu", "activation_threshold": 0.5},
+            r"activation relu, not fatrelu\(0",
+        ),
+        ({"convention": "layer-input"}, "input residual-before-ffn-norm, not layer-input"),
+        ({"ffn_matrices": 2}, "number of FFN matrices 3, not 2"),
+    ],
+)
+def test_activations_that_were_recorded_otherwise(
+    cfg, synthetic, tmp_path, edit_store, fields, told
+):
+    other = edit_store(synthetic, tmp_path / "acts", lambda _: None, **fields)
+    with pytest.raises(InputError, match=f"another use than {other.folder} was recorded.*{told}"):
+        report(replace(cfg, activations=other.folder))
+
+
 def test_calibration_is_not_held_out(cfg, synthetic, tmp_path):
     folder = shutil.copytree(synthetic.folder, tmp_path / "acts")
     shutil.copy(folder / "calibration-00000.safetensors", folder / "held-out-00000.safetensors")
