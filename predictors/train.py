@@ -268,7 +268,8 @@ def _finished(cfg: TrainConfig, store: ActivationStore | None, processes: Team) 
             f"{cfg.out}: holds finished predictors made differently ({'; '.join(changed)}); choose "
             "another --out or remove the folder"
         )
-    console.print(f"{cfg.out}: already trained, {len(predictors.layers)} layers")
+    unread = "" if store is not None else "; the corpus was not read again"
+    console.print(f"{cfg.out}: already trained, {len(predictors.layers)} layers{unread}")
     return predictors
 
 

@@ -294,6 +294,31 @@ def test_activations_of_another_model_are_refused(model, anyones, acts):
         run(model, anyones, activations=acts.folder)
 
 
+def test_activations_in_which_nothing_fires_are_refused(model, predictors, acts, edit_store):
+    def silence(tensors):
+        for name in tensors:
+            if name.endswith("mask"):
+                tensors[name].zero_()
+
+    silent = edit_store(acts, model.parent / "acts", silence)
+    with pytest.raises(InputError, match="nothing fires in any layer on 6,000 tokens"):
+        run(model, predictors, activations=silent.folder)
+    assert sorted(p.name for p in model.parent.iterdir()) == ["acts", "model"]
+
+
+def test_activations_at_another_threshold_are_refused(model, predictors, acts, edit_store):
+    other = edit_store(acts, model.parent / "acts", lambda _: None, activation_threshold=0.3)
+    with pytest.raises(
+        InputError, match=r"with fatrelu\(0\.3\), but the file is of fatrelu\(0\.2\)"
+    ):
+        run(model, predictors, activations=other.folder)
+
+
+def test_predictors_are_no_activations(model, predictors):
+    with pytest.raises(InputError, match="holds predictors .*; expected activations"):
+        run(model, predictors, activations=predictors)
+
+
 @pytest.mark.parametrize("limit", [10_000, 300_000, 1_800_000])
 def test_a_full_disk_leaves_nothing_behind(model, predictors, limit):
     """The limit stands for the disk's end: in the header, among the tensors, near the end."""
