@@ -91,7 +91,10 @@ def curves(
         axes.set(xlabel="predicted sparsity", ylabel="recall", xlim=(left, 1), ylim=(lowest, 1.01))
         if len(layers) > 1:
             ticks = MaxNLocator(nbins=8, integer=True, steps=[1, 2, 4, 5, 8, 10])
-            figure.colorbar(ScalarMappable(norm, shades), ax=axes, label="layer", ticks=ticks)
+            mapped = ScalarMappable(norm, shades)
+            scale = figure.colorbar(mapped, ax=axes, label="layer", ticks=ticks)
+            assert scale.solids is not None
+            scale.solids.set_rasterized(False)
         return _svg(figure)
 
 

@@ -136,7 +136,7 @@ def test_perplexity_is_that_of_every_token_but_the_first(model, data):
     assert perplexity(model, data) == pytest.approx(math.exp(nll / n), rel=1e-5)
 
 
-def test_the_stage_writes_the_keys_of_its_contract(model_folder, corpus, tmp_path, data):
+def test_the_stage_writes_the_keys_of_its_contract(model_folder, corpus, tmp_path, data, capsys):
     random_set().save(tmp_path / "pred")
     path = tmp_path / "evaluate.json"
     cfg = EvaluateConfig(
@@ -152,7 +152,10 @@ def test_the_stage_writes_the_keys_of_its_contract(model_folder, corpus, tmp_pat
     evaluate(cfg)
     result = json.loads(path.read_text())
 
-    assert set(result) == {"tokens", "perplexity", "change"}
+    assert set(result) == {"model", "corpus", "tokens", "perplexity", "change"}
+    screen = capsys.readouterr().err
+    assert f"perplexity on {result['tokens']} held-out tokens of {corpus}\n" in screen
+    assert [f"\n{name}: " in screen for name in result["perplexity"]] == [True] * 4
     assert set(result["perplexity"]) == {"dense", "exact", "predicted", "bundle"}
     assert set(result["change"]) == {"exact", "predicted", "bundle"}
     values = result["perplexity"]

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import escape, unescape
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,10 @@ from sparsecast.predictors.config import ReportConfig
 from sparsecast.predictors.data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.plots import curves
 from sparsecast.predictors.report import by_train_tokens, report
 from sparsecast.predictors.score import score_layers
+from sparsecast.predictors.words import TERMS, verdict
 
 LAYER_KEYS = {
     "layer",
@@ -41,7 +45,8 @@ LAYER_KEYS = {
 }
 AGAINST_KEYS = {"name", "recipe", "rank", "dtype", "train_tokens", "predictor_bytes", "mean"}
 KEYS = {"layers", "mean", "tokens", "predictor_bytes", "model", "predictor_dtype", "threshold"}
-KEYS |= {"perplexity_change", "against"}
+KEYS |= {"perplexity_change", "bundle_perplexity_change", "evaluated_on", "against"}
+KEYS |= {"corpus", "date", "version", "command", "verdict"}
 
 
 def no_nan(text: str) -> float:
@@ -229,7 +234,101 @@ def test_the_change_in_perplexity_comes_from_evaluate(cfg, tmp_path):
     assert "1.23" in (cfg.out / "report.html").read_text()
 
 
-@pytest.mark.parametrize("text", ["{}", '{"change": 3}', '{"change": {"predicted": "x"}}', "["])
+def test_the_bundles_perplexity_and_its_text_stand_beside_it(cfg, tmp_path, capsys):
+    path = tmp_path / "evaluate.json"
+    change = {"exact": 0.0, "predicted": 0.0123, "bundle": 0.0246}
+    path.write_text(json.dumps({"tokens": 5000, "corpus": "<my> [b]text", "change": change}))
+    result = report(replace(cfg, evaluation=path))
+
+    assert result["bundle_perplexity_change"] == 0.0246
+    assert result["evaluated_on"] == "5,000 held-out tokens of <my> [b]text"
+    said = (
+        "on 5,000 held-out tokens of <my> [b]text: +1.23% with the model's own activation "
+        "(predicted) and +2.46% as PowerInfer computes it (bundle)."
+    )
+    assert said in capsys.readouterr().err
+    assert said in (cfg.out / "report.md").read_text()
+    page = (cfg.out / "report.html").read_text()
+    assert escape(said) in page
+    assert "<b>+2.46%</b>" in page
+
+
+def test_every_page_says_where_it_comes_from_and_repeats(cfg, monkeypatch):
+    monkeypatch.setattr("sparsecast.predictors.report.today", lambda: "2031-05-06")
+    result = report(cfg)
+    first = {path.name: path.read_bytes() for path in cfg.out.iterdir()}
+    names = f"--predictors {cfg.predictors} --activations {cfg.activations} --out {cfg.out}"
+    assert result["command"] == f"sparsecast report {names}"
+    assert (result["date"], result["version"]) == ("2031-05-06", version("sparsecast"))
+    for name in ("report.md", "report.html"):
+        text = first[name].decode()
+        for what in (result["corpus"], "2031-05-06", result["version"], names, result["verdict"]):
+            assert what in unescape(text), (name, what)
+    report(cfg)
+    assert first == {path.name: path.read_bytes() for path in cfg.out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("traffic", "exact", "said"),
+    [
+        (0.268, 0.42, "Worth it: decoding reads 0.268 of the dense FFN's bytes, 0.64 times what"),
+        (0.37, 0.42, "Worth it: decoding"),
+        (0.38, 0.42, "Not worth it: decoding reads 0.380 of the dense FFN's bytes, 0.90 times"),
+        (1.2, 1.0, "Not worth it: decoding reads 1.200"),
+    ],
+)
+def test_the_verdict_weighs_traffic_against_no_predictor(traffic, exact, said):
+    sentence = verdict({"mean": {"traffic": traffic, "exact": exact, "recall": 0.95}})
+    assert sentence.startswith(said)
+    assert ("5.0% of what fires is missed" in sentence) == said.startswith("Worth")
+
+
+def test_terms_are_told_where_they_first_appear(cfg, capsys):
+    report(cfg)
+    screen = capsys.readouterr().err
+    for name in ("traffic", "cascade", "exact", "oracle"):
+        assert f"\n{name}: {TERMS[name]}\n" in screen
+        assert f"\n- {name}: {TERMS[name]}\n" in (cfg.out / "report.md").read_text()
+        assert f"<dt>{name}</dt>" in (cfg.out / "report.html").read_text()
+
+
+def test_every_table_scrolls_in_its_own_box(cfg, variant):
+    report(replace(cfg, against=[variant("b", train_tokens=9), variant("c", train_tokens=90)]))
+    page = (cfg.out / "report.html").read_text()
+    assert page.count("<table>") == page.count('<div class="scroll"><table>') == 3
+    assert ".scroll { overflow-x: auto;" in page
+    assert "overflow-wrap: anywhere" in page
+
+
+@pytest.mark.parametrize("count", [1, 2, 32, 80])
+def test_layers_have_a_color_each_and_a_scale(count):
+    layers = [
+        {"layer": i, "recall": 0.9, "predicted_sparsity": 0.5 + i / 200} for i in range(count)
+    ]
+    svg = curves(layers, [[(1.0, 0.0), (0.9, 0.5), (0.0, 1.0)]] * count)
+    lines = re.findall(
+        r'<g id="line2d_\d+">\s*<path d="[^"]*"[^>]*stroke: (#\w+); stroke-width: 1.2', svg
+    )
+    assert len(lines) == len(set(lines)) == count
+    assert (">layer<" in svg) == (count > 1)
+    assert "<image" not in svg
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"change": 3}',
+        '{"change": {"predicted": "x"}}',
+        '{"change": {"predicted": NaN}}',
+        '{"change": {"predicted": 1e999}}',
+        '{"change": {"predicted": true}}',
+        '{"change": {"predicted": -3}}',
+        "[",
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:40],
+)
 def test_an_evaluation_without_the_number_is_named(cfg, tmp_path, text):
     path = tmp_path / "evaluate.json"
     path.write_text(text)
