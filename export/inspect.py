@@ -23,6 +23,7 @@ from sparsecast.export.inspect_file import file_values, plain, show_file, size
 from sparsecast.export.verify import bundle_file
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.manifest import SCORES
+from sparsecast.predictors.words import both_sizes
 
 
 def inspect(cfg: InspectConfig) -> Inspection:
@@ -102,7 +103,10 @@ def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
 
 def _show_predictors(values: dict[str, Any]) -> None:
     console.print(f"[bold]{escape(values['path'])}", soft_wrap=True)
-    facts = {"threshold": f"{values['threshold']:g}", "size": size(values["bytes"])}
+    facts = {
+        "threshold": f"{values['threshold']:g}",
+        "size": both_sizes(values["bytes"], Path(values["path"])),
+    }
     if values["model"] is not None:
         rule = f"{values['activation']} {values['activation_threshold']:g}"
         facts |= {
@@ -112,7 +116,7 @@ def _show_predictors(values: dict[str, Any]) -> None:
     for name, fact in facts.items():
         console.print(f"  {name:<11}{plain(fact)}", soft_wrap=True, highlight=False)
     table = Table(title="predictors, scored on the calibration split", title_justify="left")
-    for name in ("layer", "rank", "format", "bytes", "recall", "predicted sparsity"):
+    for name in ("layer", "rank", "format", "bytes in PowerInfer", "recall", "predicted sparsity"):
         table.add_column(name, justify="right")
     for row in values["layers"]:
         scores = ("" if row[name] is None else f"{row[name]:.4f}" for name in SCORES)

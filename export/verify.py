@@ -60,6 +60,8 @@ class VerifyResult:
 
     checks: list[Check] = field(default_factory=list)
     engine: EnginePerplexity | None = None
+    text: str | None = None
+    """What perplexities, logits and tokens are of; None where a check failed before they ran."""
 
     @property
     def ok(self) -> bool:
@@ -70,6 +72,7 @@ class VerifyResult:
             "ok": self.ok,
             "checks": [asdict(check) for check in self.checks],
             "engine": None if self.engine is None else self.engine._asdict(),
+            "text": self.text,
         }
 
 
@@ -165,6 +168,7 @@ def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
     tokenizer = tokenizer_of(file)
     docs = held_out_documents(cfg.corpus, tokenizer, cfg.tokens)
     ids_NS = chunks_of(joined(docs), tokenizer, cfg.tokens)
+    result.text = f"{ids_NS.numel():,} held-out tokens of {cfg.corpus}"
     emulator = Emulator(file)
     own_NS = _numerics(checkpoint, threshold, emulator, tokenizer, docs, ids_NS, checks)
     allowed = cfg.max_perplexity_increase
@@ -244,6 +248,9 @@ def _print(path: Path, result: VerifyResult) -> None:
         mark = "[green]ok[/]" if check.ok else "[red]FAILED[/]"
         table.add_row(escape(check.name), mark, escape(check.detail))
     console.print(table)
+    if result.text is not None:
+        told = f"perplexities, logits and tokens are of {result.text}; --corpus names another text"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     failed = sum(not check.ok for check in result.checks)
     verdict = (
         f"[red]{failed} of {len(result.checks)} checks failed" if failed else "[green]all good"

@@ -41,6 +41,7 @@ from sparsecast.predictors.recorded import check_recorded
 from sparsecast.predictors.share import share_of
 from sparsecast.predictors.sizes import check_traffic, default_dtype, ranks_for
 from sparsecast.predictors.source import Recorded, Source
+from sparsecast.predictors.words import both_sizes
 
 MISSED = 0.01
 FITTED = ("train", "calibration")
@@ -296,6 +297,7 @@ def _summary(cfg: TrainConfig, predictors: PredictorSet, counts: list[Counts]) -
     sparsity = sum(c.predicted_sparsity for c in counts) / len(counts)
     nbytes = sum(layer.nbytes for layer in predictors.layers)
     console.print(
-        f"{cfg.out}: {len(counts)} predictors, {nbytes / 2**20:,.2f} MiB; on the calibration split "
-        f"recall {recall:.2%} at predicted sparsity {sparsity:.2%}"
+        f"{cfg.out}: {len(counts)} predictors, {both_sizes(nbytes, cfg.out)}; on the calibration "
+        f"split recall {recall:.2%} at predicted sparsity {sparsity:.2%}",
+        soft_wrap=True,
     )

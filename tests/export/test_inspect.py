@@ -58,6 +58,9 @@ def test_predictors_are_shown_layer_by_layer(shown, quantised):
     assert [row["bytes"] for row in values["layers"]] == [layer.nbytes for layer in layers]
     assert {row["recall"] for row in values["layers"]} == {0.5}
     assert values["bytes"] == sum(layer.nbytes for layer in layers)
+    files = sum(path.stat().st_size for path in folder.glob("*.pt"))
+    stored, here = (f"{count / 2**20:.2f} MiB" for count in (values["bytes"], files))
+    assert f"size {stored} in PowerInfer's file ({here} as model_<i>.pt)" in text
     assert "│ 2 │ 32 │ q4_0 │ 24,192 │ 0.5000 │ 0.5000 │" in text
     assert "residual-before-ffn-norm" in text
 

@@ -29,13 +29,16 @@ def failures(result: VerifyResult) -> dict[str, str]:
     return {c.name: c.detail for c in result.checks if not c.ok}
 
 
-def test_a_sound_bundle_passes_and_writes_its_result(check, tmp_path):
+def test_a_sound_bundle_passes_and_writes_its_result(check, corpus, tmp_path, capsys):
     result = check(json=tmp_path / "verify.json")
 
     assert result.ok
     value = json.loads((tmp_path / "verify.json").read_text())
     assert value["ok"] is True
     assert value["engine"] is None
+    assert value["text"] == f"512 held-out tokens of {corpus}"
+    screen = capsys.readouterr().err
+    assert f"\nperplexities, logits and tokens are of {value['text']}; --corpus names" in screen
     assert {"logits", "perplexity", "values attn_q"} <= {c["name"] for c in value["checks"]}
     assert all(c.keys() == {"name", "ok", "detail"} for c in value["checks"])
 

@@ -1,0 +1,62 @@
+"""What is built: the source archive has the documents, the wheel runs as a module."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {"README.md", "RESULTS.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"}
+BUILD = """
+import sys
+from setuptools import build_meta
+build_meta.build_sdist(sys.argv[1])
+build_meta.build_wheel(sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with both archives, of a copy that the build may litter."""
+    pytest.importorskip("setuptools", minversion="77")
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
+    for path in ROOT.iterdir():
+        if path.name in DOCUMENTS | {"MANIFEST.in"}:
+            shutil.copy(path, copy)
+        elif path.is_dir() and not path.name.startswith(".") and any(path.glob("*.py")):
+            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(
+        [sys.executable, "-c", BUILD, str(out)], cwd=copy, check=True, capture_output=True
+    )
+    return out
+
+
+def test_the_source_archive_has_the_documents_and_the_tests(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= DOCUMENTS
+    assert {"cli/entry/__main__.py", "tests/test_packaging.py", "tests/conftest.py"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+def test_the_wheel_runs_as_a_module(built, tmp_path):
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path)
+    assert "sparsecast/__main__.py" in names
+    assert not [name for name in names if name.endswith("__init__.py") or "entry" in name[:22]]
+    code = "import runpy, sys; sys.path.insert(0, '.'); sys.argv[1:] = ['--version']; "
+    code += "runpy.run_module('sparsecast', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == path.name.split("-")[1]
