@@ -118,7 +118,9 @@ def test_another_input_or_activation_is_refused_unless_forced(
     assert "## Predictors of another model" in card
     details = verified(tmp_path / "b", corpus)
     assert re.search(f"NOT for this model.*{reason}", details["predictor model"])
-    assert details["perplexity"] == verified(made, corpus)["perplexity"]  # the model's own T
+    told, want = (d["perplexity"].split(";")[0] for d in (details, verified(made, corpus)))
+    assert told == want  # the model's own T
+    assert "no calibration to compare with" in details["decisions"]
 
 
 @pytest.mark.parametrize("rows", [{"fc1_RD": 32, "fc2_FR": 1280}, {"fc1_RD": 64, "fc2_FR": 1024}])
@@ -228,23 +230,3 @@ def test_the_manifest_of_a_forced_bundle_stays_that_of_its_predictors(other, pre
     manifest = json.loads((tmp_path / "b" / "predictor" / "manifest.json").read_text())
 
     assert manifest == asdict(load_predictors(predictors).manifest)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"calibration": [None] * 3},
-        {"calibration": [{}] * 3},
-        {"calibration": []},
-        {"calibration": [{"recall": 0.5, "predicted_sparsity": 5}] * 3},
-        {"activation_threshold": "x"},
-    ],
-)
-@pytest.mark.parametrize("force", [False, True])
-def test_a_manifest_without_its_scores_is_refused(
-    model_folder, predictors, tmp_path, change, force
-):
-    edited = said(predictors, tmp_path / "p", **change)
-    with pytest.raises(InputError, match="manifest.json: expected a number under activation_thr"):
-        exported(model_folder, edited, tmp_path / "b", force=force)
-    assert not (tmp_path / "b").exists()

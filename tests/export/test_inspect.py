@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparsecast.cli.main import main
+from sparsecast.collect.errors import InputError
 from sparsecast.collect.inspect import InspectConfig
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.inspect import inspect
@@ -76,16 +77,12 @@ def test_predictors_without_a_manifest_have_no_scores(shown, predictors, tmp_pat
     assert "│ 1 │ 16 │ f16 │ 43,008 │ │ │" in text
 
 
-def test_scores_that_are_none_are_left_out(shown, predictors, tmp_path):
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), "high", 7, None])
+def test_scores_that_are_none_are_refused(score, predictors, sealed, tmp_path):
     folder = Path(shutil.copytree(predictors, tmp_path / "edited"))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    odd = [{"recall": "high", "predicted_sparsity": float("nan")}, 7, {"recall": 0.25}]
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "calibration": odd}))
-
-    values, _ = shown(folder)
-
-    assert [row["recall"] for row in values["layers"]] == [None, None, 0.25]
-    assert [row["predicted_sparsity"] for row in values["layers"]] == [None] * 3
+    scores = [{"recall": score, "predicted_sparsity": 0.5}] * 3
+    with pytest.raises(InputError, match=r"NaN|Infinity|calibration makes no sense"):
+        inspect(InspectConfig(path=sealed(folder, calibration=scores)))
 
 
 def test_a_model_file_is_shown_without_its_long_arrays(shown, made):
@@ -215,12 +212,12 @@ def empty_file(folder: Path) -> Path:
         (truncated_in_its_bundle, "truncated"),
         (foreign, "README.md: begins with"),
         (other_magic, "model_0.pt: begins with b'PK"),
-        (damaged_predictor, "model_1.pt: not a readable torch file|model_1.pt: holds more"),
+        (damaged_predictor, "model_1.pt: is not the file that was trained"),
         (lost_predictor, "model_1.pt is missing"),
         (two_models, "holds 2 files"),
-        (empty_file, "x.gguf: cannot be read"),
+        (empty_file, "x.gguf: is empty"),
         (lambda folder: folder / "activation", "activation: holds none of ours, expected"),
-        (lambda folder: folder / "nowhere", "nowhere: no such file or folder, expected"),
+        (lambda folder: folder / "nowhere", "nowhere: no such file, expected"),
     ],
 )
 def test_a_bad_path_gets_one_line_and_exit_code_2(make, reason, bundle, capsys):

@@ -94,7 +94,7 @@ def info(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "cannot be read"),
+        (b"", "is empty"),
         (header(magic=b"ggml"), "begins with b'ggml'"),
         (header(version=2), "version 2, expected 3"),
         (header(tensors=2**63), "more than it can hold"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
-from dataclasses import replace
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from sparsecast.collect.errors import InputError
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
 from sparsecast.predictors.mlp import Predictor
+
+SCORES = {"recall": 0.9, "predicted_sparsity": 0.5}
 
 
 class Code:
@@ -106,7 +110,21 @@ def test_an_empty_folder_says_what_was_expected(tmp_path):
         load_predictors(tmp_path)
 
 
-@pytest.mark.parametrize("threshold", ['"0.5"', "true", "null", "[0]", "NaN", "Infinity"])
+@pytest.mark.parametrize(
+    "threshold",
+    [
+        '"0.5"',
+        "true",
+        "null",
+        "[0]",
+        "NaN",
+        "Infinity",
+        "1e308",
+        "-3.5e38",
+        "1e-60",
+        "1" + "0" * 400,
+    ],
+)
 def test_a_threshold_that_is_no_number_is_refused(tmp_path, threshold):
     write(tmp_path, weights())
     (tmp_path / "config.json").write_text(f'{{"sparse_threshold": {threshold}}}')
@@ -136,14 +154,6 @@ def test_predictors_of_another_model_are_refused(trained, change, message):
         check_belongs(trained, "here", **{**right, **change})
 
 
-def test_a_manifest_of_another_version_is_refused(trained, tmp_path):
-    assert trained.manifest is not None
-    newer = replace(trained.manifest, format_version=99)
-    PredictorSet(trained.layers, 0.0, newer).save(tmp_path / "pred")
-    with pytest.raises(InputError, match="format version 99"):
-        load_predictors(tmp_path / "pred")
-
-
 def test_weights_are_scored_as_the_file_will_hold_them(tmp_path):
     """PowerInfer's converter rounds to f16 whatever the repository has."""
     fc1 = torch.full((4, 8), 1.0001)
@@ -153,38 +163,203 @@ def test_weights_are_scored_as_the_file_will_hold_them(tmp_path):
     with pytest.raises(InputError, match="beyond 65504"):
         load_predictors(tmp_path / "p")
     write(tmp_path / "p", {"fc1.weight": [1], "fc2.weight": torch.ones(16, 4)})
-    with pytest.raises(InputError, match="something else than float tensors"):
+    with pytest.raises(InputError, match="fc1.weight is a list, expected a dense tensor"):
         load_predictors(tmp_path / "p")
+
+
+@pytest.fixture
+def copy(trained, recipe, tmp_path) -> Path:
+    """Of a trained folder, for a test to damage."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in recipe.out.glob("*.*"):
+        if path.is_file():
+            shutil.copy(path, folder)
+    return folder
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"dtypes": None}, "damaged"),
-        ({"dtypes": [["f16"], "f16"]}, "damaged"),
-        ({"dtypes": ["f16"]}, "manifest.json is of 1"),
+        ({"dtypes": None}, "its dtypes makes no sense"),
+        ({"dtypes": [["f16"], "f16"]}, "its dtypes makes no sense"),
+        ({"dtypes": ["f16"]}, "its ranks makes no sense"),
+        (
+            {"dtypes": ["f16"], "ranks": [32], "calibration": [SCORES]},
+            "manifest.json is of 1",
+        ),
         ({"dtypes": ["q4_0", "q4_0"]}, "q4_0 cannot hold these values"),
-        ({"recipe": None}, "damaged"),
-        ({"ranks": [1, 1]}, r"says ranks \[1, 1\], but the files have"),
+        ({"recipe": None}, "its recipe makes no sense"),
+        ({"ranks": [1, 1]}, r"are \(32, 64, 200\), but manifest.json says \(1, 64, 200\)"),
+        ({"hidden_size": 65}, r"but manifest.json says \(32, 65, 200\)"),
+        ({"ranks": [True, 32]}, "its ranks makes no sense"),
+        ({"hidden_size": 10**400}, "manifest.json says"),
+        ({"ffn_matrices": -3}, "its ffn_matrices makes no sense"),
+        ({"model": 7}, "its model makes no sense"),
+        ({"activation": "gelu"}, "its activation makes no sense"),
+        ({"activation_threshold": "x"}, "its activation_threshold makes no sense"),
+        ({"activation_threshold": 1e308}, "its activation_threshold makes no sense"),
+        ({"activation_threshold": -0.1}, "its activation_threshold makes no sense"),
+        ({"calibration": [None, None]}, "its calibration makes no sense"),
+        ({"calibration": [{}, {}]}, "its calibration makes no sense"),
+        ({"calibration": []}, "its calibration makes no sense"),
+        ({"calibration": [SCORES, {**SCORES, "recall": 5}]}, "its calibration makes no sense"),
+        ({"calibration": [SCORES, {**SCORES, "recall": True}]}, "its calibration makes no sense"),
+        ({"format_version": 99}, "99.*newer"),
+        ({"format_version": 2}, "version 2 of an older sparsecast, expected 3; train again"),
+        ({"format_version": True}, "format_version is True"),
+        ({"unknown": 1}, "unknown 'unknown'"),
     ],
 )
-def test_a_manifest_that_lies_is_refused(trained, recipe, tmp_path, change, match):
-    copy = tmp_path / "p"
-    copy.mkdir()
-    for path in recipe.out.glob("*.*"):
-        (copy / path.name).write_bytes(path.read_bytes())
-    made = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(made | change))
+def test_a_manifest_that_lies_is_refused(copy, sealed, change, match):
+    """Its own checksum fits, whoever made it."""
+    sealed(copy, **change)
+    with pytest.raises(InputError, match=match) as error:
+        load_predictors(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_an_edited_manifest_is_refused(copy):
+    path = copy / "manifest.json"
+    value = json.loads(path.read_text())
+    value["calibration"][0]["recall"] = 1.0
+    path.write_text(json.dumps(value))
+    with pytest.raises(InputError, match=r"manifest.json: was edited or damaged"):
+        load_predictors(copy)
+
+
+def test_a_manifest_without_its_own_checksum_is_refused(copy):
+    path = copy / "manifest.json"
+    value = json.loads(path.read_text())
+    del value["checksums"]["manifest.json"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(InputError, match=r"its checksums makes no sense"):
+        load_predictors(copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("[" * 100_000, "nested too deeply"), ('{"calibration": NaN}', "NaN is no JSON number")],
+)
+def test_a_manifest_that_is_no_json_is_refused(copy, text, match):
+    (copy / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=match):
         load_predictors(copy)
 
 
-def test_a_manifest_whose_format_cannot_have_these_rows_is_refused(trained, recipe, tmp_path):
-    for path in recipe.out.glob("*.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    made = json.loads((tmp_path / "manifest.json").read_text())
-    made |= {"dtypes": ["q8_0", "f16"], "ranks": [16, 32]}
-    (tmp_path / "manifest.json").write_text(json.dumps(made))
-    write(tmp_path, {"fc1.weight": torch.ones(16, 64), "fc2.weight": torch.ones(200, 16)})
-    with pytest.raises(InputError, match=r"in blocks of 32, but fc1 is \(16, 64\)"):
+def swapped(folder: Path) -> None:
+    first, second = folder / "model_0.pt", folder / "model_1.pt"
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+
+
+def zeroed(folder: Path) -> None:
+    value = torch.load(folder / "model_1.pt", weights_only=True)
+    torch.save({name: torch.zeros_like(w) for name, w in value.items()}, folder / "model_1.pt")
+
+
+def threshold(folder: Path) -> None:
+    (folder / "config.json").write_text('{"sparse_threshold": 0.5}')
+
+
+def flipped(folder: Path) -> None:
+    path = folder / "model_0.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [swapped, zeroed, threshold, flipped])
+def test_files_that_were_not_trained_are_refused(copy, damage, sealed):
+    damage(copy)
+    with pytest.raises(InputError, match="is not the file that was trained .xxh3_128"):
+        load_predictors(copy)
+    sealed(copy)
+    load_predictors(copy)  # nothing but the checksums was wrong
+
+
+def test_a_layer_that_the_manifest_does_not_know_is_refused(copy):
+    shutil.copy(copy / "model_1.pt", copy / "model_2.pt")
+    with pytest.raises(InputError, match="holds predictors for 3 layers, but manifest.json is of"):
+        load_predictors(copy)
+
+
+@pytest.mark.parametrize("name", ["model_1.pt", "config.json", "manifest.json"])
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "loop", "device"])
+def test_what_is_no_file_is_refused_and_never_waited_for(copy, name, kind):
+    path = copy / name
+    path.unlink()
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path if kind == "loop" else "/dev/zero")
+    told = {"FIFO": "is a FIFO", "folder": "is a folder", "loop": "cannot be read"}
+    with pytest.raises(InputError, match=f"{name}: {told.get(kind, 'is a device')}"):
+        load_predictors(copy)
+
+
+def test_a_number_of_a_layer_beyond_all_is_a_gap_and_takes_no_memory(tmp_path):
+    write(tmp_path, weights())
+    write(tmp_path, weights(), "model_99999999999.pt")
+    with pytest.raises(InputError, match="model_1.pt is missing"):
         load_predictors(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read_is_not_empty(as_nobody):
+    folder = as_nobody.folder / "p"
+    write(folder, weights())
+    folder.chmod(0)
+    with as_nobody(), pytest.raises(InputError, match="p: may not be read"):
+        load_predictors(folder)
+    folder.chmod(0o755)
+
+
+def test_a_manifest_whose_format_cannot_have_these_rows_is_refused(copy, sealed):
+    write(copy, {"fc1.weight": torch.ones(16, 64), "fc2.weight": torch.ones(200, 16)})
+    sealed(copy, dtypes=["q8_0", "f16"], ranks=[16, 32])
+    with pytest.raises(InputError, match=r"in blocks of 32, but fc1 is \(16, 64\)"):
+        load_predictors(copy)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda w: w.to_sparse(), "of the layout torch.sparse_coo"),
+        (lambda w: w.to_sparse_csr(), "of the layout torch.sparse_csr"),
+        (lambda w: w.to("meta"), "without values"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "a tensor of torch.qint8"),
+        (lambda w: w.to(torch.complex64), "a tensor of torch.complex64"),
+        (lambda w: w.to(torch.float8_e4m3fn), "a tensor of torch.float8_e4m3fn"),
+        (lambda w: w.int(), "a tensor of torch.int32"),
+        (lambda w: torch.zeros(1).expand(4, 8), "a view that repeats its values"),
+        (lambda w: torch.zeros(1).expand(1 << 40, 8), "a view that repeats its values"),
+        (lambda w: torch.nested.nested_tensor([w, w]), "a tensor of the layout|not a readable"),
+        (lambda w: "text", "fc1.weight is a str"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_dense_floats_are_refused_in_one_line(tmp_path, make, match):
+    value = weights()
+    write(tmp_path, {**value, "fc1.weight": make(value["fc1.weight"])})
+    with pytest.raises(InputError, match=match) as error:
+        load_predictors(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_matrix_that_lies_transposed_is_taken(tmp_path):
+    value = {name: w.half() for name, w in weights().items()}
+    write(tmp_path, {name: w.T.contiguous().T for name, w in value.items()})
+    loaded = load_predictors(tmp_path).layers[0]
+    assert torch.equal(loaded.fc1_RD, value["fc1.weight"])
+    assert loaded.fc1_RD.is_contiguous()
+
+
+def test_a_script_of_torchs_is_refused_without_its_advice(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "model_0.pt")
+    with pytest.raises(InputError, match=r"model_0.pt: holds more than tensors") as error:
+        load_predictors(tmp_path)
+    assert "weights_only" not in str(error.value)
