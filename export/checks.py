@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsecast.collect.atomic import check_file
 from sparsecast.collect.errors import InputError
 from sparsecast.export.header import header_of
 from sparsecast.export.reader import GGUFFile
@@ -88,6 +89,18 @@ def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
         except InputError as error:
             wrong.append(str(error).removeprefix(f"{folder}{os.sep}"))
     return Check("hot and cold", not wrong, "; ".join(wrong) or f"{header.layers} files")
+
+
+def check_card(folder: Path) -> list[Check]:
+    """One check where README.md is there and is no file, such as a folder; none where it is."""
+    path = folder / "README.md"
+    if not os.path.lexists(path):
+        return []
+    try:
+        check_file(path, "the bundle's card")
+    except InputError as error:
+        return [Check("card", False, str(error))]
+    return []
 
 
 def read_counts(path: Path, width: int) -> Tensor:

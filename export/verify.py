@@ -27,6 +27,7 @@ from sparsecast.export.calibration_checks import (
 from sparsecast.export.checks import (
     Check,
     check_activation_folder,
+    check_card,
     check_finite,
     check_predictor_folder,
     check_traffic,
@@ -157,6 +158,7 @@ def _run(cfg: VerifyConfig, file: GGUFFile, result: VerifyResult) -> None:
     calibration = _predictors(file, checkpoint, threshold, checks)
     checks.append(check_activation_folder(file, file.path.parent / "activation"))
     checks += check_gpu_split(file, file.path.parent)
+    checks += check_card(file.path.parent)
     if checkpoint is None:
         checks.append(Check("values", True, f"not checked: {unchecked}"))
     else:

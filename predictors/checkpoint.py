@@ -115,8 +115,9 @@ def _layers(folder: Path) -> int:
     try:
         names = os.listdir(folder)
     except OSError as error:
-        if folder.is_file():
-            raise InputError(f"{folder}: is a file, expected {want}") from error
+        if isinstance(error, NotADirectoryError) and os.path.lexists(folder):
+            refuse_other(folder, "predictors")
+            raise InputError(f"{folder}: is no folder, expected {want}") from error
         raise unreadable(folder, error, want) from error
     pattern = re.compile(r"model_(0|[1-9][0-9]*)\.pt")
     found = {int(m[1]) for name in names if (m := pattern.fullmatch(name))}

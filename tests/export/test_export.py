@@ -413,3 +413,58 @@ def test_an_output_matrix_of_its_own_under_a_config_that_ties_it_is_refused(mode
     change_weights(model, copy)
     file = run(model, anyones)
     assert torch.equal(file.tensor("output.weight"), file.tensor("token_embd.weight"))
+
+
+def test_a_bundle_of_the_same_inputs_is_kept(model_folder, predictors, acts, tmp_path, capsys):
+    cfg = ExportConfig(
+        model=str(model_folder), predictors=predictors, out=tmp_path / "b", activations=acts.folder
+    )
+    path = export(cfg)
+    before = path.stat().st_ino
+
+    assert export(cfg) == path
+
+    assert path.stat().st_ino == before
+    assert "already exported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dtype": "f32"}, "dtype was 'f16', now 'f32'"),
+        ({"activations": None}, "activations was "),
+        ({"vram_budget": 1.0}, "vram_budget was None, now 1.0; vram_context was None, now 512"),
+        ({"activation_threshold": 0.3}, "config was "),
+        ({"predictors": "other"}, "predictors was "),
+    ],
+)
+def test_a_bundle_made_otherwise_is_not_replaced(
+    options, told, made, model_folder, predictors, random_predictors, acts, tmp_path
+):
+    out = Path(shutil.copytree(made, tmp_path / "b"))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    if "predictors" in options:
+        options = {"predictors": random_predictors(tmp_path / "p", str(model_folder), 0.25)}
+    same = {
+        "model": str(model_folder),
+        "predictors": predictors,
+        "out": out,
+        "activations": acts.folder,
+        "force": True,
+    }
+
+    with pytest.raises(InputError, match=f"made differently.*{told}.*remove the folder"):
+        export(ExportConfig(**{**same, **options}))
+
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("damage", ["file", "predictor"])
+def test_a_damaged_bundle_is_not_called_exported(damage, bundle, model_folder, predictors, acts):
+    path = next(bundle.glob("*.gguf")) if damage == "file" else bundle / "predictor" / "model_1.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    cfg = ExportConfig(
+        model=str(model_folder), predictors=predictors, out=bundle, activations=acts.folder
+    )
+    with pytest.raises(InputError, match="holds a damaged bundle .*; choose another --out or"):
+        export(cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -255,3 +256,48 @@ def test_a_type_that_is_not_decoded_is_shown(shown, tmp_path):
     assert values["tensors"] == [
         {"name": name.decode(), "shape": [2, 256], "type": "q6_K", "bytes": 420}
     ]
+
+
+def test_a_long_list_is_cut_on_the_screen(shown, tmp_path):
+    """Not in the JSON."""
+    n = 3000
+    names = [b"blk.%d.x" % i for i in range(n)]
+    head = b"GGUF" + struct.pack("<IQQ", 3, n, 0)
+    for i, name in enumerate(names):
+        head += struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 8, 0, i * 32)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head.ljust(-(-len(head) // 32) * 32, b"\0") + bytes(32 * n))
+
+    values, text = shown(path)
+
+    assert len(values["tensors"]) == n
+    assert "blk.999.x" in text
+    assert "blk.1000.x" not in text
+    assert "and 2,000 more tensors" in text
+
+
+@pytest.mark.parametrize("where", ["predictor", "predictor/model_1.pt", "split", "model"])
+@pytest.mark.parametrize("kind", ["FIFO", "loop"])
+def test_what_is_no_file_is_refused_and_never_waited_for(where, kind, with_split, tmp_path):
+    folder = Path(shutil.copytree(with_split, tmp_path / "b"))
+    model = bundle_file(folder)
+    path = {"split": next(folder.glob("*.gpuidx")), "model": model}.get(where, folder / where)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    if kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path)
+    with pytest.raises(InputError, match=rf"{path.name}: (is a FIFO|is no folder|cannot be read)"):
+        inspect(InspectConfig(path=folder))
+
+
+def test_links_that_loop_are_not_followed(shown, made, tmp_path):
+    folder = Path(shutil.copytree(made, tmp_path / "b"))
+    (folder / "predictor" / "again").symlink_to(folder, target_is_directory=True)
+
+    values, _ = shown(folder)
+
+    assert sum(file["name"].endswith("model_0.pt") for file in values["files"]) == 1

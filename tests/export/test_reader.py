@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -194,3 +196,76 @@ def test_a_type_that_is_not_decoded_is_placed_but_not_read(tmp_path):
     assert file.entries["w"].nbytes == 420
     with pytest.raises(InputError, match="tensor w is q6_K, not read here"):
         file.tensor("w")
+
+
+def test_a_long_array_stays_in_the_file(tmp_path):
+    """No Python object for each of its 20 million numbers, which took 28 times the file."""
+    n = 20_000_000
+    path = tmp_path / "long.gguf"
+    array = text("k") + struct.pack("<IIQ", 9, 0, n) + bytes(range(250)) * (n // 250)
+    path.write_bytes(header(keys=1, rest=array) + bytes(32))
+
+    tracemalloc.start()
+    value = GGUFFile(path).keys["k"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 2**20
+    assert len(value) == n
+    assert [int(v) for v in (value[0], value[251], value[-1])] == [0, 1, 249]
+
+
+@pytest.mark.parametrize("kind", range(13))
+def test_arrays_of_every_kind_are_read(kind, tmp_path):
+    values = {6: [0.5, -2.0], 7: [True, False], 8: ["a", ""], 12: [1e300, -0.0]}.get(kind, [1, 2])
+    codes = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
+    if kind == 8:
+        packed = b"".join(map(text, values))
+    elif kind != 9:
+        packed = struct.pack(f"<2{codes.get(kind, 'd')}", *values)
+    else:
+        packed = bytes(64)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header(keys=1, rest=text("k") + struct.pack("<IIQ", 9, kind, 2) + packed))
+    if kind == 9:  # an array of arrays
+        with pytest.raises(InputError, match="unknown value type 9"):
+            GGUFFile(path)
+        return
+    found = GGUFFile(path).keys["k"]
+    assert found == values
+    assert [type(v) for v in found] == [type(v) for v in values]
+
+
+@pytest.mark.parametrize("what", ["tensors", "keys", "strings"])
+def test_counts_that_no_model_has_are_refused_before_they_are_read(what, tmp_path):
+    path = tmp_path / "many.gguf"
+    rest = text("k") + struct.pack("<IIQ", 9, 8, 3_000_000)
+    counts = {"tensors": {"tensors": 200_000}, "keys": {"keys": 200_000}}.get(what, {"keys": 1})
+    with path.open("wb") as file:
+        file.write(header(**counts, rest=rest))
+        file.truncate(100_000_000)  # long enough for what it claims
+    with pytest.raises(InputError, match=rf"claims [0-9,]+ {what}.*expected at most"):
+        GGUFFile(path)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "loop", "gone"])
+def test_what_is_no_file_is_refused_and_never_waited_for(kind, tmp_path):
+    path = tmp_path / "x.gguf"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    told = {"loop": "cannot be read", "gone": "no such file"}.get(kind, f"is a {kind}")
+    with pytest.raises(InputError, match=rf"x.gguf: {told}"):
+        GGUFFile(path)
+
+
+def test_a_name_that_would_break_the_line_is_quoted_and_cut(tmp_path):
+    path = tmp_path / "x.gguf"
+    name = "w\n\x1b[2J" + "x" * 5000
+    path.write_bytes(header(tensors=1, rest=info(name, (4,), 0, 2**50) + bytes(64)))
+    with pytest.raises(InputError, match=r"tensor 'w\\n\\x1b") as error:
+        GGUFFile(path)
+    assert len(str(error.value)) < 400

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from sparsecast.collect.errors import InputError
+from sparsecast.export.checks import Check, check_activation_folder, check_card
 from sparsecast.export.config import VerifyConfig
-from sparsecast.export.verify import VerifyResult, verify
+from sparsecast.export.reader import GGUFFile
+from sparsecast.export.split_checks import check_gpu_split
+from sparsecast.export.verify import VerifyResult, _predictors, bundle_file, verify
 
 
 @pytest.fixture
@@ -78,3 +82,43 @@ def test_a_result_that_cannot_be_written_is_told_before_any_check(check, tmp_pat
 def test_a_missing_engine_is_the_users_error(bundle, tmp_path):
     with pytest.raises(InputError, match="no executable bin/perplexity"):
         verify(VerifyConfig(bundle=bundle, engine=tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "FIFO", "loop"])
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("predictor", "predictor folder"),
+        ("predictor/model_0.pt", "predictor folder"),
+        ("activation", "hot and cold"),
+        ("activation/activation_1.pt", "hot and cold"),
+        ("README.md", "card"),
+        (None, "gpu split"),
+    ],
+)
+def test_what_stands_in_the_place_of_another_is_named(name, check, kind, bundle):
+    """Never waited for, and never taken for what is not there."""
+    file = GGUFFile(bundle_file(bundle))
+    path = bundle / (name or f"{file.path.name}.generated.gpuidx")
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    {
+        "file": path.touch,
+        "folder": path.mkdir,
+        "FIFO": lambda: os.mkfifo(path),
+        "loop": lambda: path.symlink_to(path),
+    }[kind]()
+
+    found: list[Check] = []
+    _predictors(file, None, None, found)
+    found += [check_activation_folder(file, bundle / "activation")]
+    found += check_gpu_split(file, bundle) + check_card(bundle)
+
+    failed = {c.name: c.detail for c in found if not c.ok}
+    if kind == "file" and name == "README.md":
+        assert not failed
+    else:
+        assert set(failed) == {check}
+        assert path.name.split(".")[0] in failed[check]
