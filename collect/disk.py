@@ -67,9 +67,9 @@ def told_when_full(out: Path, need: int, what: str, kept: Callable[[], str]) -> 
 def full_disk(error: BaseException, out: Path, need: float, what: str, left: str) -> OSError:
     """What `told_when_full` says; `error` is one that `no_room` knows."""
     name = getattr(error, "filename", None)
-    file = f": {Path(name).name}" if isinstance(name, str) else ""
+    file = f"{Path(name).name}: " if isinstance(name, str) else ""
     return OSError(
-        f"{out}: cannot be written ({os.strerror(no_room(error) or 0)}{file}); {what} needs "
+        f"{out}: cannot be written ({file}{os.strerror(no_room(error) or 0)}); {what} needs "
         f"{size(need)} of disk, {size(free(out))} are free there now; {left}"
     )
 

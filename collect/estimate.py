@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ from sparsecast.collect.families import activation_rule
 from sparsecast.collect.models import ffn_shape, pick_device, pick_dtype
 from sparsecast.collect.pretrained import empty_model
 from sparsecast.collect.progress import console
-from sparsecast.collect.shard import SHARD_BYTES, Shape
+from sparsecast.collect.shard import Shape
 from sparsecast.collect.target import shards, unfinished
 from sparsecast.collect.tokens import COUNTED
 from sparsecast.collect.writer import BUFFERS
@@ -29,20 +29,13 @@ def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
 
 
-def token_limit(shape: Shape, batch: int) -> tuple[int, int]:
-    """(tokens after which a shard is full, tokens of the largest one that may occur).
+def store_bytes(shape: Shape, tokens: Mapping[str, int], full: int) -> int:
+    """Of a store with so many tokens per split: shards and statistics.
 
     Args:
-        batch: Tokens of the largest batch.
+        full: Tokens after which a shard is full.
     """
-    full = max(1, SHARD_BYTES // shape.token_bytes)
-    return full, max(full, batch)
-
-
-def store_bytes(shape: Shape, tokens: Mapping[str, int]) -> int:
-    """Of a store with so many tokens per split: shards and statistics."""
     layers, width = len(shape.layers), shape.ffn_width
-    full = token_limit(shape, 0)[0]
     total = 0
     for split, count in tokens.items():
         fired = math.ceil(count / full) * 4 * layers * width
@@ -53,13 +46,17 @@ def store_bytes(shape: Shape, tokens: Mapping[str, int]) -> int:
     return total
 
 
-def host_bytes(shape: Shape, batch: int) -> int:
-    """Of memory, beside the model: the shards that are being filled and written."""
-    return BUFFERS * shape.nbytes(token_limit(shape, batch)[1])
+def look(
+    cfg: CollectConfig,
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, int],
+    limit: Callable[[CollectConfig, Shape], tuple[int, int]],
+) -> int:
+    """Bytes of the store; refuses what can be seen without the weights, tells what a run takes.
 
-
-def look(cfg: CollectConfig, checkpoint: Checkpoint, wanted: Mapping[str, int]) -> int:
-    """Bytes of the store; refuses what can be seen without the weights, tells what a run takes."""
+    Args:
+        limit: Tokens of a full shard and of the largest.
+    """
     activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
     dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, pick_device(cfg.device))
     checkpoint.check()
@@ -72,9 +69,10 @@ def look(cfg: CollectConfig, checkpoint: Checkpoint, wanted: Mapping[str, int]) 
         x_dtype=x_dtype_of(cfg, dtype),
         energy=cfg.energy,
     )
-    need = store_bytes(shape, wanted)
+    full, largest = limit(cfg, shape)
+    need = store_bytes(shape, wanted, full)
     kept = sum(path.stat().st_size for path in shards(unfinished(cfg.out)))
-    weights, host = weight_bytes(model, dtype), host_bytes(shape, largest_batch(cfg))
+    weights, host = weight_bytes(model, dtype), BUFFERS * shape.nbytes(largest)
     console.print(
         f"{cfg.out}: takes about {size(need)} of disk, {size(free(cfg.out))} are free there; of "
         f"memory {size(weights)} for the model and {size(host)} for shards",
@@ -101,8 +99,3 @@ def x_dtype_of(cfg: CollectConfig, dtype: torch.dtype) -> str:
     if cfg.input_dtype != "auto":
         return cfg.input_dtype
     return "bfloat16" if dtype == torch.bfloat16 else "float16"
-
-
-def largest_batch(cfg: CollectConfig) -> int:
-    """Tokens."""
-    return min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))

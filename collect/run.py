@@ -26,7 +26,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.corpus import Document, begun, documents
 from sparsecast.collect.disk import full_disk, no_room, told_when_full
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.estimate import largest_batch, layers_of, look, token_limit, x_dtype_of
+from sparsecast.collect.estimate import layers_of, look, x_dtype_of
 from sparsecast.collect.families import activation_rule, family_of
 from sparsecast.collect.files import is_stream
 from sparsecast.collect.fill import Filler
@@ -37,7 +37,7 @@ from sparsecast.collect.prefetch import prefetch
 from sparsecast.collect.progress import Bar, bar, console
 from sparsecast.collect.ranks import Team, team
 from sparsecast.collect.recorder import Recorder
-from sparsecast.collect.shard import Shape
+from sparsecast.collect.shard import SHARD_BYTES, Shape
 from sparsecast.collect.shard_file import ShardFile
 from sparsecast.collect.splits import SPLITS, assign
 from sparsecast.collect.stop import Stop, same_kind, stoppable
@@ -83,7 +83,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
             if (cfg.out / MANIFEST).is_file():
                 return _finished(cfg, checkpoint)
             wanted = shares or quotas(cfg.tokens, cfg.count_tokens)
-            need = look(cfg, checkpoint, wanted)
+            need = look(cfg, checkpoint, wanted, token_limit)
             docs = begun(cfg.corpus, assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
             model, tokenizer = load_model(
                 cfg.model,
@@ -145,6 +145,13 @@ def _told(
     return same_kind(error, f"{cfg.out}: {how}; {left}")
 
 
+def token_limit(cfg: CollectConfig, shape: Shape) -> tuple[int, int]:
+    """(tokens after which a shard is full, tokens of the largest one that may occur)."""
+    full = max(1, SHARD_BYTES // shape.token_bytes)
+    batch = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
+    return full, max(full, batch)
+
+
 def _record(
     cfg: CollectConfig,
     model: PreTrainedModel,
@@ -157,7 +164,7 @@ def _record(
     stop: Stop,
 ) -> tuple[list[tuple[str, int, str]], Tally]:
     """Write this rank's share of the shards; (split, tokens, file) of all, and what went in."""
-    full, largest = token_limit(shape, largest_batch(cfg))
+    full, largest = token_limit(cfg, shape)
     tally = Tally()
     rows = sequences(
         stop.until(docs), tokenizer, wanted, cfg.seq_len, vocabulary=embedding_rows(model)

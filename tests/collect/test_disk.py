@@ -78,7 +78,7 @@ def test_a_full_disk_is_told_with_what_it_takes(tmp_path):
     ):
         save_torch(VALUE, tmp_path / "x.pt")
     said = str(failed.value)
-    assert f"{tmp_path / 'out'}: cannot be written (File too large: x.pt)" in said
+    assert f"{tmp_path / 'out'}: cannot be written (x.pt: File too large)" in said
     assert "the thing needs 5 MB of disk" in said
     assert "are free there now; all is kept" in said
     with (

@@ -75,7 +75,7 @@ def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeyp
         save(value, path)
 
     monkeypatch.setattr(staged, "save_torch", full)
-    with pytest.raises(OSError, match="No space left on device: last.ckpt") as failed:
+    with pytest.raises(OSError, match="last.ckpt: No space left on device") as failed:
         train(asked)
     said = str(failed.value)
     assert f"{asked.out}: cannot be written" in said

@@ -86,7 +86,7 @@ def test_the_table_is_on_the_screen_where_the_report_does_not_fit(asked, monkeyp
     assert "held-out scores" in shown
     assert "mean" in shown
     said = str(failed.value)
-    assert f"{asked.out}: cannot be written (No space left on device: report.html)" in said
+    assert f"{asked.out}: cannot be written (report.html: No space left on device)" in said
     assert "the report needs" in said
     assert "the scores are on the screen; make room and run the same command again" in said
     assert not list(asked.out.parent.iterdir())
