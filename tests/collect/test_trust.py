@@ -117,14 +117,14 @@ def test_a_flipped_bit_is_found_by_whoever_reads_the_tensor(copied, name, split)
         read_all(ActivationStore(copied))
 
 
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.999])
-def test_a_flipped_bit_in_a_header_is_found_by_whoever_opens_the_store(copied, share):
+def test_a_flipped_bit_in_a_header_is_found_by_whoever_opens_the_store(copied):
     for path in copied.glob("*-*.safetensors"):
-        at = int(place_of(path, "header").stop * share)
-        flip(path, at)
-        with pytest.raises(InputError, match=rf"{path.name}: (damaged|has .* bytes)"):
-            ActivationStore(copied)
-        flip(path, at)
+        stop = place_of(path, "header").stop
+        for at in range(0, stop, stop // 40):
+            flip(path, at)
+            with pytest.raises(InputError, match=rf"{path.name}: damaged"):
+                ActivationStore(copied)
+            flip(path, at)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
