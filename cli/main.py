@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     name, rest = " ".join(args[:words]), args[words:]
     if name not in STAGES:
         found = f"no stage is called {name!r}" if args else "no stage given"
-        known = did_you_mean(name, STAGES) or f"; expected one of {', '.join(STAGES)}"
+        one_of = [stage for stage in STAGES if name != "bench" or stage.startswith("bench ")]
+        close = "" if name == "bench" else did_you_mean(name, [*STAGES, "--help", "--version"])
+        known = close or f"; expected one of {', '.join(one_of)}"
         sys.exit(complain(found + known, 2))
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)

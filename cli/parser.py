@@ -17,7 +17,7 @@ from sparsecast.cli.config_file import read_config
 from sparsecast.cli.terminal import say
 from sparsecast.cli.values import is_list, read, read_list, written
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.options import option_of, without_none
+from sparsecast.collect.options import option_of, shown, without_none
 
 GROUPS = {
     "input": "model preset corpus activations predictors bundle path against evaluation engine "
@@ -64,6 +64,8 @@ def parse(
         if unknown:
             options = [option_of(kind) for kind in (*kinds, "config")]
             stray = next((word for word in unknown if word.startswith("-")), unknown[0])
+            if not stray.startswith("-"):
+                raise InputError(f"{shown(stray)} belongs to no option")
             stray = stray.partition("=")[0]
             raise InputError(f"no option is called {stray}{did_you_mean(stray, options)}")
         for key in kinds.keys() & given.keys():

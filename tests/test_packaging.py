@@ -16,8 +16,9 @@ DOCUMENTS = {"README.md", "RESULTS.md", "CHANGELOG.md", "LICENSE", "Makefile", "
 BUILD = """
 import sys
 from setuptools import build_meta
-build_meta.build_sdist(sys.argv[1])
-build_meta.build_wheel(sys.argv[1])
+out = sys.argv[1]  # which setuptools rewrites
+build_meta.build_sdist(out)
+build_meta.build_wheel(out)
 """
 
 

@@ -112,7 +112,8 @@ def test_several_folders_as_people_type_them(args, want):
         (["fly"], "no stage is called 'fly'; expected one of demo, collect"),
         (["tarin"], "no stage is called 'tarin'; did you mean train?"),
         (["bench", "kernel"], "no stage is called 'bench kernel'; did you mean bench kernels?"),
-        (["bench"], "no stage is called 'bench'"),
+        (["bench"], "no stage is called 'bench'; expected one of bench collect, bench train"),
+        (["--hlep"], "no stage is called '--hlep'; did you mean --help?"),
         (["collect"], "collect: needs --model, --corpus, --out;"),
         (
             ["collect", "--model", "m", "--corpus", "c", "--out", "o", "--tokens", "x"],
@@ -126,7 +127,7 @@ def test_several_folders_as_people_type_them(args, want):
         ([*COLLECT, "--modle=x"], "no option is called --modle; did you mean --model?"),
         ([*COLLECT, "--seq_len", "9"], "no option is called --seq_len; did you mean --seq-len?"),
         ([*COLLECT, "--seq", "9"], "no option is called --seq;"),
-        ([*COLLECT, "acts"], "no option is called acts"),
+        ([*COLLECT, "acts"], "collect: 'acts' belongs to no option;"),
         ([*COLLECT, "--layers", ""], "--layers: got '', expected numbers such as 0,2,5"),
         ([*COLLECT, "--layers", "-1"], "--layers: must be at least 0, got -1"),
         ([*COLLECT, "--layers", "[" * 5000], "--layers: got '[[["),
