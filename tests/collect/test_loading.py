@@ -387,7 +387,7 @@ def test_what_looks_like_a_path_never_goes_to_the_network(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "here").mkdir()
-    with pytest.raises(InputError, match=r"no such model folder|no config\.json"):
+    with pytest.raises(InputError, match=r"no such model folder|no config\.json|expected a model"):
         Checkpoint(name)
 
 
