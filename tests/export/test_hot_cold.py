@@ -215,8 +215,8 @@ def test_no_split_is_written_unasked(made):
     [
         ({"vram_budget": 8.0}, "give --activations too"),
         ({"vram_budget": 0.0, "activations": "a"}, "got 0, expected GiB"),
-        ({"vram_budget": float("nan"), "activations": "a"}, "got nan, expected GiB"),
-        ({"vram_budget": float("inf"), "activations": "a"}, "got inf, expected GiB"),
+        ({"vram_budget": float("nan"), "activations": "a"}, "got nan, expected a number"),
+        ({"vram_budget": float("inf"), "activations": "a"}, "got inf, expected a number"),
         ({"vram_context": 0}, "--vram-context: must be at least 1"),
     ],
 )

@@ -197,7 +197,7 @@ def test_what_the_benchmark_refuses():
     cfg = BenchKernelsConfig()
     for change, told in (
         ({"shapes": ["8b"]}, "--shapes: got '8b', expected 30m, 1b, 7b, 13b, 70b, opt-1.3b"),
-        ({"shapes": []}, "--shapes: got nothing"),
+        ({"shapes": []}, "--shapes: is empty; name one"),
         ({"dtype": "f32"}, "--dtype: got 'f32', expected bf16, f16"),
         ({"sparsities": [0.995]}, "--sparsities: got .*, expected numbers from 0 to 0.99;"),
         ({"sparsities": []}, "--sparsities"),
