@@ -66,7 +66,7 @@ def _export(cfg: ExportConfig) -> Path:
     file = file_name(checkpoint.source)
     recipe = recipe_of(cfg, checkpoint.fingerprint, hyper, vocabulary, predictors)
     if (there := finished(cfg.out, file, recipe)) is not None:
-        console.print(f"{cfg.out}: already exported", highlight=False, markup=False)
+        console.print(f"{cfg.out}: already exported", highlight=False, markup=False, soft_wrap=True)
         return there
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
     split = None

@@ -341,9 +341,8 @@ def test_a_disk_known_to_be_too_small_is_refused_first(model, predictors, monkey
         run(model, predictors)
 
 
-def test_an_earlier_bundle_is_replaced_and_other_files_are_not(model, predictors):
+def test_other_files_are_never_replaced(model, predictors):
     run(model, predictors)
-    assert run(model, predictors, dtype="f32").entries["output.weight"].type.name == "f32"
 
     out = model.parent / "bundle"
     shutil.rmtree(out)

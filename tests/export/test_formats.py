@@ -223,9 +223,8 @@ def test_a_damaged_block_is_named(damaged, corpus, name, at, change, failed):
     assert name in failures(damaged, corpus)[failed]
 
 
-def test_a_folder_that_names_another_format_is_named(damaged, corpus):
-    path = damaged / "predictor" / "manifest.json"
-    path.write_text(path.read_text().replace('"q8_0"', '"f16"'))
+def test_a_folder_that_names_another_format_is_named(damaged, corpus, sealed):
+    sealed(damaged / "predictor", dtypes=["f16", "f16", "q4_0"])
 
     detail = failures(damaged, corpus)["predictor folder"]
     assert "blk.1.fc1.weight is q8_0, manifest.json has f16" in detail
