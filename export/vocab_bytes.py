@@ -17,6 +17,12 @@ from sparsecast.collect.errors import InputError
 from sparsecast.export.vocab_parts import NORMAL, Parts, steps_of
 
 ALPHABET = frozenset(ByteLevel.alphabet())
+_HIGH = (*range(0xC0, 0xC2), *range(0xF1, 0xF3), *range(0xF5, 0x100))
+"""Bytes that UTF-8 never has, and those that begin a character of a plane without characters."""
+CONTROLS = {chr(256 + byte): byte for byte in range(32) if byte not in b"\t\n\r"}
+"""GPT-2's characters for bytes that prose does not hold, with the byte."""
+SPARE = frozenset(CONTROLS) | frozenset(map(chr, _HIGH))
+"""Characters that a tokenizer trained without the whole alphabet may lack."""
 FALCON = ["Punctuation", "ByteLevel", "Digits", "Split('[0-9][0-9][0-9]')"]
 
 
@@ -28,7 +34,7 @@ def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
     """Tokens and merges; added tokens are left to the caller.
 
     Raises:
-        InputError: Text is normalised or cut otherwise than GPT-2 does, or the alphabet has gaps.
+        InputError: Text is normalised or cut otherwise than GPT-2 does, or the alphabet lacks more than `SPARE`.
     """
     notes = _cut_notes(path, spec)
     model = spec["model"]
@@ -40,11 +46,17 @@ def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
             )
     added = {token["content"] for token in spec["added_tokens"]}
     own = {text: i for text, i in model["vocab"].items() if text not in added}
-    if absent := ALPHABET - own.keys():
+    if absent := ALPHABET - own.keys() - SPARE:
         raise InputError(
-            f"{path}: {len(absent)} of the 256 characters that stand for bytes are no tokens, "
+            f"{path}: {len(absent)} of the characters that stand for bytes of text are no tokens, "
             f"{min(absent)!r} first; the engine fails on text that holds them. Train the "
             "tokenizer with the whole alphabet (BpeTrainer's initial_alphabet)"
+        )
+    if controls := sorted(CONTROLS.keys() - own.keys(), key=CONTROLS.__getitem__):
+        codes = ", ".join(f"0x{CONTROLS[character]:02x}" for character in controls)
+        notes.append(
+            f"The vocabulary has no token for the control characters {codes}: transformers leaves "
+            "them out, the engine ends at a text that holds one. Strip them from prompts."
         )
     for text, i in own.items():
         if strange := set(text) - ALPHABET:

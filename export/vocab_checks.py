@@ -14,8 +14,15 @@ from sparsecast.export.reader import GGUFFile
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
+NEVER = (0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))
+"""Bytes of no text: not UTF-8, or of planes that hold no characters yet."""
+
+
 def check_vocabulary(file: GGUFFile) -> Check:
-    """Tokens and types: one each per row, unique, with every byte; and scores or merges."""
+    """Tokens and types: one each per row, unique, with every byte of text; and scores or merges.
+
+    Control characters may be missing: export names them.
+    """
     bytewise = file.keys["tokenizer.ggml.model"] == "gpt2"
     third = "merges" if bytewise else "scores"
     columns = [file.keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", third)]
@@ -55,7 +62,9 @@ def _wrong_pieces(tokens: list[str], types: list[int], scores: list[Any]) -> lis
 
 def _wrong_bytes(tokens: list[str], types: list[int], merges: list[Any]) -> list[str]:
     wrong, known, characters = [], set(tokens), set(alphabet())
-    if lost := characters - known:
+    order = alphabet()
+    spare = {order[byte] for byte in (*range(9), 11, 12, *range(14, 32), *NEVER)}
+    if lost := characters - known - spare:
         wrong.append(f"{len(lost)} characters of the byte alphabet are no token, {min(lost)!r}")
     for i, (token, kind) in enumerate(zip(tokens, types, strict=False)):
         if kind == NORMAL and not set(token) <= characters:

@@ -23,6 +23,7 @@ from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file, verify
 from sparsecast.export.vocab import read_vocabulary
+from sparsecast.export.vocab_checks import check_vocabulary
 
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 FALCON = {
@@ -298,9 +299,13 @@ def test_bos_and_eos_come_from_the_config_only_as_special_tokens(byte_copy):
     assert vocabulary(byte_copy).special == {"bos": 600, "eos": 600}
 
 
-def lose_a_byte(spec):
-    gone = spec["model"]["vocab"].pop(chr(0x100 + 5))
-    spec["model"]["vocab"]["zzzz"] = gone
+def lose(spec, *characters):
+    for number, character in enumerate(characters):
+        spec["model"]["vocab"][f"zzzz{number}"] = spec["model"]["vocab"].pop(character)
+
+
+def lose_a_tab(spec):
+    lose(spec, chr(0x100 + 9))
 
 
 def lose_merges(spec):
@@ -325,7 +330,8 @@ REFUSED = [
     (lambda spec: spec.update(pre_tokenizer={"type": "Whitespace"}), "without byte_fallback"),
     (lambda spec: spec["model"].update(ignore_merges=True), "ignore_merges True"),
     (lambda spec: spec["model"].update(dropout=0.5), "dropout 0.5"),
-    (lose_a_byte, "1 of the 256 characters"),
+    (lose_a_tab, "1 of the characters that stand for bytes of text are no tokens"),
+    (lambda spec: lose(spec, chr(0xF0)), "1 of the characters that stand for bytes of text"),
     (lose_merges, "has no merges"),
     (strange_character, "'a b', holds ' ', which stands for no byte"),
     (repeat_a_token, "'<unused_602>' is empty or stands twice"),
@@ -340,6 +346,15 @@ def test_byte_level_tokenizers_that_the_engine_misreads_are_refused(byte_copy, e
         vocabulary(byte_copy)
     assert str(byte_copy / "tokenizer.json") in str(info.value)
     assert "\n" not in str(info.value)
+
+
+def test_bytes_that_no_prose_has_may_lack_a_token(byte_copy, make_predictors):
+    change(byte_copy, lambda spec: lose(spec, "\u0104", "\u011d", "\u00c0", "\u00f2", "\u00ff"))
+
+    bundle = bundle_of(byte_copy, make_predictors)
+
+    assert "no token for the control characters 0x04, 0x1d:" in (bundle / "README.md").read_text()
+    assert check_vocabulary(GGUFFile(bundle_file(bundle))).ok
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(byte_copy):
