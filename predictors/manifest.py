@@ -17,12 +17,14 @@ import xxhash
 
 from sparsecast.collect.atomic import check_file, read_json, unreadable, write_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.folders import check_keys, check_version
 from sparsecast.predictors.formats import BITS
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 SCORES = ("recall", "predicted_sparsity")
+AGAIN = "train again, or copy the whole folder again"
 ACTIVATIONS = ("relu", "fatrelu", "drelu")
 
 
@@ -87,17 +89,8 @@ def read_manifest(folder: Path) -> PredictorManifest | None:
     if not os.path.lexists(path):  # what is there and is no file is refused
         return None
     value = read_json(path, "the manifest of a `sparsecast train` folder")
-    known = {item.name for item in fields(PredictorManifest)}
-    version = value.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        raise InputError(
-            f"{path}: format version {version}, expected {FORMAT_VERSION}; "
-            + ("it is of a newer sparsecast: update yours" if newer else "train again")
-        )
-    if set(value) != known:
-        odd = ", ".join(sorted(set(value) ^ known))
-        raise InputError(f"{path}: damaged ({odd} missing or not expected); copy the folder again")
+    check_version(path, value, FORMAT_VERSION, AGAIN)
+    check_keys(path, value, {item.name for item in fields(PredictorManifest)}, AGAIN)
     manifest = PredictorManifest(**value)
     if (name := _senseless(manifest)) is not None:
         raise InputError(f"{path}: damaged, its {name} makes no sense; copy the folder again")
