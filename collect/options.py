@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from reprlib import Repr
@@ -74,20 +74,17 @@ def settle(config: Any, **least: float) -> None:
         InputError: A value of another type, none of a field's choices, NaN, infinity, a number
             below its least or a whole one beyond `LIMITS`, or an empty path.
     """
-    kinds = get_type_hints(type(config))
-    for field in fields(config):
-        value, kind = getattr(config, field.name), without_none(kinds[field.name])
-        if value is None:
+    for name, kind in get_type_hints(type(config)).items():
+        if (value := getattr(config, name)) is None:
             continue
-        value = _settled(field.name, kind, value)
+        value = _settled(name, without_none(kind), value)
+        object.__setattr__(config, name, value)
         for number in value if isinstance(value, list) else [value]:
-            whole = isinstance(number, int)
-            low = least.get(field.name, 0 if whole else -math.inf)
-            if isinstance(number, (int, float)) and number < low:
-                raise _beyond(field.name, "least", low, number)
-            if whole and number > (most := LIMITS.get(field.name, MOST)):
-                raise _beyond(field.name, "most", most, number)
-        object.__setattr__(config, field.name, value)
+            low = least.get(name, 0 if isinstance(number, int) else -math.inf)
+            most = LIMITS.get(name, MOST) if isinstance(number, int) else math.inf
+            if isinstance(number, (int, float)) and not low <= number <= most:
+                end = f"least {low:,}" if number < low else f"most {most:,}"
+                raise InputError(f"{option_of(name)}: must be at {end}, got {shown(number)}")
 
 
 def between(config: Any, low: float, high: float, *names: str) -> None:
@@ -99,70 +96,55 @@ def between(config: Any, low: float, high: float, *names: str) -> None:
 
 
 def _settled(name: str, kind: Any, value: Any) -> Any:
+    parts = get_args(kind)
     if get_origin(kind) is list:
         if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
             raise _wrong(name, value, "a list")
         if not (value := list(value)):
             raise InputError(f"{option_of(name)}: is empty; name one, or leave it out")
-        return [_settled(name, get_args(kind)[0], item) for item in value]
+        return [_settled(name, parts[0], item) for item in value]
     if get_origin(kind) is Literal:
-        if value not in (choices := get_args(kind)):
-            raise _wrong(name, value, ", ".join(choices))
+        if value not in parts:
+            raise _wrong(name, value, ", ".join(parts))
         return value
-    if get_origin(kind) in (Union, UnionType):  # a word, or a path
-        words = [word for part in get_args(kind) for word in get_args(part)]
-        return value if value in words else _settled(name, Path, value)
-    return _PLAIN[kind](name, value)
+    if get_origin(kind) in (Union, UnionType):  # words, or a path
+        return value if value in get_args(parts[0]) else _settled(name, parts[1], value)
+    convert, words = _PLAIN[kind]
+    try:
+        if isinstance(value, bool) != (kind is bool):
+            raise TypeError
+        return convert(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _wrong(name, value, words) from None
 
 
 def _wrong(name: str, value: object, expected: str) -> InputError:
     return InputError(f"{option_of(name)}: got {shown(value)}, expected {expected}")
 
 
-def _beyond(name: str, end: str, limit: float, value: object) -> InputError:
-    return InputError(f"{option_of(name)}: must be at {end} {limit:,}, got {shown(value)}")
-
-
-def _path(name: str, value: Any) -> Path:
-    if not isinstance(value, (str, os.PathLike)) or isinstance(text := os.fspath(value), bytes):
-        raise _wrong(name, value, "a path")
-    if not text or "\0" in text:
-        raise _wrong(name, value, "a path")
-    return Path(text)
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, (str, os.PathLike)) or isinstance(text := os.fspath(value), bytes):
-        raise _wrong(name, value, "text")
-    if "\0" in text:
-        raise _wrong(name, value, "text without NUL")
+def _text(value: Any) -> str:
+    text = os.fspath(value)
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError
     return text
 
 
-def _whole(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise _wrong(name, value, "a whole number") from None
-    if isinstance(value, bool):
-        raise _wrong(name, value, "a whole number")
+def _path(value: Any) -> Path:
+    if not (text := _text(value)):
+        raise ValueError
+    return Path(text)
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, (str, bytes)) or not math.isfinite(number := float(value)):
+        raise ValueError
     return number
 
 
-def _real(name: str, value: Any) -> float:
-    try:
-        number = float(value) if not isinstance(value, (str, bytes, bool)) else math.nan
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise _wrong(name, value, "a number")
-    return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(name, value, "true or false")
-    return value
-
-
-_PLAIN = {Path: _path, str: _text, int: _whole, float: _real, bool: _flag}
+_PLAIN: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    Path: (_path, "a path"),
+    str: (_text, "text"),
+    int: (operator.index, "a whole number"),
+    float: (_real, "a number"),
+    bool: (bool, "true or false"),
+}
