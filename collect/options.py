@@ -77,7 +77,10 @@ def settle(config: Any, **least: float) -> None:
     for name, kind in get_type_hints(type(config)).items():
         if (value := getattr(config, name)) is None:
             continue
-        value = _settled(name, without_none(kind), value)
+        try:
+            value = settled(without_none(kind), value)
+        except ValueError as error:
+            raise InputError(f"{option_of(name)}: {error}") from error
         object.__setattr__(config, name, value)
         for number in value if isinstance(value, list) else [value]:
             low = least.get(name, 0 if isinstance(number, int) else -math.inf)
@@ -95,31 +98,36 @@ def between(config: Any, low: float, high: float, *names: str) -> None:
             raise InputError(f"{option_of(name)}: must be in ({low}, {high}), got {shown(value)}")
 
 
-def _settled(name: str, kind: Any, value: Any) -> Any:
+def settled(kind: Any, value: Any) -> Any:
+    """A value as its type has it.
+
+    Raises:
+        ValueError: One of another type, or none of the choices; what was found and expected.
+    """
     parts = get_args(kind)
     if get_origin(kind) is list:
         if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-            raise _wrong(name, value, "a list")
+            raise _wrong(value, "a list")
         if not (value := list(value)):
-            raise InputError(f"{option_of(name)}: is empty; name one, or leave it out")
-        return [_settled(name, parts[0], item) for item in value]
+            raise ValueError("is empty; name one, or leave it out")
+        return [settled(parts[0], item) for item in value]
     if get_origin(kind) is Literal:
         if value not in parts:
-            raise _wrong(name, value, ", ".join(parts))
+            raise _wrong(value, ", ".join(parts))
         return value
     if get_origin(kind) in (Union, UnionType):  # words, or a path
-        return value if value in get_args(parts[0]) else _settled(name, parts[1], value)
+        return value if value in get_args(parts[0]) else settled(parts[1], value)
     convert, words = _PLAIN[kind]
     try:
         if isinstance(value, bool) != (kind is bool):
             raise TypeError
         return convert(value)
     except (TypeError, ValueError, OverflowError):
-        raise _wrong(name, value, words) from None
+        raise _wrong(value, words) from None
 
 
-def _wrong(name: str, value: object, expected: str) -> InputError:
-    return InputError(f"{option_of(name)}: got {shown(value)}, expected {expected}")
+def _wrong(value: object, expected: str) -> ValueError:
+    return ValueError(f"got {shown(value)}, expected {expected}")
 
 
 def _text(value: Any) -> str:

@@ -55,8 +55,8 @@ def test_a_positional_may_stand_in_a_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("bundle: b\n")
     kind = load(STAGES["verify"].config)
-    assert parse("verify", kind, "bundle", ["--config", str(path)]) == {"bundle": "b"}
-    assert parse("verify", kind, "bundle", ["--config", str(path), "c"])["bundle"] == "c"
+    assert parse("verify", kind, "bundle", ["--config", str(path)]) == {"bundle": Path("b")}
+    assert parse("verify", kind, "bundle", ["--config", str(path), "c"])["bundle"] == Path("c")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,9 @@ def test_a_positional_may_stand_in_a_file(tmp_path):
         ("tokns: 5", "c.yaml: no option is called 'tokns'; did you mean tokens?"),
         ("config: c.yaml", "c.yaml: no option is called 'config'"),
         ("1: 2", "c.yaml: no option is called 1"),
-        ("tokens: many", "c.yaml: tokens: got 'many', expected a whole number"),
+        ("tokens: many", "c.yaml: --tokens: got 'many', expected a whole number"),
+        ("layers: 0-2", "c.yaml: --layers: got '0-2', expected a whole number"),
+        ("out: ~nobody-of-that-name/x", "c.yaml: --out: got '~nobody-of-that-name/x', but nobody"),
         (TEXT + "tokens: 2.5", "--tokens: got 2.5, expected a whole number"),
         (TEXT + "tokens: true", "--tokens: got True, expected a whole number"),
         (TEXT + "count-tokens: .nan", "--count-tokens: got nan, expected a whole number"),
@@ -105,8 +107,14 @@ def test_what_is_wrong_with_a_file(text, match, tmp_path, monkeypatch, capsys):
 def test_a_file_that_is_none(tmp_path, capsys):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00\xd8")
-    for name, match in (("fifo", "is a FIFO"), ("none", "no such file"), ("bytes", "is not YAML")):
+    for name, match in (
+        ("fifo", "fifo: is a FIFO"),
+        ("none", "none: no such file"),
+        ("bytes", "bytes: is not YAML"),
+    ):
         with pytest.raises(SystemExit) as exit_info:
             main(["collect", "--config", str(tmp_path / name)])
         assert exit_info.value.code == 2
-        assert match in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert match in error
+        assert error.count(str(tmp_path / name)) == 1
