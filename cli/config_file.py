@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sparsecast.cli.close import did_you_mean
+from sparsecast.cli.values import read
 from sparsecast.collect.atomic import read_bytes
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.options import shown
+from sparsecast.collect.options import option_of, settled, shown
 
 WHAT = "YAML with one option a line, such as tokens: 1000"
 
 
-def read_config(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The values of a file, by the fields that have these names; null leaves one unset.
+def read_config(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a file sets, by field; null leaves one unset.
 
     Raises:
-        InputError: No such file, one that is not YAML, or an option that is none.
+        InputError: No such file, one that is not YAML, an option that is none, or a value of
+            another type.
     """
     data = read_bytes(path, WHAT)
     try:
@@ -32,8 +34,14 @@ def read_config(path: Path, names: Sequence[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds {shown(found)}, expected {WHAT}")
-    known = {form: name for name in names for form in (name, name.replace("_", "-"))}
+    known = {form: name for name in kinds for form in (name, name.replace("_", "-"))}
     if stray := found.keys() - known.keys():
         key = min(stray, key=str)
         raise InputError(f"{path}: no option is called {shown(key)}{did_you_mean(str(key), known)}")
-    return {known[key]: value for key, value in found.items() if value is not None}
+    values = {known[key]: value for key, value in found.items() if value is not None}
+    for name, value in values.items():
+        try:
+            values[name] = settled(kinds[name], read(kinds[name], value))
+        except ValueError as error:
+            raise InputError(f"{path}: {option_of(name)}: {error}") from error
+    return values

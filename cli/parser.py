@@ -70,15 +70,9 @@ def parse(
             stray = stray.partition("=")[0]
             near = did_you_mean(stray, map(option_of, [*kinds, "config"]))
             raise InputError(f"no option is called {stray}{near}")
-        if "config" in found:
-            path = found.config
-            parser.set_defaults(**read_config(path, list(kinds)))
-            try:  # the command line alone was in order
-                found = parser.parse_args(args)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from None
-            del found.config
         given = {key: value for key, value in vars(found).items() if value is not None}
+        if path := given.pop("config", None):
+            given = read_config(path, kinds) | given
         if missing := [needed[key] for key in needed if key not in given]:
             raise InputError("needs " + ", ".join(missing))
     except InputError as error:

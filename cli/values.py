@@ -24,26 +24,33 @@ def written(kind: Any) -> str:
     return {int: "N", float: "X", str: "TEXT", bool: "true|false"}.get(kind, "PATH")
 
 
-def read(kind: Any, text: str) -> Any:
-    """What a word stands for; for a list `a,b` or JSON. One that stands for nothing stays a word.
+def read(kind: Any, value: Any) -> Any:
+    """What a word stands for; for a list `a,b` or JSON. Anything else stays what it is.
 
     Raises:
         ValueError: The home folder of nobody.
     """
     if is_list(kind):
-        words: list[Any] = [text]
-        with suppress(ValueError):
-            words = parse_json(text) if text.startswith("[") else text.split(",")
         (item,) = get_args(kind)
-        return [read(item, w) if isinstance(w, str) else w for w in words if w != ""]
+        words = _words(value) if isinstance(value, str) else value
+        return [read(item, word) for word in words] if isinstance(words, list) else words
+    if not isinstance(value, str):
+        return value
     if kind is bool:
-        return FLAGS.get(text.lower(), text)
+        return FLAGS.get(value.lower(), value)
     if kind in (int, float):
         with suppress(ValueError):
-            return kind(text)
-    elif written(kind) == "PATH" and text.startswith("~"):
+            return kind(value)
+    elif written(kind) == "PATH" and value.startswith("~"):
         try:
-            return Path(text).expanduser()
+            return Path(value).expanduser()
         except RuntimeError:
-            raise ValueError(f"got {shown(text)}, but nobody of that name has a home") from None
-    return text
+            raise ValueError(f"got {shown(value)}, but nobody of that name has a home") from None
+    return value
+
+
+def _words(text: str) -> list[Any]:
+    with suppress(ValueError):
+        words = parse_json(text) if text.startswith("[") else text.split(",")
+        return [word for word in words if word != ""]
+    return [text]

@@ -51,6 +51,18 @@ def test_words_in_a_file_are_read_as_on_the_command_line(tmp_path):
     assert (made["layers"], made["tokens"], made["energy"]) == ([0, 2], 60, False)
 
 
+def test_words_of_a_list_in_a_file_are_read_alike(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "predictors: p\nactivations: a\nout: o\nagainst: [~/b, ./sign, sign]\nmodel: m\n"
+    )
+    kind = load(STAGES["report"].config)
+    given = parse("report", kind, None, ["--config", str(path)])
+    assert given["against"] == [Path.home() / "b", Path("sign"), "sign"]
+    path.write_text("model: m\ncorpus: c\nout: o\nlayers: ['2', 0]\n")
+    assert collect_config("--config", str(path))["layers"] == [0, 2]
+
+
 def test_a_positional_may_stand_in_a_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("bundle: b\n")
@@ -66,9 +78,10 @@ def test_a_positional_may_stand_in_a_file(tmp_path):
         ("config: c.yaml", "c.yaml: no option is called 'config'"),
         ("1: 2", "c.yaml: no option is called 1"),
         ("tokens: many", "c.yaml: --tokens: got 'many', expected a whole number"),
+        ("layers: [0, all]", "c.yaml: --layers: got 'all', expected a whole number"),
         ("layers: 0-2", "c.yaml: --layers: got '0-2', expected a whole number"),
         ("out: ~nobody-of-that-name/x", "c.yaml: --out: got '~nobody-of-that-name/x', but nobody"),
-        (TEXT + "tokens: 2.5", "--tokens: got 2.5, expected a whole number"),
+        (TEXT + "tokens: 2.5", "c.yaml: --tokens: got 2.5, expected a whole number"),
         (TEXT + "tokens: true", "--tokens: got True, expected a whole number"),
         (TEXT + "count-tokens: .nan", "--count-tokens: got nan, expected a whole number"),
         (TEXT + "activation-threshold: .inf", "--activation-threshold: got inf, expected a number"),
