@@ -34,7 +34,8 @@ def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
     """Tokens and merges; added tokens are left to the caller.
 
     Raises:
-        InputError: Text is normalised or cut otherwise than GPT-2 does, or the alphabet lacks more than `SPARE`.
+        InputError: Text is normalised or cut otherwise than GPT-2 does, or the alphabet lacks more
+            than `SPARE`.
     """
     notes = _cut_notes(path, spec)
     model = spec["model"]

@@ -331,7 +331,7 @@ REFUSED = [
     (lambda spec: spec["model"].update(ignore_merges=True), "ignore_merges True"),
     (lambda spec: spec["model"].update(dropout=0.5), "dropout 0.5"),
     (lose_a_tab, "1 of the characters that stand for bytes of text are no tokens"),
-    (lambda spec: lose(spec, chr(0xF0)), "1 of the characters that stand for bytes of text"),
+    (lambda spec: lose(spec, chr(0xF3)), "1 of the characters that stand for bytes of text"),
     (lose_merges, "has no merges"),
     (strange_character, "'a b', holds ' ', which stands for no byte"),
     (repeat_a_token, "'<unused_602>' is empty or stands twice"),
@@ -348,10 +348,10 @@ def test_byte_level_tokenizers_that_the_engine_misreads_are_refused(byte_copy, e
     assert "\n" not in str(info.value)
 
 
-def test_bytes_that_no_prose_has_may_lack_a_token(byte_copy, make_predictors):
+def test_bytes_that_no_prose_has_may_lack_a_token(byte_copy, random_predictors):
     change(byte_copy, lambda spec: lose(spec, "\u0104", "\u011d", "\u00c0", "\u00f2", "\u00ff"))
 
-    bundle = bundle_of(byte_copy, make_predictors)
+    bundle = bundle_of(byte_copy, random_predictors)
 
     assert "no token for the control characters 0x04, 0x1d:" in (bundle / "README.md").read_text()
     assert check_vocabulary(GGUFFile(bundle_file(bundle))).ok
