@@ -13,6 +13,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.disk import check_room, free, size
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule
+from sparsecast.collect.files import most_tokens
 from sparsecast.collect.models import ffn_shape, pick_device, pick_dtype
 from sparsecast.collect.pretrained import empty_model
 from sparsecast.collect.progress import console
@@ -55,6 +56,7 @@ def look(
     """Bytes of the store; refuses what can be seen without the weights, tells what a run takes.
 
     Args:
+        wanted: Tokens per split; no more are counted than the corpus can have.
         limit: Tokens of a full shard and of the largest.
     """
     activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
@@ -70,7 +72,9 @@ def look(
         energy=cfg.energy,
     )
     full, largest = limit(cfg, shape)
-    need = store_bytes(shape, wanted, full)
+    most = most_tokens(cfg.corpus)
+    there = {split: count if most is None else min(count, most) for split, count in wanted.items()}
+    need = store_bytes(shape, there, full)
     kept = sum(path.stat().st_size for path in shards(unfinished(cfg.out)))
     weights, host = weight_bytes(model, dtype), BUFFERS * shape.nbytes(largest)
     console.print(

@@ -66,6 +66,18 @@ def local_files(spec: str) -> list[Path] | None:
     return files
 
 
+def most_tokens(spec: str) -> int | None:
+    """More tokens than a corpus has: the bytes of its text files; None where nobody knows.
+
+    A token stands for a byte at least, and what a document or a turn of a chat adds is less than
+    the JSON or the line around it.
+    """
+    files = None if spec == "builtin" or is_stream(spec) else local_files(spec)
+    if files is None or any(file.suffix.lower() == ".parquet" for file in files):
+        return None
+    return len(files) + sum(file.stat().st_size for file in files)
+
+
 def _mode(path: Path) -> int | None:
     """None where nothing is."""
     try:

@@ -141,6 +141,8 @@ def _write_vocabulary(size: int, path: Path) -> None:
     model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
     model.trainer_spec.model_type = model.trainer_spec.BPE
     model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
     for text, kind in (("<unk>", 2), ("<s>", 3), ("</s>", 3)):
         model.pieces.add(piece=text, score=0.0, type=kind)
     for byte in range(256):

@@ -72,7 +72,7 @@ def test_the_tokens_are_those_of_generate(cfg, model_folder):
     assert bench(replace(cfg, prompt="", policies=["exact"]))["prompt_tokens"] == 1
 
 
-def test_what_cannot_be_compared_is_told(cfg, predictors, tmp_path):
+def test_what_cannot_be_compared_is_told(cfg, predictors, tmp_path, sealed):
     with pytest.raises(InputError, match="--policies: got 'dense', expected exact, predicted"):
         replace(cfg, policies=["exact", "dense"])
     with pytest.raises(InputError, match="--tokens: must be at least 2, got 1"):
@@ -90,5 +90,6 @@ def test_what_cannot_be_compared_is_told(cfg, predictors, tmp_path):
         bench(replace(cfg, predictors=tmp_path / "b"))
     manifest = json.loads((predictors / "manifest.json").read_text())
     (predictors / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "1" * 16}))
+    sealed(predictors)
     with pytest.raises(InputError, match=r"/p: was trained for .* \(fingerprint 1111"):
         bench(cfg)

@@ -92,5 +92,5 @@ def test_no_tokenizer(model_folder, tmp_path):
     source = edited(model_folder, tmp_path)
     for path in (tmp_path / "m").glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(InputError, match="no usable tokenizer"):
+    with pytest.raises(InputError, match="no tokenizer files, expected tokenizer.json"):
         load_model(source)

@@ -47,7 +47,9 @@ def test_inspect_tells_what_is_there_and_finds_damage(acts, tmp_path):
     assert quick.values["damage"] == broken.values["damage"][1:]
     assert quick.values["ok"] is quick.ok is False
     assert inspect(InspectConfig(path=acts.folder, check=False)).values["ok"] is None
-    with pytest.raises(InputError, match="expected the manifest of a `sparsecast collect` folder"):
+    with pytest.raises(
+        InputError, match="holds none itself, expected activations .* give a folder in it, such as"
+    ):
         inspect(InspectConfig(path=tmp_path))
 
 

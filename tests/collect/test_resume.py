@@ -163,7 +163,7 @@ def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, tmp_path, u
     wait_for(part / "train-00001.safetensors", process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 1, error
+    assert process.returncode == 130, error
     assert "Traceback" not in error
     (told,) = (line for line in error.splitlines() if line.startswith("sparsecast"))
     assert "finished shards are kept, the same command goes on from there" in told
@@ -328,7 +328,7 @@ def test_ctrl_c_ends_a_run_whose_pipe_nobody_fills(model_folder, tmp_path):
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 1
+    assert process.wait(timeout=20) == 130
     error = process.stderr.read()
     assert "acts: interrupted; no shard was finished yet" in error
     assert "Fatal" not in error

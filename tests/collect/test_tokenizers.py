@@ -291,11 +291,7 @@ def test_code_that_a_tokenizer_names_is_not_run(kind, names, model_folder, tmp_p
     mark = tmp_path / "ran"
     (folder / "x.py").write_text(f"open({str(mark)!r}, 'w')\nclass Y:\n    pass\n")
 
-    if kind == "GPT2Tokenizer" and names != ["x.Y"]:
-        assert loaded(folder).tokenize("ab 12") == own.encode("ab 12").tokens
-    else:
-        with pytest.raises(InputError, match="code of the model's own under auto_map, which is no"):
-            loaded(folder)
+    assert loaded(folder).tokenize("ab 12") == own.encode("ab 12").tokens
     assert not mark.exists()
 
 
@@ -335,8 +331,9 @@ def test_every_stage_names_it_before_work(stage, model_folder, tmp_path, corpus,
         main([stage, "--model", str(folder), "--out", str(tmp_path / "out"), *options])
 
     assert info.value.code == 2
-    (line,) = capsys.readouterr().err.strip().split("\n")
-    assert f"{folder}: no tokenizer files" in line
+    told = capsys.readouterr().err.strip().split("\n")
+    assert f"{folder}: no tokenizer files" in told[-1]
+    assert "Loading weights" not in "".join(told)
     assert not (tmp_path / "out").exists()
 
 

@@ -112,7 +112,7 @@ def test_what_fails_is_told(random_model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"shape": "2b"}, "--shape: got '2b', expected tiny or 1b"),
+        ({"shape": "2b"}, "--shape: got '2b', expected tiny, 1b"),
         ({"model": "m"}, "--model and --predictors: give both"),
         ({"dtype": "q8_0"}, "--dtype: got 'q8_0'"),
         ({"dtype": "q4_0", "convert": Path("c")}, "--convert: writes f16"),

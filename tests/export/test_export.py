@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,7 @@ def wrong_shape(weights):
         (q_norm, "q_norm.weight, but the engine's llama knows no tensor of that name"),
         (infinite, r"blk\.1\.ffn_up\.weight: holds 70000"),
         (lose, r"layers\.2\.mlp\.up_proj\.weight is missing"),
-        (wrong_shape, r"model\.norm\.weight is \(63,\)"),
+        (wrong_shape, r"model\.norm\.weight is \[63\], but config.json describes \[64\]"),
     ],
 )
 def test_weights_the_engine_cannot_express_are_refused(model, anyones, change, reason):
@@ -257,6 +258,22 @@ def test_a_unigram_vocabulary_is_refused(model, anyones, corpus):
         run(model, anyones)
 
 
+def rules_of(name):
+    """The compiled rules of one of sentencepiece's normalizations."""
+    trained = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e"] * 20),
+        model_writer=trained,
+        vocab_size=12,
+        model_type="bpe",
+        normalization_rule_name=name,
+        minloglevel=2,
+    )
+    spec = proto.ModelProto()
+    spec.ParseFromString(trained.getvalue())
+    return spec.normalizer_spec.precompiled_charsmap
+
+
 @pytest.mark.parametrize("change", [{"name": "nmt_nfkc"}, {"add_dummy_prefix": False}])
 def test_a_vocabulary_that_prepares_text_otherwise_is_refused(model, anyones, change):
     path = model / "tokenizer.model"
@@ -265,7 +282,7 @@ def test_a_vocabulary_that_prepares_text_otherwise_is_refused(model, anyones, ch
     for name, value in change.items():
         setattr(spec.normalizer_spec, name, value)
     if "name" in change:
-        spec.normalizer_spec.precompiled_charsmap = b"rules"
+        spec.normalizer_spec.precompiled_charsmap = rules_of(change["name"])
     path.write_bytes(spec.SerializeToString())
 
     with pytest.raises(InputError, match=r"tokenizer\.model: prepares text by"):
@@ -393,7 +410,7 @@ def test_quantised_weights_and_an_index_that_lies_are_refused(model, anyones, tm
 
     change_config(model, drop=("quantization_config",))
     (model / "model.safetensors").rename(model / "a.safetensors")
-    save_file({"lm_head.weight": whole["lm_head.weight"]}, model / "b.safetensors")
+    save_file({"spare.weight": whole["lm_head.weight"]}, model / "b.safetensors")
     places = {"weight_map": dict.fromkeys(whole, "a.safetensors") | {name: "b.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(places))
     with pytest.raises(InputError, match=f"b.safetensors: tensor {name} is not in it, but the ind"):
@@ -433,7 +450,7 @@ def test_a_bundle_of_the_same_inputs_is_kept(model_folder, predictors, acts, tmp
         ({"dtype": "f32"}, "dtype was 'f16', now 'f32'"),
         ({"activations": None}, "activations was "),
         ({"vram_budget": 1.0}, "vram_budget was None, now 1.0; vram_context was None, now 512"),
-        ({"activation_threshold": 0.3}, "config was "),
+        ({"activation_threshold": 0.3, "activations": None}, "config was "),
         ({"predictors": "other"}, "predictors was "),
     ],
 )

@@ -146,7 +146,8 @@ def exported(model_folder, predictors, acts, tmp_path):
             "predictors": predictors,
             "activations": acts.folder,
         }
-        path = export(ExportConfig(**{**defaults, "out": tmp_path / "b", **options}))
+        out = tmp_path / f"b{len(list(tmp_path.iterdir()))}"
+        path = export(ExportConfig(**{**defaults, "out": out, **options}))
         split = GGUFFile(path.with_name(path.name + SUFFIX))
         hot = [split.tensor(f"blk.{i}.gpu_bucket").tolist() for i in range(3)]
         card = (path.parent / "README.md").read_text()

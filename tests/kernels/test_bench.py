@@ -33,7 +33,7 @@ def untimed(monkeypatch, device):
     monkeypatch.setattr("sparsecast.cli.bench_kernels.copy_bandwidth", lambda _: 1e-3)
     monkeypatch.setattr("sparsecast.cli.bench_kernels._device", lambda: device)
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
-    shapes = {"1b": (32, 32, 3), "opt": (32, 32, 2)}
+    shapes = {"1b": (32, 32, 3), "opt-1.3b": (32, 32, 2)}
     monkeypatch.setattr("sparsecast.kernels.bench.SHAPES", shapes)
     monkeypatch.setattr("sparsecast.cli.bench_kernels.SHAPES", shapes)
     paths = {"exact": {0.75: 1, 0.8: 2}, "predicted": {0.532: 1}}
@@ -82,7 +82,7 @@ def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
 
 def test_an_ffn_without_a_gate_has_a_step_less_and_reads_less(untimed, monkeypatch):
     monkeypatch.setattr(bench_steps, "FORMATS", ("f16",))
-    cfg = BenchKernelsConfig(shapes=["opt"], sparsities=[0.75], batches=[1, 2], rank=32)
+    cfg = BenchKernelsConfig(shapes=["opt-1.3b"], sparsities=[0.75], batches=[1, 2], rank=32)
     rows = bench(cfg)["rows"]
 
     assert [row["batch"] for row in rows] == [1] * 6 + [2] * 6

@@ -28,7 +28,6 @@ from sparsecast.cli.stages import STAGES, load
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.run import collect
-from sparsecast.collect.store import ActivationStore
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import ReportConfig
 from sparsecast.predictors.data import layer_batches
@@ -183,17 +182,17 @@ def test_it_stands_beside_folders_in_the_order_given_on_every_page(recorded, cfg
 
 
 def test_where_nothing_fired_while_calibrating_the_cut_is_above_all_of_its_scores(
-    recorded, cfg, tmp_path
+    recorded, cfg, tmp_path, edit_store
 ):
-    silent = tmp_path / "silent"
-    shutil.copytree(recorded.store.folder, silent)
-    for path in silent.glob("calibration-*.safetensors"):
-        tensors = load_file(path)
-        for layer in range(LAYERS):
-            tensors[f"layer.{layer}.mask"].zero_()
-        save_file(tensors, path)
+    ids, _ = recorded.store.tokens("calibration", 0)
 
-    _, entry = report(replace(cfg, activations=ActivationStore(silent).folder))["against"]
+    def silence(tensors):
+        for layer in range(LAYERS) if torch.equal(tensors["id"], ids) else ():
+            tensors[f"layer.{layer}.mask"].zero_()
+
+    silent = edit_store(recorded.store, tmp_path / "silent", silence)
+
+    _, entry = report(replace(cfg, activations=silent.folder))["against"]
 
     loads = []
     for layer in range(LAYERS):

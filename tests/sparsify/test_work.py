@@ -143,7 +143,9 @@ def test_a_full_disk_says_what_is_needed_kept_and_next(dense, options, tmp_path,
 
     monkeypatch.setattr(phases, "save_torch", filling)
     monkeypatch.setattr(staged, "save_torch", filling)
-    with pytest.raises(OSError, match="File too large: ProSparse") as caught:
+    with pytest.raises(
+        OSError, match=r"\(ProSparse-before-the-shift.pt: File too large\)"
+    ) as caught:
         sparsify(cfg)
 
     told = str(caught.value)

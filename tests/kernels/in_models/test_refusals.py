@@ -54,10 +54,6 @@ def test_the_fingerprint_counts_where_the_model_has_a_folder(model_folder, tmp_p
         ({"activation": "fatrelu", "activation_threshold": 0.1}, r"fatrelu\(0.1\) in the FFN, but"),
         ({"activation": "drelu"}, "trained for drelu in the FFN"),
         ({"convention": "ffn-input"}, "trained on the input 'ffn-input'"),
-        ({"calibration": [SCORES]}, "recall and predicted_sparsity of every layer"),
-        ({"calibration": [SCORES, 3]}, "recall and predicted_sparsity of every layer"),
-        ({"calibration": [SCORES, {**SCORES, "recall": None}]}, "recall and predicted_sparsity"),
-        ({"activation_threshold": "0"}, "a number under activation_threshold"),
     ],
 )
 def test_predictors_for_another_use(changed, match, make, predictors):
