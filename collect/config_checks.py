@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.families import FAMILIES
+from sparsecast.collect.options import shown
 from sparsecast.collect.pretrained import empty_model
 
 _SIZES = (
@@ -109,14 +110,9 @@ def _whole(value: object) -> bool:
 
 def _wrong(path: Path, name: str, value: object, wanted: str) -> InputError:
     return InputError(
-        f"{path}: {name} is {_short(value)}, expected {wanted}; correct it, or download the "
+        f"{path}: {name} is {shown(value)}, expected {wanted}; correct it, or download the "
         "config again"
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_shapes(
@@ -162,6 +158,6 @@ def check_tokens(config: PreTrainedConfig, folder: Path) -> None:
     pad, rows = getattr(config, "pad_token_id", None), config.vocab_size
     if pad is not None and not (_whole(pad) and -rows <= pad < rows):
         raise InputError(
-            f"{folder}: pad_token_id is {_short(pad)} in config.json, but the model has an "
+            f"{folder}: pad_token_id is {shown(pad)} in config.json, but the model has an "
             f"embedding for ids 0 to {rows - 1:,} (vocab_size); correct it, or set it to null"
         )

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 from sparsecast.collect.atomic import unreadable
 from sparsecast.collect.builtin import builtin, key_of
 from sparsecast.collect.encoding import BLOCK, Utf8
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.files import SUFFIXES, is_stream, local_files
 
 PIECE = 6000
@@ -282,7 +282,7 @@ def _rows(path: str, where: str, **options: str | None) -> Iterator[tuple[str, C
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         if path == "parquet":
             raise InputError(
                 f"{where}: cannot be read as parquet ({reason}); write the file again, its text in "

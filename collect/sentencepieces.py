@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from sparsecast.collect.atomic import read_bytes
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 
 NORMAL, USER = 1, 4
 SPACE = "\u2581"
@@ -54,10 +54,9 @@ def read_model(path: Path) -> Any:
     try:
         _processor(model)
     except RuntimeError as error:
-        reason = str(error).split("\n")[0]
         raise InputError(
-            f"{path}: sentencepiece refuses it ({reason}); copy the model's own tokenizer.model "
-            "here"
+            f"{path}: sentencepiece refuses it ({reason_of(error)}); copy the model's "
+            "own tokenizer.model here"
         ) from error
     return model
 

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.pretrained import tokenizer_of
 from sparsecast.collect.progress import console
 from sparsecast.collect.sentencepieces import (
@@ -57,9 +57,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
                 "which is not run; take auto_map out, and name a class of transformers under "
                 "tokenizer_class"
             ) from error
-        reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(
-            f"{folder}: no usable tokenizer ({reason}); expected the tokenizer.json or "
+            f"{folder}: no usable tokenizer ({reason_of(error)}); expected the tokenizer.json or "
             "tokenizer.model of this model beside config.json"
         ) from error
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
@@ -83,9 +82,9 @@ def _as_written(backend: Any, path: Path) -> None:
     try:
         own = Backend.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(
-            f"{path}: not a tokenizer ({reason}); copy the model's own tokenizer.json here"
+            f"{path}: not a tokenizer ({reason_of(error)}); copy the model's own "
+            "tokenizer.json here"
         ) from error
     backend.model = own.model
     backend.normalizer = own.normalizer

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.corpus import Document
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.splits import SPLITS
 
 COUNTED = "counted"
@@ -99,10 +99,9 @@ def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[i
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception as error:  # a template raises what it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{tokenizer.name_or_path}: its chat template refuses the chat that begins "
-            f"{doc.text[:40]!r} ({reason}); drop such rows or change their roles"
+            f"{doc.text[:40]!r} ({reason_of(error)}); drop such rows or change their roles"
         ) from error
     parts = re.split(f"({'|'.join(stand_ins)})", text) if stand_ins else [text]
     ids: list[int] = []

@@ -33,7 +33,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparsecast.export.checks import Check
-from sparsecast.export.firing import Drawn, Measured, Rates
+from sparsecast.export.fired import Drawn, Measured, Rates
 from sparsecast.export.protocol import losses
 from sparsecast.export.reader import GGUFFile
 from sparsecast.predictors.manifest import PredictorManifest

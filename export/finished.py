@@ -11,6 +11,7 @@ import xxhash
 
 from sparsecast.collect.atomic import parse_json
 from sparsecast.collect.errors import InputError
+from sparsecast.collect.options import differing
 from sparsecast.collect.store import MANIFEST, ActivationStore
 from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.hyper import Hyper
@@ -18,7 +19,6 @@ from sparsecast.export.model_gguf import KEY_RECIPE
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
-from sparsecast.predictors.fit import differing
 
 
 def recipe_of(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.tokenizer_files import sentencepiece_file
 from sparsecast.collect.tokenizers import load_tokenizer
 from sparsecast.export.vocab_bytes import byte_vocabulary, is_byte_level
@@ -92,9 +92,9 @@ def _spec(folder: Path, tokenizer: Any) -> tuple[Path, Any]:
         try:
             return path, json.loads(Tokenizer.from_file(str(path)).to_str())
         except Exception as error:  # the library raises bare Exception
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{path}: not a tokenizer ({reason}); copy the model's own tokenizer.json here"
+                f"{path}: not a tokenizer ({reason_of(error)}); copy the model's own "
+                "tokenizer.json here"
             ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spec = None if backend is None else json.loads(backend.to_str())

@@ -13,7 +13,6 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from sparsecast.collect.activations import ActivationRule
 from sparsecast.collect.atomic import new_folder, read_json, unreadable, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.folders import refuse_other
+from sparsecast.collect.options import shown
 from sparsecast.collect.staged import save_torch
 from sparsecast.predictors.blocks import BLOCK
 from sparsecast.predictors.formats import rounded
@@ -138,22 +138,17 @@ def _threshold(path: Path, manifest: PredictorManifest | None) -> float:
     check_checksum(path, manifest)
     if (threshold := number(value)) is None:
         raise InputError(
-            f"{path}: sparse_threshold is {_shown(value)}, expected a number that float32 holds, "
+            f"{path}: sparse_threshold is {shown(value)}, expected a number that float32 holds, "
             "as PowerInfer's file has it; correct it, or copy the folder again"
         )
     return threshold
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _read(path: Path, dtype: str) -> Predictor:
     value = read_tensors(path, WANT)
     if not isinstance(value, dict) or set(value) != {"fc1.weight", "fc2.weight"}:
         keys = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise InputError(f"{path}: holds {_shown(keys)}, expected {WANT}")
+        raise InputError(f"{path}: holds {shown(keys)}, expected {WANT}")
     for name in ("fc1.weight", "fc2.weight"):
         if (odd := oddity(value[name])) is not None:
             raise InputError(

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from sparsecast.collect.atomic import read_json, write_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.launcher import launcher
+from sparsecast.collect.options import differing
 from sparsecast.collect.progress import console
 from sparsecast.collect.quiet import quiet_lightning
 from sparsecast.collect.ranks import Team, from_environment
@@ -225,15 +226,6 @@ def _begin(work: Path, recipe: dict[str, Any]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / LOGS, ignore_errors=True)
     write_json(work / RECIPE, recipe)
-
-
-def differing(made: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """What two recipes disagree on."""
-    return [
-        f"{name} was {made.get(name)!r}, now {value!r}"
-        for name, value in asked.items()
-        if made.get(name) != value
-    ]
 
 
 def finish_logs(work: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from sparsecast.collect.errors import reason_of
 from sparsecast.collect.progress import console
 
 LARGE = 1 << 24
@@ -39,8 +40,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
         except torch._dynamo.exc.BackendCompilerFailed as error:
             broken = True
             console.print(
-                f"torch.compile failed ({str(error).splitlines()[0]}); training goes on without "
-                "it, slower",
+                f"torch.compile failed ({reason_of(error)}); training goes on without it, slower",
                 style="yellow",
                 highlight=False,
                 soft_wrap=True,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.collect.atomic import check_file
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,7 +36,7 @@ def read_tensors(path: Path, what: str) -> Any:
         kinds = (RuntimeError, OSError, EOFError, BadZipFile, ValueError, KeyError, MemoryError)
         if isinstance(error, kinds) and "TorchScript" not in str(error):
             raise InputError(
-                f"{path}: not a readable torch file ({_first_line(error)}); expected {what}"
+                f"{path}: not a readable torch file ({reason_of(error)}); expected {what}"
             ) from error
         raise InputError(f"{path}: holds more than tensors; expected {what}") from error
 
@@ -55,7 +55,3 @@ def oddity(value: object) -> str | None:
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         return "a view that repeats its values"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).split("\n", 1)[0] or type(error).__name__).rstrip(".")

@@ -15,6 +15,7 @@ from sparsecast.collect.disk import told_when_full
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.firing import check_firing
 from sparsecast.collect.models import pick_device
+from sparsecast.collect.options import differing
 from sparsecast.collect.progress import console
 from sparsecast.collect.ranks import Team, team
 from sparsecast.collect.store import ActivationStore
@@ -27,7 +28,6 @@ from sparsecast.predictors.fit import (
     Run,
     check_unfinished,
     clear_unfinished,
-    differing,
     finish_logs,
     work_folder,
 )
@@ -105,6 +105,7 @@ def _check_running(cfg: TrainConfig, processes: Team) -> None:
     """What can be refused before a running model's calibration documents are recorded."""
     assert cfg.model is not None
     checkpoint = Checkpoint(cfg.model)
+    checkpoint.check()
     config: Any = checkpoint.config
     dtype = default_dtype(cfg, config.hidden_size)
     if cfg.rank is not None:

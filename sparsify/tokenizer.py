@@ -16,7 +16,7 @@ from tokenizers import decoders, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sparsecast.collect.errors import InputError
+from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.pretrained import tokenizer_of
 
 
@@ -53,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     except RuntimeError as error:
         raise InputError(
             f"the tokenizer could not be trained with {vocab_size} pieces "
-            f"({str(error).splitlines()[0]}); give more text or a smaller vocabulary"
+            f"({reason_of(error)}); give more text or a smaller vocabulary"
         ) from error
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     backend = tokenizer_of(folder, LlamaTokenizer).backend_tokenizer

@@ -20,6 +20,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.disk import check_room, full_disk, no_room
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.files import SUFFIXES
+from sparsecast.collect.options import differing
 from sparsecast.collect.progress import console
 from sparsecast.collect.stop import same_kind
 from sparsecast.sparsify.config import SparsifyConfig
@@ -95,7 +96,7 @@ def is_finished(out: Path, options: dict[str, Any]) -> bool:
             f"{out}: holds a finished model whose options were not written down; choose another "
             "--out or remove the folder"
         )
-    if changed := _changed(made, options):
+    if changed := differing(made, options):
         raise InputError(
             f"{out}: holds a model made with other options ({'; '.join(changed)}); choose another "
             "--out or remove the folder"
@@ -144,7 +145,7 @@ def _begin(work: Work, options: dict[str, Any]) -> None:
     options = json.loads(json.dumps(options))
     if not work.trained:
         shutil.rmtree(work.path, ignore_errors=True)
-    elif changed := _changed(read_json(path, "the options of an unfinished run"), options):
+    elif changed := differing(read_json(path, "the options of an unfinished run"), options):
         raise InputError(
             f"{work.path}: holds an unfinished run with other options ({'; '.join(changed)}); "
             "repeat those options to go on with it, or remove the folder"
@@ -158,11 +159,3 @@ def _begin(work: Work, options: dict[str, Any]) -> None:
         raise InputError(
             f"{work.path}: cannot be written ({error.strerror or error}); choose another --out"
         ) from error
-
-
-def _changed(made: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} was {made.get(name)!r}, now {value!r}"
-        for name, value in asked.items()
-        if made.get(name) != value
-    ]

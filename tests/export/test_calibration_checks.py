@@ -22,7 +22,7 @@ from sparsecast.export.calibration_checks import (
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.emulate import Emulator
 from sparsecast.export.file_vocab import tokenizer_of
-from sparsecast.export.firing import Drawn, Rates
+from sparsecast.export.fired import Drawn, Rates
 from sparsecast.export.protocol import chunks_of, held_out_documents, joined, losses
 from sparsecast.export.reader import GGUFFile
 from sparsecast.export.run import export
