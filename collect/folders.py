@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from sparsecast.collect.atomic import read_json
 from sparsecast.collect.errors import InputError
@@ -57,32 +56,3 @@ def refuse_other(path: Path, wanted: str) -> None:
                 f"{path}: holds none itself, expected {KINDS[wanted]}; give a folder in it, such "
                 f"as {found}"
             )
-
-
-def check_version(path: Path, value: dict[str, Any], ours: int, again: str) -> None:
-    """Refuse a manifest of another format version, or without one.
-
-    Args:
-        again: How the folder is made anew.
-    """
-    version = value.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise InputError(
-            f"{path}: format_version is {version!r}, expected {ours}; it is damaged: {again}"
-        )
-    if version > ours:
-        raise InputError(
-            f"{path}: format version {version}, but this sparsecast reads up to {ours}: it was "
-            f"written by a newer one; upgrade sparsecast, or {again}"
-        )
-    if version < ours:
-        raise InputError(
-            f"{path}: format version {version} of an older sparsecast, expected {ours}; {again}"
-        )
-
-
-def check_keys(path: Path, value: dict[str, Any], known: set[str], again: str) -> None:
-    """Refuse a manifest of our version with other keys than `known`."""
-    for odd, what in ((known - set(value), "lacks"), (set(value) - known, "has an unknown")):
-        if odd:
-            raise InputError(f"{path}: damaged, it {what} {sorted(odd)[0]!r}; {again}")

@@ -37,12 +37,12 @@ from sparsecast.collect.prefetch import prefetch
 from sparsecast.collect.progress import Bar, bar, console
 from sparsecast.collect.ranks import Team, team
 from sparsecast.collect.recorder import Recorder
+from sparsecast.collect.sealed import MANIFEST
 from sparsecast.collect.shard import SHARD_BYTES, Shape
 from sparsecast.collect.shard_file import ShardFile
 from sparsecast.collect.splits import SPLITS, assign
 from sparsecast.collect.stop import Stop, same_kind, stoppable
 from sparsecast.collect.store import (
-    MANIFEST,
     ActivationStore,
     Manifest,
     read_manifest,

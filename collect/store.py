@@ -13,9 +13,8 @@ Shape letters: T tokens, D hidden, F FFN width, P packed width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +24,21 @@ import xxhash
 from torch import Tensor
 
 from sparsecast.collect.activations import ActivationRule
-from sparsecast.collect.atomic import read_json, write_json
+from sparsecast.collect.atomic import read_json
 from sparsecast.collect.bits import unpack
 from sparsecast.collect.energy import decode
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.folders import check_keys, check_version, refuse_other
+from sparsecast.collect.folders import refuse_other
 from sparsecast.collect.plan import shard_name
+from sparsecast.collect.sealed import (
+    MANIFEST,
+    check_keys,
+    check_version,
+    edited,
+    is_count,
+    is_shallow,
+    write_sealed,
+)
 from sparsecast.collect.shard import INPUT_DTYPES, Shape
 from sparsecast.collect.shard_file import AGAIN, ShardFile, header_checksum, read_header
 from sparsecast.collect.splits import SPLITS
@@ -38,7 +46,6 @@ from sparsecast.collect.stats import STATS, Stats, merge, read_stats, write_stat
 from sparsecast.collect.tokens import COUNTED
 
 FORMAT_VERSION = 3
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +121,6 @@ class Rows(NamedTuple):
     """A view of the memory map; see bits.py."""
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    sums = {**manifest.checksums, MANIFEST: _own_checksum(manifest)}
-    write_json(folder / MANIFEST, asdict(replace(manifest, checksums=sums)))
-
-
 def seal(folder: Path, manifest: Manifest, shards: Iterable[tuple[str, int, str]]) -> Manifest:
     """Finish a store whose shards are written: statistics, checksums and the complete manifest.
 
@@ -134,14 +136,8 @@ def seal(folder: Path, manifest: Manifest, shards: Iterable[tuple[str, int, str]
     checksums = {name: header_checksum(folder / name) for _, _, name in shards}
     checksums[STATS] = xxhash.xxh3_128_hexdigest((folder / STATS).read_bytes())
     done = replace(manifest, shard_tokens=tokens, checksums=checksums)
-    write_manifest(folder, done)
+    write_sealed(folder, done)
     return done
-
-
-def _own_checksum(manifest: Manifest) -> str:
-    value = asdict(manifest)
-    value["checksums"].pop(MANIFEST, None)
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
@@ -161,24 +157,13 @@ def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
     if "shard_tokens" not in value:
         refuse_other(folder, "activations")
     check_version(path, value, FORMAT_VERSION, again)
-    check_keys(path, value, {item.name for item in fields(Manifest)}, again)
+    check_keys(path, value, Manifest, again)
     manifest = Manifest(**value)
     if (name := _senseless(manifest)) is not None:
         raise InputError(f"{path}: damaged, its {name} makes no sense; {AGAIN}")
-    if checked and (what := edited(folder, manifest)) is not None:
+    if checked and (what := edited(path, manifest, AGAIN)) is not None:
         raise InputError(what)
     return manifest
-
-
-def edited(folder: Path, manifest: Manifest) -> str | None:
-    """What the checksum of a manifest says was changed since it was written; None if nothing."""
-    states, found = manifest.checksums.get(MANIFEST, "none"), _own_checksum(manifest)
-    if states == found:
-        return None
-    return (
-        f"{folder / MANIFEST}: damaged or edited, its checksum is {found}, but it was written with "
-        f"{states}; {AGAIN}"
-    )
 
 
 def _senseless(made: Manifest) -> str | None:
@@ -187,44 +172,34 @@ def _senseless(made: Manifest) -> str | None:
     sizes = ("threads", "hidden_size", "ffn_width")
     rules: dict[str, bool] = {
         **{name: isinstance(getattr(made, name), str) for name in (*texts, "corpus")},
-        **{name: _count(getattr(made, name)) for name in sizes},
+        **{name: is_count(getattr(made, name)) for name in sizes},
         "ffn_matrices": made.ffn_matrices in (2, 3),
         "activation_threshold": isinstance(made.activation_threshold, (int, float))
         and not isinstance(made.activation_threshold, bool),
         "layers": isinstance(made.layers, list)
         and bool(made.layers)
-        and all(_count(layer, least=0) for layer in made.layers)
+        and all(is_count(layer, least=0) for layer in made.layers)
         and made.layers == sorted(set(made.layers)),
         "x_dtype": isinstance(made.x_dtype, str) and made.x_dtype in INPUT_DTYPES,
         "energy": isinstance(made.energy, bool),
-        "config": isinstance(made.config, dict) and _shallow(made.config),
-        "options": isinstance(made.options, dict) and _shallow(made.options),
+        "config": isinstance(made.config, dict) and is_shallow(made.config),
+        "options": isinstance(made.options, dict) and is_shallow(made.options),
         "checksums": isinstance(made.checksums, dict)
         and all(isinstance(value, str) for value in made.checksums.values()),
         **{
             name: isinstance(table := getattr(made, name), dict)
-            and all(_count(value, least=0) for value in table.values())
+            and all(is_count(value, least=0) for value in table.values())
             for name in ("documents", "truncated")
         },
         "shard_tokens": isinstance(made.shard_tokens, dict)
         and (not made.shard_tokens or set(SPLITS) <= set(made.shard_tokens))
         and set(made.shard_tokens) <= {*SPLITS, COUNTED}
         and all(
-            isinstance(counts, list) and counts and all(map(_count, counts))
+            isinstance(counts, list) and counts and all(map(is_count, counts))
             for counts in made.shard_tokens.values()
         ),
     }
     return next((name for name, sound in rules.items() if not sound), None)
-
-
-def _shallow(value: Any, levels: int = 50) -> bool:
-    """Whether everybody can walk through it."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(_shallow(item, levels - 1) for item in inner)
-
-
-def _count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class ActivationStore:
@@ -326,7 +301,7 @@ class ActivationStore:
                 except InputError as error:
                     what = str(error)
                 yield name, what
-        yield MANIFEST, edited(self.folder, self.manifest)
+        yield MANIFEST, edited(self.folder / MANIFEST, self.manifest, AGAIN)
         try:
             self.stats()
             yield STATS, None

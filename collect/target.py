@@ -12,7 +12,8 @@ from sparsecast.collect import lock
 from sparsecast.collect.atomic import check_place
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.progress import console
-from sparsecast.collect.store import MANIFEST, Manifest, read_manifest, write_manifest
+from sparsecast.collect.sealed import MANIFEST, write_sealed
+from sparsecast.collect.store import Manifest, read_manifest
 
 
 def target(out: Path) -> Path:
@@ -70,7 +71,7 @@ def begin(out: Path, manifest: Manifest) -> None:
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        write_manifest(part, manifest)
+        write_sealed(part, manifest)
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written ({error.strerror or error}); choose another --out"

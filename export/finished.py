@@ -12,7 +12,8 @@ import xxhash
 from sparsecast.collect.atomic import parse_json
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.options import differing
-from sparsecast.collect.store import MANIFEST, ActivationStore
+from sparsecast.collect.sealed import MANIFEST
+from sparsecast.collect.store import ActivationStore
 from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.model_gguf import KEY_RECIPE

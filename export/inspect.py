@@ -16,7 +16,7 @@ from sparsecast.collect.folders import KINDS, kind_of
 from sparsecast.collect.inspect import InspectConfig, Inspection
 from sparsecast.collect.inspect import inspect as inspect_store
 from sparsecast.collect.progress import console
-from sparsecast.collect.store import MANIFEST
+from sparsecast.collect.sealed import MANIFEST
 from sparsecast.export.config import SUFFIX
 from sparsecast.export.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.inspect_file import file_values, plain, show_file, size

@@ -22,12 +22,12 @@ from sparsecast.collect.atomic import new_folder, read_json, unreadable, write_j
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.folders import refuse_other
 from sparsecast.collect.options import shown
+from sparsecast.collect.sealed import MANIFEST
 from sparsecast.collect.staged import save_torch
 from sparsecast.predictors.blocks import BLOCK
 from sparsecast.predictors.formats import rounded
 from sparsecast.predictors.manifest import (
     CONFIG,
-    MANIFEST,
     PredictorManifest,
     check_checksum,
     number,

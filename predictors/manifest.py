@@ -1,27 +1,33 @@
 """manifest.json of a predictor folder: whose predictors they are, and the checksum of every file.
 
-Checksums are xxh3_128, as in an activation store. They tell a damaged or edited folder, not one
-that somebody wants to look whole: `sparsecast verify` measures what the predictors do.
+Checksums do not stop somebody who computes them again, see sealed.py: `sparsecast verify` measures
+what the predictors do.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from sparsecast.collect.atomic import check_file, read_json, unreadable, write_json
+from sparsecast.collect.atomic import check_file, read_json, unreadable
 from sparsecast.collect.errors import InputError
-from sparsecast.collect.folders import check_keys, check_version
+from sparsecast.collect.sealed import (
+    MANIFEST,
+    check_keys,
+    check_version,
+    edited,
+    is_count,
+    is_shallow,
+    write_sealed,
+)
 from sparsecast.predictors.formats import BITS
 
 FORMAT_VERSION = 3
-MANIFEST = "manifest.json"
 CONFIG = "config.json"
 SCORES = ("recall", "predicted_sparsity")
 AGAIN = "train again, or copy the whole folder again"
@@ -55,13 +61,11 @@ class PredictorManifest:
 
 def write_manifest(folder: Path, manifest: PredictorManifest, names: list[str]) -> None:
     """Write the manifest with the checksums of the files that lie in the folder under `names`."""
-    sums = {name: checksum(folder / name) for name in names}
-    manifest = replace(manifest, checksums=sums)
-    sums = {**sums, MANIFEST: _own_checksum(manifest)}
-    write_json(folder / MANIFEST, asdict(replace(manifest, checksums=sums)))
+    sums = {name: file_checksum(folder / name) for name in names}
+    write_sealed(folder, replace(manifest, checksums=sums))
 
 
-def checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
     """xxh3_128 of a file, read in blocks of 16 MiB."""
     digest = xxhash.xxh3_128()
     try:
@@ -71,12 +75,6 @@ def checksum(path: Path) -> str:
     except OSError as error:
         raise unreadable(path, error, "a file of a predictor folder") from error
     return digest.hexdigest()
-
-
-def _own_checksum(manifest: PredictorManifest) -> str:
-    value = asdict(manifest)
-    value["checksums"].pop(MANIFEST, None)
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> PredictorManifest | None:
@@ -90,15 +88,12 @@ def read_manifest(folder: Path) -> PredictorManifest | None:
         return None
     value = read_json(path, "the manifest of a `sparsecast train` folder")
     check_version(path, value, FORMAT_VERSION, AGAIN)
-    check_keys(path, value, {item.name for item in fields(PredictorManifest)}, AGAIN)
+    check_keys(path, value, PredictorManifest, AGAIN)
     manifest = PredictorManifest(**value)
     if (name := _senseless(manifest)) is not None:
         raise InputError(f"{path}: damaged, its {name} makes no sense; copy the folder again")
-    if manifest.checksums[MANIFEST] != _own_checksum(manifest):
-        raise InputError(
-            f"{path}: was edited or damaged after it was written, going by its own checksum; copy "
-            "the folder again"
-        )
+    if (what := edited(path, manifest, AGAIN)) is not None:
+        raise InputError(what)
     return manifest
 
 
@@ -113,7 +108,7 @@ def check_checksum(path: Path, manifest: PredictorManifest | None) -> None:
             f"{path}: {MANIFEST} has no checksum of it; it came from elsewhere: copy the whole "
             "folder again"
         )
-    if (found := checksum(path)) != want:
+    if (found := file_checksum(path)) != want:
         raise InputError(
             f"{path}: is not the file that was trained (xxh3_128 {found}, {MANIFEST} has {want}); "
             "copy the whole folder again"
@@ -140,14 +135,14 @@ def _senseless(made: PredictorManifest) -> str | None:
     threshold = number(made.activation_threshold)
     rules: dict[str, bool] = {
         **{name: isinstance(getattr(made, name), str) for name in texts},
-        **{name: _count(getattr(made, name)) for name in sizes},
+        **{name: is_count(getattr(made, name)) for name in sizes},
         "activation": made.activation in ACTIVATIONS,
         "activation_threshold": threshold is not None and threshold >= 0,
         "dtypes": layers > 0
         and all(isinstance(dtype, str) and dtype in BITS for dtype in made.dtypes),
-        "ranks": _list(made.ranks, layers) and all(_count(rank) for rank in made.ranks),
+        "ranks": _list(made.ranks, layers) and all(is_count(rank) for rank in made.ranks),
         "calibration": _list(made.calibration, layers) and all(map(_scores, made.calibration)),
-        "recipe": isinstance(made.recipe, dict),
+        "recipe": isinstance(made.recipe, dict) and is_shallow(made.recipe),
         "checksums": isinstance(made.checksums, dict)
         and MANIFEST in made.checksums
         and all(isinstance(value, str) for value in made.checksums.values()),
@@ -157,10 +152,6 @@ def _senseless(made: PredictorManifest) -> str | None:
 
 def _list(value: Any, length: int) -> bool:
     return isinstance(value, list) and len(value) == length
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _scores(value: Any) -> bool:

@@ -18,6 +18,7 @@ from sparsecast.collect.models import pick_device
 from sparsecast.collect.options import differing
 from sparsecast.collect.progress import console
 from sparsecast.collect.ranks import Team, team
+from sparsecast.collect.sealed import MANIFEST
 from sparsecast.collect.store import ActivationStore
 from sparsecast.collect.target import locked, target
 from sparsecast.predictors.calibrate import Calibrated
@@ -71,7 +72,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
             cfg = replace(cfg, out=target(cfg.out), device=processes.device(cfg.device))
             device = pick_device(cfg.device)
             store = None if cfg.activations is None else _every_layer(cfg.activations)
-            if (cfg.out / "manifest.json").is_file():
+            if (cfg.out / MANIFEST).is_file():
                 return _finished(cfg, store, processes)
             if processes.leads:
                 held.enter_context(locked(cfg.out, "training"))

@@ -9,7 +9,7 @@ import pytest
 from sparsecast.collect.checkpoint import read_config
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.files import local_files
-from sparsecast.collect.folders import KINDS, check_keys, check_version, kind_of, refuse_other
+from sparsecast.collect.folders import KINDS, kind_of, refuse_other
 from sparsecast.collect.store import ActivationStore
 from sparsecast.export.verify import bundle_file
 from sparsecast.predictors.checkpoint import load_predictors
@@ -65,17 +65,3 @@ def test_what_is_nothing_of_ours_is_left_to_the_reader(tmp_path):
         refuse_other(tmp_path, wanted)
         refuse_other(tmp_path / "nowhere", wanted)
         refuse_other(tmp_path / "manifest.json", wanted)
-
-
-def test_versions_and_keys(tmp_path):
-    path = tmp_path / "manifest.json"
-    check_version(path, {"format_version": 3}, 3, "collect again")
-    check_keys(path, {"a": 1, "b": 2}, {"a", "b"}, "collect again")
-    with pytest.raises(
-        InputError, match="version 4, but this sparsecast reads up to 3: it was wri"
-    ):
-        check_version(path, {"format_version": 4}, 3, "collect again")
-    with pytest.raises(InputError, match="damaged, it lacks 'b'; collect again"):
-        check_keys(path, {"a": 1}, {"a", "b"}, "collect again")
-    with pytest.raises(InputError, match="damaged, it has an unknown 'c'; collect again"):
-        check_keys(path, {"a": 1, "b": 2, "c": 3}, {"a", "b"}, "collect again")

@@ -20,8 +20,9 @@ from sparsecast.collect import run as run_module
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.run import collect
+from sparsecast.collect.sealed import write_sealed
 from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.store import ActivationStore, read_manifest, write_manifest
+from sparsecast.collect.store import ActivationStore, read_manifest
 from sparsecast.collect.writer import Writer
 
 SCRIPT = """
@@ -247,10 +248,10 @@ def test_other_weights_or_another_text_are_noticed(unfinished, corpus, tmp_path)
         (changed / path.name).write_text("x = 1\n" + path.read_text())
     part = unfinished.out.with_name(".acts.part")
     manifest = read_manifest(part)
-    write_manifest(part, replace(manifest, corpus=str(changed)))
+    write_sealed(part, replace(manifest, corpus=str(changed)))
     with pytest.raises(InputError, match="the corpus has changed since the collection began"):
         collect(replace(unfinished, corpus=str(changed)))
-    write_manifest(part, replace(manifest, fingerprint="0" * 16))
+    write_sealed(part, replace(manifest, fingerprint="0" * 16))
     with pytest.raises(InputError, match="the model's weights differ"):
         collect(unfinished)
 

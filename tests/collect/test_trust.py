@@ -20,16 +20,11 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.inspect import InspectConfig, inspect
 from sparsecast.collect.run import collect
+from sparsecast.collect.sealed import MANIFEST, write_sealed
 from sparsecast.collect.shard import checksum
 from sparsecast.collect.shard_file import ShardFile, header_checksum
 from sparsecast.collect.stats import STATS
-from sparsecast.collect.store import (
-    MANIFEST,
-    ActivationStore,
-    Manifest,
-    read_manifest,
-    write_manifest,
-)
+from sparsecast.collect.store import ActivationStore, Manifest, read_manifest
 
 HELD = "held-out-00000.safetensors"
 
@@ -80,7 +75,7 @@ def reseal(folder: Path, **changes: object) -> None:
     """Forge: the manifest agrees with the files again."""
     made = read_manifest(folder, checked=False)
     sums = {p.name: header_checksum(p) for p in folder.glob("*-*.safetensors")}
-    write_manifest(folder, replace(made, **{"checksums": {**made.checksums, **sums}, **changes}))
+    write_sealed(folder, replace(made, **{"checksums": {**made.checksums, **sums}, **changes}))
 
 
 def place_of(path: Path, name: str) -> slice:
@@ -187,11 +182,11 @@ def test_a_shard_knows_its_place(pairs):
             if forged:
                 sums = pairs.manifest.checksums
                 sums = {**sums, one.name: sums[other.name]}
-                write_manifest(folder, replace(pairs.manifest, checksums=sums))
+                write_sealed(folder, replace(pairs.manifest, checksums=sums))
             with pytest.raises(InputError, match=f"{one.name}: {told}"):
                 ActivationStore(folder)
         one.write_bytes(kept)
-        write_manifest(folder, pairs.manifest)
+        write_sealed(folder, pairs.manifest)
     ActivationStore(folder)
 
 
@@ -247,7 +242,7 @@ def test_a_checksum_that_was_taken_out_is_missed(copied, name):
     with pytest.raises(InputError, match="damaged or edited"):
         ActivationStore(copied)
     if name != MANIFEST:  # by somebody who knows how to hash
-        write_manifest(copied, read_manifest(copied, checked=False))
+        write_sealed(copied, read_manifest(copied, checked=False))
         with pytest.raises(InputError, match=f"has no checksum of {name}"):
             ActivationStore(copied).stats()
     assert not inspect(InspectConfig(path=copied)).ok

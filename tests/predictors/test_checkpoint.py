@@ -190,6 +190,7 @@ def copy(trained, recipe, tmp_path) -> Path:
         ),
         ({"dtypes": ["q4_0", "q4_0"]}, "q4_0 cannot hold these values"),
         ({"recipe": None}, "its recipe makes no sense"),
+        ({"recipe": {"a": json.loads("[" * 600 + "]" * 600)}}, "its recipe makes no sense"),
         ({"ranks": [1, 1]}, r"are \(32, 64, 200\), but manifest.json says \(1, 64, 200\)"),
         ({"hidden_size": 65}, r"but manifest.json says \(32, 65, 200\)"),
         ({"ranks": [True, 32]}, "its ranks makes no sense"),
@@ -224,7 +225,7 @@ def test_an_edited_manifest_is_refused(copy):
     value = json.loads(path.read_text())
     value["calibration"][0]["recall"] = 1.0
     path.write_text(json.dumps(value))
-    with pytest.raises(InputError, match=r"manifest.json: was edited or damaged"):
+    with pytest.raises(InputError, match=r"manifest.json: damaged or edited"):
         load_predictors(copy)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -151,6 +153,14 @@ def test_a_refused_run_leaves_nothing_and_does_not_bind_the_next(cfg, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == [".pred.train"]
     train(replace(cfg, tokens=3_000, epochs=1))  # its calibration documents are other ones
     assert {path.name for path in tmp_path.iterdir()} == {"pred"}
+
+
+def test_a_config_that_is_not_of_the_weights_is_refused_at_once(cfg, tmp_path):
+    folder = shutil.copytree(cfg.model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="describes 1,000,000,000 layers"):
+        train(replace(cfg, model=str(folder)))
 
 
 def test_an_interrupt_before_training_leaves_nothing(cfg, tmp_path, monkeypatch):
