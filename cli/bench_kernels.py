@@ -110,7 +110,6 @@ def _show(values: dict[str, Any]) -> None:
     console.print(
         f"{values['device']}, {values['dtype']}, torch {values['torch']}, triton "
         f"{values['triton']}; a copy moves {values['copy_gb_per_s']:,.0f} GB/s",
-        highlight=False,
         soft_wrap=True,
     )
     table = Table()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.text import Text
+
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.options import settle
 from sparsecast.collect.progress import console
@@ -63,4 +65,4 @@ def demo(cfg: DemoConfig) -> bool:
 
 
 def _step(title: str) -> None:
-    console.rule(f"[bold]{title}", align="left")
+    console.rule(Text(title, style="bold"), align="left")

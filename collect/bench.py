@@ -301,7 +301,6 @@ def _show(values: dict[str, Any]) -> None:
         f"{values['dtype']} on {values['device']}, {values['tokens']:,} tokens, "
         f"sink {values['sink']}",
         soft_wrap=True,
-        highlight=False,
     )
     table = Table()
     for name in ("", "tokens/s", "of bare", "bytes per token and layer"):
@@ -331,5 +330,4 @@ def _show(values: dict[str, Any]) -> None:
             f"sequential write {values['write_mb_per_s']:,.0f} MB/s; recording reaches "
             f"{values['kept_of_limit']:.1%} of the slower of bare forward and disk",
             soft_wrap=True,
-            highlight=False,
         )

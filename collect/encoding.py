@@ -129,4 +129,4 @@ def _looks_like(near: bytes) -> str:
 
 
 def _warn(text: str) -> None:
-    console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(text, style="yellow", soft_wrap=True)

@@ -66,4 +66,4 @@ def _named(layers: list[int]) -> str:
 
 
 def _tell(text: str) -> None:
-    console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(text, style="yellow", soft_wrap=True)

@@ -134,9 +134,9 @@ def _show(values: dict[str, Any], made: Manifest, path: Path) -> None:
             else ""
         ),
     }
-    console.print(f"[bold]{path}", soft_wrap=True)
+    console.print(str(path), style="bold", soft_wrap=True)
     for name, fact in facts.items():
-        console.print(f"  {name:<11}{fact}", soft_wrap=True, highlight=False)
+        console.print(f"  {name:<11}{fact}", soft_wrap=True)
     table = Table(title="sparsity of single tokens, over every token", title_justify="left")
     for name in ("layer", "mean", "std", "p5", "p50", "p95", "never fired", "always fired"):
         table.add_column(name, justify="right")
@@ -146,6 +146,6 @@ def _show(values: dict[str, Any], made: Manifest, path: Path) -> None:
         table.add_row(str(row["layer"]), *shares, *counts)
     console.print(table)
     for what in values["damage"] or ():
-        console.print(what, style="red", soft_wrap=True, highlight=False)
+        console.print(what, style="red", soft_wrap=True)
     if values["ok"]:
         console.print("every shard is as it was written", style="green")

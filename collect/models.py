@@ -80,7 +80,7 @@ def load_model(
     check_threshold(rule, picked, source)
     tokenizer = check_model(checkpoint)
     if activation_threshold is None and (warning := lost_threshold(checkpoint.config, source)):
-        console.print(warning, style="yellow", highlight=False)
+        console.print(warning, style="yellow")
     model: Any = read_weights(checkpoint, picked, device_map)
     if device_map is None:
         model.to(where)
@@ -187,7 +187,6 @@ def read_weights(
             f"{checkpoint.folder}: {len(extra)} tensors have no place in a "
             f"{checkpoint.config.model_type} model and are ignored, {extra[0]} first",
             style="yellow",
-            highlight=False,
             soft_wrap=True,
         )
     return model

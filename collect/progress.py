@@ -18,7 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False)
+"""Prints text as it stands: names of files and words of a corpus may hold [brackets]."""
 LOG_SECONDS = 60.0
 """Between two lines of a log."""
 
@@ -59,7 +60,7 @@ class LogBar(Bar):
             count = f"{self._done / self._total:.0%}, {count} of {self._total:,}"
         note = f", {self._note}" if self._note else ""
         line = f"{self._title}: {count} in {minutes}:{seconds:02}{note}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 @contextmanager

@@ -294,7 +294,7 @@ def _kept(unit: Unit, path: Path, cfg: CollectConfig, shape: Shape) -> bool:
         if what := shape.misfit(tensors.header.fields, tokens, stored=unit.stored):
             raise InputError(f"{path}: damaged header, {what}")
     except InputError as error:
-        console.print(f"{error}; recorded again", style="yellow", highlight=False, soft_wrap=True)
+        console.print(f"{error}; recorded again", style="yellow", soft_wrap=True)
         return False
     if not torch.equal(tensors["id"], unit.ids()):
         raise InputError(

@@ -79,7 +79,6 @@ def _download(source: str) -> Path:
             f"{source}: the hub does not answer ({reason_of(error)}); its copy in the cache is "
             "used",
             style="yellow",
-            highlight=False,
             soft_wrap=True,
         )
         return folder

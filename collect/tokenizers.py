@@ -117,7 +117,6 @@ def _by_score(tokenizer: Any, path: Path, model: Any) -> None:
             f"{path}: pieces share scores in a way that transformers' tokenizers cannot express, "
             f"so text such as {text!r} becomes other tokens than sentencepiece and PowerInfer make",
             style="yellow",
-            highlight=False,
             soft_wrap=True,
         )
 

@@ -137,4 +137,4 @@ def _show(values: dict[str, Any]) -> None:
     told = f"with predictors {values['over_all_active']:.2f} times everything active"
     if values["over_dense"] is not None:
         told += f", {values['over_dense']:.2f} times dense"
-    console.print(told, highlight=False)
+    console.print(told)

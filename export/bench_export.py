@@ -172,5 +172,4 @@ def _show(values: dict[str, Any]) -> None:
     console.print(
         f"export at {values['of_cp']:.1%} of cp; anonymous memory grew by {values['peak_mb']:,.0f} "
         f"MB (bound {values['bound_mb']:,.0f})",
-        highlight=False,
     )

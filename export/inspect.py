@@ -7,7 +7,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from sparsecast.collect.atomic import check_file, refuse_unwritable, unreadable, write_json
@@ -102,7 +101,7 @@ def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
 
 
 def _show_predictors(values: dict[str, Any]) -> None:
-    console.print(f"[bold]{escape(values['path'])}", soft_wrap=True)
+    console.print(values["path"], style="bold", soft_wrap=True)
     facts = {
         "threshold": f"{values['threshold']:g}",
         "size": both_sizes(values["bytes"], Path(values["path"])),
@@ -114,7 +113,7 @@ def _show_predictors(values: dict[str, Any]) -> None:
             "activation": f"{rule}, input: {values['convention']}",
         }
     for name, fact in facts.items():
-        console.print(f"  {name:<11}{plain(fact)}", soft_wrap=True, highlight=False)
+        console.print(f"  {name:<11}{plain(fact)}", soft_wrap=True)
     table = Table(title="predictors, scored on the calibration split", title_justify="left")
     for name in ("layer", "rank", "format", "bytes in PowerInfer", "recall", "predicted sparsity"):
         table.add_column(name, justify="right")
@@ -152,7 +151,7 @@ def _cannot_list(error: OSError) -> None:
 
 def _show_bundle(values: dict[str, Any]) -> None:
     total = size(sum(file["bytes"] for file in values["files"]))
-    console.print(f"[bold]{escape(values['path'])}", soft_wrap=True)
+    console.print(values["path"], style="bold", soft_wrap=True)
     table = Table(title=f"{len(values['files'])} files, {total}", title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("bytes", justify="right")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from sparsecast.collect.errors import InputError
@@ -88,9 +87,9 @@ def _matrices(path: Path) -> dict[str, Entry]:
 
 def show_file(values: dict[str, Any]) -> None:
     """A split by layer, any other file by keys and tensors."""
-    console.print(f"[bold]{escape(values['path'])}", soft_wrap=True)
+    console.print(values["path"], style="bold", soft_wrap=True)
     head = f"{values['magic']} version {values['version']}, alignment {values['alignment']}"
-    console.print(f"  {head}, {size(values['bytes'])}", soft_wrap=True, highlight=False)
+    console.print(f"  {head}, {size(values['bytes'])}", soft_wrap=True)
     keys = Table(title="keys", title_justify="left", show_header=False)
     for key, value in list(values["keys"].items())[:SHOWN]:
         keys.add_row(plain(key), _told(value))
@@ -102,7 +101,7 @@ def show_file(values: dict[str, Any]) -> None:
 
 def _tell_more(count: int, what: str) -> None:
     if count > SHOWN:
-        console.print(f"and {count - SHOWN:,} more {what}, see --json", highlight=False)
+        console.print(f"and {count - SHOWN:,} more {what}, see --json")
 
 
 def _tensor_table(values: dict[str, Any]) -> Table:
@@ -138,8 +137,8 @@ def _told(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """Without control characters, and not taken for rich's markup."""
-    return escape(text if text.isprintable() else repr(text))
+    """Without control characters."""
+    return text if text.isprintable() else repr(text)
 
 
 def size(nbytes: int) -> str:

@@ -66,7 +66,7 @@ def _export(cfg: ExportConfig) -> Path:
     file = file_name(checkpoint.source)
     recipe = recipe_of(cfg, checkpoint.fingerprint, hyper, vocabulary, predictors)
     if (there := finished(cfg.out, file, recipe)) is not None:
-        console.print(f"{cfg.out}: already exported", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{cfg.out}: already exported", soft_wrap=True)
         return there
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
     split = None
@@ -80,8 +80,6 @@ def _export(cfg: ExportConfig) -> Path:
     console.print(
         f"{cfg.out}: the bundle takes {size(total + copies)} of disk, {size(free(cfg.out))} are "
         "free there",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
     traffic = _traffic(tensors, predictors)
@@ -114,10 +112,10 @@ def _export(cfg: ExportConfig) -> Path:
     _tell_notes(cfg, checkpoint, hyper, vocabulary, foreign)
     console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
     if traffic is not None:
-        console.print(f"FFN traffic by the calibration split: {traffic}", highlight=False)
+        console.print(f"FFN traffic by the calibration split: {traffic}")
     if split is not None:
         style = None if split.neurons else "yellow"
-        console.print(split_note(split), style=style, highlight=False)
+        console.print(split_note(split), style=style)
     return cfg.out / file
 
 
@@ -132,15 +130,15 @@ def _tell_notes(
     if cfg.activation_threshold is None:
         lost = lost_threshold(checkpoint.config, checkpoint.source)
         if lost is not None:
-            console.print(lost, style="yellow", highlight=False)
+            console.print(lost, style="yellow")
     if foreign:
-        console.print(foreign_note(foreign), style="yellow", highlight=False)
+        console.print(foreign_note(foreign), style="yellow")
     if hyper.activation.threshold > 0:
-        console.print(relu_note(hyper), style="yellow", highlight=False)
+        console.print(relu_note(hyper), style="yellow")
     if hyper.window is not None:
-        console.print(window_note(hyper), style="yellow", highlight=False)
+        console.print(window_note(hyper), style="yellow")
     for note in vocabulary.notes:
-        console.print(note, style="yellow", highlight=False, markup=False)
+        console.print(note, style="yellow")
 
 
 def file_name(model: str) -> str:

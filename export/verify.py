@@ -6,8 +6,8 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from sparsecast.collect.atomic import check_file, refuse_unwritable, unreadable, write_json
@@ -243,18 +243,16 @@ def _decisions(
 
 
 def _print(path: Path, result: VerifyResult) -> None:
-    table = Table(title=escape(str(path)), title_justify="left")
+    table = Table(title=str(path), title_justify="left")
     for column in ("check", "", "detail"):
         table.add_column(column)
     for check in result.checks:
-        mark = "[green]ok[/]" if check.ok else "[red]FAILED[/]"
-        table.add_row(escape(check.name), mark, escape(check.detail))
+        mark = Text("ok", style="green") if check.ok else Text("FAILED", style="red")
+        table.add_row(check.name, mark, check.detail)
     console.print(table)
     if result.text is not None:
         told = f"perplexities, logits and tokens are of {result.text}; --corpus names another text"
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        console.print(told, soft_wrap=True)
     failed = sum(not check.ok for check in result.checks)
-    verdict = (
-        f"[red]{failed} of {len(result.checks)} checks failed" if failed else "[green]all good"
-    )
-    console.print(verdict)
+    verdict = f"{failed} of {len(result.checks)} checks failed" if failed else "all good"
+    console.print(verdict, style="red" if failed else "green")

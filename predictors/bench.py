@@ -311,7 +311,6 @@ def _show(values: dict[str, Any], layers: int) -> None:
     console.print(
         f"{values['shape']}, rank {values['rank']}, batch {values['batch_size']}, "
         f"{values['device']}; a large matrix product runs at {values['matmul_tflops']:.3g} TFLOP/s",
-        highlight=False,
         soft_wrap=True,
     )
     table = Table()
@@ -326,6 +325,5 @@ def _show(values: dict[str, Any], layers: int) -> None:
         f"{values['mfu']:.1%} of the matrix rate, the store {values['store_mfu']:.1%}, "
         f"{values['store_of_limit']:.1%} of the slower of resident batches and reading. Minutes "
         f"are for {PAPER_TOKENS:,} tokens, {PAPER_EPOCHS} epochs and {layers} layers",
-        highlight=False,
         soft_wrap=True,
     )

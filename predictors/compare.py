@@ -283,5 +283,4 @@ def _show(result: dict[str, Any]) -> None:
     console.print(
         f"traffic {at['traffic_ratio']:.3f} times the reference's, cascade "
         f"{at['cascade_ratio']:.3f} times; {at['over_oracle']:.2f} times the oracle",
-        highlight=False,
     )

@@ -125,7 +125,7 @@ def perplexities(
 
 def _show(result: dict[str, Any]) -> None:
     title = f"perplexity on {result['tokens']:,} held-out tokens of {result['corpus']}"
-    console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
+    console.print(title, style="italic", soft_wrap=True)
     table = Table()
     table.add_column("FFN")
     table.add_column("perplexity", justify="right")
@@ -135,4 +135,4 @@ def _show(result: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.4f}", "" if change is None else f"{change:+.2%}")
     console.print(table)
     for name, text in MODES.items():
-        console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {text}", soft_wrap=True)

@@ -42,7 +42,6 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
             console.print(
                 f"torch.compile failed ({reason_of(error)}); training goes on without it, slower",
                 style="yellow",
-                highlight=False,
                 soft_wrap=True,
             )
             return function(*args, **kwargs)

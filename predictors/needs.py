@@ -74,8 +74,6 @@ def tell_needs(
     console.print(
         f"{cfg.out}: takes up to {size(need)} of disk, {size(free(cfg.out))} are free there; and "
         f"{size(memory + matrices + batches)} of memory",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
     check_room(cfg.out, need - held, "training", ", a smaller --rank or --predictor-dtype f16")

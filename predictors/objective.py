@@ -121,7 +121,7 @@ def _for_perplexity(
     def change(misses: float) -> float:
         done = _all(uncut, store, [recall_cut(1 - misses)] * len(uncut), device)
         value = perplexity_with(model, done, data) / dense - 1
-        console.print(f"recall {1 - misses:.4f}: perplexity {value:+.3%}", highlight=False)
+        console.print(f"recall {1 - misses:.4f}: perplexity {value:+.3%}")
         if value <= target:
             kept[:] = [done]
         return value

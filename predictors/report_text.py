@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from sparsecast.collect.progress import console
@@ -122,9 +121,9 @@ def show(result: dict[str, Any]) -> None:
     if result["against"]:
         _show_table("side by side", side_rows(result["against"]), bold=1)
     for name in ("traffic", "cascade", "exact", "oracle"):
-        console.print(f"{name}: {TERMS[name]}", highlight=False, soft_wrap=True)
-    console.print(measured(result), highlight=False, soft_wrap=True, markup=False)
-    console.print(result["verdict"], style="bold", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {TERMS[name]}", soft_wrap=True)
+    console.print(measured(result), soft_wrap=True)
+    console.print(result["verdict"], style="bold", soft_wrap=True)
 
 
 def _show_table(title: str, rows: Rows, bold: int) -> None:
@@ -135,6 +134,5 @@ def _show_table(title: str, rows: Rows, bold: int) -> None:
         least = max(map(len, name.split()))
         table.add_column(name, justify="right", min_width=least, overflow="fold")
     for number, row in enumerate(rows[1:], start=1):
-        cells = (escape(row[i]) for i in shown)
-        table.add_row(*cells, style="bold" if number == bold else None)
+        table.add_row(*(row[i] for i in shown), style="bold" if number == bold else None)
     console.print(table)

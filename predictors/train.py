@@ -289,7 +289,6 @@ def _tell_missed(cfg: TrainConfig, counts: list[Counts]) -> None:
             f"layer {layer} came to a {name.replace('_', ' ')} of {reached[layer]:.4f}, {wanted} "
             "was asked for: a larger --rank, more --epochs or more tokens bring it nearer",
             style="yellow",
-            highlight=False,
             soft_wrap=True,
         )
 

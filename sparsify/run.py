@@ -78,7 +78,7 @@ def sparsify(cfg: SparsifyConfig) -> Path:
         if not is_finished(cfg.out, options):
             with work_folder(cfg.out, options) as work:
                 _run(cfg, opened, options, work)
-            console.print((cfg.out / "README.md").read_text(encoding="utf-8"), markup=False)
+            console.print((cfg.out / "README.md").read_text(encoding="utf-8"))
     return cfg.out
 
 

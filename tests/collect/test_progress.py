@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from sparsecast.collect import progress
@@ -22,7 +23,7 @@ from sparsecast.collect.training_bar import TrainingBar
 @pytest.fixture
 def screen(monkeypatch) -> io.StringIO:
     file = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=file, width=40))
+    monkeypatch.setattr(progress, "console", Console(file=file, width=40, markup=False))
     return file
 
 
@@ -110,3 +111,15 @@ def test_training_shows_the_same_bar_and_lightning_nothing(
     assert screen.getvalue() == f"train: {count} in 0:00, loss 8\n"
     assert (capfd.readouterr(), caplog.records, warned) == (("", ""), [], [])
     assert logging.getLogger("lightning.pytorch").level == level
+
+
+@pytest.mark.parametrize("name", ["a[/b]", "[red]", "x[0]"])
+def test_brackets_are_text(capsys, name):
+    progress.console.print(f"/data/{name}: done", soft_wrap=True)
+    table = Table(title=name)
+    table.add_column(name)
+    table.add_row(name)
+    progress.console.print(table)
+    printed = capsys.readouterr().err
+    assert f"/data/{name}: done" in printed
+    assert printed.count(name) == 4
