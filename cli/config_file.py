@@ -17,7 +17,7 @@ from sparsecast.collect.options import option_of, settled, shown
 WHAT = "YAML with one option a line, such as tokens: 1000"
 
 
-def read_config(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+def read_options(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a file sets, by field; null leaves one unset.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from docstring_parser import parse_from_object
 
 from sparsecast.cli.close import did_you_mean
-from sparsecast.cli.config_file import read_config
+from sparsecast.cli.config_file import read_options
 from sparsecast.cli.terminal import say
 from sparsecast.cli.values import is_list, read, written
 from sparsecast.collect.errors import InputError
@@ -72,7 +72,7 @@ def parse(
             raise InputError(f"no option is called {stray}{near}")
         given = {key: value for key, value in vars(found).items() if value is not None}
         if path := given.pop("config", None):
-            given = read_config(path, kinds) | given
+            given = read_options(path, kinds) | given
         if missing := [needed[key] for key in needed if key not in given]:
             raise InputError("needs " + ", ".join(missing))
     except InputError as error:

@@ -24,7 +24,7 @@ from sparsecast.collect.errors import InputError, reason_of
 from sparsecast.collect.families import unknown
 from sparsecast.collect.folders import refuse_other
 from sparsecast.collect.pretrained import build_config, without_code
-from sparsecast.collect.remap import REMAPPED, kind_of
+from sparsecast.collect.remap import REMAPPED, model_type_of
 from sparsecast.collect.source import resolve
 from sparsecast.collect.weights import (
     main_file,
@@ -185,7 +185,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     refuse_pointer(path)
     raw = read_json(path, "the config of a causal language model")
     check_fields(raw, path)
-    if (kind := kind_of(raw)) is None:
+    if (kind := model_type_of(raw)) is None:
         refuse_other(folder, "model")
     if not isinstance(kind, str) or (kind not in REMAPPED and kind not in CONFIG_MAPPING):
         raise InputError(unknown(kind, str(folder), brings_code="auto_map" in raw))

@@ -108,7 +108,7 @@ _ARCHITECTURES = {
 """Configs without model_type name the class alone: MiniCPM's and those derived from it."""
 
 
-def kind_of(raw: Mapping[str, Any]) -> object:
+def model_type_of(raw: Mapping[str, Any]) -> object:
     """`model_type` of config.json, or what `architectures` says in its place; None: neither."""
     if (kind := raw.get("model_type")) is not None:
         return kind

@@ -97,21 +97,9 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
                 held.enter_context(locked(cfg.out))
                 begin(cfg.out, manifest)
         part = unfinished(cfg.out)
-        fresh = not shards(part)
         manifest = replace(manifest, threads=read_manifest(part).threads)
-        try:
-            with _threads(manifest.threads):
-                plan = _record(
-                    cfg, model, tokenizer, docs, wanted, manifest.shape, part, ranks, stop
-                )
-        except BaseException as error:
-            kept = len(shards(part))
-            if ranks.leads and (not kept or (fresh and isinstance(error, Silent))):
-                shutil.rmtree(part, ignore_errors=True)
-            told = _told(error, cfg, need, kept, stop.terminated and ranks.size > 1)
-            if told is error:
-                raise
-            raise told from None if isinstance(error, KeyboardInterrupt) else error
+        with _saying_what_is_kept(cfg, need, ranks, stop), _threads(manifest.threads):
+            plan = _record(cfg, model, tokenizer, docs, wanted, manifest.shape, part, ranks, stop)
         ranks.wait()
         if ranks.leads:
             all_of_them = "every shard is kept: make room, and the same command goes on from there"
@@ -120,6 +108,23 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
             _summary(manifest, cfg)
         ranks.wait()
     return ActivationStore(cfg.out)
+
+
+@contextmanager
+def _saying_what_is_kept(cfg: CollectConfig, need: int, ranks: Team, stop: Stop) -> Iterator[None]:
+    """Where recording ends early: clear up what is of no use, and say what is kept."""
+    part = unfinished(cfg.out)
+    fresh = not shards(part)
+    try:
+        yield
+    except BaseException as error:
+        kept = len(shards(part))
+        if ranks.leads and (not kept or (fresh and isinstance(error, Silent))):
+            shutil.rmtree(part, ignore_errors=True)
+        told = _told(error, cfg, need, kept, stop.terminated and ranks.size > 1)
+        if told is error:
+            raise
+        raise told from None if isinstance(error, KeyboardInterrupt) else error
 
 
 def _told(

@@ -81,7 +81,7 @@ def _predictor_values(path: Path) -> dict[str, Any]:
         "activation": made and made.activation,
         "activation_threshold": made and made.activation_threshold,
         "threshold": predictors.threshold,
-        "bytes": sum(layer.nbytes for layer in predictors.layers),
+        "bytes": predictors.nbytes,
         "layers": [_layer(predictors, i) for i in range(len(predictors.layers))],
     }
 

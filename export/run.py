@@ -23,7 +23,7 @@ from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.finished import finished, recipe_of, recipe_text
 from sparsecast.export.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.gpuidx import write_gpuidx
-from sparsecast.export.hot_cold import check_width, split_for
+from sparsecast.export.hot_cold import Split, check_width, split_for
 from sparsecast.export.hyper import Hyper
 from sparsecast.export.model_config import read_hyper
 from sparsecast.export.model_gguf import plan, write_model
@@ -69,23 +69,13 @@ def _export(cfg: ExportConfig) -> Path:
         console.print(f"{cfg.out}: already exported", soft_wrap=True)
         return there
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
-    split = None
-    if cfg.vram_budget is not None and counts is not None:
-        check_width(hyper.ffn)
-        budget = budget_for(cfg.vram_budget, cfg.vram_context, tensors, hyper)
-        split = split_for(budget, counts)
+    split = _split(cfg, hyper, tensors, counts)
     total = sum(t.nbytes for t in tensors)
-    copies = sum(w.numel() * w.element_size() for p in predictors.layers for w in p.weights)
-    check_room(cfg.out, total + copies, "the bundle")
-    console.print(
-        f"{cfg.out}: the bundle takes {size(total + copies)} of disk, {size(free(cfg.out))} are "
-        "free there",
-        soft_wrap=True,
-    )
+    need = _check_room(cfg.out, total, predictors)
     traffic = _traffic(tensors, predictors)
 
     with (
-        told_when_full(cfg.out, total + copies, "the bundle", lambda: AFTER),
+        told_when_full(cfg.out, need, "the bundle", lambda: AFTER),
         new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE) as folder,
     ):
         with bar("export", total) as progress:
@@ -117,6 +107,28 @@ def _export(cfg: ExportConfig) -> Path:
         style = None if split.neurons else "yellow"
         console.print(split_note(split), style=style)
     return cfg.out / file
+
+
+def _split(
+    cfg: ExportConfig, hyper: Hyper, tensors: list[Planned], counts: list[torch.Tensor] | None
+) -> Split | None:
+    """The neurons that --vram-budget puts on the GPU; None where it is not given."""
+    if cfg.vram_budget is None or counts is None:
+        return None
+    check_width(hyper.ffn)
+    return split_for(budget_for(cfg.vram_budget, cfg.vram_context, tensors, hyper), counts)
+
+
+def _check_room(out: Path, total: int, predictors: PredictorSet) -> int:
+    """Bytes of a bundle whose file holds `total` bytes of weights; refused where the disk has no
+    room for them."""
+    need = total + sum(w.numel() * w.element_size() for p in predictors.layers for w in p.weights)
+    check_room(out, need, "the bundle")
+    console.print(
+        f"{out}: the bundle takes {size(need)} of disk, {size(free(out))} are free there",
+        soft_wrap=True,
+    )
+    return need
 
 
 def _tell_notes(

@@ -49,6 +49,11 @@ class PredictorSet:
     manifest: PredictorManifest | None
     """None for a folder that another tool wrote."""
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all matrices in PowerInfer's file."""
+        return sum(layer.nbytes for layer in self.layers)
+
     def save(self, folder: Path) -> None:
         """Write the folder in one step; an earlier predictor folder there is replaced."""
         with new_folder(folder, replaces="model_0.pt") as part:

@@ -107,7 +107,7 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     result = {
         "model": store.manifest.model,
         "held_out_tokens": store.manifest.tokens(HELD_OUT),
-        "reference": {"rank": rank, "bytes": _bytes(reference), **_means(held)},
+        "reference": {"rank": rank, "bytes": reference.nbytes, **_means(held)},
         "same_rank": _misses(same_rank, held, store),
         "same_bytes": _misses(same_bytes, held, store),
         "perplexity": _perplexity(cfg, store, reference, at_change),
@@ -116,10 +116,6 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     if cfg.json is not None:
         write_json(cfg.json, result)
     return result
-
-
-def _bytes(predictors: PredictorSet) -> int:
-    return sum(layer.nbytes for layer in predictors.layers)
 
 
 def _means(counts: list[Counts]) -> dict[str, float]:
@@ -154,7 +150,7 @@ def _misses(
     return {
         "dtype": predictors.layers[0].dtype,
         "rank": predictors.layers[0].rank,
-        "bytes": _bytes(predictors),
+        "bytes": predictors.nbytes,
         "recall": sum(recalls) / len(recalls),
         "miss_ratio": _ratio(sum(ours), sum(theirs_missed)),
         "miss_ratio_layers": [_ratio(a, b) for a, b in zip(ours, theirs_missed, strict=True)],

@@ -126,7 +126,7 @@ def summarise(
         "layers": [score.values for score in scores],
         "mean": means(scores),
         "tokens": store.manifest.tokens(SPLIT),
-        "predictor_bytes": _nbytes(predictors),
+        "predictor_bytes": predictors.nbytes,
         "model": store.manifest.model,
         "predictor_dtype": _dtype(predictors),
         "threshold": predictors.threshold,
@@ -143,7 +143,7 @@ def _entry(path: Path, predictors: PredictorSet, mean: dict[str, Any]) -> dict[s
         "rank": mean["rank"],
         "dtype": _dtype(predictors),
         "train_tokens": made.recipe.get("train_tokens") if made else None,
-        "predictor_bytes": _nbytes(predictors),
+        "predictor_bytes": predictors.nbytes,
         "mean": mean,
     }
 
@@ -162,10 +162,6 @@ def _sign_entry(
         "predictor_bytes": len(predictors.layers) * sign_nbytes(store),
         "mean": means(score_sign(cfg.model, predictors, store)),
     }
-
-
-def _nbytes(predictors: PredictorSet) -> int:
-    return sum(layer.nbytes for layer in predictors.layers)
 
 
 def _dtype(predictors: PredictorSet) -> str:

@@ -296,9 +296,8 @@ def _tell_missed(cfg: TrainConfig, counts: list[Counts]) -> None:
 def _summary(cfg: TrainConfig, predictors: PredictorSet, counts: list[Counts]) -> None:
     recall = sum(c.recall for c in counts) / len(counts)
     sparsity = sum(c.predicted_sparsity for c in counts) / len(counts)
-    nbytes = sum(layer.nbytes for layer in predictors.layers)
     console.print(
-        f"{cfg.out}: {len(counts)} predictors, {both_sizes(nbytes, cfg.out)}; on the calibration "
-        f"split recall {recall:.2%} at predicted sparsity {sparsity:.2%}",
+        f"{cfg.out}: {len(counts)} predictors, {both_sizes(predictors.nbytes, cfg.out)}; on the "
+        f"calibration split recall {recall:.2%} at predicted sparsity {sparsity:.2%}",
         soft_wrap=True,
     )

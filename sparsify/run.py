@@ -26,6 +26,7 @@ from sparsecast.collect.errors import InputError
 from sparsecast.collect.lock import locked
 from sparsecast.collect.models import positions, set_activation
 from sparsecast.collect.progress import console
+from sparsecast.collect.ranks import from_environment
 from sparsecast.sparsify.card import Sample, write_card
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score, sweep
@@ -62,7 +63,7 @@ def sparsify(cfg: SparsifyConfig) -> Path:
             unfinished run under `cfg.out` that has other options, another run that is writing
             there, no room on the disk, or training that diverges.
     """
-    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (size := from_environment("WORLD_SIZE", 1, least=1)) > 1:
         raise InputError(
             f"sparsify runs in one process, but torchrun has started {size}; start it without"
         )

@@ -21,6 +21,7 @@ from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.corpus import Document, documents
 from sparsecast.collect.errors import InputError
 from sparsecast.collect.families import activation_rule, family_of
+from sparsecast.collect.files import is_stream
 from sparsecast.collect.models import (
     check_length,
     open_checked,
@@ -74,7 +75,7 @@ def _beginnings(tokenizer: Tokenizer, held_out: list[TokenBatch]) -> list[str]:
 def open_source(cfg: SparsifyConfig) -> Opened | None:
     """Everything that can be refused before a corpus is read; None for a preset."""
     pick_device(cfg.device)
-    if cfg.corpus == "-" or Path(cfg.corpus).expanduser().is_fifo():
+    if is_stream(cfg.corpus):
         raise InputError(
             f"--corpus {cfg.corpus}: sparsify reads its corpus more than once, expected one that "
             "can be; save it to a file"
