@@ -19,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def size(nbytes: float) -> str:
-    """In words, with three digits: 123 GB."""
+    """A number of bytes as a person reads it, with three digits: 123 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"

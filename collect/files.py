@@ -79,7 +79,7 @@ def most_tokens(spec: str) -> int | None:
 
 
 def _mode(path: Path) -> int | None:
-    """None where nothing is."""
+    """The file type and permissions of a path; None where nothing is."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

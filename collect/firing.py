@@ -60,7 +60,7 @@ def check_firing(
 
 
 def _named(layers: list[int]) -> str:
-    """At most 8 of them."""
+    """The numbers of at most 8 layers, and how many more there are."""
     more = f" and {len(layers) - 8} more" if len(layers) > 8 else ""
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:8]))}{more}"
 

@@ -21,7 +21,7 @@ MANY = 100
 
 
 def kind_of(folder: Path) -> str | None:
-    """A key of `KINDS` but text, by what lies in the folder and not by whether it is whole."""
+    """What a folder holds, as a key of `KINDS` other than text; it need not be whole or sound."""
     if any(folder.glob("model_*.pt")):
         return "predictors"
     if any(folder.glob("*.powerinfer.gguf")):
@@ -43,8 +43,8 @@ def _keys(folder: Path, name: str) -> set[str]:
 
 
 def refuse_other(path: Path, wanted: str) -> None:
-    """Raises `InputError` where `path` is a folder of another kind than `wanted`, or beside one of
-    that kind by one level; what is nothing of ours is left to the caller."""
+    """Raises `InputError` where `path` holds another kind than `wanted`, or where its parent or a
+    folder in it holds that kind. What is nothing of ours is left to the caller."""
     if path.is_file() and kind_of(path.parent) == wanted:
         raise InputError(f"{path}: is a file, expected its folder; give {path.parent}")
     if (kind := kind_of(path)) not in (None, wanted):

@@ -18,7 +18,7 @@ from sparsecast.collect.errors import InputError
 
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
 MOST = 2**31 - 1
-"""Of a count that says no other limit."""
+"""The largest count that an option takes, unless `LIMITS` says otherwise."""
 MOST_TOKENS = 10**15
 MOST_SEED = 2**32 - 1
 """What numpy and Lightning take."""

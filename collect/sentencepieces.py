@@ -79,7 +79,7 @@ def puts_one_space(model: Any) -> bool:
 
 
 def scores_of(model: Any) -> dict[str, float]:
-    """Of the pieces that merges make."""
+    """Scores of the pieces that merges make."""
     return {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
 
 

@@ -171,7 +171,7 @@ class Image:
 
     @property
     def nbytes(self) -> int:
-        """Of the finished file."""
+        """Size of the finished file."""
         return len(self._header(["0" * 32] * len(self._all_fields()))) + sum(
             field.nbytes for field in self._all_fields()
         )

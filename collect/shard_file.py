@@ -32,7 +32,7 @@ class Header(NamedTuple):
     """What a shard says of itself before its data."""
 
     checksum: str
-    """Of the header itself."""
+    """Checksum of the header itself."""
     fields: dict[str, Field]
     """By name, in file order."""
     sums: dict[str, str]
@@ -142,7 +142,7 @@ def read_header(path: Path, want: str | None = None) -> Header:
 
 
 def header_checksum(path: Path) -> str:
-    """Of a shard's header, which has those of its data."""
+    """Checksum of a shard's header, which holds those of its data."""
     return read_header(path).checksum
 
 

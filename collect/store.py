@@ -233,7 +233,7 @@ class ActivationStore:
 
     @property
     def checksum(self) -> str:
-        """Of the manifest, which vouches for all that the folder holds."""
+        """Checksum of the manifest, which vouches for all that the folder holds."""
         return self._states(MANIFEST)
 
     def shards(self, split: str) -> list[int]:

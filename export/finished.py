@@ -85,7 +85,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
 
 
 def _weights(predictors: PredictorSet) -> str:
-    """Of the manifest, which has every file's checksum; of the weights where there is none."""
+    """Checksum of the manifest, which has every file's; of the weights where there is none."""
     if predictors.manifest is not None:
         return predictors.manifest.checksums.get(MANIFEST, "")
     digest = xxhash.xxh3_128(repr(predictors.threshold).encode())

@@ -23,9 +23,9 @@ class Rates(NamedTuple):
     """How often a predictor lets a neuron through."""
 
     recall: float
-    """Of the neurons that fire."""
+    """The share that is let through of the neurons that fire."""
     false: float
-    """Of those that do not."""
+    """The share that is let through of those that do not fire."""
 
     @property
     def informed(self) -> float:

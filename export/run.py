@@ -162,7 +162,7 @@ def file_name(model: str) -> str:
 
 
 def _traffic(tensors: list[Planned], predictors: PredictorSet) -> Traffic | None:
-    """None where the predictors came without scores."""
+    """What decoding reads; None where the predictors came without scores."""
     if predictors.manifest is None:
         return None
     stored = {t.name: (t.kind.name.lower(), t.shape) for t in tensors}

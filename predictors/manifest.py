@@ -124,7 +124,7 @@ def number(value: Any) -> float | None:
 
 
 LARGEST, SMALLEST = float.fromhex("0x1.fffffep127"), float.fromhex("0x1p-149")
-"""Of the magnitudes of float32 numbers but 0."""
+"""The largest and the smallest magnitude of a float32 number other than 0."""
 
 
 def _senseless(made: PredictorManifest) -> str | None:

@@ -2,7 +2,7 @@
 
     checkpoint   float32 weights, those of the best epoch, and two AdamW moments: 16 bytes a weight
     disk         two checkpoints while one replaces the other; at the end one, and the predictors
-    memory       20 bytes a weight, with gradients; rounding to a quantised format another 8
+    memory       20 bytes a weight, with gradients; rounding to a quantized format another 8
 
 Shape letters: D hidden, F FFN width, R rank.
 """
@@ -18,27 +18,29 @@ from sparsecast.predictors.bias import bias_units
 from sparsecast.predictors.config import TrainConfig
 
 KEPT = 16
+"""Bytes a weight in a checkpoint."""
 HELD = 20
+"""Bytes a weight in memory."""
 ROUNDING = 8
-"""Bytes a weight."""
+"""Bytes a weight in memory on top, while a quantized format is rounded to."""
 
 
 def trained_weights(dtype: str, ranks: Sequence[int], hidden_size: int, ffn_width: int) -> int:
-    """Of layers that are trained together: all as large as the largest."""
+    """Weights of layers that are trained together; each takes as many as the largest."""
     units = max(ranks) - (0 if dtype == "f16" else bias_units(dtype))
     offsets = 0 if dtype == "f16" else ffn_width
     return len(ranks) * (units * (hidden_size + ffn_width) + offsets)
 
 
 def predictor_bytes(dtype: str, ranks: Sequence[int], hidden_size: int, ffn_width: int) -> int:
-    """Of the files: f16, or float32 that holds the values of a quantised format."""
+    """Size of the files: f16, or float32 that holds the values of a quantized format."""
     return sum(ranks) * (hidden_size + ffn_width) * (2 if dtype == "f16" else 4)
 
 
 def disk_bytes(
     cfg: TrainConfig, dtype: str, ranks: Sequence[int], shape: tuple[int, int], *, split: bool
 ) -> int:
-    """At the fullest moment.
+    """The most that a run has on its disk at any moment.
 
     Args:
         shape: (D, F).

@@ -41,7 +41,7 @@ def _number(value: float | None) -> str:
 
 
 def layer_rows(result: dict[str, Any]) -> Rows:
-    """Header, layers, mean."""
+    """A table of scores: header, one row a layer, mean."""
     _, *names = COLUMNS
     rows = [list(COLUMNS.values())]
     for row in (*result["layers"], result["mean"]):
@@ -82,7 +82,7 @@ def data_rows(entries: Sequence[dict[str, Any]]) -> Rows:
 
 
 def markdown(result: dict[str, Any], rows: Rows, side: Rows, data: dict[str, Rows]) -> str:
-    """report.md."""
+    """The text of report.md."""
     mean = result["mean"]
     terms = "\n".join(f"- {name}: {text}" for name, text in TERMS.items())
     text = (

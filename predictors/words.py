@@ -26,7 +26,7 @@ def both_sizes(nbytes: int, folder: Path) -> str:
 
     Args:
         nbytes: Of `Predictor.nbytes`.
-        folder: Of model_<i>.pt, which hold quantised values in float32.
+        folder: Of model_<i>.pt, which hold quantized values in float32.
     """
     files = sum(path.stat().st_size for path in folder.glob("model_*.pt"))
     stored, here = (f"{count / 2**20:,.2f} MiB" for count in (nbytes, files))

@@ -90,7 +90,7 @@ def open_source(cfg: SparsifyConfig) -> Opened | None:
 
 
 def prepare(cfg: SparsifyConfig, opened: Opened | None, work: Work) -> Start:
-    """Make or load the model and tokenise the corpus; finished parts are taken from `work`.
+    """Make or load the model and tokenize the corpus; finished parts are taken from `work`.
 
     The weights come last: whatever can be refused without them is refused sooner.
     """
