@@ -42,6 +42,7 @@ def check_finite(file: GGUFFile) -> Check:
 def check_predictor_folder(file: GGUFFile, predictors: PredictorSet) -> Check:
     """predictor/ says what the file says: fc1, fc2 and the threshold."""
     wrong = []
+    source = "manifest.json has" if predictors.manifest else "without a manifest.json it counts as"
     layers = header_of(file).layers
     if len(predictors.layers) != layers:
         wrong.append(f"{len(predictors.layers)} predictors for {layers} layers")
@@ -50,7 +51,7 @@ def check_predictor_folder(file: GGUFFile, predictors: PredictorSet) -> Check:
             name = f"blk.{i}.{short}.weight"
             stored = file.entries[name].type
             if stored.name != predictor.dtype:
-                wrong.append(f"{name} is {stored.name}, manifest.json has {predictor.dtype}")
+                wrong.append(f"{name} is {stored.name}, {source} {predictor.dtype}")
             elif not same(file.tensor(name), weight.to(stored.dtype)):
                 wrong.append(f"{name} differs from model_{i}.pt")
     threshold = file.keys["powerinfer.sparse_threshold"]

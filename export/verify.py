@@ -251,7 +251,9 @@ def _print(path: Path, result: VerifyResult) -> None:
         table.add_row(check.name, mark, check.detail)
     console.print(table)
     if result.text is not None:
-        told = f"perplexities, logits and tokens are of {result.text}; --corpus names another text"
+        told = f"perplexities, logits and tokens are of {result.text}"
+        if result.text.endswith(" of builtin"):
+            told += "; --corpus names another text"
         console.print(told, soft_wrap=True)
     failed = sum(not check.ok for check in result.checks)
     verdict = f"{failed} of {len(result.checks)} checks failed" if failed else "all good"

@@ -230,6 +230,13 @@ def test_a_folder_that_names_another_format_is_named(damaged, corpus, sealed):
     assert "blk.1.fc1.weight is q8_0, manifest.json has f16" in detail
 
 
+def test_a_missing_manifest_is_not_quoted(damaged, corpus):
+    (damaged / "predictor" / "manifest.json").unlink()
+
+    detail = failures(damaged, corpus)["predictor folder"]
+    assert "blk.1.fc1.weight is q8_0, without a manifest.json it counts as f16" in detail
+
+
 def test_a_quantised_matrix_of_the_model_is_named(quantised):
     file = GGUFFile(bundle_file(quantised))
     file.entries["blk.0.ffn_down_t.weight"] = file.entries["blk.0.ffn_down_t.weight"]._replace(

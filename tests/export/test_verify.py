@@ -42,7 +42,7 @@ def test_a_sound_bundle_passes_and_writes_its_result(check, corpus, tmp_path, ca
     assert value["engine"] is None
     assert value["text"] == f"512 held-out tokens of {corpus}"
     screen = capsys.readouterr().err
-    assert f"\nperplexities, logits and tokens are of {value['text']}; --corpus names" in screen
+    assert f"\nperplexities, logits and tokens are of {value['text']}\n" in screen
     assert {"logits", "perplexity", "values attn_q"} <= {c["name"] for c in value["checks"]}
     assert all(c.keys() == {"name", "ok", "detail"} for c in value["checks"])
 
