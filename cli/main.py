@@ -61,11 +61,13 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
         os.environ.setdefault(variable, value)
     from sparsecast.cli.parser import parse
     from sparsecast.collect.errors import InputError
+    from sparsecast.collect.ranks import from_environment
     from sparsecast.collect.stop import Terminated
 
     try:
         config_type = load(stage.config)
         config = config_type(**parse(name, config_type, stage.positional, args))
+        from_environment("RANK", 0)  # Lightning converts it while it is imported
         run = load(stage.run)
         _quiet()
         result = run(config)

@@ -111,6 +111,8 @@ def write_model(model: Any, rule: ActivationRule, kept: Path, folder: Path) -> N
     # A published generation_config.json may be one that transformers refuses to write.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.half().save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # which are written for their owner alone
+        path.chmod((folder / "config.json").stat().st_mode)
     shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
 
 

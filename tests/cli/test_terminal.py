@@ -53,6 +53,13 @@ def test_an_error_that_nobody_hears_keeps_its_code(to):
     assert shell(f"{SPARSECAST} tarin {to}").returncode == 2
 
 
+def test_a_rank_that_is_no_number_is_named_by_every_stage():
+    done = shell(f"{SPARSECAST} inspect .", RANK="x")
+    assert done.returncode == 2
+    assert "RANK='x' in the environment: expected a whole number" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("value", ["x", "", "-1", "9" * 4400, "1.5"])
 def test_a_rank_that_is_no_number_hides_no_error(value):
     done = shell(f"{SPARSECAST} tarin", RANK=value)

@@ -131,6 +131,7 @@ def test_everything_of_the_tokenizer_goes_along(dense, options, change):
     before, after = (load_tokenizer(Checkpoint(str(folder))) for folder in (source, out))
     assert saved.differences(before, after, ["def f <|im_start|>\n\tx", "é ☃"]) is None
     assert len(before) > 3
+    assert len({path.stat().st_mode for path in out.glob("*.*") if path.is_file()}) == 1
     assert before.chat_template == after.chat_template
     if change is _templates:
         assert after.apply_chat_template(CHAT, tokenize=False) == "[user]def f"
