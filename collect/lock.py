@@ -24,8 +24,13 @@ def locked(out: Path, work: str) -> Iterator[None]:
     path = out.with_name(f".{out.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        seen = path.stat().st_ino
         lock = FileLock(path, timeout=0)
         lock.acquire()
+        if not path.exists() or path.stat().st_ino != seen:
+            lock.release()  # of a file that its holder has just removed, or another's
+            raise Timeout(str(path))
     except Timeout as error:
         raise InputError(
             f"{out}: another {work} is writing it; wait for that one, or choose another --out"

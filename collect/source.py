@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from sparsecast.collect.atomic import unreadable
@@ -75,12 +75,13 @@ def _download(source: str) -> Path:
             folder = Path(snapshot_download(source, local_files_only=True))
         except OSError:
             raise _not_there(source, error) from error
-        console.print(
-            f"{source}: the hub does not answer ({reason_of(error)}); its copy in the cache is "
-            "used",
-            style="yellow",
-            soft_wrap=True,
-        )
+        if not constants.HF_HUB_OFFLINE:  # where the user wanted that, it is no news
+            console.print(
+                f"{source}: the hub does not answer ({reason_of(error)}); its copy in the cache "
+                "is used",
+                style="yellow",
+                soft_wrap=True,
+            )
         return folder
 
 

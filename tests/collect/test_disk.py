@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -191,3 +192,20 @@ def test_a_second_run_is_refused_until_the_first_ends_or_is_killed(tmp_path):
     with locked(out, "export"):
         pass
     assert list(out.parent.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
+    acquire = FileLock.acquire
+
+    def late(lock, *args, **kwargs):
+        got = acquire(lock, *args, **kwargs)
+        os.unlink(lock.lock_file)
+        return got
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with (
+        pytest.raises(InputError, match="another export is writing it"),
+        locked(tmp_path / "out", "export"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
