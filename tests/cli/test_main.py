@@ -198,7 +198,9 @@ def test_an_interrupt_before_the_first_shard_leaves_nothing(model_folder, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_no_part_of_a_bundle(number, tmp_path):
     code = """
 import os, sys
