@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from sparsecast.cli.close import did_you_mean
+from sparsecast.cli.suggestions import did_you_mean
 from sparsecast.cli.values import read
-from sparsecast.collect.atomic import read_bytes
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.options import option_of, settled, shown
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import read_bytes
+from sparsecast.core.options import option_of, settled, shown
 
 WHAT = "YAML with one option a line, such as tokens: 1000"
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from rich.text import Text
 
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.options import settle
-from sparsecast.collect.progress import console
 from sparsecast.collect.run import collect
+from sparsecast.core.options import settle
+from sparsecast.core.progress import console
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify
 from sparsecast.predictors.config import EvaluateConfig, ReportConfig, TrainConfig
 from sparsecast.predictors.evaluate import evaluate
-from sparsecast.predictors.report import report
+from sparsecast.predictors.report.run import report
 from sparsecast.predictors.train import train
 from sparsecast.sparsify.tiny import TINY_PROSPARSE
 

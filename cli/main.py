@@ -11,8 +11,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from sparsecast.cli.close import did_you_mean
 from sparsecast.cli.stages import STAGES, Stage, load, usage
+from sparsecast.cli.suggestions import did_you_mean
 from sparsecast.cli.terminal import complain, rank, say
 
 QUIET = {
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _terminate(number: int, frame: object) -> NoReturn:
     """SIGTERM leaves nothing half-written either; another one does not disturb the clearing."""
-    from sparsecast.collect.stop import Terminated
+    from sparsecast.core.interrupts import Terminated
 
     signal.signal(number, signal.SIG_IGN)
     raise Terminated
@@ -60,9 +60,9 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     from sparsecast.cli.parser import parse
-    from sparsecast.collect.errors import InputError
-    from sparsecast.collect.ranks import from_environment
-    from sparsecast.collect.stop import Terminated
+    from sparsecast.core.distributed import from_environment
+    from sparsecast.core.errors import InputError
+    from sparsecast.core.interrupts import Terminated
 
     try:
         config_type = load(stage.config)

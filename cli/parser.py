@@ -12,12 +12,12 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from docstring_parser import parse_from_object
 
-from sparsecast.cli.close import did_you_mean
 from sparsecast.cli.config_file import read_options
+from sparsecast.cli.suggestions import did_you_mean
 from sparsecast.cli.terminal import say
 from sparsecast.cli.values import is_list, read, written
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.options import option_of, settled, shown, without_none
+from sparsecast.core.errors import InputError
+from sparsecast.core.options import option_of, settled, shown, without_none
 
 GROUPS = {
     "input": "model preset corpus activations predictors bundle path against evaluation engine "

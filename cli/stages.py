@@ -40,7 +40,7 @@ STAGES = {
     "report": Stage(
         "score predictors on held-out tokens, as JSON, Markdown and HTML",
         "sparsecast.predictors.config:ReportConfig",
-        "sparsecast.predictors.report:report",
+        "sparsecast.predictors.report.run:report",
     ),
     "evaluate": Stage(
         "perplexity dense, exact, and with predictors in the loop",
@@ -66,38 +66,38 @@ STAGES = {
     ),
     "bench collect": Stage(
         "tokens/s with and without recording, on the same batches",
-        "sparsecast.collect.bench:BenchConfig",
-        "sparsecast.collect.bench:bench",
+        "sparsecast.cli.bench.collect:BenchConfig",
+        "sparsecast.cli.bench.collect:bench",
     ),
     "bench train": Stage(
         "token-layers/s of training, ours and the public recipe's",
-        "sparsecast.predictors.bench:BenchTrainConfig",
-        "sparsecast.predictors.bench:bench",
+        "sparsecast.cli.bench.train:BenchTrainConfig",
+        "sparsecast.cli.bench.train:bench",
     ),
     "bench predictors": Stage(
         "our predictors against the public recipe's: misses, bytes, traffic at a perplexity",
-        "sparsecast.predictors.compare:CompareConfig",
-        "sparsecast.predictors.compare:compare",
+        "sparsecast.cli.bench.predictors:CompareConfig",
+        "sparsecast.cli.bench.predictors:compare",
     ),
     "bench export": Stage(
         "MB/s and memory of export beside cp and PowerInfer's converter",
-        "sparsecast.export.bench_export:BenchExportConfig",
-        "sparsecast.export.bench_export:bench",
+        "sparsecast.cli.bench.export:BenchExportConfig",
+        "sparsecast.cli.bench.export:bench",
     ),
     "bench engine": Stage(
         "tokens/s of PowerInfer's engine with predictors, with everything active, and dense",
-        "sparsecast.export.bench:BenchEngineConfig",
-        "sparsecast.export.bench:bench",
+        "sparsecast.cli.bench.engine:BenchEngineConfig",
+        "sparsecast.cli.bench.engine:bench",
     ),
     "bench kernels": Stage(
         "our GPU kernels and the whole sparse FFN against dense torch",
-        "sparsecast.cli.bench_kernels:BenchKernelsConfig",
-        "sparsecast.cli.bench_kernels:bench",
+        "sparsecast.cli.bench.kernels:BenchKernelsConfig",
+        "sparsecast.cli.bench.kernels:bench",
     ),
     "bench generate": Stage(
         "tokens/s of a model with its FFNs dense, exact, predicted, and as auto chooses",
-        "sparsecast.cli.bench_generate:BenchGenerateConfig",
-        "sparsecast.cli.bench_generate:bench",
+        "sparsecast.cli.bench.generate:BenchGenerateConfig",
+        "sparsecast.cli.bench.generate:bench",
     ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",

@@ -6,8 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from sparsecast.collect.atomic import parse_json
-from sparsecast.collect.options import shown
+from sparsecast.core.files import parse_json
+from sparsecast.core.options import shown
 
 FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.options import ModelDtype, settle
+from sparsecast.core.errors import InputError
+from sparsecast.core.options import ModelDtype, settle
 
 
 @dataclass(frozen=True, kw_only=True)

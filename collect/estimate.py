@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.disk import check_room, free, size
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import activation_rule
-from sparsecast.collect.files import most_tokens
-from sparsecast.collect.models import ffn_shape, pick_device, pick_dtype
-from sparsecast.collect.pretrained import empty_model
-from sparsecast.collect.progress import console
-from sparsecast.collect.shard import Shape
-from sparsecast.collect.target import shards, unfinished
-from sparsecast.collect.tokens import COUNTED
-from sparsecast.collect.writer import BUFFERS
+from sparsecast.collect.resume import shards, unfinished
+from sparsecast.collect.store.shard import Shape
+from sparsecast.collect.store.writer import BUFFERS
+from sparsecast.core.disk import check_room, free, size
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule
+from sparsecast.core.models.loading import ffn_shape, pick_device, pick_dtype
+from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.progress import console
+from sparsecast.core.text.corpus_files import most_tokens
+from sparsecast.core.text.tokens import COUNTED
 
 ACTIVE = 0.15
 """The share of neurons taken to fire, for the bytes of energies. All else is known."""

@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsecast.collect.atomic import refuse_unwritable, write_json
-from sparsecast.collect.options import settle
 from sparsecast.collect.plan import shard_name
-from sparsecast.collect.progress import bar, console
-from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.stats import STATS
-from sparsecast.collect.store import ActivationStore, Manifest
-from sparsecast.collect.tokens import COUNTED
+from sparsecast.collect.store.stats import STATS
+from sparsecast.collect.store.store import ActivationStore, Manifest
+from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.options import settle
+from sparsecast.core.progress import bar, console
+from sparsecast.core.text.splits import SPLITS
+from sparsecast.core.text.tokens import COUNTED
 
 
 @dataclass(frozen=True, kw_only=True)

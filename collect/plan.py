@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparsecast.collect.tokens import COUNTED, Sequence, TokenBatch, by_length
+from sparsecast.core.text.tokens import COUNTED, Sequence, TokenBatch, by_length
 
 
 @dataclass(frozen=True)

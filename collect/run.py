@@ -21,37 +21,37 @@ import xxhash
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sparsecast.collect.checkpoint import Checkpoint, effective
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.corpus import Document, begun, documents
-from sparsecast.collect.disk import full_disk, no_room, told_when_full
-from sparsecast.collect.errors import InputError
 from sparsecast.collect.estimate import layers_of, look, x_dtype_of
-from sparsecast.collect.families import activation_rule, family_of
-from sparsecast.collect.files import is_stream
-from sparsecast.collect.fill import Filler
-from sparsecast.collect.firing import Silent, check_firing
-from sparsecast.collect.models import check_length, embedding_rows, ffn_shape, load_model
 from sparsecast.collect.plan import Tally, Unit, units
-from sparsecast.collect.prefetch import prefetch
-from sparsecast.collect.progress import Bar, bar, console
-from sparsecast.collect.ranks import Team, team
-from sparsecast.collect.recorder import Recorder
-from sparsecast.collect.sealed import MANIFEST
-from sparsecast.collect.shard import SHARD_BYTES, Shape
-from sparsecast.collect.shard_file import ShardFile
-from sparsecast.collect.splits import SPLITS, assign
-from sparsecast.collect.stop import Stop, same_kind, stoppable
-from sparsecast.collect.store import (
+from sparsecast.collect.resume import begin, differences, locked, shards, target, unfinished
+from sparsecast.collect.store.filler import Filler
+from sparsecast.collect.store.firing import Silent, check_firing
+from sparsecast.collect.store.shard import SHARD_BYTES, Shape
+from sparsecast.collect.store.shard_reader import ShardFile
+from sparsecast.collect.store.store import (
     ActivationStore,
     Manifest,
     read_manifest,
     seal,
 )
-from sparsecast.collect.target import begin, differences, locked, shards, target, unfinished
-from sparsecast.collect.tokenizers import load_tokenizer
-from sparsecast.collect.tokens import quotas, sequences
-from sparsecast.collect.writer import Writer, to_folder
+from sparsecast.collect.store.writer import Writer, to_folder
+from sparsecast.core.disk import full_disk, no_room, told_when_full
+from sparsecast.core.distributed import Team, team
+from sparsecast.core.errors import InputError
+from sparsecast.core.interrupts import Stop, same_kind, stoppable
+from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.models.checkpoint import Checkpoint, effective
+from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.loading import check_length, embedding_rows, ffn_shape, load_model
+from sparsecast.core.models.recorder import Recorder
+from sparsecast.core.prefetch import prefetch
+from sparsecast.core.progress import Bar, bar, console
+from sparsecast.core.text.corpus import Document, begun, documents
+from sparsecast.core.text.corpus_files import is_stream
+from sparsecast.core.text.splits import SPLITS, assign
+from sparsecast.core.text.tokens import quotas, sequences
+from sparsecast.core.tokenizers.loading import load_tokenizer
 
 
 def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> ActivationStore:

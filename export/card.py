@@ -5,11 +5,11 @@ from __future__ import annotations
 from statistics import fmean
 
 from sparsecast.export.config import ExportConfig
-from sparsecast.export.gpuidx import SUFFIX
-from sparsecast.export.hot_cold import BLOCK, Split
-from sparsecast.export.hyper import Hyper
 from sparsecast.export.traffic import Traffic
-from sparsecast.export.vocab import Vocabulary
+from sparsecast.export.write.gpuidx import SUFFIX
+from sparsecast.export.write.hot_cold import BLOCK, Split
+from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
 
 FORMATS = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.options import settle
+from sparsecast.core.errors import InputError
+from sparsecast.core.options import settle
 
 ExportDtype = Literal["f16", "f32", "q4_0"]
 SUFFIX = ".powerinfer.gguf"

@@ -9,16 +9,16 @@ from typing import Any
 
 import xxhash
 
-from sparsecast.collect.atomic import parse_json
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.options import differing
-from sparsecast.collect.sealed import MANIFEST
-from sparsecast.collect.store import ActivationStore
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import parse_json
+from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.options import differing
 from sparsecast.export.config import SUFFIX, ExportConfig
-from sparsecast.export.hyper import Hyper
-from sparsecast.export.model_gguf import KEY_RECIPE
-from sparsecast.export.reader import GGUFFile
-from sparsecast.export.vocab import Vocabulary
+from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.vocab import Vocabulary
+from sparsecast.export.write.writer import KEY_RECIPE
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 
 

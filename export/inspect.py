@@ -9,20 +9,20 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsecast.collect.atomic import check_file, refuse_unwritable, unreadable, write_json
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.folders import KINDS, kind_of
 from sparsecast.collect.inspect import InspectConfig, Inspection
 from sparsecast.collect.inspect import inspect as inspect_store
-from sparsecast.collect.progress import console
-from sparsecast.collect.sealed import MANIFEST
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_file, refuse_unwritable, unreadable, write_json
+from sparsecast.core.folders import KINDS, kind_of
+from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.progress import console
 from sparsecast.export.config import SUFFIX
-from sparsecast.export.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.inspect_file import file_values, plain, show_file, size
 from sparsecast.export.verify import bundle_file
+from sparsecast.export.write.gpuidx import SUFFIX as GPUIDX
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.manifest import SCORES
-from sparsecast.predictors.words import both_sizes
+from sparsecast.predictors.report.wording import both_sizes
 
 
 def inspect(cfg: InspectConfig) -> Inspection:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.progress import console
-from sparsecast.export.gpuidx import ARCHITECTURE, SUFFIX
-from sparsecast.export.reader import Entry, GGUFFile
-from sparsecast.export.vram import LIST_BYTES, ROWS
+from sparsecast.core.errors import InputError
+from sparsecast.core.progress import console
+from sparsecast.export.read.reader import Entry, GGUFFile
+from sparsecast.export.write.gpuidx import ARCHITECTURE, SUFFIX
+from sparsecast.export.write.vram import LIST_BYTES, ROWS
 
 SHORT_ARRAY = 8
 SHOWN = 1000

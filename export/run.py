@@ -7,30 +7,30 @@ from pathlib import Path
 
 import torch
 
-from sparsecast.collect.atomic import check_new, new_folder, write_text
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.disk import check_room, free, size, told_when_full
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import lost_threshold
-from sparsecast.collect.firing import check_firing
-from sparsecast.collect.lock import locked
-from sparsecast.collect.progress import bar, console
-from sparsecast.collect.staged import save_torch
-from sparsecast.collect.store import ActivationStore
-from sparsecast.export.belonging import predictors_for
+from sparsecast.collect.store.firing import check_firing
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.disk import check_room, free, size, told_when_full
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_new, new_folder, write_text
+from sparsecast.core.lock import locked
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import lost_threshold
+from sparsecast.core.progress import bar, console
+from sparsecast.core.torch_files import save_torch
 from sparsecast.export.card import foreign_note, model_card, relu_note, split_note, window_note
+from sparsecast.export.compatibility import predictors_for
 from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.finished import finished, recipe_of, recipe_text
-from sparsecast.export.gpuidx import SUFFIX as GPUIDX
-from sparsecast.export.gpuidx import write_gpuidx
-from sparsecast.export.hot_cold import Split, check_width, split_for
-from sparsecast.export.hyper import Hyper
-from sparsecast.export.model_config import read_hyper
-from sparsecast.export.model_gguf import plan, write_model
-from sparsecast.export.stored import Planned
 from sparsecast.export.traffic import Traffic, traffic_of
-from sparsecast.export.vocab import Vocabulary, read_vocabulary
-from sparsecast.export.vram import budget_for
+from sparsecast.export.write.convert import Planned
+from sparsecast.export.write.gpuidx import SUFFIX as GPUIDX
+from sparsecast.export.write.gpuidx import write_gpuidx
+from sparsecast.export.write.hot_cold import Split, check_width, split_for
+from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.model_config import read_hyper
+from sparsecast.export.write.vocab import Vocabulary, read_vocabulary
+from sparsecast.export.write.vram import budget_for
+from sparsecast.export.write.writer import plan, write_model
 from sparsecast.predictors.checkpoint import PredictorSet
 
 BESIDE = (f"*{GPUIDX}", "predictor", "activation", "README.md")

@@ -10,21 +10,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sparsecast.collect.atomic import check_file, refuse_unwritable, unreadable, write_json
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.folders import refuse_other
-from sparsecast.collect.models import load_model
-from sparsecast.collect.progress import console
-from sparsecast.collect.source import find_local
-from sparsecast.export.calibration_checks import (
-    bound_of,
-    calibrated,
-    check_decisions,
-    check_perplexity,
-    measure,
-)
-from sparsecast.export.checks import (
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_file, refuse_unwritable, unreadable, write_json
+from sparsecast.core.folders import refuse_other
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import load_model
+from sparsecast.core.models.location import find_local
+from sparsecast.core.progress import console
+from sparsecast.export.checks.base import (
     Check,
     check_activation_folder,
     check_card,
@@ -32,25 +25,32 @@ from sparsecast.export.checks import (
     check_predictor_folder,
     check_traffic,
 )
+from sparsecast.export.checks.calibration import (
+    bound_of,
+    calibrated,
+    check_decisions,
+    check_perplexity,
+    measure,
+)
+from sparsecast.export.checks.gpu_split import check_gpu_split
+from sparsecast.export.checks.header import check_header
+from sparsecast.export.checks.logits import check_logits, degenerate, model_logits, with_relu
+from sparsecast.export.checks.metadata import check_metadata
+from sparsecast.export.checks.predictors import check_predictor_model, foreign, made_for
+from sparsecast.export.checks.sources import Source
+from sparsecast.export.checks.tensors import check_tensors
+from sparsecast.export.checks.values import check_values
+from sparsecast.export.checks.vocab import check_vocabulary
+from sparsecast.export.checks.vocab_source import check_pieces, check_tokens
 from sparsecast.export.config import SUFFIX, VerifyConfig
-from sparsecast.export.emulate import Emulator
-from sparsecast.export.engine import binary
-from sparsecast.export.engine_checks import check_engine
-from sparsecast.export.engine_text import EnginePerplexity
-from sparsecast.export.file_vocab import FileVocabulary, tokenizer_of
-from sparsecast.export.header import header_of
-from sparsecast.export.header_checks import check_header
-from sparsecast.export.metadata import check_metadata
-from sparsecast.export.numerics import check_logits, degenerate, model_logits, with_relu
-from sparsecast.export.predictor_checks import check_predictor_model, foreign, made_for
-from sparsecast.export.protocol import chunks_of, held_out_documents, joined, losses
-from sparsecast.export.reader import GGUFFile
-from sparsecast.export.sources import Source
-from sparsecast.export.split_checks import check_gpu_split
-from sparsecast.export.tensors import check_tensors
-from sparsecast.export.values import check_values
-from sparsecast.export.vocab_checks import check_vocabulary
-from sparsecast.export.vocab_source import check_pieces, check_tokens
+from sparsecast.export.engine.checks import check_engine
+from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.process import binary
+from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joined, losses
+from sparsecast.export.engine.text import EnginePerplexity
+from sparsecast.export.read.header import header_of
+from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.read.vocab import FileVocabulary, tokenizer_of
 from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.manifest import PredictorManifest, number
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsecast.collect.activations import ActivationRule
-from sparsecast.collect.atomic import new_folder, read_json, unreadable, write_json
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.folders import refuse_other
-from sparsecast.collect.options import shown
-from sparsecast.collect.sealed import MANIFEST
-from sparsecast.collect.staged import save_torch
-from sparsecast.predictors.blocks import BLOCK
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import new_folder, read_json, unreadable, write_json
+from sparsecast.core.folders import refuse_other
+from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.options import shown
+from sparsecast.core.torch_files import save_torch
 from sparsecast.predictors.formats import rounded
 from sparsecast.predictors.manifest import (
     CONFIG,
@@ -34,7 +34,7 @@ from sparsecast.predictors.manifest import (
     read_manifest,
     write_manifest,
 )
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.tensor_file import oddity, read_tensors
 
 WANT = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.files import is_stream
-from sparsecast.collect.options import ModelDtype, between, option_of, settle
+from sparsecast.core.errors import InputError
+from sparsecast.core.options import ModelDtype, between, option_of, settle
+from sparsecast.core.text.corpus_files import is_stream
 
 DEFAULT_RECALL = 0.95
 

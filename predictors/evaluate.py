@@ -19,20 +19,20 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from sparsecast.collect.activations import ActivationRule
-from sparsecast.collect.atomic import refuse_unwritable, write_json
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.corpus import begun, documents
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import activation_rule, family_of
-from sparsecast.collect.models import embedding_rows, ffn_shape, load_model, set_activation
-from sparsecast.collect.perplexity import perplexity
-from sparsecast.collect.progress import bar, console
-from sparsecast.collect.splits import assign
-from sparsecast.collect.tokens import TokenBatch, batches
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.loading import embedding_rows, ffn_shape, load_model, set_activation
+from sparsecast.core.models.perplexity import perplexity
+from sparsecast.core.progress import bar, console
+from sparsecast.core.text.corpus import begun, documents
+from sparsecast.core.text.splits import assign
+from sparsecast.core.text.tokens import TokenBatch, batches
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, check_use, load_predictors
 from sparsecast.predictors.config import EvaluateConfig
-from sparsecast.predictors.in_loop import exact_ffn, predicted_ffn
+from sparsecast.predictors.model_in_loop import exact_ffn, predicted_ffn
 
 MODES = {
     "dense": "the model as it is",

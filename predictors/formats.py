@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsecast.collect.errors import InputError
-from sparsecast.predictors.blocks import BLOCK, q8_0_values, scales_and_codes
-from sparsecast.predictors.fused import fused
+from sparsecast.core.compiled import fused
+from sparsecast.core.errors import InputError
+from sparsecast.core.ggml_blocks import BLOCK, q8_0_values, scales_and_codes
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 """Stored bits per weight."""

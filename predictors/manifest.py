@@ -14,9 +14,9 @@ from typing import Any
 
 import xxhash
 
-from sparsecast.collect.atomic import check_file, read_json, unreadable
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.sealed import (
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_file, read_json, unreadable
+from sparsecast.core.manifests import (
     MANIFEST,
     check_keys,
     check_version,

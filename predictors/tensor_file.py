@@ -10,8 +10,8 @@ from zipfile import BadZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from sparsecast.collect.atomic import check_file
-from sparsecast.collect.errors import InputError, reason_of
+from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.files import check_file
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

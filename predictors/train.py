@@ -10,21 +10,32 @@ from typing import Any
 import lightning as L
 import torch
 
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.disk import told_when_full
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.firing import check_firing
-from sparsecast.collect.models import pick_device
-from sparsecast.collect.options import differing
-from sparsecast.collect.progress import console
-from sparsecast.collect.ranks import Team, team
-from sparsecast.collect.sealed import MANIFEST
-from sparsecast.collect.store import ActivationStore
-from sparsecast.collect.target import locked, target
-from sparsecast.predictors.calibrate import Calibrated
+from sparsecast.collect.resume import locked, target
+from sparsecast.collect.store.firing import check_firing
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.disk import told_when_full
+from sparsecast.core.distributed import Team, team
+from sparsecast.core.errors import InputError
+from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import pick_device
+from sparsecast.core.options import differing
+from sparsecast.core.progress import console
+from sparsecast.predictors.calibration.calibrate import Calibrated
+from sparsecast.predictors.calibration.rank_selection import check_traffic, default_dtype, ranks_for
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.fit import (
+from sparsecast.predictors.formats import check_widths
+from sparsecast.predictors.manifest import PredictorManifest
+from sparsecast.predictors.metrics import Counts
+from sparsecast.predictors.recorded_model import check_recorded
+from sparsecast.predictors.report.wording import both_sizes
+from sparsecast.predictors.training.layer_parallel import share_of
+from sparsecast.predictors.training.needs import disk_bytes, held_bytes, tell_needs
+from sparsecast.predictors.training.online import running
+from sparsecast.predictors.training.recipes import RECIPES, Job
+from sparsecast.predictors.training.source import Recorded, Source
+from sparsecast.predictors.training.trainer import (
     LAST,
     Run,
     check_unfinished,
@@ -32,17 +43,6 @@ from sparsecast.predictors.fit import (
     finish_logs,
     work_folder,
 )
-from sparsecast.predictors.formats import check_widths
-from sparsecast.predictors.manifest import PredictorManifest
-from sparsecast.predictors.metrics import Counts
-from sparsecast.predictors.needs import disk_bytes, held_bytes, tell_needs
-from sparsecast.predictors.online import running
-from sparsecast.predictors.recipes import RECIPES, Job
-from sparsecast.predictors.recorded import check_recorded
-from sparsecast.predictors.share import share_of
-from sparsecast.predictors.sizes import check_traffic, default_dtype, ranks_for
-from sparsecast.predictors.source import Recorded, Source
-from sparsecast.predictors.words import both_sizes
 
 MISSED = 0.01
 FITTED = ("train", "calibration")

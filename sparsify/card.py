@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsecast.collect.atomic import read_json, write_text
-from sparsecast.collect.builtin import PACKAGES
-from sparsecast.collect.families import FAMILIES
+from sparsecast.core.files import read_json, write_text
+from sparsecast.core.models.families import FAMILIES
+from sparsecast.core.text.builtin import PACKAGES
 from sparsecast.sparsify.measure import Score
 
 
@@ -59,7 +59,7 @@ Text: {count(facts["corpus_tokens"])} tokens of {_corpus(facts["corpus"])}
 {_loading(facts)}
 
 ```python
-from sparsecast.collect.models import load_model
+from sparsecast.core.models.loading import load_model
 
 model, tokenizer = load_model("path/to/this/folder")
 ```

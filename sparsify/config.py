@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.options import between, settle
+from sparsecast.core.errors import InputError
+from sparsecast.core.options import between, settle
 
 
 @dataclass(frozen=True, kw_only=True)

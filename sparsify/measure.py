@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsecast.collect.activations import ActivationRule
-from sparsecast.collect.families import family_of
-from sparsecast.collect.models import set_activation
-from sparsecast.collect.perplexity import perplexity
-from sparsecast.collect.progress import bar
-from sparsecast.collect.recorder import Recorder
-from sparsecast.collect.tokens import TokenBatch
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.families import family_of
+from sparsecast.core.models.loading import set_activation
+from sparsecast.core.models.perplexity import perplexity
+from sparsecast.core.models.recorder import Recorder
+from sparsecast.core.progress import bar
+from sparsecast.core.text.tokens import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,19 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sparsecast.collect.families import family_of
-from sparsecast.collect.launcher import launcher
-from sparsecast.collect.progress import console
-from sparsecast.collect.quiet import quiet_lightning
-from sparsecast.collect.staged import StagedCheckpoints, save_torch
-from sparsecast.collect.stop import Stop, same_kind, stoppable
-from sparsecast.collect.training_bar import TrainingBar
+from sparsecast.core.interrupts import Stop, same_kind, stoppable
+from sparsecast.core.launcher import launcher
+from sparsecast.core.models.families import family_of
+from sparsecast.core.progress import console
+from sparsecast.core.quiet import quiet_lightning
+from sparsecast.core.torch_files import StagedCheckpoints, save_torch
+from sparsecast.core.training_bar import TrainingBar
 from sparsecast.sparsify.config import SparsifyConfig
+from sparsecast.sparsify.lightning_module import Phase, SparsifyModule
 from sparsecast.sparsify.measure import Score, score
-from sparsecast.sparsify.module import Phase, SparsifyModule
+from sparsecast.sparsify.sequences import Batches
 from sparsecast.sparsify.start import Start
-from sparsecast.sparsify.text import Batches
-from sparsecast.sparsify.work import Diverged, Work
+from sparsecast.sparsify.work_folder import Diverged, Work
 
 CHECKPOINT_STEPS = 500
 LOOK_STEPS = 50

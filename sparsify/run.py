@@ -20,20 +20,20 @@ import lightning as L
 import torch
 from transformers import GenerationConfig
 
-from sparsecast.collect.activations import ActivationRule
-from sparsecast.collect.atomic import check_new, new_folder, write_json
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.lock import locked
-from sparsecast.collect.models import positions, set_activation
-from sparsecast.collect.progress import console
-from sparsecast.collect.ranks import from_environment
+from sparsecast.core.distributed import from_environment
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_new, new_folder, write_json
+from sparsecast.core.lock import locked
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.loading import positions, set_activation
+from sparsecast.core.progress import console
 from sparsecast.sparsify.card import Sample, write_card
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score, sweep
 from sparsecast.sparsify.phases import train_all
-from sparsecast.sparsify.saved import check_saved, write_model
+from sparsecast.sparsify.save import check_saved, write_model
 from sparsecast.sparsify.start import Opened, Start, open_source, prepare
-from sparsecast.sparsify.work import (
+from sparsecast.sparsify.work_folder import (
     FACTS,
     Work,
     is_finished,

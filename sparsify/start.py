@@ -16,29 +16,29 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sparsecast.collect.activations import ActivationRule
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.corpus import Document, documents
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import activation_rule, family_of
-from sparsecast.collect.files import is_stream
-from sparsecast.collect.models import (
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.loading import (
     check_length,
     open_checked,
     pick_device,
     read_weights,
     set_activation,
 )
-from sparsecast.collect.pretrained import empty_model
-from sparsecast.collect.progress import console
-from sparsecast.collect.splits import assign
-from sparsecast.collect.tokenizers import load_tokenizer
-from sparsecast.collect.tokens import TokenBatch, batches
+from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.progress import console
+from sparsecast.core.text.corpus import Document, documents
+from sparsecast.core.text.corpus_files import is_stream
+from sparsecast.core.text.splits import assign
+from sparsecast.core.text.tokens import TokenBatch, batches
+from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
-from sparsecast.sparsify.saved import check_kept, differences, keep_files, say_activation
-from sparsecast.sparsify.text import sequences
-from sparsecast.sparsify.tokenizer import train_tokenizer
-from sparsecast.sparsify.work import Work
+from sparsecast.sparsify.save import check_kept, differences, keep_files, say_activation
+from sparsecast.sparsify.sequences import sequences
+from sparsecast.sparsify.train_tokenizer import train_tokenizer
+from sparsecast.sparsify.work_folder import Work
 
 TOKENIZER_DOCUMENTS = 6_000
 SPARSE = ("relu", "fatrelu", "drelu")

@@ -21,18 +21,18 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsecast.collect.bits import unpack
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.fill import Filler
 from sparsecast.collect.plan import Unit, shard_name
 from sparsecast.collect.run import collect
-from sparsecast.collect.shard import checksum
-from sparsecast.collect.store import ActivationStore, Manifest, seal
-from sparsecast.collect.tokens import TokenBatch
-from sparsecast.collect.writer import Writer, to_folder
+from sparsecast.collect.store.filler import Filler
+from sparsecast.collect.store.shard import checksum
+from sparsecast.collect.store.store import ActivationStore, Manifest, seal
+from sparsecast.collect.store.writer import Writer, to_folder
+from sparsecast.core.bitmask import unpack
+from sparsecast.core.text.tokens import TokenBatch
 from sparsecast.predictors.manifest import PredictorManifest
-from sparsecast.predictors.mlp import Predictor
-from sparsecast.sparsify.tokenizer import train_tokenizer
+from sparsecast.predictors.predictor import Predictor
+from sparsecast.sparsify.train_tokenizer import train_tokenizer
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 

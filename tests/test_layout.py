@@ -13,12 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
-    "collect": set(),
-    "sparsify": {"collect"},
-    "predictors": {"collect"},
-    "export": {"collect", "predictors"},
-    "kernels": {"collect", "predictors", "export"},
-    "cli": {"collect", "predictors", "export", "kernels", "sparsify"},
+    "core": set(),
+    "collect": {"core"},
+    "sparsify": {"core"},
+    "predictors": {"core", "collect"},
+    "export": {"core", "collect", "predictors"},
+    "kernels": {"core", "predictors", "export"},
+    "cli": {"core", "collect", "predictors", "export", "kernels", "sparsify"},
 }
 
 
@@ -46,12 +47,10 @@ def test_imports_point_down(path):
 
 
 def test_kernels_stand_on_torch_and_triton_alone():
-    """All but the files that put them into a model, from predictors or a bundle, and generate."""
-    with_models = {"sparse_model", "bundle", "decode"}
-    names = sorted({path.stem for path in (ROOT / "kernels").glob("*.py")} - with_models)
+    names = sorted(path.stem for path in (ROOT / "kernels" / "ops").glob("*.py"))
     assert len(names) > 10
     code = "import importlib, sys\n" + "".join(
-        f"importlib.import_module('sparsecast.kernels.{name}')\n" for name in names
+        f"importlib.import_module('sparsecast.kernels.ops.{name}')\n" for name in names
     )
     code += "print({'transformers', 'lightning', 'datasets', 'gguf', 'rich'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -60,10 +59,11 @@ def test_kernels_stand_on_torch_and_triton_alone():
 
 def test_every_folder_with_code_is_packaged():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    with_code = {folder for folder in MAY_IMPORT if any((ROOT / folder).glob("*.py"))}
-    folders = {f"sparsecast.{folder}": folder for folder in with_code}
+    folders = {f"sparsecast.{folder}": folder for folder in MAY_IMPORT}
     assert project["package-dir"] == {"sparsecast": "cli/entry", **folders}
-    assert set(project["packages"]) == {"sparsecast", *folders}
+    with_code = {path.relative_to(ROOT).parent for path in sources()} - {Path("cli/entry")}
+    packages = {".".join(("sparsecast", *folder.parts)) for folder in with_code}
+    assert set(project["packages"]) == {"sparsecast", *packages}
 
 
 def test_pickles_are_only_loaded_as_weights():
@@ -85,7 +85,7 @@ def test_models_come_through_one_door_that_runs_none_of_their_code():
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert ast.unparse(node.value) == "False", path
             if isinstance(node, ast.Attribute) and node.attr == "from_pretrained":
-                assert path == ROOT / "collect" / "pretrained.py", path
+                assert path == ROOT / "core" / "models" / "pretrained.py", path
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in LOADERS:
                 said = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert said.get("trust_remote_code") == "False", path

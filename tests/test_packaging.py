@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md", "RESULTS.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"}
+FOLDERS = {"core", "collect", "predictors", "export", "kernels", "sparsify", "cli", "tests"}
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -30,7 +31,7 @@ def built(tmp_path_factory) -> Path:
     for path in ROOT.iterdir():
         if path.name in DOCUMENTS | {"MANIFEST.in"}:
             shutil.copy(path, copy)
-        elif path.is_dir() and not path.name.startswith(".") and any(path.glob("*.py")):
+        elif path.name in FOLDERS:
             shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-c", BUILD, str(out)], cwd=copy, check=True, capture_output=True
@@ -47,6 +48,13 @@ def test_the_source_archive_has_the_documents_and_the_tests(built):
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
+def modules() -> set[str]:
+    """The files of the package as a wheel must name them."""
+    code = (path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    names = {f"sparsecast/{path.as_posix()}" for path in code if path.parts[0] != "tests"}
+    return names - {"sparsecast/cli/entry/__main__.py"} | {"sparsecast/__main__.py"}
+
+
 def test_the_wheel_runs_as_a_module(built, tmp_path):
     (path,) = built.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -54,6 +62,7 @@ def test_the_wheel_runs_as_a_module(built, tmp_path):
         archive.extractall(tmp_path)
     assert "sparsecast/__main__.py" in names
     assert not [name for name in names if name.endswith("__init__.py") or "entry" in name[:22]]
+    assert {name for name in names if name.endswith(".py")} == modules()
     code = "import runpy, sys; sys.path.insert(0, '.'); sys.argv[1:] = ['--version']; "
     code += "runpy.run_module('sparsecast', run_name='__main__')"
     done = subprocess.run(

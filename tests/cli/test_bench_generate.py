@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.cli.bench_generate import BenchGenerateConfig, bench
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model
-from sparsecast.collect.tokens import encode
-from sparsecast.kernels.decode import Decoder
+from sparsecast.cli.bench.generate import BenchGenerateConfig, bench
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import load_model
+from sparsecast.core.text.tokens import encode
+from sparsecast.kernels.in_models.decode import Decoder
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.predictor import Predictor
 
 
 @pytest.fixture

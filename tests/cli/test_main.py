@@ -16,7 +16,7 @@ from sparsecast.cli.main import main
 from sparsecast.cli.parser import parse
 from sparsecast.cli.stages import STAGES, load
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.predictor import Predictor
 from sparsecast.sparsify.tiny import TINY_PROSPARSE
 
 

@@ -9,16 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.collect import disk
-from sparsecast.collect.checkpoint import Checkpoint
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.errors import InputError
 from sparsecast.collect.estimate import store_bytes, weight_bytes
-from sparsecast.collect.models import ffn_shape, load_model
-from sparsecast.collect.pretrained import empty_model
 from sparsecast.collect.run import collect
-from sparsecast.collect.shard import SHARD_BYTES, Shape
-from sparsecast.collect.tokens import quotas
+from sparsecast.collect.store.shard import SHARD_BYTES, Shape
+from sparsecast.core import disk
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import ffn_shape, load_model
+from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.text.tokens import quotas
 
 
 @pytest.fixture

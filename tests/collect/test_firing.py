@@ -9,11 +9,11 @@ import torch
 
 from sparsecast.collect import run as run_module
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.fill import Filler
-from sparsecast.collect.firing import check_firing
 from sparsecast.collect.run import collect
-from sparsecast.collect.stats import Stats
+from sparsecast.collect.store.filler import Filler
+from sparsecast.collect.store.firing import check_firing
+from sparsecast.collect.store.stats import Stats
+from sparsecast.core.errors import InputError
 
 
 def counts(*fired: int, tokens: int = 10, width: int = 4) -> Stats:

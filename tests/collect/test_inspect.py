@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 
-from sparsecast.collect.bits import unpack
-from sparsecast.collect.errors import InputError
 from sparsecast.collect.inspect import InspectConfig, inspect
-from sparsecast.collect.store import ActivationStore
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.bitmask import unpack
+from sparsecast.core.errors import InputError
 
 
 def test_inspect_tells_what_is_there_and_finds_damage(acts, tmp_path):

@@ -18,12 +18,12 @@ from filelock import FileLock
 
 from sparsecast.collect import run as run_module
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.errors import InputError
 from sparsecast.collect.run import collect
-from sparsecast.collect.sealed import write_sealed
-from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.store import ActivationStore, read_manifest
-from sparsecast.collect.writer import Writer
+from sparsecast.collect.store.store import ActivationStore, read_manifest
+from sparsecast.collect.store.writer import Writer
+from sparsecast.core.errors import InputError
+from sparsecast.core.manifests import write_sealed
+from sparsecast.core.text.splits import SPLITS
 
 SCRIPT = """
 import json, sys
@@ -311,7 +311,7 @@ def test_a_full_disk_is_named_with_what_is_kept(cfg, monkeypatch):
         if len(written) > 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sparsecast.collect.writer.os.fsync", full)
+    monkeypatch.setattr("sparsecast.collect.store.writer.os.fsync", full)
     with pytest.raises(OSError, match=r"train-.*safetensors: No space left.*; 3 finished shards"):
         collect(cfg)
 

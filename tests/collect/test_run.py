@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from sparsecast.collect.bits import pack, unpack
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.corpus import Document, documents
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model, open_checked, positions
 from sparsecast.collect.run import collect
-from sparsecast.collect.splits import SPLITS, assign
-from sparsecast.collect.store import ActivationStore
-from sparsecast.collect.tokens import batches, quotas, sequences
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.bitmask import pack, unpack
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.loading import load_model, open_checked, positions
+from sparsecast.core.text.corpus import Document, documents
+from sparsecast.core.text.splits import SPLITS, assign
+from sparsecast.core.text.tokens import batches, quotas, sequences
 
 
 @given(st.integers(0, 5), st.integers(1, 40), st.integers(0, 2**31))

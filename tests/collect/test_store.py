@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sparsecast.collect.bits import pack, per_neuron, per_token, unpack
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.energy import decode, encode
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.fill import Filler
 from sparsecast.collect.inspect import InspectConfig, inspect
 from sparsecast.collect.plan import Unit
 from sparsecast.collect.run import collect
-from sparsecast.collect.shard import SHARD_BYTES, Image, Shape
-from sparsecast.collect.shard_file import ShardFile
-from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.stats import Stats
-from sparsecast.collect.store import ActivationStore, Manifest, seal
-from sparsecast.collect.tokens import TokenBatch
-from sparsecast.collect.writer import Writer, to_folder, to_memory
+from sparsecast.collect.store.energy import decode, encode
+from sparsecast.collect.store.filler import Filler
+from sparsecast.collect.store.shard import SHARD_BYTES, Image, Shape
+from sparsecast.collect.store.shard_reader import ShardFile
+from sparsecast.collect.store.stats import Stats
+from sparsecast.collect.store.store import ActivationStore, Manifest, seal
+from sparsecast.collect.store.writer import Writer, to_folder, to_memory
+from sparsecast.core.bitmask import pack, per_neuron, per_token, unpack
+from sparsecast.core.errors import InputError
+from sparsecast.core.text.splits import SPLITS
+from sparsecast.core.text.tokens import TokenBatch
 
 MANIFEST = Manifest(
     model="synthetic",

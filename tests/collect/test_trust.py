@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.errors import InputError
 from sparsecast.collect.inspect import InspectConfig, inspect
 from sparsecast.collect.run import collect
-from sparsecast.collect.sealed import MANIFEST, write_sealed
-from sparsecast.collect.shard import checksum
-from sparsecast.collect.shard_file import ShardFile, header_checksum
-from sparsecast.collect.stats import STATS
-from sparsecast.collect.store import ActivationStore, Manifest, read_manifest
+from sparsecast.collect.store.shard import checksum
+from sparsecast.collect.store.shard_reader import ShardFile, header_checksum
+from sparsecast.collect.store.stats import STATS
+from sparsecast.collect.store.store import ActivationStore, Manifest, read_manifest
+from sparsecast.core.errors import InputError
+from sparsecast.core.manifests import MANIFEST, write_sealed
 
 HELD = "held-out-00000.safetensors"
 
@@ -151,7 +151,7 @@ def test_only_what_is_read_is_hashed_and_only_once(copied, monkeypatch):
         hashed.append(1)
         return checksum(parts)
 
-    monkeypatch.setattr("sparsecast.collect.shard_file.checksum", counting)
+    monkeypatch.setattr("sparsecast.collect.store.shard_reader.checksum", counting)
     store = ActivationStore(copied)
     assert not hashed
     for start in range(0, 320, 32):

@@ -24,14 +24,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.families import activation_rule, family_of
-from sparsecast.collect.models import set_activation
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.loading import set_activation
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.run import export
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.manifest import PredictorManifest
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.predictor import Predictor
 
 LAYERS, HIDDEN, FFN, RANK = 3, 64, 1280, 16
 COMMON = {

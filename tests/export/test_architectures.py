@@ -11,24 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsecast.cli.bench.engine import BenchEngineConfig, bench
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model
 from sparsecast.collect.run import collect
-from sparsecast.export.bench import BenchEngineConfig, bench
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.loading import load_model
+from sparsecast.export.checks.logits import model_logits, with_relu
+from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.config import ExportConfig, VerifyConfig
-from sparsecast.export.emulate import Emulator
-from sparsecast.export.engine import engine_perplexity
-from sparsecast.export.file_vocab import tokenizer_of
-from sparsecast.export.metadata import check_metadata
-from sparsecast.export.numerics import model_logits, with_relu
-from sparsecast.export.protocol import chunks_of, held_out_documents, joined, perplexity
-from sparsecast.export.reader import GGUFFile
+from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.process import engine_perplexity
+from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joined, perplexity
+from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file, verify
 from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.in_loop import predicted_ffn
+from sparsecast.predictors.model_in_loop import predicted_ffn
 from sparsecast.predictors.train import train
 
 NAMES = (

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecast.collect.errors import InputError
-from sparsecast.export.bench import BenchEngineConfig, bench
-from sparsecast.export.dense import write_dense
-from sparsecast.export.engine import EngineError
-from sparsecast.export.reader import GGUFFile
+from sparsecast.cli.bench.engine import BenchEngineConfig, bench
+from sparsecast.core.errors import InputError
+from sparsecast.export.engine.dense import write_dense
+from sparsecast.export.engine.process import EngineError
+from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.verify import bundle_file
 
 FAKE = """#!/bin/sh

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.errors import InputError
-from sparsecast.export.bench_export import BenchExportConfig, bench
-from sparsecast.export.bench_model import SHAPES, write_random
-from sparsecast.export.bench_runs import BenchError
+from sparsecast.cli.bench.export import BenchExportConfig, bench
+from sparsecast.cli.bench.export_model import SHAPES, write_random
+from sparsecast.cli.bench.export_runs import BenchError
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify

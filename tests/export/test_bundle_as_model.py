@@ -9,24 +9,24 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model
-from sparsecast.collect.perplexity import perplexity as batch_perplexity
-from sparsecast.collect.tokens import TokenBatch
-from sparsecast.export import emulate
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.loading import load_model
+from sparsecast.core.models.perplexity import perplexity as batch_perplexity
+from sparsecast.core.text.tokens import TokenBatch
+from sparsecast.export.checks.logits import model_logits
 from sparsecast.export.config import ExportConfig
-from sparsecast.export.emulate import Emulator
-from sparsecast.export.numerics import model_logits
-from sparsecast.export.protocol import perplexity
-from sparsecast.export.reader import GGUFFile
+from sparsecast.export.engine import emulator
+from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.protocol import perplexity
+from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file
-from sparsecast.kernels.decode import with_cache
-from sparsecast.kernels.module import SparseFFN
-from sparsecast.kernels.sparse_model import sparsify_model
+from sparsecast.kernels.in_models.decode import with_cache
+from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
+from sparsecast.kernels.in_models.sparsify import sparsify_model
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.evaluate import perplexities
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.predictor import Predictor
 
 ROUNDING = 0.03
 """What the engine's rounding of the inputs of products to f16 and of softmax's exponentials may
@@ -57,7 +57,7 @@ def theirs(monkeypatch, ids):
         file = GGUFFile(bundle_file(bundle))
         rounded = perplexity(Emulator(file).logits, ids)
         with monkeypatch.context() as patch:
-            patch.setattr(emulate, "_softmax", lambda scores: scores.softmax(-1))
+            patch.setattr(emulator, "_softmax", lambda scores: scores.softmax(-1))
             return rounded, perplexity(Unrounded(file).logits, ids)
 
     return both

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as proto
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsecast.collect.errors import InputError
+from sparsecast.core.errors import InputError
 from sparsecast.export.config import ExportConfig
-from sparsecast.export.reader import GGUFFile
+from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export, file_name
 from sparsecast.export.verify import bundle_file
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors

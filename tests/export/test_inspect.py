@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from sparsecast.cli.main import main
-from sparsecast.collect.errors import InputError
 from sparsecast.collect.inspect import InspectConfig
+from sparsecast.core.errors import InputError
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.inspect import inspect
-from sparsecast.export.reader import GGUFFile
+from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.verify import bundle_file
 from sparsecast.predictors.checkpoint import load_predictors

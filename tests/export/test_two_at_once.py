@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sparsecast.collect.errors import InputError
+from sparsecast.core.errors import InputError
 from sparsecast.export import run as stage
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.run import export

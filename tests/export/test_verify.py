@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sparsecast.collect.errors import InputError
-from sparsecast.export.checks import Check, check_activation_folder, check_card
+from sparsecast.core.errors import InputError
+from sparsecast.export.checks.base import Check, check_activation_folder, check_card
+from sparsecast.export.checks.gpu_split import check_gpu_split
 from sparsecast.export.config import VerifyConfig
-from sparsecast.export.reader import GGUFFile
-from sparsecast.export.split_checks import check_gpu_split
+from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.verify import VerifyResult, _predictors, bundle_file, verify
 
 

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsecast.kernels import codes, down, down_one, gate, predictor, rows
+from sparsecast.kernels.ops import down, down_one, gate, gate_up, int8_dot, predictor
 
 D, R = 1536, 384
 POINTERS = {
@@ -39,8 +39,8 @@ def kernels() -> Iterator[Kernel]:
     """A name, the function, types that differ from `POINTERS`, and constants."""
     for early in (True, False):
         name = "codes early" if early else "codes"
-        yield name, codes._kernel, {}, {
-            "K": D, "EARLY": early, "BLOCK_B": codes.AT_ONCE, "num_warps": 1
+        yield name, int8_dot._kernel, {}, {
+            "K": D, "EARLY": early, "BLOCK_B": int8_dot.AT_ONCE, "num_warps": 1
         }  # fmt: skip
     for pad in (1, 16):
         yield f"gate {pad}", gate._kernel, {}, {"D": D, "HAS_BIAS": True, **gate.CONFIGS[pad]}
@@ -50,13 +50,13 @@ def kernels() -> Iterator[Kernel]:
         yield f"select {pad}", predictor._select_kernel, {"scale": "*bf16"}, {
             "K": R, "BITS": 16, **predictor.SELECT_CONFIGS[pad]
         }  # fmt: skip
-        yield f"rows {pad}", rows._kernel, {}, {
+        yield f"rows {pad}", gate_up._kernel, {}, {
             "D": D, "COMPUTES_GATE": True, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
-            "WORDS": 256, "TICKETS": 16, **rows._config(pad, True, True, D),
+            "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, True, True, D),
         }  # fmt: skip
-        yield f"up {pad}", rows._kernel, {}, {
+        yield f"up {pad}", gate_up._kernel, {}, {
             "D": D, "COMPUTES_GATE": False, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
-            "WORDS": 256, "TICKETS": 16, **rows._config(pad, False, True, D),
+            "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, False, True, D),
         }  # fmt: skip
     for d in (D, 5120):  # blocks of 64 columns and of 128
         yield f"down 1 of {d}", down_one.kernel, {}, {

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.cli.bench_kernels import BenchKernelsConfig, bench
-from sparsecast.collect.errors import InputError
-from sparsecast.kernels import bench as bench_steps
-from sparsecast.kernels import bench_checks, down, measured, problem, timing
+from sparsecast.cli.bench import kernels_checks, kernels_problem, timing
+from sparsecast.cli.bench import kernels_table as bench_steps
+from sparsecast.cli.bench.kernels import BenchKernelsConfig, bench
+from sparsecast.core.errors import InputError
+from sparsecast.kernels.in_models import dispatch
+from sparsecast.kernels.ops import down
 
 KEYS = {
     "shape", "step", "sparsity", "batch", "us", "dense_us", "speedup", "gb_per_s",
@@ -28,17 +30,17 @@ def untimed(monkeypatch, device):
             run()
         return 1.0
 
-    monkeypatch.setattr("sparsecast.kernels.timing.microseconds", once)
-    monkeypatch.setattr("sparsecast.kernels.timing.copies", lambda *_: 1)
-    monkeypatch.setattr("sparsecast.cli.bench_kernels.copy_bandwidth", lambda _: 1e-3)
-    monkeypatch.setattr("sparsecast.cli.bench_kernels._device", lambda: device)
+    monkeypatch.setattr("sparsecast.cli.bench.timing.microseconds", once)
+    monkeypatch.setattr("sparsecast.cli.bench.timing.copies", lambda *_: 1)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels.copy_bandwidth", lambda _: 1e-3)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels._device", lambda: device)
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
     shapes = {"1b": (32, 32, 3), "opt-1.3b": (32, 32, 2)}
-    monkeypatch.setattr("sparsecast.kernels.bench.SHAPES", shapes)
-    monkeypatch.setattr("sparsecast.cli.bench_kernels.SHAPES", shapes)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels_table.SHAPES", shapes)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels.SHAPES", shapes)
     paths = {"exact": {0.75: 1, 0.8: 2}, "predicted": {0.532: 1}}
-    monkeypatch.setattr(measured, "MOST_TOKENS", {device.type: {(32, 32, 3): paths}})
-    monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads())
+    monkeypatch.setattr(dispatch, "MOST_TOKENS", {device.type: {(32, 32, 3): paths}})
+    monkeypatch.setattr(dispatch, "CPU_THREADS", torch.get_num_threads())
 
 
 def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
@@ -114,7 +116,7 @@ def test_an_ffn_without_a_gate_has_a_step_less_and_reads_less(untimed, monkeypat
     ],
 )
 def test_a_row_says_what_auto_would_do(step, sparsity, tokens, rank, auto, untimed, device):
-    case = bench_checks.Case("1b", 32, 32, 3, rank, sparsity, tokens, torch.bfloat16, device)
+    case = kernels_checks.Case("1b", 32, 32, 3, rank, sparsity, tokens, torch.bfloat16, device)
     row = bench_steps.as_row(case, bench_steps.Timed(step, 1.0, 2.0, 1e6), 1e3)
     assert row["auto"] is auto
 
@@ -138,13 +140,13 @@ def test_every_step_is_checked(check, untimed, monkeypatch):
 
 
 def test_a_predictor_that_decides_otherwise_is_not_timed(untimed, monkeypatch):
-    real = bench_checks.predictor.predict
+    real = kernels_checks.predictor.predict
 
     def all_but_one(*given):
         mask, chosen = real(*given)
         return mask, chosen ^ (torch.arange(len(chosen), device=chosen.device) == 3).int()
 
-    monkeypatch.setattr(bench_checks.predictor, "predict", all_but_one)
+    monkeypatch.setattr(kernels_checks.predictor, "predict", all_but_one)
     with pytest.raises(RuntimeError, match="decides unlike its reference"):
         bench(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
 
@@ -161,9 +163,9 @@ def test_dense_is_the_faster_side_and_compiled_for_every_shape(untimed, monkeypa
             return 1.0 if "linear" in func[0].__name__ else 2.0
         return 3.0
 
-    monkeypatch.setattr("sparsecast.kernels.bench.partial", _Bound)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels_table.partial", _Bound)
     monkeypatch.setattr(timing, "microseconds", microseconds)
-    case = bench_checks.Case("1b", 32, 32, 3, 32, 0.5, 1, torch.bfloat16, device)
+    case = kernels_checks.Case("1b", 32, 32, 3, 32, 0.5, 1, torch.bfloat16, device)
     assert bench_steps.dense(case) == (2.0, 2.0, 1.0, 1.0)
     assert reset == [1]
 
@@ -186,7 +188,7 @@ def test_weights_rotate_over_more_than_four_times_the_l2(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_problems_select_what_was_asked_for(tokens, device):
-    goal = problem.targets(1000, tokens, 0.89, device)
+    goal = kernels_problem.targets(1000, tokens, 0.89, device)
     active, predicted = goal.active_TF.sum(1), goal.predicted_TF.sum(1)
     assert active.tolist() == [110] * tokens
     assert predicted.tolist() == [210] * tokens

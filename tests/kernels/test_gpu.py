@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecast.kernels import predictor, problem
-from sparsecast.kernels.codes import codes
-from sparsecast.kernels.ffn import exact_ffn, predicted_ffn
-from sparsecast.kernels.quantised import dequantised, quantised
-from sparsecast.predictors.blocks import q8_0_input
+from sparsecast.cli.bench import kernels_problem
+from sparsecast.core.ggml_blocks import q8_0_input
+from sparsecast.kernels.ops import predictor
+from sparsecast.kernels.ops.ffn import exact_ffn, predicted_ffn
+from sparsecast.kernels.ops.int8_dot import codes
+from sparsecast.kernels.ops.quantized import dequantised, quantised
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -29,10 +30,10 @@ def both(x, weights, named):
 def case(device):
     def make(shape, tokens, dtype, stored="q4_0"):
         d, f, rank = shape
-        goal = problem.targets(f, tokens, 0.89, device)
-        x = problem.inputs(tokens, d, dtype, device)
-        named = problem.predictor(goal.predicted_TF, d, rank, stored, dtype)
-        return x, problem.ffn(goal.active_TF, d, dtype), named
+        goal = kernels_problem.targets(f, tokens, 0.89, device)
+        x = kernels_problem.inputs(tokens, d, dtype, device)
+        named = kernels_problem.predictor(goal.predicted_TF, d, rank, stored, dtype)
+        return x, kernels_problem.ffn(goal.active_TF, d, dtype), named
 
     return make
 

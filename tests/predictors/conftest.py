@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecast.collect.splits import SPLITS
-from sparsecast.collect.store import ActivationStore, Manifest
+from sparsecast.collect.store.store import ActivationStore, Manifest
+from sparsecast.core.text.splits import SPLITS
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.train import train
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.collect.errors import InputError
-from sparsecast.predictors.bench import ACTIVE, BenchTrainConfig, _Rows, bench, random_store
-from sparsecast.predictors.compare import CompareConfig, compare
-from sparsecast.predictors.data import TokenBlocks, layer_batches
+from sparsecast.cli.bench.predictors import CompareConfig, compare
+from sparsecast.cli.bench.train import ACTIVE, BenchTrainConfig, _Rows, bench, random_store
+from sparsecast.core.errors import InputError
+from sparsecast.predictors.training.data import TokenBlocks, layer_batches
 
 
 def test_the_random_store_is_a_store(tmp_path):
@@ -38,8 +38,8 @@ def test_the_recipes_rows_are_float_tensors_and_never_silent():
 
 
 def test_bench_train_says_what_it_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsecast.predictors.bench.SHAPES", {"tiny": (64, 200, 2)})
-    monkeypatch.setattr("sparsecast.predictors.bench.MATMUL", {"cpu": 64})
+    monkeypatch.setattr("sparsecast.cli.bench.train.SHAPES", {"tiny": (64, 200, 2)})
+    monkeypatch.setattr("sparsecast.cli.bench.train.MATMUL", {"cpu": 64})
     cfg = BenchTrainConfig(batch_size=32, steps=2, rounds=1, device="cpu", json=tmp_path / "b.json")
     values = bench(cfg)
     assert json.loads((tmp_path / "b.json").read_text()) == values
@@ -85,5 +85,7 @@ def test_the_comparison_counts_ours_at_the_references_sparsity(
     assert at["traffic_ratio"] == pytest.approx(at["ours"]["traffic"] / at["reference"]["traffic"])
     assert at["reference"]["threshold"] != 0
     # Everything is kept: a second run trains nothing.
-    monkeypatch.setattr("sparsecast.predictors.recipes.fit", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(
+        "sparsecast.predictors.training.recipes.fit", lambda *_: pytest.fail("trained")
+    )
     assert compare(cfg)["same_bytes"] == same

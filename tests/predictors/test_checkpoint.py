@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecast.collect.errors import InputError
+from sparsecast.core.errors import InputError
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.predictor import Predictor
 
 SCORES = {"recall": 0.9, "predicted_sparsity": 0.5}
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.corpus import documents
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model
-from sparsecast.collect.perplexity import perplexity
-from sparsecast.collect.splits import assign
-from sparsecast.collect.tokens import batches
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import load_model
+from sparsecast.core.models.perplexity import perplexity
+from sparsecast.core.text.corpus import documents
+from sparsecast.core.text.splits import assign
+from sparsecast.core.text.tokens import batches
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.evaluate import evaluate, perplexities
-from sparsecast.predictors.in_loop import exact_ffn, predicted_ffn
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.model_in_loop import exact_ffn, predicted_ffn
+from sparsecast.predictors.predictor import Predictor
 
 LAYERS, HIDDEN, FFN = 3, 64, 1280
 

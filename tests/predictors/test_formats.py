@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecast.collect.errors import InputError
-from sparsecast.predictors.bias import (
+from sparsecast.core.errors import InputError
+from sparsecast.predictors.calibration.bias import (
     BiasUnits,
     Spread,
     Uncut,
@@ -26,7 +26,7 @@ from sparsecast.predictors.formats import (
     rounded_input,
     straight_through,
 )
-from sparsecast.predictors.mlp import Predictor, rms_normalised
+from sparsecast.predictors.predictor import Predictor, rms_normalised
 
 KINDS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 

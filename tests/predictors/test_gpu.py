@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.collect.bits import pack
-from sparsecast.predictors.data import TokenBlocks, layer_batches
-from sparsecast.predictors.loss import weighted_loss
+from sparsecast.core.bitmask import pack
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.train import train
+from sparsecast.predictors.training.data import TokenBlocks, layer_batches
+from sparsecast.predictors.training.loss import weighted_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 70, 201), (1, 1, 8), (2, 64, 1024)])
 def test_the_compiled_gradient_is_that_of_the_cpu(shape, dtype, counting, monkeypatch):
-    monkeypatch.setattr("sparsecast.predictors.fused.LARGE", 0)
+    monkeypatch.setattr("sparsecast.core.compiled.LARGE", 0)
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(shape, generator=generator)).to(dtype)
     fired = torch.rand(shape, generator=generator) < 0.2

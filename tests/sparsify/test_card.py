@@ -8,7 +8,7 @@ import pytest
 
 from sparsecast.sparsify.card import Sample, count, write_card
 from sparsecast.sparsify.measure import Score
-from sparsecast.sparsify.work import name_of
+from sparsecast.sparsify.work_folder import name_of
 
 FACTS = {
     "parameters": 18_736,

@@ -6,7 +6,7 @@ from math import inf, nan
 
 import pytest
 
-from sparsecast.collect.errors import InputError
+from sparsecast.core.errors import InputError
 from sparsecast.sparsify.config import SparsifyConfig
 
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from sparsecast.collect.corpus import documents
-from sparsecast.collect.models import load_model
-from sparsecast.collect.splits import assign
-from sparsecast.collect.tokens import batches
+from sparsecast.core.models.loading import load_model
+from sparsecast.core.text.corpus import documents
+from sparsecast.core.text.splits import assign
+from sparsecast.core.text.tokens import batches
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import score
 from sparsecast.sparsify.run import sparsify

@@ -12,11 +12,11 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.families import activation_rule
-from sparsecast.collect.models import load_model, load_tokenizer
-from sparsecast.sparsify import run, saved
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule
+from sparsecast.core.models.loading import load_model, load_tokenizer
+from sparsecast.sparsify import run, save
 from sparsecast.sparsify.run import sparsify
 
 CHAT = [{"role": "user", "content": "def f"}]
@@ -58,7 +58,7 @@ def test_plain_transformers_refuses_what_it_would_compute_wrongly(dense, options
 
 
 def test_a_threshold_of_zero_is_plain_relu_to_everybody(dense, options, monkeypatch):
-    monkeypatch.setattr(run, "sweep", lambda *_: (0.0, [(0.0, saved.Score(1.0, 0.5))]))
+    monkeypatch.setattr(run, "sweep", lambda *_: (0.0, [(0.0, save.Score(1.0, 0.5))]))
 
     out = sparsify(options(model=str(dense("llama", "fatrelu", hidden_act_param=0.1))))
 
@@ -129,7 +129,7 @@ def test_everything_of_the_tokenizer_goes_along(dense, options, change):
     out = sparsify(options(model=str(source)))
 
     before, after = (load_tokenizer(Checkpoint(str(folder))) for folder in (source, out))
-    assert saved.differences(before, after, ["def f <|im_start|>\n\tx", "é ☃"]) is None
+    assert save.differences(before, after, ["def f <|im_start|>\n\tx", "é ☃"]) is None
     assert len(before) > 3
     assert len({path.stat().st_mode for path in out.glob("*.*") if path.is_file()}) == 1
     assert before.chat_template == after.chat_template
@@ -190,7 +190,7 @@ def _halve(folder):
 def test_a_tokenizer_that_cannot_be_copied_is_refused_before_training(dense, options, monkeypatch):
     source = dense()
     (source / "chat_template.jinja").write_text(TEMPLATE)
-    monkeypatch.setattr(saved, "FILES", ("tokenizer*",))
+    monkeypatch.setattr(save, "FILES", ("tokenizer*",))
 
     with pytest.raises(InputError, match="copy of this tokenizer's files gives another chat"):
         sparsify(options(model=str(source)))

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from sparsecast.collect.checkpoint import Checkpoint
-from sparsecast.collect.corpus import Document
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_tokenizer
-from sparsecast.collect.tokens import encode_document
-from sparsecast.sparsify.text import sequences
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import load_tokenizer
+from sparsecast.core.text.corpus import Document
+from sparsecast.core.text.tokens import encode_document
+from sparsecast.sparsify.sequences import sequences
 
 CHAT = (("user", "What is <s> for?"), ("assistant", "It begins\na text."))
 DOCS = [

@@ -6,7 +6,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from sparsecast.sparsify.tiny import TINY_PROSPARSE
-from sparsecast.sparsify.tokenizer import train_tokenizer
+from sparsecast.sparsify.train_tokenizer import train_tokenizer
 
 
 def _spec(folder):

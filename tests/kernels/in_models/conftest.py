@@ -16,10 +16,10 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from sparsecast.collect.families import activation_rule
-from sparsecast.collect.models import set_activation
+from sparsecast.core.models.families import activation_rule
+from sparsecast.core.models.loading import set_activation
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.mlp import Predictor
+from sparsecast.predictors.predictor import Predictor
 
 LAYERS, HIDDEN, FFN, RANK, VOCAB = 2, 64, 88, 32, 128
 COMMON = {

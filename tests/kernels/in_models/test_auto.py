@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.kernels import measured, module, plain
-from sparsecast.kernels.measured import most_tokens
-from sparsecast.kernels.module import SparseFFN
-from sparsecast.kernels.sparse_model import sparsify_model
+from sparsecast.kernels.in_models import dispatch, sparse_ffn, torch_fallback
+from sparsecast.kernels.in_models.dispatch import most_tokens
+from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
+from sparsecast.kernels.in_models.sparsify import sparsify_model
 
 GOOD = {"recall": 0.95, "predicted_sparsity": 0.7, "true_sparsity": 0.9}
 ALWAYS = {"exact": {0.0: 4}, "predicted": {0.0: 4}}
@@ -18,14 +18,14 @@ ALWAYS = {"exact": {0.0: 4}, "predicted": {0.0: 4}}
 
 @pytest.fixture(autouse=True)
 def _all_was_measured(monkeypatch):
-    monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads())
-    monkeypatch.setattr(measured, "MOST_RANK", 0.5)
+    monkeypatch.setattr(dispatch, "CPU_THREADS", torch.get_num_threads())
+    monkeypatch.setattr(dispatch, "MOST_RANK", 0.5)
 
 
 @pytest.fixture
 def table(monkeypatch):
     def set_to(row, device: str = "cpu", matrices: int = 3) -> None:
-        monkeypatch.setattr(measured, "MOST_TOKENS", {device: {(1, 1, matrices): row}})
+        monkeypatch.setattr(dispatch, "MOST_TOKENS", {device: {(1, 1, matrices): row}})
 
     return set_to
 
@@ -111,7 +111,7 @@ def test_where_kernels_run_the_gpus_table_decides(table, make, predictors):
 
 def test_more_threads_than_were_measured_are_dense(table, make, predictors, monkeypatch):
     table(ALWAYS)
-    monkeypatch.setattr(measured, "CPU_THREADS", torch.get_num_threads() - 1)
+    monkeypatch.setattr(dispatch, "CPU_THREADS", torch.get_num_threads() - 1)
     assert paths(sparsify_model(make("llama"), predictors())) == ["dense", "dense"]
 
 
@@ -124,9 +124,9 @@ def test_ranks_above_those_that_were_measured_are_exact(monkeypatch, table, make
     table(ALWAYS)
     source = predictors(calibration=[GOOD, GOOD])
     share = source.layers[0].rank / make("llama").config.hidden_size
-    monkeypatch.setattr(measured, "MOST_RANK", share)
+    monkeypatch.setattr(dispatch, "MOST_RANK", share)
     assert paths(sparsify_model(make("llama"), source)) == ["predicted"] * 2
-    monkeypatch.setattr(measured, "MOST_RANK", share - 0.01)
+    monkeypatch.setattr(dispatch, "MOST_RANK", share - 0.01)
     assert paths(sparsify_model(make("llama"), source)) == ["exact"] * 2
 
 
@@ -150,14 +150,14 @@ def test_more_tokens_than_predicting_pays_for(
     table({"exact": {0.0: exact}, "predicted": {0.0: 2}})
     taken = []
     for name in ("over_rows", "dense"):
-        real = getattr(plain, name)
+        real = getattr(torch_fallback, name)
 
         def told(x, ffn, predicted, name=name, real=real):
             path = "predicted" if predicted is not None else {"over_rows": "exact"}.get(name, name)
             taken.append(path)
             return real(x, ffn, predicted)
 
-        monkeypatch.setattr(plain, name, told)
+        monkeypatch.setattr(torch_fallback, name, told)
     dense = make("llama")
     model = sparsify_model(make("llama"), predictors(calibration=[GOOD, GOOD]))
 
@@ -174,13 +174,13 @@ def test_in_the_kernels_more_tokens_go_the_exact_way(monkeypatch, make, predicto
     table({"exact": {0.0: 3}, "predicted": {0.0: 1}}, device="cuda")
     taken = []
     for name in ("exact_ffn", "predicted_ffn"):
-        real = getattr(module, name)
+        real = getattr(sparse_ffn, name)
 
         def told(*given, name=name, real=real):
             taken.append(name)
             return real(*given)
 
-        monkeypatch.setattr(module, name, told)
+        monkeypatch.setattr(sparse_ffn, name, told)
     model = make("llama", torch.float16)
     if torch.cuda.is_available():
         model = model.to("cuda")
@@ -224,7 +224,7 @@ def test_the_nearest_measurements_decide(monkeypatch):
         (40, 100, 3): {"exact": {0.7: 2}},
         (11, 100, 2): {"exact": {0.0: 16}},
     }
-    monkeypatch.setattr(measured, "MOST_TOKENS", {"cuda": shapes})
+    monkeypatch.setattr(dispatch, "MOST_TOKENS", {"cuda": shapes})
 
     def tokens(hidden: int, sparsity: float | None, matrices: int = 3, path: str = "exact") -> int:
         return most_tokens(path, sparsity, device="cuda", shape=(hidden, 100, matrices))

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparsecast.collect.errors import InputError
-from sparsecast.collect.models import load_model
-from sparsecast.kernels.module import SparseFFN
-from sparsecast.kernels.sparse_model import sparsify_model
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.loading import load_model
+from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
+from sparsecast.kernels.in_models.sparsify import sparsify_model
 from sparsecast.predictors.checkpoint import PredictorSet
 
 SCORES = {"recall": 1.0, "predicted_sparsity": 0.5}

@@ -1,0 +1,123 @@
+"""What `sparsecast bench collect` times: bare forward, recording, public recipe, disk alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsecast.collect.plan import Unit
+from sparsecast.collect.store.filler import Filler
+from sparsecast.collect.store.shard import SHARD_BYTES, Shape
+from sparsecast.collect.store.writer import Writer
+from sparsecast.core.models.recorder import Recorder
+
+RECIPE_BYTES = 2 * 2**30
+"""The recipe runs on as many batches as give about this much, at least one."""
+MIN_WRITE_BYTES = 2**30
+
+
+def timed(model: PreTrainedModel, run: Callable[[], None]) -> float:
+    synchronise(model)
+    start = time.perf_counter()
+    run()
+    synchronise(model)
+    return time.perf_counter() - start
+
+
+def synchronise(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def bare(model: PreTrainedModel, plan: list[Unit]) -> None:
+    for unit in plan:
+        for batch in unit.batches:
+            model.base_model(batch.to(model.device).ids_BS, use_cache=False)
+
+
+def recording(model: PreTrainedModel, shape: Shape, plan: list[Unit], writer: Writer) -> None:
+    filler = Filler(model, shape)
+    with Recorder(model, filler):
+        for unit in plan:
+            filler.begin(unit, writer.image())
+            for batch in unit.batches:
+                filler.batch(batch)
+                model.base_model(batch.to(model.device).ids_BS, use_cache=False)
+            writer.submit(filler.end())
+    writer.drain()
+
+
+def recipe_share(shape: Shape, plan: list[Unit]) -> tuple[list[Unit], int]:
+    """The first batches that give about `RECIPE_BYTES`, and their tokens."""
+    per_token = 2 * (shape.hidden_size + shape.ffn_width) * len(shape.layers)
+    chosen: list[Unit] = []
+    tokens = 0
+    for unit in plan:
+        for batch in unit.batches:
+            if tokens and (tokens + batch.tokens) * per_token > RECIPE_BYTES:
+                return chosen, tokens
+            chosen.append(Unit(unit.split, len(chosen), [batch]))
+            tokens += batch.tokens
+    return chosen, tokens
+
+
+def recipe(
+    model: PreTrainedModel, shape: Shape, plan: list[Unit], folder: Path, *, disk: bool
+) -> None:
+    """Two float16 matrices a layer: inputs and x1."""
+    tokens = sum(unit.tokens for unit in plan)
+    widths = {"x": shape.hidden_size, "x1": shape.ffn_width}
+    matrices: dict[tuple[str, int], Any] = {}
+    for layer in shape.layers:
+        for name, width in widths.items():
+            size = (tokens, width)
+            matrices[name, layer] = (
+                np.memmap(folder / f"{name}-{layer}.mmap", np.float16, "w+", shape=size)
+                if disk
+                else np.empty(size, np.float16)
+            )
+    kept_N = torch.zeros(0, dtype=torch.bool)
+    row = 0
+
+    def keep(layer: int, x_ND: Tensor, x1_NF: Tensor) -> None:
+        for name, value in (("x", x_ND), ("x1", x1_NF)):
+            part = value[kept_N.to(value.device)].half().cpu().numpy()
+            matrices[name, layer][row : row + len(part)] = part
+
+    with Recorder(model, keep):
+        for unit in plan:
+            for batch in unit.batches:
+                kept_N = batch.keep_BS.flatten()
+                model.base_model(batch.to(model.device).ids_BS, use_cache=False)
+                row += batch.tokens
+    if disk:
+        for matrix in matrices.values():
+            matrix.flush()
+
+
+def write_rate(folder: Path, n_bytes: int) -> float:
+    """Seconds to write and sync `n_bytes` as shards of random bytes, in sequence."""
+    total = max(n_bytes, MIN_WRITE_BYTES)
+    block = np.random.default_rng(0).bytes(SHARD_BYTES)
+    start = time.perf_counter()
+    for number in range(-(-total // SHARD_BYTES)):
+        size = min(SHARD_BYTES, total - number * SHARD_BYTES)
+        with (folder / f"write-{number}").open("wb", buffering=0) as file:
+            file.write(block[:size])
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    empty(folder)
+    return seconds * n_bytes / total
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()

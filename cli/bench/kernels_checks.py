@@ -1,0 +1,101 @@
+"""Each kernel of a benchmark against its reference in float64, before anything is timed.
+
+A reference gets the kernel's own decisions; the predictor's are compared one by one.
+
+Shape letters: T tokens, D hidden, F FFN width, K neurons of a set.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.kernels.ops import bitmask, down, gate, gate_up, predictor
+from sparsecast.kernels.ops.ffn import FFN, PredictorWeights
+
+LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Of max |out - ref| / max |ref| in float64, by dtype."""
+
+
+LOGIT_LIMIT = 2e-2
+"""Of logits of order 4: hidden units, rounded to 16 bits or to q8_0, may turn over."""
+
+
+class Case(NamedTuple):
+    """What is timed together."""
+
+    name: str
+    d: int
+    f: int
+    matrices: int
+    rank: int
+    sparsity: float
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def projections(weights: FFN) -> tuple[Tensor, Tensor | None]:
+    """The one that decides who fires, and the one read after it, if there are three matrices."""
+    return (weights.up_FD, None) if weights.gate_FD is None else (weights.gate_FD, weights.up_FD)
+
+
+def check_gate(case: Case, x_TD: Tensor, gate_FD: Tensor, act_FT: Tensor) -> None:
+    want_FT, _ = gate.reference(x_TD, gate_FD, None, 0.0)
+    _check(case, "gate", act_FT, want_FT.double())
+
+
+def check_predictor(case: Case, z_TD: Tensor, weights: PredictorWeights) -> None:
+    """At its own threshold and where logits are dense: hardly one is near the former."""
+    _, logits_TF = predictor.reference(z_TD, weights.fc1_RD, weights.fc2_FR)
+    token = torch.arange(case.tokens, device=case.device)
+    middle = logits_TF.flatten()[:100_000].quantile(
+        torch.tensor([0.4, 0.9], dtype=torch.float64, device=case.device)
+    )
+    for cut in (weights.threshold, *middle.tolist()):
+        _, chosen_F = predictor.predict(z_TD, weights.fc1_RD, weights.fc2_FR, cut)
+        got_TF = ((chosen_F >> token[:, None]) & 1).bool()
+        wrong = logits_TF[got_TF != (logits_TF >= cut)] - cut
+        if wrong.numel() and float(wrong.abs().max()) > LOGIT_LIMIT:
+            raise RuntimeError(
+                f"{case.name}, {case.tokens} tokens: the predictor decides unlike its reference "
+                f"for {wrong.numel()} of {logits_TF.numel()} entries, up to "
+                f"{float(wrong.abs().max()):.2g} from the threshold {cut:.2g}, expected at most "
+                f"{LOGIT_LIMIT:g}"
+            )
+
+
+def check_rows(
+    case: Case,
+    x_TD: Tensor,
+    mask_W: Tensor,
+    source: gate_up.FromGate | gate_up.FromRows,
+    weights: FFN,
+    got: gate_up.Rows | gate_up.Entries,
+) -> None:
+    on_F = bitmask.reference(mask_W, case.f)
+    row_K, x1_KT = gate_up.reference(x_TD, on_F, source, projections(weights)[1], False)
+    got_K, got_KT = gate_up.listed(got)
+    if not torch.equal(got_K, row_K.int()):
+        raise RuntimeError(f"{case.name}: the list of rows is not the set's")
+    _check(case, "up", got_KT, x1_KT)
+
+
+def check_down(
+    case: Case, weights: FFN, chosen: gate_up.Rows | gate_up.Entries, whole_TD: Tensor
+) -> None:
+    want_TD = down.reference(chosen, weights.down_FD, None)
+    _check(case, "down", down.down(chosen, weights.down_FD, None), want_TD)
+    _check(case, "whole FFN", whole_TD, want_TD)
+
+
+def _check(case: Case, step: str, got: Tensor, want: Tensor) -> None:
+    scale = want.abs().max().clamp_min(1e-30)
+    error = float((got.double() - want).abs().max() / scale)
+    if not error <= LIMITS[case.dtype]:
+        raise RuntimeError(
+            f"{case.name}, {case.tokens} tokens: {step} is off its reference by {error:.2g} of "
+            f"the largest value, expected at most {LIMITS[case.dtype]:.2g}"
+        )

@@ -1,0 +1,247 @@
+"""Every kernel and the whole FFN against dense torch, checked before they are timed.
+
+    gate, up, down      the exact path's three steps; up is ProSparse's S2 and down its S3; where
+                        there is no gate, "gate" is the first projection, and there is no "up"
+    exact               all of it
+    predictor TYPE      both products, threshold and set, with weights in f16, q8_0 or q4_0
+    cascade             gate over the predicted rows, up where it fired
+    predicted TYPE      predictor, cascade and down
+
+Dense is the faster of cuBLAS and torch.compile, both of the same step; the predictor and the
+cascade have none (the whole has). Tokens of a batch select independently, which is the largest
+union there can be. Bytes are those of the weight rows that had to be read. Both sides are CUDA
+graphs over weights that rotate (timing.py). Of a whole FFN a row also says whether the policy auto
+would take this path; where it would not, the model's own FFN runs.
+
+Shape letters: T tokens, D hidden, F FFN width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.cli.bench import kernels_problem, timing
+from sparsecast.cli.bench.kernels_checks import (
+    Case,
+    check_down,
+    check_gate,
+    check_predictor,
+    check_rows,
+    projections,
+)
+from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.kernels.in_models.dispatch import most_tokens
+from sparsecast.kernels.ops import down, gate, gate_up, predictor
+from sparsecast.kernels.ops.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
+
+SHAPES = {
+    "30m": (512, 2048, 3),
+    "1b": (1536, 3840, 3),
+    "7b": (4096, 11008, 3),
+    "13b": (5120, 13824, 3),
+    "70b": (8192, 28672, 3),
+    "opt-1.3b": (2048, 8192, 2),
+    "opt-6.7b": (4096, 16384, 2),
+}
+"""(D, F, matrices): the preset of sparsify, MiniCPM-S-1B, Llama 2 7B, 13B and 70B, and OPT."""
+FORMATS = ("f16", "q8_0", "q4_0")
+
+
+class Dense(NamedTuple):
+    """Microseconds of the dense steps."""
+
+    gate: float
+    up: float | None
+    down: float
+    whole: float
+
+
+class Timed(NamedTuple):
+    step: str
+    us: float
+    dense_us: float | None
+    read_bytes: float
+
+
+def dense(case: Case) -> Dense:
+    """The faster of cuBLAS and torch.compile for each step, down in both layouts; sparsity does not
+    matter to them."""
+    torch.compiler.reset()  # past a number of shapes, torch.compile would quietly run eagerly
+    row_bytes = case.d * case.dtype.itemsize
+    # One matrix of a set is read by a step alone, so a step's own bytes decide how many there are.
+    count = timing.copies(case.f * row_bytes, case.device)
+    weights = [[_matrix(case) for _ in range(case.matrices)] for _ in range(count)]
+    x_TD = kernels_problem.inputs(case.tokens, case.d, case.dtype, case.device)
+    act_TF = torch.randn(case.tokens, case.f, dtype=case.dtype, device=case.device).relu()
+
+    def of_gate(x: Tensor, gate: Tensor) -> Tensor:
+        return torch.relu(x @ gate.T)
+
+    def of_up(x: Tensor, act: Tensor, up: Tensor) -> Tensor:
+        return act * (x @ up.T)
+
+    def of_down(x1: Tensor, down: Tensor) -> Tensor:
+        return x1 @ down
+
+    def as_linear(x1: Tensor, down: Tensor) -> Tensor:
+        return x1 @ down.view(case.d, case.f).T  # a matrix as nn.Linear keeps it
+
+    def x1(x: Tensor, gate: Tensor, *up: Tensor) -> Tensor:
+        act = of_gate(x, gate)
+        return of_up(x, act, *up) if up else act
+
+    def whole(x: Tensor, *weights: Tensor) -> Tensor:
+        return of_down(x1(x, *weights[:-1]), weights[-1])
+
+    def whole_as_linear(x: Tensor, *weights: Tensor) -> Tensor:
+        return as_linear(x1(x, *weights[:-1]), weights[-1])
+
+    ups = [(x_TD, act_TF, some[1]) for some in weights if case.matrices == 3]
+    return Dense(
+        _fastest((of_gate,), [(x_TD, some[0]) for some in weights]),
+        _fastest((of_up,), ups) if ups else None,
+        _fastest((of_down, as_linear), [(act_TF, some[-1]) for some in weights]),
+        _fastest((whole, whole_as_linear), [(x_TD, *some) for some in weights]),
+    )
+
+
+def steps(case: Case, against: Dense) -> Iterator[Timed]:
+    """Check and time every step of one case.
+
+    Raises:
+        RuntimeError: A kernel's result is not its reference's.
+    """
+    row_bytes = case.d * case.dtype.itemsize
+    goal = kernels_problem.targets(case.f, case.tokens, case.sparsity, case.device)
+    x_TD = kernels_problem.inputs(case.tokens, case.d, case.dtype, case.device)
+
+    weights = kernels_problem.ffn(goal.active_TF, case.d, case.dtype, case.matrices)
+    first_FD, up_FD = projections(weights)
+    act_FT, fired = gate.gate(x_TD, first_FD, None, 0.0)
+    check_gate(case, x_TD, first_FD, act_FT)
+    source = gate_up.FromGate(act_FT)
+    chosen = gate_up.rows(x_TD, fired, source, up_FD, relu_up=False)
+    active = int(chosen.total)
+    check_rows(case, x_TD, fired.mask_W, source, weights, chosen)
+    check_down(case, weights, chosen, exact_ffn(x_TD, weights)[0])
+
+    up = partial(gate_up.rows, x_TD, fired, source, relu_up=False)
+    gates = [_matrix(case) for _ in range(timing.copies(case.f * row_bytes, case.device))]
+    runs: list[Any] = [partial(gate.gate, x_TD, w, None, 0.0) for w in gates]
+    yield _timed("gate", runs, against.gate, case.f * row_bytes)
+    ups = [_matrix(case) for _ in range(timing.copies(active * row_bytes, case.device))]
+    if up_FD is not None:
+        yield _timed("up", [partial(up, w) for w in ups], against.up, active * row_bytes)
+    runs = [partial(down.down, chosen, w, None) for w in ups]
+    yield _timed("down", runs, against.down, active * row_bytes)
+    del gates, ups, runs
+    read = (case.f + (case.matrices - 1) * active) * row_bytes
+    runs = [partial(exact_ffn, x_TD, w) for w in _ffns(case, goal.active_TF, read)]
+    yield _timed("exact", runs, against.whole, read)
+    del runs
+    for number, dtype in enumerate(FORMATS):
+        yield from _predicted(case, against, goal, x_TD, weights, dtype, with_cascade=number == 0)
+
+
+def _predicted(
+    case: Case,
+    against: Dense,
+    goal: kernels_problem.Targets,
+    x_TD: Tensor,
+    weights: FFN,
+    dtype: str,
+    *,
+    with_cascade: bool,
+) -> Iterator[Timed]:
+    if dtype != "f16" and (case.d % BLOCK or case.rank % BLOCK):
+        return
+    row_bytes = case.d * case.dtype.itemsize
+
+    def made() -> PredictorWeights:
+        return kernels_problem.predictor(goal.predicted_TF, case.d, case.rank, dtype, case.dtype)
+
+    ours = made()
+    named, chosen_F = predictor.predict(x_TD, *ours[:3])
+    check_predictor(case, x_TD, ours)
+    first_FD, up_FD = projections(weights)
+    source = gate_up.FromRows(first_FD, None, 0.0, chosen_F)
+    chosen = gate_up.rows(x_TD, named, source, up_FD, relu_up=False)
+    check_rows(case, x_TD, named.mask_W, source, weights, chosen)
+    check_down(case, weights, chosen, predicted_ffn(x_TD, x_TD, weights, ours)[0])
+    predicted = int(chosen.total)
+    fired = int((gate_up.listed(chosen)[1] != 0).any(1).sum())
+    own = sum(w.nbytes for w in (ours.fc1_RD, ours.fc2_FR))
+    cascade = (predicted + (case.matrices - 2) * fired) * row_bytes
+    read = own + cascade + fired * row_bytes
+
+    predictors = [made() for _ in range(timing.copies(own, case.device))]
+    runs: list[Any] = [partial(predictor.predict, x_TD, *p[:3]) for p in predictors]
+    yield _timed(f"predictor {dtype}", runs, None, own)
+    ffns = _ffns(case, goal.active_TF, cascade if with_cascade else read)
+    if with_cascade:
+        runs = [
+            partial(
+                gate_up.rows, x_TD, named, source._replace(first_FD=first_FD), up_FD, relu_up=False
+            )
+            for first_FD, up_FD in map(projections, ffns)
+        ]
+        yield _timed("cascade", runs, None, cascade)
+    runs = [
+        partial(predicted_ffn, x_TD, x_TD, w, predictors[i % len(predictors)])
+        for i, w in enumerate(ffns)
+    ]
+    yield _timed(f"predicted {dtype}", runs, against.whole, read)
+
+
+def _timed(
+    step: str, runs: Sequence[Callable[[], object]], dense_us: float | None, read: float
+) -> Timed:
+    return Timed(step, timing.microseconds(runs), dense_us, read)
+
+
+def _fastest(
+    steps: Sequence[Callable[..., Tensor]], arguments: Sequence[tuple[Tensor, ...]]
+) -> float:
+    sides = [side for step in steps for side in (step, torch.compile(step, dynamic=False))]
+    return min(timing.microseconds([partial(run, *a) for a in arguments]) for run in sides)
+
+
+def _ffns(case: Case, active_TF: Tensor, read: float) -> list[FFN]:
+    count = timing.copies(read, case.device)
+    return [kernels_problem.ffn(active_TF, case.d, case.dtype, case.matrices) for _ in range(count)]
+
+
+def _matrix(case: Case) -> Tensor:
+    return kernels_problem.matrix(case.f, case.d, case.dtype, case.device)
+
+
+def as_row(case: Case, timed: Timed, copy_gb_per_s: float) -> dict[str, Any]:
+    """One row of the JSON report."""
+    rate = timed.read_bytes / timed.us / 1e3
+    path = timed.step.split()[0]
+    auto = None
+    if path in ("exact", "predicted"):
+        own = case.sparsity
+        if path == "predicted":
+            own = max(0.0, 1 - (1 - own) * kernels_problem.PREDICTED_PER_ACTIVE)
+        shape = (case.d, case.f, case.matrices)
+        rank = case.rank if path == "predicted" else None
+        most = most_tokens(path, own, device=case.device.type, shape=shape, rank=rank)
+        auto = most >= case.tokens
+    return {
+        "shape": case.name,
+        "step": timed.step,
+        "sparsity": case.sparsity,
+        "batch": case.tokens,
+        "us": timed.us,
+        "dense_us": timed.dense_us,
+        "speedup": timed.dense_us and timed.dense_us / timed.us,
+        "gb_per_s": rate,
+        "of_copy_bandwidth": rate / copy_gb_per_s,
+        "auto": auto,
+    }

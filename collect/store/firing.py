@@ -1,0 +1,69 @@
+"""Whether anything fires at all, and whether anything is silent: nothing else can be predicted.
+
+Where no neuron of any layer was active on any token, recall is 1 and traffic next to nothing by
+definition, so every stage stops. One silent layer among others is a fact of the model, whose FFN
+adds nothing there: its predictor predicts nothing, which is right, so that layer is only named. So
+is one in which every neuron fires on every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sparsecast.collect.store.stats import Stats
+from sparsecast.core.errors import InputError
+from sparsecast.core.progress import console
+
+ENOUGH = 1_000
+"""Tokens after which it is no chance that nothing fires in any layer."""
+
+
+class Silent(InputError):
+    """Nothing fires, so what was recorded is of no use."""
+
+    def __init__(self, where: str, tokens: int) -> None:
+        super().__init__(
+            f"{where}: nothing fires in any layer on {tokens:,} tokens, so there is nothing to "
+            "predict; collect with a smaller --activation-threshold, and check the model"
+        )
+
+
+def check_firing(
+    stats: Stats, layers: list[int], where: str, splits: Iterable[str] | None = None
+) -> None:
+    """Stop where nothing fires on the tokens of `splits`, all by default; name odd layers.
+
+    Args:
+        where: What the counts are of.
+
+    Raises:
+        Silent: No layer has an active entry.
+    """
+    chosen = stats.splits() if splits is None else list(splits)
+    silent, busy, tokens = [], [], 0
+    for layer in layers:
+        fired_F, tokens = stats.fired(layer, chosen), stats.spread(layer, chosen).tokens
+        if not fired_F.any():
+            silent.append(layer)
+        elif bool((fired_F == tokens).all()):
+            busy.append(layer)
+    if len(silent) == len(layers):
+        raise Silent(where, tokens)
+    among = f"{where}, {tokens:,} tokens"
+    if silent:
+        _tell(f"{among}: nothing fires in {_named(silent)}; recall is 1 there by definition")
+    if busy:
+        _tell(
+            f"{among}: every neuron fires on every token in {_named(busy)}, so there is no "
+            "sparsity to predict; is this a ReLU-sparse model?"
+        )
+
+
+def _named(layers: list[int]) -> str:
+    """The numbers of at most 8 layers, and how many more there are."""
+    more = f" and {len(layers) - 8} more" if len(layers) > 8 else ""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:8]))}{more}"
+
+
+def _tell(text: str) -> None:
+    console.print(text, style="yellow", soft_wrap=True)

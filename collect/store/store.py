@@ -1,0 +1,334 @@
+"""ACTS: recorded activations on disk.
+
+    manifest.json               what was recorded, from which model and text, and the real counts
+    <split>-<nnnnn>.safetensors one shard each, see shard.py
+    stats.safetensors           counts over every token, see stats.py
+
+`Shape.bound` states the bytes per token and layer. Whoever opens a store checks the manifest
+against its own checksum and every shard's header against the manifest; what a shard holds is
+checked tensor by tensor as it is first read, see shard_file.py.
+
+Shape letters: T tokens, D hidden, F FFN width, P packed width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from sparsecast.collect.plan import shard_name
+from sparsecast.collect.store.energy import decode
+from sparsecast.collect.store.shard import INPUT_DTYPES, Shape
+from sparsecast.collect.store.shard_reader import AGAIN, ShardFile, header_checksum, read_header
+from sparsecast.collect.store.stats import STATS, Stats, merge, read_stats, write_stats
+from sparsecast.core.bitmask import unpack
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import read_json
+from sparsecast.core.folders import refuse_other
+from sparsecast.core.manifests import (
+    MANIFEST,
+    check_keys,
+    check_version,
+    edited,
+    is_count,
+    is_shallow,
+    write_sealed,
+)
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.text.splits import SPLITS
+from sparsecast.core.text.tokens import COUNTED
+
+FORMAT_VERSION = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an activation store holds; `options` are those of the command that made it.
+
+    While a collection runs, its folder has a manifest without counts.
+    """
+
+    model: str
+    fingerprint: str
+    """Of the model's weights, see `Checkpoint.fingerprint`."""
+    model_type: str
+    config: dict[str, Any]
+    """The model's, as it ran; see `effective` in checkpoint.py."""
+    dtype: str
+    """The model's, while it ran."""
+    threads: int
+    """CPU threads while it ran: sums depend on their number."""
+    tokenizer: str
+    """Its class, vocabulary size and checksum."""
+    convention: str
+    """Where the predictor's input was taken."""
+    activation: str
+    activation_threshold: float
+    corpus: str
+    options: dict[str, Any]
+    layers: list[int]
+    hidden_size: int
+    ffn_width: int
+    ffn_matrices: int
+    """3 gated, 2 not: m in the traffic formulas."""
+    x_dtype: str
+    """float16, bfloat16, float32, or int8 with a scale per token."""
+    energy: bool
+    shard_tokens: dict[str, list[int]] = field(default_factory=dict)
+    """Per split, the number of tokens of each shard."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Shard file to the checksum of its header, which has those of the data behind it; the
+    statistics' file and this one, without its own checksum, to theirs."""
+    documents: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+    """Per split, how many of the documents were longer than --seq-len."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(
+            layers=tuple(self.layers),
+            hidden_size=self.hidden_size,
+            ffn_width=self.ffn_width,
+            x_dtype=self.x_dtype,
+            energy=self.energy,
+        )
+
+    @property
+    def rule(self) -> ActivationRule:
+        """What decided which neurons fire."""
+        return ActivationRule(self.activation, self.activation_threshold)
+
+    def tokens(self, split: str | None = None) -> int:
+        """Stored tokens, of one split or of all three."""
+        splits = SPLITS if split is None else (split,)
+        return sum(sum(self.shard_tokens.get(name, [])) for name in splits)
+
+
+class Rows(NamedTuple):
+    """A run of consecutive tokens of one layer."""
+
+    x_TD: Tensor
+    """A view of the memory map; float32 and a copy where int8 is stored."""
+    mask_TP: Tensor
+    """A view of the memory map; see bits.py."""
+
+
+def seal(folder: Path, manifest: Manifest, shards: Iterable[tuple[str, int, str]]) -> Manifest:
+    """Finish a store whose shards are written: statistics, checksums and the complete manifest.
+
+    Args:
+        shards: (split, tokens, file), in order of their numbers.
+    """
+    shards = list(shards)
+    counts = ((split, ShardFile(folder / name)) for split, _, name in shards)
+    write_stats(folder / STATS, merge(counts, manifest.layers, manifest.ffn_width))
+    tokens: dict[str, list[int]] = {}
+    for split, count, _ in shards:
+        tokens.setdefault(split, []).append(count)
+    checksums = {name: header_checksum(folder / name) for _, _, name in shards}
+    checksums[STATS] = xxhash.xxh3_128_hexdigest((folder / STATS).read_bytes())
+    done = replace(manifest, shard_tokens=tokens, checksums=checksums)
+    write_sealed(folder, done)
+    return done
+
+
+def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
+    """The manifest of a store, finished or not.
+
+    Args:
+        checked: Whether it must be as it was written; see `edited`.
+
+    Raises:
+        InputError: None there, another kind of folder, another version, or no manifest that a
+            collection could have written.
+    """
+    path, again = folder / MANIFEST, "remove the folder and collect again"
+    if not path.is_file() or folder.is_file():
+        refuse_other(folder, "activations")
+    value = read_json(path, "the manifest of a `sparsecast collect` folder")
+    if "shard_tokens" not in value:
+        refuse_other(folder, "activations")
+    check_version(path, value, FORMAT_VERSION, again)
+    check_keys(path, value, Manifest, again)
+    manifest = Manifest(**value)
+    if (name := _senseless(manifest)) is not None:
+        raise InputError(f"{path}: damaged, its {name} makes no sense; {AGAIN}")
+    if checked and (what := edited(path, manifest, AGAIN)) is not None:
+        raise InputError(what)
+    return manifest
+
+
+def _senseless(made: Manifest) -> str | None:
+    """The field of a manifest that no collection could have written; None where all is well."""
+    texts = ("model", "fingerprint", "model_type", "dtype", "tokenizer", "convention", "activation")
+    sizes = ("threads", "hidden_size", "ffn_width")
+    rules: dict[str, bool] = {
+        **{name: isinstance(getattr(made, name), str) for name in (*texts, "corpus")},
+        **{name: is_count(getattr(made, name)) for name in sizes},
+        "ffn_matrices": made.ffn_matrices in (2, 3),
+        "activation_threshold": isinstance(made.activation_threshold, (int, float))
+        and not isinstance(made.activation_threshold, bool),
+        "layers": isinstance(made.layers, list)
+        and bool(made.layers)
+        and all(is_count(layer, least=0) for layer in made.layers)
+        and made.layers == sorted(set(made.layers)),
+        "x_dtype": isinstance(made.x_dtype, str) and made.x_dtype in INPUT_DTYPES,
+        "energy": isinstance(made.energy, bool),
+        "config": isinstance(made.config, dict) and is_shallow(made.config),
+        "options": isinstance(made.options, dict) and is_shallow(made.options),
+        "checksums": isinstance(made.checksums, dict)
+        and all(isinstance(value, str) for value in made.checksums.values()),
+        **{
+            name: isinstance(table := getattr(made, name), dict)
+            and all(is_count(value, least=0) for value in table.values())
+            for name in ("documents", "truncated")
+        },
+        "shard_tokens": isinstance(made.shard_tokens, dict)
+        and (not made.shard_tokens or set(SPLITS) <= set(made.shard_tokens))
+        and set(made.shard_tokens) <= {*SPLITS, COUNTED}
+        and all(
+            isinstance(counts, list) and counts and all(map(is_count, counts))
+            for counts in made.shard_tokens.values()
+        ),
+    }
+    return next((name for name, sound in rules.items() if not sound), None)
+
+
+class ActivationStore:
+    """Read access, per layer and by runs of tokens, through memory maps.
+
+    Memory: none of its own; pages that were read belong to the page cache.
+
+    Args:
+        checked: Whether manifest and headers must be as they were written; where not, `damages`
+            tells.
+
+    Raises:
+        InputError: See `read_manifest`; an unfinished collection; a shard that is missing, cut
+            short, or not the one that was recorded there.
+    """
+
+    def __init__(self, folder: str | Path, *, checked: bool = True) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder, checked=checked)
+        if not self.manifest.shard_tokens:
+            raise InputError(
+                f"{self.folder}: an unfinished collection; run its `sparsecast collect` command "
+                "again, which goes on from there"
+            )
+        self._shard = lru_cache(maxsize=None)(self._open_shard)
+        if checked:
+            for split, counts in self.manifest.shard_tokens.items():
+                for number in range(len(counts)):
+                    name = shard_name(split, number)
+                    read_header(self.folder / name, self._states(name))
+
+    @property
+    def checksum(self) -> str:
+        """Checksum of the manifest, which vouches for all that the folder holds."""
+        return self._states(MANIFEST)
+
+    def shards(self, split: str) -> list[int]:
+        """Tokens per shard of a split."""
+        return self.manifest.shard_tokens.get(split, [])
+
+    def rows(
+        self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
+    ) -> Rows:
+        """Tokens [start, stop) of one layer in one shard."""
+        tensors = self._shard(split, shard)
+        x_TD = tensors[f"layer.{layer}.x"][start:stop]
+        if self.manifest.x_dtype == "int8":
+            x_TD = x_TD.float() * tensors[f"layer.{layer}.scale"][start:stop, None]
+        return Rows(x_TD, tensors[f"layer.{layer}.mask"][start:stop])
+
+    def tokens(self, split: str, shard: int) -> tuple[Tensor, Tensor]:
+        """Token ids and positions in their documents of one shard, both (T,) int32."""
+        tensors = self._shard(split, shard)
+        return tensors["id"], tensors["position"]
+
+    def energies(
+        self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
+    ) -> Tensor | None:
+        """(T, F) float32 energies of tokens [start, stop), 0 where inactive; None if not stored."""
+        if not self.manifest.energy:
+            return None
+        tensors = self._shard(split, shard)
+        active_T = tensors[f"layer.{layer}.active"]
+        mask_TF = unpack(tensors[f"layer.{layer}.mask"][start:stop], self.manifest.ffn_width)
+        first = int(active_T[:start].sum())
+        codes_N = tensors[f"layer.{layer}.energy"][first : first + int(active_T[start:stop].sum())]
+        return torch.zeros(mask_TF.shape).masked_scatter_(mask_TF, decode(codes_N))
+
+    def stats(self) -> Stats:
+        """Counts over every token, stored or only counted.
+
+        Raises:
+            InputError: They are not as they were written, or are no counts of these tokens.
+        """
+        made = self.manifest
+        tokens = {split: sum(counts) for split, counts in made.shard_tokens.items()}
+        return read_stats(
+            self.folder / STATS, self._states(STATS), tokens, made.layers, made.ffn_width
+        )
+
+    def check(self, split: str) -> None:
+        """Read a split whole, which is small, before long work that ends with it."""
+        for number in range(len(self.shards(split))):
+            self._shard(split, number).check()
+
+    def damages(self, *, whole: bool = True) -> Iterator[tuple[str, str | None]]:
+        """Every file with what is wrong with it, or None.
+
+        Args:
+            whole: Read all of them to the end, not the shards' headers alone.
+        """
+        for split, counts in self.manifest.shard_tokens.items():
+            for number in range(len(counts)):
+                name, what = shard_name(split, number), None
+                try:
+                    shard = self._shard(split, number)
+                    if whole:
+                        shard.check()
+                except InputError as error:
+                    what = str(error)
+                yield name, what
+        yield MANIFEST, edited(self.folder / MANIFEST, self.manifest, AGAIN)
+        try:
+            self.stats()
+            yield STATS, None
+        except InputError as error:
+            yield STATS, str(error)
+
+    def _states(self, name: str) -> str:
+        """The checksum that the manifest states for a file."""
+        if (states := self.manifest.checksums.get(name)) is None:
+            raise InputError(f"{self.folder / MANIFEST}: has no checksum of {name}; {AGAIN}")
+        return states
+
+    def _open_shard(self, split: str, number: int) -> ShardFile:
+        name, want = shard_name(split, number), self.shards(split)[number]
+        shard = ShardFile(self.folder / name, self._states(name))
+        fields, made, stored = shard.header.fields, self.manifest, split in SPLITS
+        found = fields["id"].shape[0] if "id" in fields else 0
+        what = None
+        if found != want:
+            what = f"holds {found} tokens, but {MANIFEST} says {want}"
+        elif misfit := made.shape.misfit(fields, want, stored=stored):
+            what = f"{misfit}, going by {MANIFEST}"
+        elif made.energy and stored:
+            for layer in made.layers:
+                energies = fields[f"layer.{layer}.energy"].shape[0]
+                if (active := int(shard[f"layer.{layer}.active"].sum())) != energies:
+                    what = f"layer {layer} has {active} active entries, but {energies} energies"
+        if what is not None:
+            raise InputError(f"{shard.path}: {what}; one of them belongs to another store: {AGAIN}")
+        return shard

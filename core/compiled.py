@@ -1,0 +1,50 @@
+"""Chains of small tensor operations as one kernel on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsecast.core.errors import reason_of
+from sparsecast.core.progress import console
+
+LARGE = 1 << 24
+"""Elements of the first argument from which compiling, which takes seconds, pays."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fused(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` through torch.compile for a large first argument on a GPU; as it stands otherwise,
+    also where nothing can be compiled, such as without a C compiler. Results agree up to rounding.
+
+    A large intermediate result is then never written: that, not arithmetic, is what bounds them.
+    """
+    compiled: Any = None
+    broken = False
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal broken, compiled
+        first = args[0]
+        large = isinstance(first, Tensor) and first.is_cuda and first.numel() >= LARGE
+        if broken or not large:
+            return function(*args, **kwargs)
+        if compiled is None:
+            compiled = torch.compile(function)
+        try:
+            result: R = compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            broken = True
+            console.print(
+                f"torch.compile failed ({reason_of(error)}); training goes on without it, slower",
+                style="yellow",
+                soft_wrap=True,
+            )
+            return function(*args, **kwargs)
+        return result
+
+    return call

@@ -1,0 +1,135 @@
+"""The processes of one torchrun: who they are, and where they wait for each other.
+
+Every rank walks the same plan and does its share of the units, so nothing passes between them but
+barriers and what went wrong, on gloo, whatever the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.options import shown
+from sparsecast.core.progress import console
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among `size`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device of this process where the user has named none of several GPUs."""
+        if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return name
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        if self.size > 1:
+            with _quiet_loss():
+                distributed.barrier()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every rank, and go on if it went well on all of them.
+
+        An `InputError` of any rank is raised on the leading one; the others leave without a word.
+        """
+        said: list[Any] = [None]
+        try:
+            yield
+        except InputError as error:
+            if self.size == 1:
+                raise
+            said = [str(error)]
+        if self.size > 1:
+            mine, said = said[0], [None] * self.size
+            with _quiet_loss():
+                distributed.all_gather_object(said, mine)
+            if message := next((text for text in said if text is not None), None):
+                raise InputError(message) if self.leads else SystemExit(2)
+
+
+@contextmanager
+def _quiet_loss() -> Iterator[None]:
+    """A rank that went away has said why; those that waited for it have nothing to add."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SystemExit(1) from error
+
+
+@contextmanager
+def team() -> Iterator[Team]:
+    """The ranks that torchrun has set up, or this process alone; one stage may run another."""
+    size = from_environment("WORLD_SIZE", 1, least=1)
+    if size == 1:
+        yield Team()
+        return
+    if distributed.is_initialized():
+        yield _this()
+        return
+    _check_launched(size)
+    # A rank may have a day more to do than another, or wait for its model's download.
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    console.quiet = distributed.get_rank() > 0
+    try:
+        yield _this()
+    finally:
+        distributed.destroy_process_group()
+
+
+def from_environment(name: str, unset: int, *, least: int = 0, most: int = 2**31 - 1) -> int:
+    """A number that torchrun hands to its processes.
+
+    Raises:
+        InputError: The variable holds something else.
+    """
+    text = os.environ.get(name, str(unset))
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10):
+        raise _refused(name, text, "a whole number")
+    if not least <= int(text) <= most:
+        raise _refused(name, text, f"a number from {least:,} to {most:,}")
+    return int(text)
+
+
+def _refused(name: str, text: str, expected: str) -> InputError:
+    return InputError(
+        f"{name}={shown(text)} in the environment: expected {expected}; torchrun sets it for "
+        f"several processes, `unset {name}` for one"
+    )
+
+
+def _check_launched(size: int) -> None:
+    """What every process of a torchrun is told, before it waits for the others."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise InputError(
+                f"WORLD_SIZE={size} in the environment, but no {name}: torchrun sets both for "
+                "several processes, `unset WORLD_SIZE` for one"
+            )
+    from_environment("RANK", 0, most=size - 1)
+    from_environment("MASTER_PORT", 0, most=2**16 - 1)
+    from_environment("LOCAL_RANK", 0)
+    from_environment("LOCAL_WORLD_SIZE", size, least=1, most=size)
+
+
+def _this() -> Team:
+    local_rank = from_environment("LOCAL_RANK", 0)
+    return Team(distributed.get_rank(), distributed.get_world_size(), local_rank)

@@ -1,0 +1,239 @@
+"""Outputs appear under their final name whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EACCES, EISDIR
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from sparsecast.core.errors import InputError
+
+
+def check_new(
+    path: Path, *, replaces: str | None = None, beside: tuple[str, ...] | None = None
+) -> Path:
+    """The folder that `new_folder` would make, refused where that would; before long work."""
+    path = Path(os.path.realpath(path))  # a link stays one, and "." has a name
+    check_place(path)
+    if path.is_dir() and any(path.iterdir()):
+        marks = [] if replaces is None else sorted(path.glob(replaces))
+        known = {p for pattern in beside or ("*",) for p in path.glob(pattern)}
+        more = len(marks) > 1 and beside is not None
+        if not marks or more or not known.union(marks).issuperset(path.iterdir()):
+            raise InputError(
+                f"{path}: exists and holds other files, expected a new or empty folder; choose "
+                "another --out or remove it"
+            )
+    return path
+
+
+def check_place(path: Path) -> None:
+    """Raises `InputError` where no folder could be put under this name; before long work."""
+    try:
+        if path.is_symlink():
+            raise InputError(f"{path}: links lead in a loop; remove it or choose another --out")
+        if not path.name or path.is_mount():
+            raise InputError(
+                f"{path}: cannot be replaced as a whole; choose a folder in it for --out"
+            )
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: is a file, expected a folder to write; choose another --out")
+        _try_to_write(path.parent)
+        if path.is_dir() and any(path.iterdir()):
+            _try_to_write(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from error
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raises `OSError` where no file can be made in a folder, or in what there is of its parents.
+
+    What permissions say is not enough: /proc and a disk mounted for reading refuse root too.
+    """
+    folder = folder.absolute()
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    TemporaryFile(dir=there).close()
+
+
+@contextmanager
+def new_folder(
+    path: Path, *, replaces: str | None = None, beside: tuple[str, ...] | None = None
+) -> Iterator[Path]:
+    """Fill a hidden sibling of `path` and move it there when the block ends without an error.
+
+    Args:
+        path: The folder to make. An empty one that exists is used.
+        replaces: Glob that marks a folder of ours, which may be replaced; anything else that
+            exists under `path` is refused.
+        beside: Globs of what else such a folder may hold, with one file that marks it; unset:
+            whatever is there goes with it.
+    """
+    path = check_new(path, replaces=replaces, beside=beside)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); choose another --out") from error
+    try:
+        yield part
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step; what is no file, as /dev/stdout or a shell's >(command), as it is.
+
+    Raises:
+        OSError: With the file's name.
+    """
+    try:
+        if (opened := _opened(path)) is not None:
+            with open(opened, "w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _opened(path: Path) -> int | Path | None:
+    """What cannot be replaced: a copy of a descriptor of this process, a device, or a FIFO.
+
+    A file that is opened by its descriptor's name would be written from its beginning.
+    """
+    names = {"/dev/stdout": "1", "/dev/stderr": "2"}
+    number = names.get(str(path), path.name)
+    if str(path) in names or str(path.parent) in ("/dev/fd", "/proc/self/fd"):
+        return os.dup(int(number)) if number.isdecimal() else None
+    return path if path.exists() and not path.is_file() and not path.is_dir() else None
+
+
+def json_text(value: Any) -> str:
+    """JSON for people and programs; NaN and infinity are refused, absent numbers are null."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `json_text` in one step."""
+    write_text(path, json_text(value))
+
+
+def refuse_unwritable(path: Path, option: str) -> None:
+    """An `InputError` before long work, where its result could not be written."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "is a folder")
+        opened = _opened(path)
+        if isinstance(opened, int):
+            os.close(opened)
+        elif opened is None:
+            _try_to_write(path.parent)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES))
+    except OSError as error:
+        raise InputError(
+            f"{option}: {path} cannot be written ({error.strerror or error}); name a file in a "
+            "folder of yours"
+        ) from error
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """A small file of a user's, whole.
+
+    Raises:
+        InputError: No such file, one that may not be read, or none of a file's kind: a folder, a
+            device, or a FIFO, which would wait for somebody to write. Each is told apart.
+    """
+    check_file(path, what)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error, what) from error
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raises `InputError` unless `path` is a regular file, or a link to one, that can be read."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            path.open("rb").close()
+            return
+    except OSError as error:
+        raise unreadable(path, error, what) from error
+    raise InputError(f"{path}: is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, expected {what}")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def unreadable(path: Path, error: OSError, what: str) -> InputError:
+    """What to say of a file that could not be opened: missing is not the same as forbidden."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return InputError(f"{path}: no such file, expected {what}")
+    if isinstance(error, PermissionError):
+        return InputError(f"{path}: may not be read ({error.strerror}); expected {what}; chmod it")
+    return InputError(f"{path}: cannot be read ({error.strerror or error}), expected {what}")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files of a user's; every fault of theirs is a `ValueError`.
+
+    NaN and Infinity are refused, which JSON has no words for, and numbers beyond float64, which
+    Python reads as infinity. So is nesting beyond Python's stack.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    if not isfinite(value := float(digits)):
+        raise ValueError(f"{digits} is beyond the range of numbers")
+    return value
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object, by the rules of `parse_json`.
+
+    Raises:
+        InputError: Anything else, with the words for what the file should have been.
+    """
+    data = read_bytes(path, what)
+    try:
+        value = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}), expected {what}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object with {what}")
+    return value

@@ -1,0 +1,58 @@
+"""What a folder holds, where it was given in another one's place or by another version."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import read_json
+
+KINDS = {
+    "activations": "activations of `sparsecast collect`, which --activations takes",
+    "predictors": "predictors of `sparsecast train`, which --predictors takes",
+    "bundle": "a bundle of `sparsecast export`, which `sparsecast verify` takes",
+    "report": "a report of `sparsecast report`, which no stage reads",
+    "model": "a model, which --model takes",
+    "text": "text, which --corpus takes",
+}
+MANY = 100
+"""Folders in a folder that are looked into."""
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a folder holds, as a key of `KINDS` other than text; it need not be whole or sound."""
+    if any(folder.glob("model_*.pt")):
+        return "predictors"
+    if any(folder.glob("*.powerinfer.gguf")):
+        return "bundle"
+    if any(folder.glob("train-*.safetensors")) or "shard_tokens" in _keys(folder, "manifest.json"):
+        return "activations"
+    if (folder / "report.json").is_file():
+        return "report"
+    if {"model_type", "architectures"} & _keys(folder, "config.json"):
+        return "model"
+    return None
+
+
+def _keys(folder: Path, name: str) -> set[str]:
+    try:
+        return set(read_json(folder / name, name))
+    except InputError:
+        return set()
+
+
+def refuse_other(path: Path, wanted: str) -> None:
+    """Raises `InputError` where `path` holds another kind than `wanted`, or where its parent or a
+    folder in it holds that kind. What is nothing of ours is left to the caller."""
+    if path.is_file() and kind_of(path.parent) == wanted:
+        raise InputError(f"{path}: is a file, expected its folder; give {path.parent}")
+    if (kind := kind_of(path)) not in (None, wanted):
+        raise InputError(f"{path}: holds {KINDS[str(kind)]}; expected {KINDS[wanted]}")
+    if kind is None:
+        inner = sorted(islice((p for p in path.glob("[!.]*/") if p.is_dir()), MANY))
+        if (found := next((p for p in inner if kind_of(p) == wanted), None)) is not None:
+            raise InputError(
+                f"{path}: holds none itself, expected {KINDS[wanted]}; give a folder in it, such "
+                f"as {found}"
+            )

@@ -1,0 +1,46 @@
+"""One run at a time writes a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sparsecast.core.errors import InputError
+
+
+@contextmanager
+def locked(out: Path, work: str) -> Iterator[None]:
+    """Keep a second run out of the same folder; `work` names its kind.
+
+    The lock is the system's, on a hidden file beside the folder: it ends with the process, however
+    that ends, and a file that a killed one has left holds nobody up.
+
+    Raises:
+        InputError: Another run holds it, or no file can be written there.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        seen = path.stat().st_ino
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+        if not path.exists() or path.stat().st_ino != seen:
+            lock.release()  # of a file that its holder has just removed, or another's
+            raise Timeout(str(path))
+    except Timeout as error:
+        raise InputError(
+            f"{out}: another {work} is writing it; wait for that one, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()

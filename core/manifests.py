@@ -1,0 +1,87 @@
+"""What the manifests of activations and of predictors share: version, keys, and own checksum.
+
+A manifest is a frozen dataclass whose field `checksums` gives the xxh3_128 of every file by name.
+The entry of the manifest itself is the checksum of its fields without that entry. Checksums show
+that a folder was damaged or edited; they do not stop somebody who computes them again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import write_json
+
+MANIFEST = "manifest.json"
+DEEPEST = 50
+"""Levels of lists and objects in a field; anything can walk through so many."""
+
+
+def write_sealed(folder: Path, manifest: Any) -> None:
+    """Write a manifest with its own checksum."""
+    sums = {**manifest.checksums, MANIFEST: own_checksum(manifest)}
+    write_json(folder / MANIFEST, asdict(replace(manifest, checksums=sums)))
+
+
+def own_checksum(manifest: Any) -> str:
+    """xxh3_128 of a manifest's fields, without this checksum itself."""
+    value = asdict(manifest)
+    value["checksums"].pop(MANIFEST, None)
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def edited(path: Path, manifest: Any, again: str) -> str | None:
+    """What was changed since a manifest was written, by its own checksum; None if nothing was."""
+    states, found = manifest.checksums.get(MANIFEST, "none"), own_checksum(manifest)
+    if states == found:
+        return None
+    return (
+        f"{path}: damaged or edited, its checksum is {found}, but it was written with {states}; "
+        f"{again}"
+    )
+
+
+def check_version(path: Path, value: dict[str, Any], ours: int, again: str) -> None:
+    """Refuse a manifest of another format version, or without one.
+
+    Args:
+        again: How the folder is made anew.
+    """
+    version = value.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise InputError(
+            f"{path}: format_version is {version!r}, expected {ours}; it is damaged: {again}"
+        )
+    if version > ours:
+        raise InputError(
+            f"{path}: format version {version}, but this sparsecast reads up to {ours}: it was "
+            f"written by a newer one; upgrade sparsecast, or {again}"
+        )
+    if version < ours:
+        raise InputError(
+            f"{path}: format version {version} of an older sparsecast, expected {ours}; {again}"
+        )
+
+
+def check_keys(path: Path, value: dict[str, Any], kind: type[Any], again: str) -> None:
+    """Refuse a manifest of our version with other keys than the fields of the dataclass `kind`."""
+    known = {item.name for item in fields(kind)}
+    for odd, what in ((known - set(value), "lacks"), (set(value) - known, "has an unknown")):
+        if odd:
+            raise InputError(f"{path}: damaged, it {what} {sorted(odd)[0]!r}; {again}")
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value out of JSON is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_shallow(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether a value out of JSON is nested no deeper than `levels`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(is_shallow(item, levels - 1) for item in inner)

@@ -1,0 +1,68 @@
+"""The activations of ReLU-sparse models, as modules and as a rule that can be written down.
+
+FATReLU (ProSparse, arXiv 2402.13516, section 3.3) keeps what reaches a threshold T:
+
+    fatrelu_T(g) = g if g >= T else 0
+
+T is rounded to the tensor's dtype first, which is what torch does with a Python scalar. ReLU is
+the case of T at zero. dReLU (Bamboo, TurboSparse) is ReLU on the gate and on up. transformers knows
+`relu`; importing this module teaches it `fatrelu` and `drelu`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+@dataclass(frozen=True)
+class ActivationRule:
+    """What stands between the first projections and x1."""
+
+    name: str
+    """`relu`, `fatrelu` or `drelu`."""
+    threshold: float = 0.0
+    """T of FATReLU; 0 for the others."""
+
+    def __str__(self) -> str:
+        return f"fatrelu({self.threshold:g})" if self.name == "fatrelu" else self.name
+
+    @property
+    def on_up(self) -> bool:
+        """Whether up passes through ReLU as well."""
+        return self.name == "drelu"
+
+    def module(self) -> nn.Module:
+        """The activation behind the gate, or behind the first projection without one."""
+        return FATReLU(self.threshold) if self.name == "fatrelu" else nn.ReLU()
+
+
+class FATReLU(nn.Module):
+    """`x if x >= threshold else 0`, elementwise, any shape and float dtype.
+
+    transformers builds activations without their parameters, so a module made by
+    `AutoModelForCausalLM` has no threshold yet and refuses to run until `load_model` or
+    `set_activation` gives it one: a wrong threshold would change the model without a sign.
+    """
+
+    def __init__(self, threshold: float | None = None) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.threshold is None:
+            raise RuntimeError(
+                "this FATReLU has no threshold: load the model with "
+                "sparsecast.core.models.loading.load_model, which reads hidden_act_param"
+            )
+        return torch.where(x >= self.threshold, x, 0)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}"
+
+
+ACT2FN["fatrelu"] = FATReLU
+ACT2FN["drelu"] = nn.ReLU  # of the gate; `set_activation` adds the other

@@ -1,0 +1,185 @@
+"""Which submodule is what, for every model family; the only place that knows module names.
+
+Adding a family is adding a row to `FAMILIES`; a model that transformers has no class for also
+needs a row in remap.py. The predictor's input is taken where PowerInfer takes it (its
+`llm_build_ffn_sparse` and the callers): for falcon the layer's own input, for all others the
+residual stream after attention and before the FFN norm. Both are the input of the norm named here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.remote_configs import REMAPPED
+
+RESIDUAL_BEFORE_FFN_NORM = "residual-before-ffn-norm"
+LAYER_INPUT = "layer-input"
+LARGEST_THRESHOLD = torch.finfo(torch.float32).max
+"""Beyond it FATReLU's threshold is infinite, and nothing ever fires."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Module paths; `norms` to `act` are relative to one decoder layer."""
+
+    layers: str
+    """The list of decoder layers, from the causal LM."""
+    norms: tuple[str, ...]
+    """The FFN norm, whose input is the predictor's input: the first of these that a layer has."""
+    gate: str | None
+    """None in an FFN of two matrices."""
+    up: str
+    down: str
+    """The module whose input is x1."""
+    act: str
+    """The activation module: behind the gate, or behind up where there is no gate."""
+    act_key: str
+    """The config field that names the activation."""
+    convention: str
+    """Name of the predictor's input, as PRED and ACTS manifests record it."""
+
+    @property
+    def matrices(self) -> int:
+        """m of the traffic formulas."""
+        return 2 if self.gate is None else 3
+
+    def decoder_layers(self, model: PreTrainedModel) -> list[nn.Module]:
+        layers = model.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return list(layers)
+
+    def norm(self, layer: nn.Module) -> nn.Module:
+        """The FFN norm of one decoder layer."""
+        return layer.get_submodule(next(name for name in self.norms if hasattr(layer, name)))
+
+
+_LLAMA = Family(
+    layers="model.layers",
+    norms=("post_attention_layernorm",),
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    act="mlp.act_fn",
+    act_key="hidden_act",
+    convention=RESIDUAL_BEFORE_FFN_NORM,
+)
+
+_OPT = Family(
+    layers="model.decoder.layers",
+    norms=("final_layer_norm",),
+    gate=None,
+    up="fc1",
+    down="fc2",
+    act="activation_fn",
+    act_key="activation_function",
+    convention=RESIDUAL_BEFORE_FFN_NORM,
+)
+
+_FALCON = Family(
+    layers="transformer.h",
+    norms=("ln_mlp", "input_layernorm"),
+    gate=None,
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    act="mlp.act",
+    act_key="activation",
+    convention=LAYER_INPUT,
+)
+
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "granite": _LLAMA,
+    "opt": _OPT,
+    "falcon": _FALCON,
+}
+
+
+def family_of(config: PreTrainedConfig, where: str) -> Family:
+    """The row for a model; `where` names the model in the error."""
+    if config.model_type not in FAMILIES:
+        raise InputError(unknown(config.model_type, where))
+    if config.model_type == "opt" and not config.do_layer_norm_before:
+        raise InputError(
+            f"{where}: this OPT has its FFN norm behind the FFN (do_layer_norm_before is false), "
+            "so there is no residual before the norm for a predictor to read; use another OPT"
+        )
+    if config.model_type == "falcon" and not (
+        config.parallel_attn or config.new_decoder_architecture
+    ):
+        raise InputError(
+            f"{where}: this Falcon runs attention before the FFN (parallel_attn is false), which "
+            "PowerInfer's Falcon does not; use one with parallel_attn, such as Falcon-7B or -40B"
+        )
+    return FAMILIES[config.model_type]
+
+
+def unknown(model_type: object, where: str, *, brings_code: bool = False) -> str:
+    """The error for a model without a row."""
+    known = ", ".join(sorted({*FAMILIES, *REMAPPED}, key=str.lower))
+    code = "; the code that comes with it (auto_map) is never run" if brings_code else ""
+    return (
+        f"{where}: model_type is {model_type!r}, expected one of {known}{code}; FAMILIES in "
+        "sparsecast.core.models.families has the table, and adding a family is adding a row"
+    )
+
+
+def activation_rule(
+    config: PreTrainedConfig, where: str, threshold: float | None = None
+) -> ActivationRule:
+    """The activation as the checkpoint's config states it.
+
+    Args:
+        config: With an activation "relu" or "drelu", or "fatrelu" and `hidden_act_param` as
+            ProSparse writes.
+        where: Names the model in the error.
+        threshold: Overrides the config: FATReLU with this T, for a config that lost it.
+    """
+    family = family_of(config, where)
+    name = getattr(config, family.act_key, None)
+    if name not in ("relu", "fatrelu", "drelu"):
+        raise InputError(
+            f"{where}: {family.act_key} is {name!r}, which leaves no exact zeros in the FFN; "
+            "expected 'relu' or 'fatrelu'. `sparsecast sparsify` turns such a model into a sparse "
+            "one (ReLU substitution, progressive L1 regularisation, threshold shift)"
+        )
+    if threshold is not None:
+        if name == "drelu" or not 0 <= threshold <= LARGEST_THRESHOLD:
+            raise InputError(
+                f"--activation-threshold: got {threshold} for {where}, expected a number from 0 to "
+                f"{LARGEST_THRESHOLD:.3g} and a model with relu or fatrelu"
+            )
+        return ActivationRule("fatrelu", threshold)
+    if name != "fatrelu":
+        return ActivationRule(name)
+    param = getattr(config, "hidden_act_param", None)
+    number = isinstance(param, (int, float)) and not isinstance(param, bool)
+    if param is None or not number or not 0 <= param <= LARGEST_THRESHOLD:
+        raise InputError(
+            f"{where}: {family.act_key} is 'fatrelu' but hidden_act_param is {str(param)[:40]!r}, "
+            f"expected a number from 0 to {LARGEST_THRESHOLD:.3g}; give the threshold with "
+            "--activation-threshold"
+        )
+    return ActivationRule("fatrelu", float(param))
+
+
+def lost_threshold(config: PreTrainedConfig, where: str) -> str | None:
+    """A warning where a config says relu but its other fields say that it was FATReLU once.
+
+    MiniCPM-S in LLaMA format still lists MiniCPM's scales, and the conversion dropped 0.03.
+    """
+    if getattr(config, "hidden_act", None) != "relu" or not hasattr(config, "scale_emb"):
+        return None
+    return (
+        f"{where}: hidden_act is 'relu' beside fields of MiniCPM (scale_emb); the conversion to "
+        "LLaMA format loses FATReLU's threshold. MiniCPM-S-1B has 0.03: give it with "
+        "--activation-threshold 0.03"
+    )

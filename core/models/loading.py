@@ -1,0 +1,243 @@
+"""Load a ReLU-sparse causal LM and its tokenizer from a folder or the hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule, family_of, lost_threshold
+from sparsecast.core.models.pretrained import load_weights
+from sparsecast.core.progress import console
+from sparsecast.core.tokenizers.loading import load_tokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: got {name!r}, expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if not found or not torch.cuda.is_available():
+            raise InputError(
+                f"--device: {name} was asked for but torch sees no CUDA device; use cpu"
+            )
+        if (device.index or 0) >= found:
+            raise InputError(f"--device: got {name}, but torch sees {found} CUDA device(s), from 0")
+    return device
+
+
+def pick_dtype(name: str, stored: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's dtype on a GPU and float32 on the CPU, where half is slow."""
+    if name == "auto":
+        on_gpu = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+        return torch.float32 if device.type == "cpu" else on_gpu
+    if name not in DTYPES:
+        raise InputError(f"--dtype: got {name!r}, expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(
+    source: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    activation_threshold: float | None = None,
+    device_map: str | None = None,
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """A sparse causal LM in eval mode with its activation's threshold set, and its tokenizer.
+
+    Args:
+        source: Folder, Hugging Face id, or tiny-prosparse; see `resolve`.
+        device, dtype: See `pick_device` and `pick_dtype`.
+        activation_threshold: FATReLU's T where the config has lost it.
+        device_map: How transformers spreads a model over devices (auto, balanced, sequential);
+            overrides `device`.
+
+    Raises:
+        InputError: See `open_checked`; an activation that leaves no exact zeros (SiLU, GELU).
+    """
+    checkpoint = Checkpoint(source)
+    family_of(checkpoint.config, source)
+    rule = activation_rule(checkpoint.config, source, activation_threshold)
+    where = pick_device(device)
+    picked = pick_dtype(dtype, checkpoint.config.dtype, where)
+    check_threshold(rule, picked, source)
+    tokenizer = check_model(checkpoint)
+    if activation_threshold is None and (warning := lost_threshold(checkpoint.config, source)):
+        console.print(warning, style="yellow")
+    model: Any = read_weights(checkpoint, picked, device_map)
+    if device_map is None:
+        model.to(where)
+    set_activation(model, rule)
+    return model.eval(), tokenizer
+
+
+def open_checked(source: str) -> tuple[Checkpoint, Tokenizer]:
+    """Every check of a model that needs no model built, before a corpus is read or a run begins.
+
+    Whatever its activation: `load_model` demands ReLU beyond this, and `sparsify` makes it. Reads
+    headers, the config and the tokenizer; takes seconds for a model of any size. `read_weights`
+    loads the model from what this returns.
+
+    Args:
+        source: Folder, Hugging Face id, or tiny-prosparse; see `resolve`.
+
+    Raises:
+        InputError: No such model; not a causal LM, or of a family without a row in the table; a
+            missing, cut or unreadable file of weights, one that is a Git LFS pointer, quantised
+            ones, an adapter beside them; weights that do not fit the config; no usable tokenizer;
+            tokens beyond the embedding, or a padding token beyond it.
+    """
+    checkpoint = Checkpoint(source)
+    return checkpoint, check_model(checkpoint)
+
+
+def check_model(checkpoint: Checkpoint) -> Tokenizer:
+    """The checks of `open_checked` on an open checkpoint; its tokenizer."""
+    config, source = checkpoint.config, checkpoint.source
+    default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "no architecture")
+    if not any(str(name).endswith("ForCausalLM") for name in config.architectures or [default]):
+        raise InputError(
+            f"{source}: architectures is {config.architectures}, expected a causal language model "
+            "(...ForCausalLM)"
+        )
+    family_of(config, source)
+    checkpoint.check()
+    tokenizer = load_tokenizer(checkpoint)
+    check_vocabulary(tokenizer, config.vocab_size, checkpoint.folder)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int, where: object) -> None:
+    """Refuse a tokenizer that text can take beyond the embedding's `rows`.
+
+    Special tokens but BOS may lie beyond: many models have a padding token there that no text
+    gives, and `sequences` names the document that does.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in added if token.special} - {tokenizer.bos_token_id}
+    beyond = [
+        (number, token)
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows and number not in special
+    ]
+    if beyond:
+        number, token = min(beyond)
+        raise InputError(
+            f"{where}: the tokenizer has {token!r} as id {number:,}, but the model has an "
+            f"embedding for ids 0 to {rows - 1:,} (vocab_size); give the tokenizer that the model "
+            "was trained with"
+        )
+
+
+def check_threshold(rule: ActivationRule, dtype: torch.dtype, where: str) -> None:
+    """Refuse a threshold that is infinite in the model's dtype: nothing would ever fire."""
+    if not torch.tensor(rule.threshold, dtype=torch.float64).to(dtype).isfinite():
+        raise InputError(
+            f"{where}: FATReLU's threshold {rule.threshold:g} is infinite in "
+            f"{str(dtype).removeprefix('torch.')}, so nothing would ever fire; expected at most "
+            f"{torch.finfo(dtype).max:g}"
+        )
+
+
+def read_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None = None
+) -> PreTrainedModel:
+    """The model that the config describes, every weight of it from the checkpoint.
+
+    transformers fills what is missing with random numbers; here that is an error. Tensors that
+    the model has no place for are named and left out: TurboSparse keeps predictors there.
+    """
+    model, found = load_weights(
+        checkpoint.folder,
+        checkpoint.config,
+        safetensors=checkpoint.safetensors,
+        dtype=dtype,
+        device_map=device_map,
+    )
+    for name, stored, wanted in sorted(found["mismatched_keys"], key=str):
+        raise InputError(
+            f"{checkpoint.folder}: tensor {name} is {list(stored)}, but config.json describes "
+            f"{list(wanted)}; give the config and the weights of one model"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f"{checkpoint.folder}: tensor {missing[0]} is missing"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + "; download or save the weights again"
+        )
+    if extra := sorted(name for name in found["unexpected_keys"] if "predictor" not in name):
+        console.print(
+            f"{checkpoint.folder}: {len(extra)} tensors have no place in a "
+            f"{checkpoint.config.model_type} model and are ignored, {extra[0]} first",
+            style="yellow",
+            soft_wrap=True,
+        )
+    return model
+
+
+def set_activation(model: PreTrainedModel, rule: ActivationRule) -> None:
+    """Put the activation of `rule` into every FFN of `model`, in place."""
+    family = family_of(model.config, str(model.config.name_or_path))
+    parent, _, name = family.act.rpartition(".")
+    for layer in family.decoder_layers(model):
+        setattr(layer.get_submodule(parent), name, rule.module())
+        if rule.on_up:
+            layer.get_submodule(family.up).register_forward_hook(_relu)
+
+
+def _relu(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    return output.relu()
+
+
+def ffn_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """(layers, hidden size, FFN width), measured on the weights."""
+    family = family_of(model.config, str(model.config.name_or_path))
+    layers = family.decoder_layers(model)
+    up = layers[0].get_submodule(family.up)
+    assert isinstance(up, nn.Linear)
+    return len(layers), up.in_features, up.out_features
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Token ids that the model has an embedding for, from 0."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
+def check_length(seq_len: int, model: PreTrainedModel, name: str) -> None:
+    """Raises `InputError` where sequences are longer than the model was made for."""
+    if seq_len > (limit := positions(model)):
+        raise InputError(
+            f"--seq-len: got {seq_len}, but {name} was made for {limit} positions "
+            "(max_position_embeddings); choose at most that"
+        )
+
+
+def positions(model: PreTrainedModel) -> float:
+    """Tokens in a row that the model was made for.
+
+    Linear and dynamic rope scaling stretch `max_position_embeddings`; with yarn and llama3 the
+    config states the stretched number.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if rope.get("rope_type") in ("linear", "dynamic") else None
+    stretched: float = limit * max(1, factor or 1)
+    return stretched

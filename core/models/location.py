@@ -1,0 +1,99 @@
+"""Where a model is: the folder that a path, the shipped model's name or a hub id stands for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.files import unreadable
+from sparsecast.core.progress import console
+
+SHIPPED = Path(__file__).parents[1] / "sparsify" / "tiny-prosparse"
+"""The model that comes with the package."""
+HUB_SECONDS = 10.0
+"""How long the hub may take to answer."""
+_GIVE = (
+    "give a folder with config.json and weights, a Hugging Face id such as "
+    "SparseLLM/prosparse-llama-2-7b, or tiny-prosparse, which comes with the package"
+)
+
+
+def resolve(source: str) -> Path:
+    """The local folder of a model: `source` itself, the shipped one, or the snapshot of a hub id.
+
+    A name that looks like a path never goes to the network: see `is_path`.
+
+    Raises:
+        InputError: No such folder; no such model on the hub; no hub and no copy in its cache.
+    """
+    if (folder := find_local(source)) is not None:
+        return folder
+    path = Path(os.path.expanduser(source))
+    try:
+        there = bool(source) and bool(path.lstat())
+    except PermissionError as error:
+        raise unreadable(path, error, "a model's folder") from error
+    except (OSError, ValueError):  # not there, or no name that a file can have
+        there = False
+    if there:
+        raise InputError(f"{source}: is not a folder, expected a model's; {_GIVE}")
+    if is_path(source):
+        raise InputError(f"{source or repr(source)}: no such model folder; {_GIVE}")
+    return _download(source)
+
+
+def find_local(source: str) -> Path | None:
+    """A model's folder as far as this machine tells: an existing one, or the shipped model's."""
+    folder = os.path.expanduser(source)
+    if source and os.path.isdir(folder):
+        return Path(folder)
+    return SHIPPED if source in (SHIPPED.name, f"{SHIPPED.parent.name}/{SHIPPED.name}") else None
+
+
+def is_path(source: str) -> bool:
+    """Whether a name is meant as a path: a hub id is `owner/name`, and owner is no folder here."""
+    owner, slash, name = source.partition("/")
+    if not slash or not owner or not name or "/" in name or "\\" in source:
+        return True
+    return owner.startswith((".", "~")) or name.startswith(".") or os.path.lexists(owner)
+
+
+def _download(source: str) -> Path:
+    """The snapshot of a model on the hub; its copy in the cache where the hub does not answer."""
+    try:
+        info = HfApi().model_info(source, timeout=HUB_SECONDS)
+        files = [file.rfilename for file in info.siblings or []]
+        return Path(snapshot_download(source, revision=info.sha, allow_patterns=_wanted(files)))
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _not_there(source, error) from error
+    except Exception as error:  # without a connection the hub's client raises its HTTP library's
+        try:
+            folder = Path(snapshot_download(source, local_files_only=True))
+        except OSError:
+            raise _not_there(source, error) from error
+        if not constants.HF_HUB_OFFLINE:  # where the user wanted that, it is no news
+            console.print(
+                f"{source}: the hub does not answer ({reason_of(error)}); its copy in the cache "
+                "is used",
+                style="yellow",
+                soft_wrap=True,
+            )
+        return folder
+
+
+def _not_there(source: str, error: Exception) -> InputError:
+    return InputError(
+        f"{source}: neither a local folder nor a model that could be downloaded "
+        f"({reason_of(error)}); check the spelling, the network and `hf auth login`"
+    )
+
+
+def _wanted(files: list[str]) -> list[str]:
+    """Everything but weights in formats that are not read, so that none is downloaded twice."""
+    safe = any(file.endswith(".safetensors") for file in files)
+    weights = "*.safetensors" if safe else "pytorch_model*.bin"
+    return ["*.json", weights, "*.model", "*.txt", "*.jinja"]

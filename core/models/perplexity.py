@@ -1,0 +1,37 @@
+"""Perplexity of a causal LM on given batches: one definition for every stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsecast.core.text.tokens import TokenBatch
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    data: Iterable[TokenBatch],
+    on_batch: Callable[[TokenBatch], object] = lambda batch: None,
+) -> float:
+    """exp of the mean NLL, in float32, of every token but the first of each document.
+
+    Args:
+        on_batch: Called with every batch, on the model's device, before its forward pass.
+    """
+    nll, predicted = 0.0, 0
+    for cpu_batch in data:
+        batch = cpu_batch.to(model.device)
+        on_batch(batch)
+        logits = model(batch.ids_BS, use_cache=False).logits
+        # Right padding: causal attention needs no mask to keep it out of real tokens.
+        keep = batch.keep_BS[:, 1:]
+        target = batch.ids_BS[:, 1:][keep]
+        loss = nn.functional.cross_entropy(logits[:, :-1][keep].float(), target, reduction="sum")
+        nll += loss.item()
+        predicted += len(target)
+    return math.exp(nll / predicted)

@@ -1,0 +1,226 @@
+"""The files that hold a model's weights, found as transformers finds them and read as tensors.
+
+transformers takes the first of these that exists and never looks at the others:
+
+    model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json
+
+Everything here reads that one, so what is recorded is what is exported. Nothing is unpickled but
+tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.files import check_file, read_json, unreadable
+
+ORDER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What transformers looks for, first come first."""
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_AGAIN = "download or save the weights again"
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def main_file(folder: Path) -> Path:
+    """The weights, or the index of their shards, that transformers reads in a folder.
+
+    Raises:
+        InputError: None of `ORDER`, one that may not be read, or a distributed checkpoint, which
+            transformers prefers to all of them.
+    """
+    for name in _names(folder):
+        if _DISTRIBUTED.fullmatch(name):
+            raise InputError(
+                f"{folder / name}: is a distributed checkpoint, which transformers reads instead "
+                "of model.safetensors; load it and save it with `model.save_pretrained(folder)`"
+            )
+    paths = [folder / name for name in ORDER]
+    for path in paths:
+        if os.path.isfile(path):  # false also for a FIFO, and where a link leads nowhere
+            return path
+    for path in paths:
+        if os.path.lexists(path):
+            check_file(path, "a model's weights")
+    raise InputError(
+        f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; save the "
+        "weights with `model.save_pretrained(folder)` of transformers 5"
+    )
+
+
+def places(folder: Path) -> dict[str, Path]:
+    """Every tensor's name and the file that holds it, by the files' own headers.
+
+    Raises:
+        InputError: See `main_file`; an index that names files of other folders, files that are not
+            there, or tensors that are not in them; a tensor that two shards hold.
+    """
+    main = main_file(folder)
+    index = _index(main) if main.suffix == ".json" else {}
+    where: dict[str, Path] = {}
+    for file in sorted(set(index.values())) or [main.name]:
+        path = folder / file
+        with open_weights(path) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name in where:
+                    raise InputError(
+                        f"{path}: tensor {name} is also in {where[name].name}, expected it once; "
+                        f"{_AGAIN}"
+                    )
+                where[name] = path
+    for name, file in sorted(index.items()):
+        if where.get(name) != folder / file:
+            raise InputError(
+                f"{folder / file}: tensor {name} is not in it, but the index says so; {_AGAIN}"
+            )
+    return where
+
+
+def _index(path: Path) -> dict[str, str]:
+    """A shard index's names of tensors and of files beside it."""
+    refuse_pointer(path)
+    index = read_json(path, "the index of a sharded model").get("weight_map")
+    if (
+        not isinstance(index, dict)
+        or not index
+        or not all(isinstance(file, str) for file in index.values())
+    ):
+        raise InputError(
+            f"{path}: expected an object of tensor names and files under 'weight_map'"
+            "; download it again"
+        )
+    suffix = ".safetensors" if ".safetensors" in path.name else ".bin"
+    there = _names(path.parent)
+    for file in sorted(set(index.values())):
+        if re.search(r"[/\\\0]", file) or not file.endswith(suffix):
+            raise InputError(
+                f"{path}: names the file {file[:200]!r}, expected the name of a *{suffix} file "
+                "beside it, without a folder; give an index that save_pretrained has written"
+            )
+        if file not in there:
+            raise InputError(
+                f"{path.parent / file}: no such file, but {path.name} names it; {_AGAIN}"
+            )
+    return index
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(
+            f"{folder}: may not be listed ({error.strerror or error}), expected a model's folder"
+        ) from error
+
+
+def open_weights(path: Path) -> Any:
+    """A weights file with `keys`, `get_tensor` and `with`, as `safe_open` gives it.
+
+    Memory: a map of the file; of a .bin that torch wrote before 1.6, all of it.
+    """
+    check_file(path, "a model's weights")
+    refuse_pointer(path)
+    if path.suffix == ".bin":
+        return _Pickled(path)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: not a readable weights file ({reason_of(error)}); {_AGAIN}"
+        ) from error
+
+
+def refuse_pointers(folder: Path) -> None:
+    """`refuse_pointer` on the small files beside the weights: configs, tokenizer, templates."""
+    for name in _names(folder):
+        if name.endswith((".json", ".model", ".txt", ".jinja")) and name not in ORDER:
+            refuse_pointer(folder / name)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises `InputError` where Git LFS has left its note of a file in the file's place."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise unreadable(path, error, "a model's file") from error
+    if head.startswith(_POINTER):
+        size = re.search(rb"^size (\d{1,18})\s*$", head, re.M)
+        real = f" of {int(size[1]):,} bytes" if size else ""
+        raise InputError(
+            f"{path}: is a Git LFS pointer, expected the file{real} itself; run `git lfs pull` in "
+            "that folder, or download the model with `hf download`"
+        )
+
+
+class _Pickled:
+    """A .bin file with the reading methods of `safe_open`."""
+
+    def __init__(self, path: Path) -> None:
+        value = _unpickled(path)
+        if not isinstance(value, dict) or not all(
+            isinstance(name, str) and _plain(tensor) for name, tensor in value.items()
+        ):
+            raise InputError(
+                f"{path}: it does not hold a dict of tensors, as `torch.save(model.state_dict(), "
+                f"file)` writes it; {_AGAIN}"
+            )
+        self._tensors: dict[str, Tensor] = value
+
+    def __enter__(self) -> _Pickled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close: a map lives as long as its tensors."""
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+def _unpickled(path: Path) -> object:
+    try:
+        # torch maps zip files alone; its format before 1.6 is not one.
+        mapped = is_zipfile(path)
+        with warnings.catch_warnings(action="ignore"):  # of pickle versions, which say nothing here
+            value: object = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # what a damaged pickle raises is up to its bytes
+        told = str(error)
+        # torch's own text advises weights_only=False, which runs whatever the file says.
+        if foreign := re.search(r"GLOBAL ([\w.]+)", told):
+            raise InputError(
+                f"{path}: holds more than tensors ({foreign[1]}), and nothing that comes with a "
+                "model is run; give the weights as model.safetensors"
+            ) from None
+        none = "weights_only" in told
+        reason = "it is not a file of torch.save" if none else reason_of(error).split(". ")[0]
+        raise InputError(f"{path}: not a readable weights file ({reason}); {_AGAIN}") from None
+    return value
+
+
+def _plain(value: object) -> bool:
+    """Whether a tensor holds its numbers, one after the other."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_meta
+        and not value.is_quantized
+    )

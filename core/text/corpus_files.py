@@ -1,0 +1,111 @@
+"""The local files of a corpus: found, or refused where one cannot be read.
+
+A file or folder that is there and may not be read is an error, never left out: what was recorded
+would not be what the user has named.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_file, unreadable
+from sparsecast.core.folders import refuse_other
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_FILE = f"a file of text ({', '.join(SUFFIXES)})"
+_OPENED = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+"""Where what a shell has opened for a process has a name."""
+
+
+def is_stream(spec: str) -> bool:
+    """Whether a corpus can be read once only: standard input, `<(command)`, a FIFO, a terminal."""
+    if spec == "-":
+        return True
+    try:
+        mode = Path(spec).expanduser().stat().st_mode
+    except OSError:
+        return False
+    opened = spec.startswith(_OPENED) and not stat.S_ISDIR(mode)
+    return opened or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+def local_files(spec: str) -> list[Path] | None:
+    """The files that a path or a pattern names, in order; None where it may be a dataset's name.
+
+    Raises:
+        InputError: None there, one that is no regular file, or one or a folder that may not be
+            read.
+    """
+    path = Path(spec).expanduser()
+    pattern = any(c in spec for c in "*?[")
+    mode = _mode(path) if not pattern or os.path.exists(path) else None
+    if mode is not None and stat.S_ISDIR(mode):
+        files = sorted(_below(path))
+        if not files:
+            refuse_other(path, "text")
+            raise InputError(f"{spec}: no {', '.join(SUFFIXES)} file in this folder")
+    elif mode is not None:
+        files = [path]
+    elif pattern:
+        files = _matching(str(path))
+        if not files:
+            raise InputError(f"{spec}: no file matches this pattern")
+    elif path.suffix.lower() in SUFFIXES or spec.startswith(("/", ".", "~")):
+        raise InputError(f"{spec}: no such file or folder; check the path of the corpus")
+    else:
+        return None
+    for file in files:
+        check_file(file, _FILE)
+        if file.suffix.lower() not in SUFFIXES:
+            raise InputError(f"{file}: cannot read this type; expected {', '.join(SUFFIXES)}")
+    return files
+
+
+def most_tokens(spec: str) -> int | None:
+    """More tokens than a corpus has: the bytes of its text files; None where nobody knows.
+
+    A token stands for a byte at least, and what a document or a turn of a chat adds is less than
+    the JSON or the line around it.
+    """
+    files = None if spec == "builtin" or is_stream(spec) else local_files(spec)
+    if files is None or any(file.suffix.lower() == ".parquet" for file in files):
+        return None
+    return len(files) + sum(file.stat().st_size for file in files)
+
+
+def _mode(path: Path) -> int | None:
+    """The file type and permissions of a path; None where nothing is."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(path, error, "the corpus") from error
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for where, _, names in os.walk(folder, onerror=_refuse):
+        yield from (Path(where, n) for n in names if Path(n).suffix.lower() in SUFFIXES)
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Each file once, whatever links lead to it. `glob` passes over folders that it cannot read."""
+    head, *rest = Path(pattern).parts
+    for depth in range(len(rest)):
+        for found in glob.iglob(str(Path(head, *rest[:depth])), recursive=True):
+            try:
+                if os.path.isdir(found):
+                    os.scandir(found).close()
+            except OSError as error:
+                _refuse(error)
+    matches = {Path(os.path.realpath(p)) for p in glob.iglob(pattern, recursive=True)}
+    return sorted(p for p in matches if not p.is_dir())
+
+
+def _refuse(error: OSError) -> None:
+    raise unreadable(Path(error.filename), error, "a folder of the corpus") from error

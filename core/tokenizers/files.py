@@ -1,0 +1,78 @@
+"""Which files of a model's folder are its tokenizer, checked before anything is made of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_file, read_bytes, read_json
+from sparsecast.core.models.weight_files import refuse_pointer
+
+MODEL = "tokenizer.model"
+WHOLE = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.txt", "tekken.json")
+"""Each holds a vocabulary with all that it takes to cut text."""
+PAIR = ("vocab.json", "merges.txt")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def check_files(folder: Path) -> None:
+    """transformers makes an empty tokenizer of a folder that has none.
+
+    Raises:
+        InputError: None, half of one, or a file that cannot be read.
+    """
+    found = sorted(path for pattern in WHOLE for path in folder.glob(pattern))
+    halves = [folder / name for name in PAIR if (folder / name).exists()]
+    for path in [*found, *halves]:
+        check_file(path, "a tokenizer")
+        refuse_pointer(path)
+        if not path.stat().st_size:
+            raise InputError(f"{path}: is empty, expected a tokenizer; download it again")
+    for name in SETTINGS:
+        if (folder / name).exists():
+            read_json(folder / name, "a tokenizer's settings")
+    if not found and len(halves) == 1:
+        (other,) = {*PAIR} - {halves[0].name}
+        raise InputError(
+            f"{folder}: has {halves[0].name} without {other}, expected both; copy the other from "
+            "where the model comes from"
+        )
+    if not found and not halves:
+        raise InputError(
+            f"{folder}: no tokenizer files, expected tokenizer.json, tokenizer.model, or vocab.json"
+            " and merges.txt in it; copy them from where the model comes from"
+        )
+    if not found:
+        _check_merges(*halves)
+
+
+def sentencepiece_file(folder: Path) -> Path | None:
+    """tokenizer.model, unless it is one of tiktoken's, which Llama 3 gave that name."""
+    path = folder / MODEL
+    return path if path.exists() and not _is_tiktoken(path) else None
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, where there is one."""
+    path = folder / SETTINGS[0]
+    return read_json(path, "a tokenizer's settings") if path.exists() else {}
+
+
+def _is_tiktoken(path: Path) -> bool:
+    with path.open("rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read(1024)) is not None
+
+
+def _check_merges(vocab: Path, merges: Path) -> None:
+    """Raises `InputError` where most pieces of the vocabulary are made by no merge."""
+    pieces = read_json(vocab, "the pieces of a tokenizer and their ids")
+    text = read_bytes(merges, "the merges of a tokenizer").decode("utf-8", errors="replace")
+    made = {line.replace(" ", "") for line in text.split("\n")}
+    longer = [piece for piece in pieces if len(piece) > 1]
+    if (count := sum(piece in made for piece in longer)) < len(longer) / 2:
+        raise InputError(
+            f"{merges}: makes {count} of the {len(longer)} longer pieces in vocab.json; it is not "
+            "whole, or belongs to another tokenizer: copy both from where the model comes from"
+        )

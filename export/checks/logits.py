@@ -1,0 +1,151 @@
+"""The bundle evaluated as the engine would, against the model.
+
+With every neuron active the two differ by rounding alone. Weights are rounded to the types of the
+file; values.py compares them exactly, so here the model computes with such weights too. Inputs of
+products are rounded to f16, those of quantised weights to q8_0; the latter would hide an error (in
+a q4_0 file swapped rows of q moved the mean from 1.0 to 1.2 times its noise), so this check rounds
+all to f16, and q8_0 is left to the engine's own answer. How much that moves the logits depends on
+the model (depth, scale, saturation), so it is measured on the same tokens rather than guessed: d0
+is the difference that transformers itself shows with and without f16 inputs to every linear layer.
+Two realisations of rounding noise of one size differ from float32 by about the same; the engine
+adds the f16 table in softmax. The check allows 3 times d0 in the mean and 6 times at the worst
+logit. Measured on tiny-prosparse in f16 and in q4_0: a right bundle 1.0 in the mean and 1.0 and 1.5
+at the worst, one lost gate row 8 and 10 in the mean, two swapped rows of q in one layer 22 and 23,
+a wrong rope base 610 and 620.
+
+Shape letters: N chunks, S chunk length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.loading import set_activation
+from sparsecast.export.checks.base import Check
+from sparsecast.export.checks.sources import module_of, rounded
+from sparsecast.export.checks.tensors import expected_shapes
+from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.read.tensor_types import TensorType
+
+MEAN_FACTOR, MAX_FACTOR = 3.0, 6.0
+FLOOR = 1e-5
+"""Of the logits' spread: float32's own noise, where a model has nothing to round."""
+LOGIT_CHUNKS = 4
+"""Chunks compared logit by logit: 512 tokens."""
+
+
+def check_logits(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> Check:
+    """Everything active against `model`, a float32 model on the CPU that computes ReLU."""
+    ids_NS = ids_NS[:LOGIT_CHUNKS]
+    types = linear_types(emulator.file)
+    ours_NSV = Emulator(emulator.file, coarse=False).logits(ids_NS, all_active=True)
+    if reason := degenerate(ours_NSV):
+        return Check("logits", False, reason)
+    exact_NSV = model_logits(as_stored(model, types), ids_NS)
+    d0_NSV = (model_logits(as_stored(model, types, inputs=True), ids_NS) - exact_NSV).abs()
+    diff_NSV = (ours_NSV - exact_NSV).abs()
+    floor = FLOOR * exact_NSV.std().item()
+    mean, mean_bound = diff_NSV.mean().item(), MEAN_FACTOR * d0_NSV.mean().item() + floor
+    worst, worst_bound = diff_NSV.max().item(), MAX_FACTOR * d0_NSV.max().item() + floor
+    detail = (
+        f"everything active against the model with ReLU, {ids_NS.numel()} tokens: mean difference "
+        f"{mean:.2e} (bound {mean_bound:.2e}), largest {worst:.2e} (bound {worst_bound:.2e})"
+    )
+    return Check("logits", mean <= mean_bound and worst <= worst_bound, detail)
+
+
+def degenerate(logits: Tensor) -> str | None:
+    """Why these (..., V) logits are no logits: NaN, all zero, the same for every token."""
+    if not bool(logits.isfinite().all()):
+        return "the logits hold NaN or infinity"
+    if not bool(logits.any()):
+        return "all logits are 0"
+    if bool((logits.amax(-1) == logits.amin(-1)).any()):
+        return "the logits of a position are all equal"
+    if bool((logits == logits[..., :1, :]).all()):
+        return "the logits are the same at every position"
+    return None
+
+
+@torch.inference_mode()
+def model_logits(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
+    """(N, S, V) float32."""
+    output: Any = model(ids_NS, use_cache=False)
+    logits_NSV: Tensor = output.logits
+    return logits_NSV.float()
+
+
+def with_relu(model: PreTrainedModel) -> PreTrainedModel:
+    """A twin that computes as the engine does, ReLU and, in an OPT, norms without an epsilon; it
+    shares the weights. ReLU on gate and up stays."""
+    twin = _twin(model)
+    if not activation_rule(model.config, "model").on_up:
+        set_activation(twin, ActivationRule("relu"))
+    if model.config.model_type == "opt":
+        for module in twin.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 0.0
+    return twin
+
+
+def linear_types(file: GGUFFile) -> dict[str, TensorType]:
+    """Type of the file by name of the model's module, for its matrices."""
+    types = {}
+    for name in expected_shapes(file):
+        source, entry = module_of(file, name), file.entries[name]
+        if source is not None and len(entry.shape) == 2:
+            types[source] = entry.type
+    # An OPT's file has no output matrix: its embedding serves.
+    types.setdefault("lm_head", file.entries["token_embd.weight"].type)
+    return types
+
+
+def as_stored(
+    model: PreTrainedModel, types: dict[str, TensorType], *, inputs: bool = False
+) -> PreTrainedModel:
+    """A twin that computes with weights as a file of these types holds them; shares the weights.
+
+    Args:
+        inputs: Also round the input of every linear layer to f16.
+    """
+    twin, down = _twin(model), "." + family_of(model.config, "model").down
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Linear):
+            # The down projection is stored, and so divided into blocks, transposed.
+            hook = partial(_linear, types[name], name.endswith(down), inputs)
+            # In front of the ReLU that a bamboo has behind up.
+            module.register_forward_hook(hook, prepend=True)
+        elif isinstance(module, nn.Embedding):
+            module.register_forward_hook(partial(_rows, types[name]))
+    return twin
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    shared: dict[int, Any] = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _linear(
+    kind: TensorType, flipped: bool, inputs: bool, module: nn.Linear, args: tuple[Tensor], _: Tensor
+) -> Tensor:
+    weight = _weight(module.weight.T, kind).T if flipped else _weight(module.weight, kind)
+    x = args[0].half().float() if inputs else args[0]
+    return nn.functional.linear(x, weight, module.bias)
+
+
+def _rows(kind: TensorType, _: nn.Embedding, __: tuple[Tensor], output: Tensor) -> Tensor:
+    return _weight(output, kind)
+
+
+def _weight(weight: Tensor, kind: TensorType) -> Tensor:
+    """As the file was rounded: of two codes equally near, the other is a whole step off."""
+    return rounded(weight.detach(), kind).float()

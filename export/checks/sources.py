@@ -1,0 +1,152 @@
+"""What a model says each tensor of its PowerInfer file should hold.
+
+Written without the exporter's code: where names.py moves axes, this picks rows by index arithmetic,
+and the config is config.json as it stands instead of transformers' object.
+"""
+
+from __future__ import annotations
+
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from torch import Tensor
+
+from sparsecast.core.files import read_json
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.export.read.header import header_of
+from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.read.tensor_types import TensorType
+
+LLAMA = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "model.layers.{}.input_layernorm",
+    "attn_q": "model.layers.{}.self_attn.q_proj",
+    "attn_k": "model.layers.{}.self_attn.k_proj",
+    "attn_v": "model.layers.{}.self_attn.v_proj",
+    "attn_output": "model.layers.{}.self_attn.o_proj",
+    "ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "ffn_up": "model.layers.{}.mlp.up_proj",
+    "ffn_down_t": "model.layers.{}.mlp.down_proj",
+}
+FALCON = {
+    "token_embd": "transformer.word_embeddings",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": "transformer.h.{}.input_layernorm",
+    "attn_qkv": "transformer.h.{}.self_attention.query_key_value",
+    "attn_output": "transformer.h.{}.self_attention.dense",
+    "ffn_up": "transformer.h.{}.mlp.dense_h_to_4h",
+    "ffn_down_t": "transformer.h.{}.mlp.dense_4h_to_h",
+}
+TWO_NORMS = {
+    "attn_norm": "transformer.h.{}.ln_mlp",
+    "attn_norm_2": "transformer.h.{}.ln_attn",
+}
+OPT = {
+    "token_embd": "model.decoder.embed_tokens",
+    "position_embd": "model.decoder.embed_positions",
+    "output_norm": "model.decoder.final_layer_norm",
+    "attn_norm": "model.decoder.layers.{}.self_attn_layer_norm",
+    "attn_q": "model.decoder.layers.{}.self_attn.q_proj",
+    "attn_k": "model.decoder.layers.{}.self_attn.k_proj",
+    "attn_v": "model.decoder.layers.{}.self_attn.v_proj",
+    "attn_output": "model.decoder.layers.{}.self_attn.out_proj",
+    "ffn_norm": "model.decoder.layers.{}.final_layer_norm",
+    "ffn_up": "model.decoder.layers.{}.fc1",
+    "ffn_down_t": "model.decoder.layers.{}.fc2",
+}
+
+
+def modules(file: GGUFFile) -> dict[str, str]:
+    """Kind of the file's tensor to the model's module; `{}` stands for the layer."""
+    arch = header_of(file).arch
+    if arch == "falcon" and "blk.0.attn_norm_2.weight" in file.entries:
+        return {**FALCON, **TWO_NORMS}
+    return {"falcon": FALCON, "opt": OPT}.get(arch, LLAMA)
+
+
+def module_of(file: GGUFFile, name: str) -> str | None:
+    """The model's module whose weight or bias a tensor of the file holds; None for a predictor."""
+    block, kind = parts(name)
+    module = modules(file).get(kind)
+    return None if module is None else module.format(block)
+
+
+def parts(name: str) -> tuple[int | None, str]:
+    """Layer and kind of a tensor: blk.3.attn_q.weight is (3, "attn_q")."""
+    split = name.split(".")
+    return (int(split[1]), split[2]) if split[0] == "blk" else (None, split[0])
+
+
+class Source:
+    """The model, asked by the names of the file."""
+
+    def __init__(self, checkpoint: Checkpoint, file: GGUFFile) -> None:
+        self.checkpoint = checkpoint
+        self.file = file
+        self.config = read_json(checkpoint.folder / "config.json", "the model's config")
+        self.header = header_of(file)
+
+    def raw(self, name: str) -> Tensor:
+        """The source's tensor as the checkpoint stores it."""
+        # A llama's config leaves the field out where it is false, a falcon's where it is true.
+        tied = self.config.get("tie_word_embeddings", self.header.arch == "falcon")
+        if name == "output.weight" and tied:
+            name = "token_embd.weight"
+        return self.checkpoint.tensor(f"{module_of(self.file, name)}.{name.rpartition('.')[2]}")
+
+    def interleaved(self, name: str) -> bool:
+        """Whether rows are those of q or k in an order of the engine's own."""
+        rotates_pairs = self.header.arch in ("llama", "bamboo")
+        return rotates_pairs and parts(name)[1] in ("attn_q", "attn_k")
+
+    def arranged(self, name: str) -> Tensor:
+        """(rows, columns) of the file, in the source's dtype."""
+        raw, kind = self.raw(name), parts(name)[1]
+        if name.endswith(".ffn_down_t.weight"):
+            return raw.t()
+        if self.interleaved(name):
+            heads = self.header.heads if kind == "attn_q" else self.header.kv_heads
+            return raw[interleaved_rows(len(raw), heads)]
+        if kind == "attn_qkv":
+            return raw[fused_rows(len(raw), self.header.heads, self.header.kv_heads)]
+        return raw
+
+    def expected(self, name: str) -> Tensor:
+        """What our reader should give for the tensor, see `rounded`."""
+        return rounded(self.arranged(name), self.file.entries[name].type)
+
+
+def rounded(values: Tensor, kind: TensorType) -> Tensor:
+    """What a file of this type holds for `values`: in its dtype, float32 where it is quantised."""
+    if kind.block == 1:
+        return values.float().to(kind.dtype)
+    type_ = GGMLQuantizationType[kind.name.upper()]
+    packed = quantize(values.float().contiguous().numpy(), type_)
+    return torch.from_numpy(dequantize(packed, type_)).view(values.shape)
+
+
+def interleaved_rows(rows: int, heads: int) -> Tensor:
+    """The source's row for each row of the file: 2 j takes j, 2 j + 1 takes j + size / 2."""
+    size = rows // heads
+    row = torch.arange(rows)
+    head, within = row // size, row % size
+    return head * size + within // 2 + (within % 2) * (size // 2)
+
+
+def fused_rows(rows: int, heads: int, kv_heads: int) -> Tensor:
+    """The source's row for each row of a falcon's attn_qkv.
+
+    The file's n-th head is a query (n < heads), a key or a value. In the source every key/value
+    head is a group: its queries, its key, its value.
+    """
+    size, queries = rows // (heads + 2 * kv_heads), heads // kv_heads
+    row = torch.arange(rows)
+    head, within = row // size, row % size
+    key, value = head - heads, head - heads - kv_heads
+    group = torch.where(key < 0, head // queries, torch.where(value < 0, key, value))
+    place = torch.where(key < 0, head % queries, torch.where(value < 0, queries, queries + 1))
+    return (group * (queries + 2) + place) * size + within

@@ -1,0 +1,238 @@
+"""The engine's binaries against our evaluation of the same file.
+
+Both compute the same arithmetic, but sum in another order; a difference of 1e-7 can turn a
+rounding to f16 or q8_0 over, and that a predictor's decision at the threshold. How far that moves
+probabilities depends on the model and the formats, and a single evaluation of ours says little
+about it: a few positions take most of it. So our own evaluation is made `EVALUATIONS` times with
+products nudged by their last bits (nudged.py), and the engine must be one more of them:
+- at the median of positions and pairs its distance from ours is at most `FACTOR` times ours from
+  each other;
+- at 90 % of positions the nearest of ours is as near to it, up to `FACTOR`, as the nearest other
+  one is to one of ours. A turn that the engine alone takes shows from that position to the end of
+  the prompt, so the last 10 % say little;
+- its token is the choice of one of ours, or within `LOGIT_BOUND`, but for a few near ties. Prompts
+  where it is not are evaluated again, up to `MOST` times.
+Measured with everything in q4_0, 512 positions: on tiny-prosparse the engine is 0.92 times as far
+from ours as they are from each other, 3.5e-3 against 3.8e-3 at the median; on a random model of 3
+layers 0.3 times. An evaluation that rounds inputs to f16 instead of q8_0 is 43 and 63 times as far,
+one that leaves the scales of inputs in float32 2.1 and 4.1 times.
+
+Shape letters: N evaluations, P prompts, S prompt length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.export.checks.base import Check
+from sparsecast.export.checks.logits import degenerate
+from sparsecast.export.engine.decisions import Decision, closest_decisions
+from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.nudged import Nudged
+from sparsecast.export.engine.process import EngineError, serving
+from sparsecast.export.engine.protocol import joined
+from sparsecast.export.engine.replies import Reply, Spelling
+from sparsecast.export.engine.text import (
+    EnginePerplexity,
+    check_engine_perplexity,
+    check_perplexity_by_ids,
+    check_tokenisation,
+)
+from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.read.vocab import FileVocabulary
+
+EVALUATIONS, MOST = 8, 24
+LOGIT_BOUND = 1e-2
+"""An engine token that is the argmax of none of ours may be this far below one of them."""
+MOVED_SHARE = 0.01
+"""Of positions, may be further below, but not than our own logits move there."""
+FACTOR = 2.0
+MEDIAN_FLOOR, NEAREST_FLOOR = 1e-4, 1e-3
+"""Of a probability: this near is near enough, whatever ours do."""
+PROMPTS, PROMPT_LENGTH = 8, 64
+NEAR, OUTLIERS = 1e-3, 3
+"""Of a probability; and how many positions further away are listed."""
+
+
+def check_engine(
+    build: Path,
+    file: GGUFFile,
+    emulator: Emulator,
+    tokenizer: FileVocabulary,
+    docs: list[str],
+    ids_NS: Tensor,
+) -> tuple[list[Check], EnginePerplexity | None]:
+    """Text, perplexity and next tokens.
+
+    Args:
+        docs: Whose text joined is `ids_NS`.
+    """
+    checks = [check_tokenisation(build, file, tokenizer, docs)]
+    numbers = None
+    if tokenizer.exact:
+        overall, numbers = check_engine_perplexity(build, file, emulator, joined(docs), ids_NS)
+        checks.append(overall)
+    spelling = Spelling(tokenizer.texts, tokenizer.excluded)
+    rows = torch.linspace(0, len(ids_NS) - 1, min(PROMPTS, len(ids_NS))).long()
+    prompts_PS = ids_NS[rows, :PROMPT_LENGTH]
+    if reason := degenerate(emulator.logits(prompts_PS)):
+        return [*checks, Check("engine tokens", False, f"ours: {reason}")], numbers
+    try:
+        replies = replies_to(build, file, spelling, prompts_PS)
+    except EngineError as error:
+        return [*checks, Check("engine tokens", False, str(error))], numbers
+    if not tokenizer.exact:
+        overall, numbers = check_perplexity_by_ids(
+            build, file, emulator, spelling, prompts_PS, replies
+        )
+        checks.append(overall)
+    return [*checks, *check_next_tokens(file, spelling, prompts_PS, replies)], numbers
+
+
+def replies_to(
+    build: Path, file: GGUFFile, spelling: Spelling, prompts_PS: Tensor
+) -> list[list[Reply]]:
+    """The engine's distributions after every prefix of every prompt.
+
+    Raises:
+        EngineError: The server did not start or gave no answer.
+    """
+    with serving(
+        build, file.path, len(spelling.texts), spelling.excluded, spelling.unsayable
+    ) as server:
+        return [
+            [spelling.read(server.next(prompt[: s + 1])) for s in range(len(prompt))]
+            for prompt in prompts_PS.tolist()
+        ]
+
+
+def check_next_tokens(
+    file: GGUFFile, spelling: Spelling, prompts_PS: Tensor, replies: list[list[Reply]]
+) -> list[Check]:
+    """Next-token distributions after every prefix of the prompts, teacher-forced."""
+    logits_NPSV = [Nudged(file, seed).logits(prompts_PS) for seed in range(EVALUATIONS)]
+    positions = []
+    for p, prompt_S in enumerate(prompts_PS):
+        logits_NSV = torch.stack([logits_PSV[p] for logits_PSV in logits_NPSV])
+        positions += _positions(file, spelling, prompt_S, replies[p], logits_NSV)
+    outliers = outlier_check(positions, closest_decisions(file, prompts_PS))
+    return [tokens_check(positions), probability_check(positions), outliers]
+
+
+def _positions(
+    file: GGUFFile, spelling: Spelling, prompt_S: Tensor, replies: list[Reply], logits_NSV: Tensor
+) -> list[Position]:
+    """Of one prompt; while one of its tokens is far from ours, evaluated once more."""
+    found = [
+        position(spelling, reply, logits_NV)
+        for reply, logits_NV in zip(replies, logits_NSV.unbind(1), strict=True)
+    ]
+    low_SV, high_SV = logits_NSV.amin(0), logits_NSV.amax(0)
+    for seed in range(EVALUATIONS, MOST):
+        if all(place.gap <= LOGIT_BOUND for place in found):
+            break
+        logits_SV = Nudged(file, seed).logits(prompt_S[None])[0]
+        low_SV, high_SV = low_SV.minimum(logits_SV), high_SV.maximum(logits_SV)
+        moved = (high_SV - low_SV).amax(-1).tolist()
+        gaps = [spelling.compare(*pair)[0] for pair in zip(replies, logits_SV, strict=True)]
+        found = [
+            place._replace(gap=min(place.gap, gap), moved=far)
+            for place, gap, far in zip(found, gaps, moved, strict=True)
+        ]
+    return found
+
+
+class Position(NamedTuple):
+    """The engine beside our evaluations of one position."""
+
+    gap: float
+    """How far our logit of its token is below our best, in the evaluation where that is least."""
+    moved: float
+    """How far our own logits move from one evaluation to another, at most."""
+    theirs: list[float]
+    """From each of ours to the engine: the largest difference of a probability."""
+    ours: list[float]
+    """The same from each of ours to each other one, row by row."""
+
+    @property
+    def nearest(self) -> list[float]:
+        """From each of ours to the nearest other one."""
+        others = len(self.theirs) - 1
+        return [min(self.ours[k : k + others]) for k in range(0, len(self.ours), others)]
+
+
+def position(spelling: Spelling, reply: Reply, logits_NV: Tensor) -> Position:
+    """Compare one reply with our logits of that position."""
+    compared = [spelling.compare(reply, logits_V) for logits_V in logits_NV]
+    probs_NV = torch.stack([spelling.distribution(logits_V) for logits_V in logits_NV])
+    apart_NN = torch.stack([(probs_NV - probs_V).abs().amax(-1) for probs_V in probs_NV])
+    other_NN = ~torch.eye(len(probs_NV), dtype=torch.bool)
+    return Position(
+        gap=min(gap for gap, _ in compared),
+        moved=(logits_NV.amax(0) - logits_NV.amin(0)).max().item(),
+        theirs=[distance for _, distance in compared],
+        ours=apart_NN[other_NN].tolist(),
+    )
+
+
+def tokens_check(positions: list[Position]) -> Check:
+    """The engine's tokens are ours, or near ties."""
+    n = len(positions)
+    agree = sum(p.gap == 0 for p in positions)
+    far = [p for p in positions if p.gap > LOGIT_BOUND]
+    wrong = [p for p in far if p.gap > p.moved]
+    detail = (
+        f"{n} positions: {agree} engine tokens are the argmax of one of our evaluations, "
+        f"{n - agree - len(far)} within {LOGIT_BOUND:g} of its logit, {len(far)} further"
+    )
+    if far:
+        detail += (
+            f" (by up to {max(p.gap for p in far):.3g}; {len(far) - len(wrong)} of them by less "
+            "than another order of sums moves our own logits there, allowed at "
+            f"{MOVED_SHARE:.0%})"
+        )
+    return Check("engine tokens", not wrong and len(far) <= MOVED_SHARE * n, detail)
+
+
+def probability_check(positions: list[Position]) -> Check:
+    """The engine is as far from our evaluations as they are from each other."""
+    theirs = _quantile([p.theirs for p in positions], 0.5)
+    ours = _quantile([p.ours for p in positions], 0.5)
+    nearest = _quantile([[min(p.theirs)] for p in positions], 0.9)
+    own_nearest = _quantile([p.nearest for p in positions], 0.9)
+    bound = max(MEDIAN_FLOOR, FACTOR * ours)
+    nearest_bound = max(NEAREST_FLOOR, FACTOR * own_nearest)
+    detail = (
+        f"largest difference of a probability from {EVALUATIONS} evaluations of ours: median "
+        f"{theirs:.2e} (ours from each other {ours:.2e}, bound {bound:.2e}), from the nearest at "
+        f"90 % of positions {nearest:.2e} (ours {own_nearest:.2e}, bound {nearest_bound:.2e})"
+    )
+    return Check("engine probabilities", theirs <= bound and nearest <= nearest_bound, detail)
+
+
+def outlier_check(positions: list[Position], decisions: list[Decision]) -> Check:
+    """Where the engine is further from all of ours than `NEAR`, and which decision may have turned
+    over there; for the reader, `probability_check` judges.
+
+    Args:
+        decisions: Of each position, the one nearest to the threshold that it depends on.
+    """
+    far = [(min(place.theirs), i) for i, place in enumerate(positions) if min(place.theirs) > NEAR]
+    told = [
+        f"prompt {i // PROMPT_LENGTH} position {i % PROMPT_LENGTH} by {away:.1e}, {decisions[i]}"
+        for away, i in sorted(far, reverse=True)[:OUTLIERS]
+    ]
+    detail = f"{len(positions) - len(far)} of {len(positions)} positions within {NEAR:g} of ours"
+    if far:
+        detail += (
+            "; furthest, with the decision nearest to the threshold up to there: " + "; ".join(told)
+        )
+    return Check("engine outliers", True, detail)
+
+
+def _quantile(distances: list[list[float]], share: float) -> float:
+    return torch.tensor(distances, dtype=torch.float64).flatten().quantile(share).item()

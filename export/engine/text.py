@@ -1,0 +1,146 @@
+"""What the engine makes of text: its tokens, and its perplexity.
+
+Its `perplexity` binary cuts text itself. With sentencepiece BPE the tokens are those of the file's
+tokenizer, so ours on the same text is the same number. With a gpt2 vocabulary they may differ, and
+the server, which takes ids, gives the probability of each next token instead: of all tokens but
+those that it cannot say (file_vocab.py), and ours is taken of the same.
+
+Shape letters: P prompts, S prompt length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.export.checks.base import Check
+from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.process import EngineError, engine_perplexity, serving
+from sparsecast.export.engine.protocol import perplexity
+from sparsecast.export.engine.replies import Reply, Spelling
+from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.read.vocab import FileVocabulary
+
+PERPLEXITY_BOUND = 0.005
+
+
+class EnginePerplexity(NamedTuple):
+    """The `engine` key of verify's JSON."""
+
+    perplexity: float | None
+    reference: float
+
+
+def check_tokenisation(
+    build: Path, file: GGUFFile, tokenizer: FileVocabulary, docs: list[str]
+) -> Check:
+    """The engine's tokens of every document against those of the file's tokenizer.
+
+    A difference fails only where the engine claims to tokenise alike: with a gpt2 vocabulary it is
+    the engine's own, which no file can mend, and is counted for the reader.
+    """
+    name = "engine tokenisation"
+    try:
+        with serving(build, file.path, len(tokenizer.texts)) as server:
+            pairs = [(server.tokens(doc), tokenizer.encode(doc)) for doc in docs]
+    except EngineError as error:
+        return Check(name, False, str(error))
+    differ = [(theirs, ours) for theirs, ours in pairs if theirs != ours]
+    detail = f"{len(differ)} of {len(docs)} held-out documents differ"
+    if differ:
+        theirs, ours = (sum(map(len, ids)) for ids in zip(*differ, strict=True))
+        detail += f", {theirs:,} tokens there and {ours:,} by the file's tokenizer"
+        if not tokenizer.exact:
+            detail += "; give the engine token ids where that matters"
+    return Check(name, not (differ and tokenizer.exact), detail)
+
+
+def check_engine_perplexity(
+    build: Path, file: GGUFFile, emulator: Emulator, text: str, ids_NS: Tensor
+) -> tuple[Check, EnginePerplexity]:
+    """`perplexity` on `text` against ours on `ids_NS`, the same chunks."""
+    ours = perplexity(emulator.logits, ids_NS)
+    try:
+        theirs = engine_perplexity(build, file.path, text, len(ids_NS))
+    except EngineError as error:
+        return Check("engine perplexity", False, str(error)), EnginePerplexity(None, ours)
+    vocab = len(file.keys["tokenizer.ggml.tokens"])
+    return _compared(theirs, ours, vocab, f"{len(ids_NS)} chunks")
+
+
+def check_perplexity_by_ids(
+    build: Path,
+    file: GGUFFile,
+    emulator: Emulator,
+    spelling: Spelling,
+    prompts_PS: Tensor,
+    replies: list[list[Reply]],
+) -> tuple[Check, EnginePerplexity]:
+    """The server's probabilities of each prompt's next tokens against ours.
+
+    Args:
+        replies: Per prompt and position.
+    """
+    theirs, ours = [], []
+    missing: list[tuple[list[int], int, float]] = []
+    for prompt, said, logits_SV in zip(
+        prompts_PS.tolist(), replies, emulator.logits(prompts_PS), strict=True
+    ):
+        for s, target in enumerate(prompt[1:]):
+            if target in spelling.excluded:
+                continue
+            ours.append(spelling.distribution(logits_SV[s])[target].log().item())
+            if bool((said[s].slots == target).any()):
+                theirs.append(said[s].probability(target).log().item())
+            else:
+                missing.append((prompt[: s + 1], target, ours[-1]))
+    try:
+        theirs += _raised(build, file, spelling, missing)
+    except EngineError as error:
+        return Check("engine perplexity", False, str(error)), EnginePerplexity(None, _mean(ours))
+    where = f"{len(ours)} positions by token ids"
+    return _compared(_mean(theirs), _mean(ours), len(spelling.texts), where)
+
+
+def _mean(logs: list[float]) -> float:
+    return torch.tensor(logs, dtype=torch.float64).mean().neg().exp().item()
+
+
+def _raised(
+    build: Path, file: GGUFFile, spelling: Spelling, asked: list[tuple[list[int], int, float]]
+) -> list[float]:
+    """Log probabilities of tokens that are not among the most probable.
+
+    With b added to its logit, a token of odds o gets the odds o exp(b). Raised by what we hold it
+    to be, it gets about a half, where the reply is precise.
+
+    Args:
+        asked: Prompt, token, our log probability.
+    """
+    if not asked:
+        return []
+    logs = []
+    with serving(build, file.path, len(spelling.texts), spelling.excluded) as server:
+        for prompt, token, log in asked:
+            said = spelling.read(server.next(prompt, [(token, -log)])).probability(token)
+            odds = said / (1 - said) * torch.tensor(log, dtype=torch.float64).exp()
+            logs.append((odds / (1 + odds)).log().item())
+    return logs
+
+
+def _compared(theirs: float, ours: float, vocab: int, where: str) -> tuple[Check, EnginePerplexity]:
+    change = theirs / ours - 1
+    detail = (
+        f"engine {theirs:.4f}, ours {ours:.4f} ({change:+.4%}, bound {PERPLEXITY_BOUND:.1%}), "
+        f"{where}"
+    )
+    ok = isfinite(theirs) and abs(change) <= PERPLEXITY_BOUND
+    if abs(theirs / vocab - 1) < 1e-6:
+        ok, detail = False, detail + "; that is the vocabulary's size: constant logits"
+    return Check("engine perplexity", ok, detail), EnginePerplexity(
+        theirs if isfinite(theirs) else None, ours
+    )

@@ -1,0 +1,60 @@
+"""Predictor logits at the threshold, summed in the very order of the engine's vector code.
+
+Codes of quantised weights are small integers, so terms that cancel are no rarity: a sum may be 0 in
+exact arithmetic, an active neuron at threshold 0, and -1e-9 in the engine's, a skipped one. Where a
+logit is as near to the threshold as rounding may move it, it is computed again as
+`ggml_vec_dot_q4_0_q8_0` and `ggml_vec_dot_q8_0_q8_0` do with AVX2 (PowerInfer's ggml-quants.c at
+d3ebd7c): eight float32 sums, the k-th over elements 4 k to 4 k + 3 of every block, added up in
+halves at the end. Other processors add in other orders; there such a neuron is a coin toss.
+
+Shape letters: T tokens, R rank, F FFN width, B blocks of 32, M logits near the threshold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecast.core.ggml_blocks import q8_0_input
+
+NEAR = 2.0**-20
+"""Of the norms' product, which bounds the sum of the terms' sizes: 16 roundings of float32."""
+LANES = 8
+AT_ONCE = 2**14
+
+
+def settled(
+    logits_TF: Tensor, hidden_TR: Tensor, scale_FB: Tensor, code_FBK: Tensor, threshold: float
+) -> Tensor:
+    """`logits_TF` with those near the threshold as the engine has them.
+
+    Args:
+        hidden_TR: The input of fc2, float32, not yet rounded.
+        scale_FB, code_FBK: fc2's blocks; scales float32, codes int8 (F, B, 32).
+    """
+    scale_TB, code_TBK = q8_0_input(hidden_TR)
+    size_T = (scale_TB.square() * code_TBK.square().sum(-1)).sum(-1).sqrt()
+    size_F = (scale_FB.square() * code_FBK.float().square().sum(-1)).sum(-1).sqrt()
+    bound_TF = NEAR * size_T[:, None] * size_F
+    near_TF = ((logits_TF - threshold).abs() <= bound_TF) & (bound_TF > 0)
+    near = near_TF.nonzero(as_tuple=True)
+    if len(near[0]) == 0:
+        return logits_TF
+    sums = [
+        _lanes(code_TBK[t], code_FBK[j], scale_TB[t] * scale_FB[j])
+        for t, j in zip(*(torch.split(index_M, AT_ONCE) for index_M in near), strict=True)
+    ]
+    return logits_TF.index_put(near, torch.cat(sums))
+
+
+def _lanes(x_MBK: Tensor, w_MBK: Tensor, scale_MB: Tensor) -> Tensor:
+    """(M,) float32 dot products; the product of two f16 scales is exact in float32."""
+    m, blocks = scale_MB.shape
+    whole_MBL = (x_MBK * w_MBK).view(m, blocks, LANES, -1).sum(-1).double()
+    sum_ML = torch.zeros(m, LANES)
+    for b in range(blocks):  # a fused multiply-add rounds once
+        sum_ML = (sum_ML.double() + scale_MB[:, b, None].double() * whole_MBL[:, b]).float()
+    while sum_ML.shape[1] > 1:
+        first, second = sum_ML.chunk(2, dim=1)
+        sum_ML = first + second
+    return sum_ML[:, 0]

@@ -1,0 +1,180 @@
+"""Sentencepiece BPE: from tokenizer.model, or from the tokenizer.json that was made of one.
+
+The engine puts one space before a text, turns spaces into U+2581 and then merges the neighbours
+whose union has the highest score, leftmost first; what stays no token becomes bytes. Sentencepiece
+scores a piece by its place in training: 0, -1, -2, ... A converted tokenizer.json has instead every
+pair of pieces whose union is a piece as a merge, in the order of scores; the two are equivalent
+only if all such pairs are there. Pieces whose merges take turns had one score, as Llama 2's runs
+of spaces: there the order of merges must give what leftmost first does.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.tokenizers.sentencepiece_bpe import (
+    SPACE,
+    cut_otherwise,
+    is_bpe,
+    merges_by_score,
+    puts_one_space,
+    read_model,
+)
+from sparsecast.export.write.vocab_parts import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER,
+    Parts,
+    steps_of,
+)
+
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+PREPENDED = [
+    {"type": "Prepend", "prepend": SPACE},
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+]
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
+
+
+def model_pieces(path: Path) -> Parts:
+    """Of a sentencepiece model: piece types are the engine's token types.
+
+    Raises:
+        InputError: No sentencepiece model, a unigram one, or one without byte pieces.
+    """
+    model = read_model(path)
+    if not is_bpe(model):
+        raise InputError(
+            f"{path}: is a unigram model, expected type BPE; the engine merges greedily by score "
+            "and would cut text into other tokens than this model was trained on"
+        )
+    if not puts_one_space(model):
+        prepares = model.normalizer_spec
+        name = prepares.name or "a rule of its own"
+        raise InputError(
+            f"{path}: prepares text by {name}, dummy prefix {prepares.add_dummy_prefix}, removal "
+            f"of spaces {prepares.remove_extra_whitespaces}, expected the identity and one space "
+            "put in front; the engine does that and no more, so it would cut text into other "
+            "tokens than this model was trained on"
+        )
+    parts = Parts(
+        "llama",
+        {i: piece.piece for i, piece in enumerate(model.pieces)},
+        {i: int(piece.type) for i, piece in enumerate(model.pieces)},
+        {i: piece.score for i, piece in enumerate(model.pieces)},
+    )
+    _check_bytes(path, parts)
+    return parts
+
+
+def json_pieces(path: Path, spec: dict[str, Any]) -> Parts:
+    """Of a tokenizer.json with byte_fallback, scores by the order of its merges.
+
+    Raises:
+        InputError: Merges or treatment of spaces that no score expresses, or no byte pieces.
+    """
+    if (notes := space_notes(spec)) is None:
+        steps = steps_of(spec, "normalizer") + steps_of(spec, "pre_tokenizer")
+        found = ", ".join(json.dumps(step, ensure_ascii=False)[:120] for step in steps)
+        raise InputError(
+            f"{path}: prepares text by {found or 'nothing'}, expected one space put in front and "
+            "spaces turned into U+2581; the engine does that and no more, so it would cut text "
+            "into other tokens than this model was trained on"
+        )
+    model = spec["model"]
+    ids: dict[str, int] = model["vocab"]
+    special = {token["content"]: token["special"] for token in spec["added_tokens"]}
+    unknown = model["unk_token"] or "<unk>"
+    types = {}
+    for text, i in ids.items():
+        kind = UNKNOWN if text == unknown else BYTE if text in BYTES else NORMAL
+        if kind == NORMAL and text in special:
+            kind = CONTROL if special[text] else USER
+        types[i] = kind
+    merges = [(left, right) for left, right in model["merges"]]
+    by_merges = {left + right for left, right in merges}
+    pieces = {text: i for text, i in ids.items() if types[i] == NORMAL or text in by_merges}
+    groups = _groups(merges)
+    groups += [[text] for text in sorted(pieces.keys() - by_merges, key=ids.__getitem__)]
+    scores, rank = dict.fromkeys(ids.values(), 0.0), 0
+    for group in groups:
+        scores |= dict.fromkeys((ids[text] for text in group), -float(rank))
+        rank += len(group)
+    parts = Parts("llama", {i: text for text, i in ids.items()}, types, scores, notes=notes)
+    _check_bytes(path, parts)
+    _check_merges(path, ids, merges, {text: scores[i] for text, i in pieces.items()})
+    return parts
+
+
+def _groups(merges: list[tuple[str, str]]) -> list[list[str]]:
+    """The pieces that merges make, first made first; those that are made by turns share a score."""
+    last = {left + right: i for i, (left, right) in enumerate(merges)}
+    groups: list[list[str]] = []
+    end = -1
+    for i, (left, right) in enumerate(merges):
+        piece = left + right
+        if i > end:
+            groups.append([])
+        if piece not in groups[-1]:
+            groups[-1].append(piece)
+        end = max(end, last[piece])
+    return groups
+
+
+def _check_merges(
+    path: Path, ids: dict[str, int], merges: list[tuple[str, str]], scores: dict[str, float]
+) -> None:
+    """Raises `InputError` for merges that a greedy search by score would not reproduce."""
+    known = set(merges)
+    split = next((pair for pair in merges_by_score(scores) if pair not in known), None)
+    if split is not None:
+        what = f"pieces {split[0]!r} and {split[1]!r} make a piece, but are no merge"
+    elif (text := cut_otherwise(ids, merges, _model(scores))) is not None:
+        what = f"merges cut {text!r} as no scores do, the leftmost of equal ones first"
+    else:
+        return
+    raise InputError(
+        f"{path}: its {what}, expected the merges of a sentencepiece model; the engine merges "
+        "by score whatever makes a piece and would cut text into other tokens. If the model has "
+        "a tokenizer.model, put it beside this file"
+    )
+
+
+def _model(scores: dict[str, float]) -> Any:
+    """A sentencepiece model of these pieces and bytes."""
+    model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
+    model.pieces.add(piece="<unk>", type=UNKNOWN)
+    for text, score in scores.items():
+        model.pieces.add(piece=text, score=score, type=NORMAL)
+    for text in sorted(BYTES):
+        model.pieces.add(piece=text, type=BYTE)
+    spec = model.trainer_spec
+    spec.model_type, spec.byte_fallback = spec.BPE, True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model
+
+
+def space_notes(spec: dict[str, Any]) -> list[str] | None:
+    """What the engine does otherwise with spaces; None where that changes every text."""
+    steps = steps_of(spec, "normalizer"), steps_of(spec, "pre_tokenizer")
+    if steps == (PREPENDED, []):
+        return []
+    if steps in [([], [METASPACE | {"prepend_scheme": when}]) for when in ("first", "always")]:
+        return ["The engine also puts a space before a text that begins with one."]
+    return None
+
+
+def _check_bytes(path: Path, parts: Parts) -> None:
+    present = {parts.tokens[i] for i, kind in parts.types.items() if kind == BYTE}
+    if absent := BYTES - present:
+        raise InputError(
+            f"{path}: has no byte piece {min(absent)}; the engine needs all 256 for text that no "
+            "piece covers. Train the tokenizer with byte_fallback"
+        )

@@ -1,0 +1,93 @@
+"""What else a GPU build of PowerInfer puts into GPU memory, and what it leaves for neurons.
+
+`--vram-budget G` is G GiB, read as a float32. The engine fills it in this order (llama.cpp at
+d3ebd7c, `get_offloading_level`, `flush` and `llama_reserve_model_kv_cache`):
+
+    attention weights and norms; predictors; FFN norms; output norm and output matrix
+    keys, then values of the KV cache, each left out where it does not fit
+    neurons
+
+The embedding and the FFN's own matrices stay in host memory. If one tensor of the first line does
+not fit, no neuron goes to the GPU. What is left before the last line is B: the engine loads a split
+file whose split.vram_capacity is at most B, and otherwise makes another.
+
+A neuron takes a row of gate, where there is one, of up and of down_t, in the file's own types, and
+4 bytes of the list that says which neurons these are; that list is in GPU memory unless a layer is
+there as a whole, the index of all neurons never is. (PowerInfer charges rows that are F long
+instead of D: floor(B / (4.5 F w)) 4 neurons at w bytes a weight, 1.125 F weights a neuron where it
+takes 3 D. That is right where F = 2.67 D; at F = 4 D a third of B stays unused, at F = 2 D a
+quarter of the split does not fit. Without a gate it charges 0.5 F weights, right where F = 4 D.)
+
+Shape letters: D hidden, F FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparsecast.export.write.convert import Planned
+from sparsecast.export.write.hparams import Hyper
+
+BEFORE = (
+    "attn_norm",
+    "attn_norm_2",
+    "attn_qkv",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "fc1",
+    "fc2",
+    "ffn_norm",
+    "output_norm",
+    "output",
+)
+ROWS = ("ffn_gate", "ffn_up", "ffn_down_t")
+LIST_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """GPU memory in bytes, and what takes it."""
+
+    given: int
+    before: int
+    """The tensors of the first line above."""
+    half_cache: int
+    """Keys or values of the KV cache, in f16."""
+    neuron: int
+    """One neuron of any layer."""
+
+    @property
+    def room(self) -> int:
+        """B of above; negative by what is missing where the tensors do not fit."""
+        room = self.given - self.before
+        for _ in ("keys", "values"):
+            if room >= self.half_cache:
+                room -= self.half_cache
+        return room
+
+
+def budget_for(gib: float, context: int, tensors: Sequence[Planned], hyper: Hyper) -> Budget:
+    """The budget of a model file.
+
+    Args:
+        gib: The engine's --vram-budget.
+        context: The engine's -c, in tokens.
+    """
+    rows = [t for t in tensors if t.name in {f"blk.0.{kind}.weight" for kind in ROWS}]
+    return Budget(
+        given=int(torch.tensor(gib, dtype=torch.float32).item() * 2**30),
+        before=sum(t.nbytes for t in tensors if _kind(t) in BEFORE),
+        half_cache=2 * hyper.layers * context * hyper.shape("K")[0],
+        # The exporter's types do not change from layer to layer.
+        neuron=sum(t.nbytes // t.shape[0] for t in rows) + LIST_BYTES,
+    )
+
+
+def _kind(tensor: Planned) -> str:
+    """attn_q of blk.3.attn_q.weight or .bias, output of output.weight."""
+    return tensor.name.rpartition(".")[0].rpartition(".")[2]

@@ -1,0 +1,54 @@
+"""What the kernels are given, refused in one line where it does not fit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.kernels.ops.launch import padded
+from sparsecast.kernels.ops.quantized import Quantised
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def check_input(x_TD: Tensor, d: int) -> None:
+    """1 to 16 tokens of a 16-bit dtype, `d` wide."""
+    if x_TD.dim() != 2 or x_TD.shape[1] != d or x_TD.dtype not in HALVES:
+        raise ValueError(
+            f"x: is {tuple(x_TD.shape)} in {x_TD.dtype}, expected (tokens, {d}) in float16 or "
+            "bfloat16"
+        )
+    padded(len(x_TD))
+
+
+def check_weight(
+    name: str,
+    weight: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """This shape, one of these dtypes, this device, contiguous."""
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"{name}: is {tuple(weight.shape)}, expected {shape}")
+    if weight.dtype not in dtypes or weight.device != device:
+        raise ValueError(
+            f"{name}: is {weight.dtype} on {weight.device}, expected "
+            f"{' or '.join(map(str, dtypes))} on {device}"
+        )
+    if not weight.is_contiguous():
+        raise ValueError(f"{name}: is not contiguous; call .contiguous() once at load time")
+
+
+def check_quantised(
+    name: str, weight: Quantised, shape: tuple[int, int], device: torch.device
+) -> None:
+    """Blocks of q8_0 or q4_0 that hold a matrix of this shape."""
+    rows, columns = shape
+    if columns % BLOCK:
+        raise ValueError(f"{name}: rows of {columns} do not divide into blocks of {BLOCK}; use f16")
+    scales = (rows, columns // BLOCK)
+    check_weight(f"{name}.scale_NB", weight.scale_NB, scales, (torch.float16,), device)
+    codes = (rows, columns * weight.bits // 32)
+    check_weight(f"{name}.code_NC", weight.code_NC, codes, (torch.int32,), device)

@@ -1,0 +1,257 @@
+"""A ReLU-sparse FFN that reads the weights it needs: exactly, or behind a predictor.
+
+    exact       gate over all neurons, then up and down where the gate fired
+    predicted   gate over the neurons that the predictor names, then up and down where it fired
+
+An FFN of two matrices has no gate: its first projection takes the gate's place, and down follows.
+Decisions are per token, and differ between batch sizes within rounding of the threshold alone;
+behind a predictor in codes a last bit may turn over a code of its input, and so a step of q8_0.
+Weight rows are read for the union of a batch's tokens; where a token did not select a neuron, that
+neuron adds nothing to it.
+
+Both are torch operators: they run under torch.compile and inside CUDA graphs, wait for nothing on
+the host, and launch the same programs whatever was selected.
+
+Shape letters: T tokens (1 to 16), D hidden, F FFN width, R rank of the predictor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.kernels.ops.bitmask import MAX_WIDTH
+from sparsecast.kernels.ops.checks import HALVES, check_input, check_quantised, check_weight
+from sparsecast.kernels.ops.down import down
+from sparsecast.kernels.ops.gate import gate
+from sparsecast.kernels.ops.gate_up import FromGate, FromRows, rows
+from sparsecast.kernels.ops.launch import rounded_threshold
+from sparsecast.kernels.ops.predictor import predict
+from sparsecast.kernels.ops.predictor import reference as predictor_reference
+from sparsecast.kernels.ops.quantized import Quantised
+
+ACTS = ("relu", "fatrelu", "drelu")
+
+
+class FFN(NamedTuple):
+    """The weights of one layer's FFN, all of one 16-bit dtype, contiguous."""
+
+    gate_FD: Tensor | None
+    """None in an FFN of two matrices."""
+    up_FD: Tensor
+    down_FD: Tensor
+    """One row per neuron: the transpose of what `nn.Linear` keeps."""
+    up_bias_F: Tensor | None = None
+    """Biases belong to FFNs of two matrices alone (OPT)."""
+    down_bias_D: Tensor | None = None
+    act: str = "relu"
+    """relu, fatrelu, or drelu: ReLU on gate and up."""
+    threshold: float = 0.0
+    """T of FATReLU, >= 0; it is rounded to the weights' dtype. Other activations ignore it."""
+
+
+class PredictorWeights(NamedTuple):
+    """logits = fc2 @ relu(fc1 @ z); a neuron is predicted where its logit >= threshold."""
+
+    fc1_RD: Tensor | Quantised
+    """A float16 or bfloat16 tensor, which rounds its input to its own dtype (up to 65504 in
+    float16), or q8_0 or q4_0, which rounds it to q8_0 as PowerInfer's engine does (up to 8.3
+    million). What an input beyond that, or one that is not finite, predicts is left open."""
+    fc2_FR: Tensor | Quantised
+    """Of the same kind: codes beside codes."""
+    threshold: float = 0.0
+    input_dtype: torch.dtype | None = None
+    """What float32 weights, which only plain torch takes, round their inputs to; int8 is q8_0."""
+
+
+def exact_ffn(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
+    """The FFN without a predictor.
+
+    Args:
+        x_TD: The FFN's (normed) input, 1 to 16 tokens, of the weights' dtype.
+
+    Returns:
+        y_TD in the input's dtype, and on the device as int32 for how many neurons the gate fired
+        for any of the tokens.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    _check(x_TD, ffn)
+    weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
+    result: tuple[Tensor, Tensor] = _exact(
+        x_TD.contiguous(), *weights, _threshold(ffn), ffn.act == "drelu"
+    )
+    return result
+
+
+def predicted_ffn(
+    x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorWeights
+) -> tuple[Tensor, Tensor]:
+    """The FFN of the neurons that the predictor names.
+
+    Args:
+        x_TD: The FFN's (normed) input, 1 to 16 tokens, of the weights' dtype.
+        z_TD: The predictor's input, any float dtype: where PowerInfer takes it, the residual
+            before the FFN's norm.
+
+    Returns:
+        y_TD in the input's dtype, and on the device as int32 how many neurons were predicted for
+        any of the tokens.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    _check(x_TD, ffn)
+    _check_predictor(x_TD, z_TD, ffn, predictor)
+    weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
+    result: tuple[Tensor, Tensor] = _predicted(
+        x_TD.contiguous(), z_TD.contiguous(), *weights, _threshold(ffn), ffn.act == "drelu",
+        *_flat(predictor.fc1_RD), *_flat(predictor.fc2_FR), predictor.threshold,
+    )  # fmt: skip
+    return result
+
+
+@torch.library.custom_op("sparsecast::exact_ffn", mutates_args=())
+def _exact(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor | None,
+    up: torch.Tensor,
+    down_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    threshold: float,
+    relu_up: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        act_FT, fired = gate(x, first, up_bias, threshold)
+        chosen = rows(x, fired, FromGate(act_FT), up_FD, relu_up=relu_up)
+        return down(chosen, down_weight, down_bias), chosen.total
+
+
+@torch.library.custom_op("sparsecast::predicted_ffn", mutates_args=())
+def _predicted(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    gate_weight: torch.Tensor | None,
+    up: torch.Tensor,
+    down_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    threshold: float,
+    relu_up: bool,
+    fc1: torch.Tensor,
+    fc1_scale: torch.Tensor | None,
+    fc2: torch.Tensor,
+    fc2_scale: torch.Tensor | None,
+    cut: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    fc1_RD = fc1 if fc1_scale is None else Quantised(fc1, fc1_scale)
+    fc2_FR = fc2 if fc2_scale is None else Quantised(fc2, fc2_scale)
+    first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
+    with torch.cuda.device_of(x):
+        named, chosen_F = predict(z, fc1_RD, fc2_FR, cut)
+        source = FromRows(first, up_bias, threshold, chosen_F)
+        chosen = rows(x, named, source, up_FD, relu_up=relu_up)
+        return down(chosen, down_weight, down_bias), chosen.total
+
+
+def _shapes(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty((), dtype=torch.int32, device=x.device)
+
+
+_exact.register_fake(_shapes)
+_predicted.register_fake(_shapes)
+
+
+def exact_reference(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
+    """`exact_ffn` in plain torch, sums in float64."""
+    act_TF, x1_TF = _x1(x_TD, ffn)
+    return _down(x1_TF, ffn, x_TD.dtype), _union(act_TF != 0)
+
+
+def predicted_reference(
+    x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorWeights
+) -> tuple[Tensor, Tensor]:
+    """`predicted_ffn` in plain torch, sums in float64."""
+    fc1_RD, fc2_FR, _, dtype = predictor
+    _, logits_TF = predictor_reference(z_TD, fc1_RD, fc2_FR, dtype)
+    predicted_TF = logits_TF >= predictor.threshold
+    _, x1_TF = _x1(x_TD, ffn)
+    return _down(x1_TF * predicted_TF, ffn, x_TD.dtype), _union(predicted_TF)
+
+
+def _x1(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
+    """What the gate lets through, as it decides in its own dtype, and the input of the down
+    projection; both (T, F) float64."""
+    first = ffn.up_FD if ffn.gate_FD is None else ffn.gate_FD
+    gate_TF = x_TD.double() @ first.double().T
+    if ffn.up_bias_F is not None:
+        gate_TF = gate_TF + ffn.up_bias_F.double()
+    gate_TF = gate_TF.to(x_TD.dtype)
+    act_TF = torch.where((gate_TF < _threshold(ffn)) | (gate_TF <= 0), 0, gate_TF).double()
+    if ffn.gate_FD is None:
+        return act_TF, act_TF
+    up_TF = x_TD.double() @ ffn.up_FD.double().T
+    return act_TF, act_TF * (up_TF.relu() if ffn.act == "drelu" else up_TF)
+
+
+def _down(x1_TF: Tensor, ffn: FFN, dtype: torch.dtype) -> Tensor:
+    y_TD = x1_TF @ ffn.down_FD.double()
+    if ffn.down_bias_D is not None:
+        y_TD = y_TD + ffn.down_bias_D.double()
+    return y_TD.to(dtype)
+
+
+def _union(selected_TF: Tensor) -> Tensor:
+    return selected_TF.any(0).sum(dtype=torch.int32)
+
+
+def _threshold(ffn: FFN) -> float:
+    return rounded_threshold(ffn.threshold, ffn.up_FD.dtype) if ffn.act == "fatrelu" else 0.0
+
+
+def _flat(weight: Tensor | Quantised) -> tuple[Tensor, Tensor | None]:
+    return (weight, None) if isinstance(weight, Tensor) else (weight.code_NC, weight.scale_NB)
+
+
+def _check(x_TD: Tensor, ffn: FFN) -> None:
+    if ffn.act not in ACTS:
+        raise ValueError(f"act: got {ffn.act!r}, expected one of {', '.join(ACTS)}")
+    if not ffn.threshold >= 0:
+        raise ValueError(f"threshold: got {ffn.threshold}, expected a number >= 0")
+    if ffn.gate_FD is None and ffn.act == "drelu":
+        raise ValueError("act: drelu is ReLU on gate and up, but there is no gate; use relu")
+    if ffn.gate_FD is not None and (ffn.up_bias_F is not None or ffn.down_bias_D is not None):
+        raise ValueError("biases belong to an FFN of two matrices, but there is a gate")
+    f, d = ffn.up_FD.shape
+    if f > MAX_WIDTH:
+        raise ValueError(f"up_FD: has {f} neurons, expected at most {MAX_WIDTH}; use the dense FFN")
+    check_input(x_TD, d)
+    shapes = ((f, d), (f, d), (f, d), (f,), (d,))
+    for name, weight, shape in zip(ffn._fields[:5], ffn[:5], shapes, strict=True):
+        if weight is not None:
+            check_weight(name, weight, shape, (x_TD.dtype,), x_TD.device)
+
+
+def _check_predictor(x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorWeights) -> None:
+    if z_TD.shape != x_TD.shape or z_TD.device != x_TD.device:
+        raise ValueError(
+            f"z: {tuple(z_TD.shape)} on {z_TD.device}, but x is {tuple(x_TD.shape)} on "
+            f"{x_TD.device}; give the same tokens' residual"
+        )
+    if isinstance(predictor.fc1_RD, Tensor) != isinstance(predictor.fc2_FR, Tensor):
+        raise ValueError(
+            "fc1_RD, fc2_FR: one is a tensor and one in blocks, expected both of one kind; "
+            "quantise both or none"
+        )
+    (f, d), rank = ffn.up_FD.shape, predictor.fc1_RD.shape[0]
+    shapes = ((rank, d), (f, rank))
+    for name, weight, shape in zip(predictor._fields[:2], predictor[:2], shapes, strict=True):
+        if isinstance(weight, Tensor):
+            check_weight(name, weight, shape, HALVES, x_TD.device)
+        else:
+            check_quantised(name, weight, shape, x_TD.device)

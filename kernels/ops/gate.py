@@ -1,0 +1,115 @@
+"""The exact path's first step: a dense first projection, its activation, and who fired.
+
+    g = first . x + bias, rounded to x's dtype;  act = g if g >= T and g > 0 else 0
+
+The decision is made on g as the dense model rounds it. T is 0 for ReLU. Bytes: all of the matrix.
+
+Shape letters: T tokens, D hidden, F FFN width, W words of 16 neurons.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsecast.kernels.ops.active_list import Selected, blank, room
+from sparsecast.kernels.ops.bitmask import WORD, words
+from sparsecast.kernels.ops.dot import products, rounded
+from sparsecast.kernels.ops.launch import after_previous, options, padded, start_next
+
+CONFIGS = {
+    1: {"BLOCK_F": 16, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4},
+    16: {"BLOCK_F": 64, "BLOCK_D": 128, "STAGES": 3, "num_warps": 4},
+}
+"""By padded tokens."""
+
+
+def reference(
+    x_TD: Tensor, first_FD: Tensor, bias_F: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """What the kernel must equal: act_FT in x's dtype, sums in float64, and the set as bools."""
+    gate_TF = x_TD.double() @ first_FD.double().T
+    if bias_F is not None:
+        gate_TF = gate_TF + bias_F.double()
+    gate_TF = gate_TF.to(x_TD.dtype)
+    act_TF = torch.where((gate_TF < threshold) | (gate_TF <= 0), 0, gate_TF)
+    return act_TF.T.contiguous(), (act_TF != 0).any(0)
+
+
+@triton.jit
+def fired(gate, threshold, dtype: tl.constexpr):
+    """The activation of float32 gates, float32 of the values that `dtype` holds. NaN fires."""
+    gate = rounded(gate, dtype).to(tl.float32)
+    return tl.where((gate < threshold) | (gate <= 0), 0.0, gate)
+
+
+@triton.jit
+def fires(act_NT):
+    """Which neurons fired for any token."""
+    return tl.max((act_NT != 0).to(tl.int32), 1) > 0
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _kernel(
+    x,
+    first,
+    bias,
+    act,
+    mask,
+    entry,
+    threshold,
+    tokens,
+    F,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    after_previous(PDL)
+    start_next(PDL)
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    gate_FT = products(first, f, f < F, x, tokens, D, BLOCK_D, STAGES, T)
+    if HAS_BIAS:
+        gate_FT += tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
+    act_FT = fired(gate_FT, threshold, x.dtype.element_ty)
+    t = tl.arange(0, T)
+    ok_FT = (f < F)[:, None] & (t < tokens)[None, :]
+    act_FT = tl.where(ok_FT, act_FT, 0.0)
+    tl.store(
+        act + f[:, None] * tokens + t[None, :], rounded(act_FT, x.dtype.element_ty), mask=ok_FT
+    )
+    w = tl.program_id(0) * (BLOCK_F // 16) + tl.arange(0, BLOCK_F // 16)
+    tl.store(mask + w, words(fires(act_FT)), mask=w * 16 < F)
+    if T == 1:
+        blank(entry, f, F)
+
+
+def gate(
+    x_TD: Tensor, first_FD: Tensor, bias_F: Tensor | None, threshold: float
+) -> tuple[Tensor, Selected]:
+    """Run it.
+
+    Args:
+        threshold: T, rounded to x's dtype already.
+
+    Returns:
+        act_FT in x's dtype, zero where a token's neuron did not fire, and the neurons that fired
+        for any token.
+    """
+    (tokens, d), (f, _) = x_TD.shape, first_FD.shape
+    pad = padded(tokens)
+    act_FT = torch.empty(f, tokens, dtype=x_TD.dtype, device=x_TD.device)
+    mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=x_TD.device)
+    blank_E = room(f, tokens, x_TD.device)
+    config = CONFIGS[pad]
+    _kernel[(triton.cdiv(f, config["BLOCK_F"]),)](
+        x_TD, first_FD, x_TD if bias_F is None else bias_F, act_FT, mask_W,
+        x_TD if blank_E is None else blank_E, threshold, tokens, f,
+        D=d, HAS_BIAS=bias_F is not None, T=pad, **config, **options(x_TD),
+    )  # fmt: skip
+    return act_FT, Selected(mask_W, blank_E)

@@ -1,0 +1,228 @@
+"""PowerInfer's predictor: which neurons of a layer to compute.
+
+    hidden = relu(fc1 . z);  logits = fc2 . hidden;  predicted where logit >= threshold
+
+z and hidden are rounded to the weights' 16-bit type, or to q8_0 where the weights are codes
+(codes.py); sums are in float32. Bytes: both matrices as stored.
+
+Shape letters: T tokens, D hidden size, R rank, F FFN width, W words of 16 neurons.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsecast.core.ggml_blocks import q8_0_values
+from sparsecast.kernels.ops.active_list import Selected, blank, room
+from sparsecast.kernels.ops.bitmask import WORD, words
+from sparsecast.kernels.ops.dot import products, rounded
+from sparsecast.kernels.ops.int8_dot import code_products, codes
+from sparsecast.kernels.ops.launch import after_previous, options, padded, start_next
+from sparsecast.kernels.ops.quantized import Quantised, dequantised
+
+HIDDEN_CONFIGS = {
+    1: {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
+    16: {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 4},
+}
+SELECT_CONFIGS = {
+    1: {"BLOCK_N": 16, "BLOCK_K": 512, "STAGES": 1, "num_warps": 8},
+    16: {"BLOCK_N": 32, "BLOCK_K": 128, "STAGES": 4, "num_warps": 2},
+}
+"""Of 16-bit weights, by padded tokens."""
+HIDDEN_CODES_CONFIGS = {
+    False: {"BLOCK_N": 4, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 8},
+    True: {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4, "num_warps": 8},
+}
+"""Of codes, by whether there are more than 4 tokens."""
+
+
+def input_dtype(weight: Tensor | Quantised) -> torch.dtype:
+    """What the input of a product by this weight is rounded to; int8 stands for q8_0."""
+    return weight.dtype if isinstance(weight, Tensor) else torch.int8
+
+
+def rounded_input(x_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 values of an input after its rounding, see `input_dtype`."""
+    return q8_0_values(x_TK) if dtype == torch.int8 else x_TK.to(dtype).float()
+
+
+def reference(
+    z_TD: Tensor,
+    fc1_RD: Tensor | Quantised,
+    fc2_FR: Tensor | Quantised,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hidden_TR as it is rounded, float32, and logits_TF in float64.
+
+    Args:
+        dtype: What inputs are rounded to, where fc1 does not say it.
+    """
+    dtype = dtype or input_dtype(fc1_RD)
+    hidden_TR = (rounded_input(z_TD, dtype).double() @ dequantised(fc1_RD).double().T).relu()
+    hidden_TR = rounded_input(hidden_TR, dtype)
+    return hidden_TR, hidden_TR.double() @ dequantised(fc2_FR).double().T
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _hidden_kernel(
+    z,
+    weight,
+    scale,
+    hidden,
+    tokens,
+    R,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    EARLY: tl.constexpr = BITS == 16 or T == 1
+    if BITS == 16:
+        after_previous(PDL)
+    if EARLY:
+        start_next(PDL)
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if BITS == 16:
+        hidden_NT = products(weight, r, r < R, z, tokens, K, BLOCK_K, STAGES, T)
+        hidden_NT = rounded(tl.maximum(hidden_NT, 0.0), hidden.dtype.element_ty)
+    else:
+        hidden_NT = code_products(
+            weight, scale, r, r < R, z, tokens, K, BITS, BLOCK_K, STAGES, T, PDL
+        )
+        hidden_NT = tl.maximum(hidden_NT, 0.0)
+    if not EARLY:
+        start_next(PDL)
+    t = tl.arange(0, T)
+    ok_NT = (r < R)[:, None] & (t < tokens)[None, :]
+    tl.store(hidden + t[None, :] * R + r[:, None], hidden_NT, mask=ok_NT)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _select_kernel(
+    hidden,
+    weight,
+    scale,
+    mask,
+    chosen,
+    entry,
+    threshold,
+    tokens,
+    F,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    EARLY: tl.constexpr = BITS == 16 or T == 1
+    if EARLY:
+        start_next(PDL)
+    f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if BITS == 16:
+        logit_NT = products(weight, f, f < F, hidden, tokens, K, BLOCK_K, STAGES, T, PDL)
+    else:
+        logit_NT = code_products(
+            weight, scale, f, f < F, hidden, tokens, K, BITS, BLOCK_K, STAGES, T, PDL
+        )
+    if not EARLY:
+        start_next(PDL)
+    t = tl.arange(0, T)
+    on_NT = (logit_NT >= threshold) & (f < F)[:, None] & (t < tokens)[None, :]
+    tokens_N = tl.sum(on_NT.to(tl.int32) << t[None, :], 1)
+    tl.store(chosen + f, tokens_N, mask=f < F)
+    w = tl.program_id(0) * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
+    tl.store(mask + w, words(tokens_N != 0), mask=w * 16 < F)
+    if T == 1:
+        blank(entry, f, F)
+
+
+def predict(
+    z_TD: Tensor, fc1_RD: Tensor | Quantised, fc2_FR: Tensor | Quantised, threshold: float
+) -> tuple[Selected, Tensor]:
+    """Run both products, of weights that are both codes or both not.
+
+    Returns:
+        The neurons predicted for any token, and chosen_F int32, whose bit t says whether token t's
+        prediction has that neuron.
+    """
+    return select(hidden(z_TD, fc1_RD), fc2_FR, threshold)
+
+
+def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
+    """hidden_TR = relu(fc1 . z), in fc1's dtype; in float32 where that is codes."""
+    (tokens, d), (rank, _) = z_TD.shape, fc1_RD.shape
+    if isinstance(fc1_RD, Tensor):
+        weight, bits, pad, dtype = (fc1_RD, fc1_RD), 16, padded(tokens), fc1_RD.dtype
+        config = HIDDEN_CONFIGS[pad]
+    else:
+        weight, bits, pad, dtype = (*fc1_RD,), fc1_RD.bits, _padded(tokens), torch.float32
+        z_TD, config = codes(z_TD), _hidden_codes_config(tokens, d)
+    hidden_TR = torch.empty(tokens, rank, dtype=dtype, device=z_TD.device)
+    _hidden_kernel[(triton.cdiv(rank, config["BLOCK_N"]),)](
+        z_TD, *weight, hidden_TR, tokens, rank,
+        K=d, BITS=bits, T=pad, **config, **options(z_TD),
+    )  # fmt: skip
+    return hidden_TR
+
+
+def select(
+    hidden_TR: Tensor, fc2_FR: Tensor | Quantised, threshold: float
+) -> tuple[Selected, Tensor]:
+    """fc2, the threshold and the set; returns what `predict` does.
+
+    It may read fc2 while what wrote `hidden` still runs; fc2 must be older than that.
+    """
+    tokens, (f, rank) = len(hidden_TR), fc2_FR.shape
+    if isinstance(fc2_FR, Tensor):
+        weight, bits, pad = (fc2_FR, fc2_FR), 16, padded(tokens)
+        met, config = hidden_TR, _fitted(SELECT_CONFIGS[pad], rank)
+    else:
+        weight, bits, pad = (*fc2_FR,), fc2_FR.bits, _padded(tokens)
+        config = _select_codes_config(tokens, rank)
+        met = codes(hidden_TR, early=tokens == 1)
+    mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=met.device)
+    chosen_F = torch.empty(f, dtype=torch.int32, device=met.device)
+    blank_E = room(f, tokens, met.device)
+    _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
+        met, *weight, mask_W, chosen_F, met if blank_E is None else blank_E, threshold, tokens, f,
+        K=rank, BITS=bits, T=pad, **config, **options(met),
+    )  # fmt: skip
+    return Selected(mask_W, blank_E), chosen_F
+
+
+def _padded(tokens: int) -> int:
+    """Columns of a product of codes."""
+    return triton.next_power_of_2(tokens) if tokens <= 4 else padded(tokens)
+
+
+def _hidden_codes_config(tokens: int, d: int) -> dict[str, int]:
+    """Below 256 columns most of a tile would be none. One token of a 13B model or a larger one was
+    measured to be faster, or no slower, with two rows to a program."""
+    config = HIDDEN_CODES_CONFIGS[tokens > 4]
+    if tokens == 1 and d > 4096:
+        return config | {"BLOCK_N": 2, "num_warps": 4}
+    return config if d > 256 else config | {"BLOCK_K": 256}
+
+
+def _select_codes_config(tokens: int, rank: int) -> dict[str, int]:
+    """Up to 4 tokens hold all of a program's weights in registers, with more warps for more of
+    them; STAGES counts above 4 tokens alone."""
+    columns = 128 if tokens > 4 else 512 if rank >= 2048 else 256 if tokens == 1 else 128
+    warps = 4 if tokens > 4 else min(16, 4 * triton.next_power_of_2(triton.cdiv(rank, 2048)))
+    return {"BLOCK_N": 16, "BLOCK_K": columns, "STAGES": 1, "num_warps": warps}
+
+
+def _fitted(config: dict[str, int], rank: int) -> dict[str, int]:
+    """f16 weights of a rank such as 1280, which large tiles do not divide, were faster in small
+    ones."""
+    if config["BLOCK_K"] > 256 and rank % config["BLOCK_K"]:
+        return config | {"BLOCK_K": 256, "num_warps": config["num_warps"] // 2}
+    return config

@@ -1,0 +1,123 @@
+"""The public recipe behind ProSparse's published predictors, so that everyone can compare.
+
+Raw inputs; labels x1 != 0; binary cross entropy with element weights y + (1 - y) (mean y + 0.005),
+the mean over a batch; AdamW, weight decay 0.01, constant learning rate; each layer keeps the epoch
+of best recall on calibration, and stops after 5 without a better one or above 0.99; threshold 0.
+(Deja Vu, arXiv 2310.17157, and ProSparse, arXiv 2402.13516, appendix F; both trainers are public.)
+
+All layers share the order of the data; each has a weight, a loss and a best epoch of its own, so
+that it ends where it would have ended alone.
+
+Shape letters: L layers, B batch, D hidden, F FFN width, R rank, P packed width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.bitmask import unpack
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.metrics import Counts, count
+from sparsecast.predictors.predictor import Predictor
+from sparsecast.predictors.training.data import LayersBatch
+
+FLOOR = 0.005
+PATIENCE = 5
+ENOUGH = 0.99
+
+
+class ReferenceModule(L.LightningModule):
+    """Stacked predictors of one rank; bests are buffers, so that a checkpoint has them.
+
+    Args:
+        chosen: The layers to train; all of them unless given.
+    """
+
+    best_recall_L: Tensor
+    best_epoch_L: Tensor
+    best_fc1_LRD: Tensor
+    best_fc2_LFR: Tensor
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        store: ActivationStore,
+        rank: int,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        made = store.manifest
+        chosen = made.layers if chosen is None else chosen
+        layers, d, f = len(chosen), made.hidden_size, made.ffn_width
+        fc1_LRD, fc2_LFR = torch.empty(layers, rank, d), torch.empty(layers, f, rank)
+        for place, layer in enumerate(chosen):
+            generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + layer)
+            for weight in (fc1_LRD[place], fc2_LFR[place]):  # as nn.Linear starts
+                bound = weight.shape[-1] ** -0.5
+                nn.init.uniform_(weight, -bound, bound, generator=generator)
+        self.fc1_LRD, self.fc2_LFR = nn.Parameter(fc1_LRD), nn.Parameter(fc2_LFR)
+        self.register_buffer("best_fc1_LRD", fc1_LRD.clone())
+        self.register_buffer("best_fc2_LFR", fc2_LFR.clone())
+        self.register_buffer("best_recall_L", torch.full((layers,), -1.0))
+        self.register_buffer("best_epoch_L", torch.zeros(layers, dtype=torch.int64))
+        self._counts: list[Counts] = []
+
+    def forward(self, x_LBD: Tensor) -> Tensor:
+        """Logits (L, B, F)."""
+        hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
+        return torch.bmm(hidden_LBR, self.fc2_LFR.transpose(1, 2))
+
+    def training_step(self, batch: LayersBatch, _: int) -> Tensor:
+        logits_LBF = self(batch.x_LBD.float())
+        fired = unpack(batch.mask_LBP, logits_LBF.shape[-1]).to(logits_LBF.dtype)
+        inactive_L11 = fired.mean((1, 2), keepdim=True) + FLOOR
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            logits_LBF, fired, weight=fired + (1 - fired) * inactive_L11
+        )
+        self.log("loss", loss.detach(), prog_bar=True)
+        return loss * len(logits_LBF)
+
+    def on_validation_epoch_start(self) -> None:
+        self._counts = [Counts(0, 0, 0, 0)] * len(self.best_recall_L)
+
+    def validation_step(self, batch: LayersBatch, _: int) -> None:
+        predicted_LBF = self(batch.x_LBD.float()) >= 0
+        fired_LBF = unpack(batch.mask_LBP, predicted_LBF.shape[-1])
+        self._counts = [
+            before.plus(count(predicted_BF, fired_BF))
+            for before, predicted_BF, fired_BF in zip(
+                self._counts, predicted_LBF, fired_LBF, strict=True
+            )
+        ]
+
+    def on_validation_epoch_end(self) -> None:
+        for layer, counts in enumerate(self._counts):
+            if not self._stopped(layer) and counts.recall > self.best_recall_L[layer]:
+                self.best_recall_L[layer] = counts.recall
+                self.best_epoch_L[layer] = self.current_epoch
+                self.best_fc1_LRD[layer] = self.fc1_LRD[layer].detach()
+                self.best_fc2_LFR[layer] = self.fc2_LFR[layer].detach()
+        self.log("recall", sum(c.recall for c in self._counts) / len(self._counts), prog_bar=True)
+        if all(self._stopped(layer, after=True) for layer in range(len(self._counts))):
+            self.trainer.should_stop = True
+
+    def _stopped(self, layer: int, *, after: bool = False) -> bool:
+        """Whether this layer, trained alone, would have ended before (or after) this epoch."""
+        since = self.current_epoch - int(self.best_epoch_L[layer])
+        return bool(self.best_recall_L[layer] > ENOUGH) or since >= PATIENCE + (not after)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.cfg.peak_lr, weight_decay=0.01)
+
+    def predictors(self) -> list[Predictor]:
+        """The best weights of every layer in f16."""
+        return [
+            Predictor(fc1_RD.cpu(), fc2_FR.cpu()).stored("f16")
+            for fc1_RD, fc2_FR in zip(self.best_fc1_LRD, self.best_fc2_LFR, strict=True)
+        ]

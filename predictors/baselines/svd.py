@@ -1,0 +1,111 @@
+"""A training-free baseline: the whitened truncated SVD of the gate.
+
+With S = E[x_hat x_hat^T] of the training tokens and W' the gate behind the norm's weight, the best
+rank-r approximation on those inputs is W' S^(1/2) = U Z V^T cut at r, so
+
+    gate x_hat  ~  B A x_hat,   B = U_r Z_r,   A = V_r^T S^(-1/2)
+
+(SVD-LLM, arXiv 2403.07378; as a predictor: arXiv 2603.14110). PowerInfer's format has a ReLU in the
+middle, and relu(z) - relu(-z) = z makes a linear predictor of rank r one of 2 r: fc1 = [A; -A],
+fc2 = [B, -B]. What the cut drops of row j has the standard deviation s_j, which is known too, so
+(B A x_hat - T) / s_j ranks neurons by how likely they reach the threshold T.
+
+Shape letters: D hidden, F FFN width, R rank of the linear predictor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.models.families import family_of
+from sparsecast.predictors.calibration.bias import BiasUnits, Uncut, bias_units
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.recorded_model import load_recorded
+from sparsecast.predictors.training.warm_start import BIAS_SCALE, RIDGE, Moments, moments
+
+
+def svd(
+    cfg: TrainConfig, store: ActivationStore, dtype: str, ranks: list[int], device: torch.device
+) -> list[Uncut]:
+    """Predictors of every layer, before their operating point is chosen.
+
+    Memory: the model, and one layer's (D, D) and (F, D) matrices in float32.
+
+    Raises:
+        InputError: See `load_model`.
+    """
+    assert cfg.model is not None
+    model = load_recorded(cfg.model, store, device)
+    return [
+        whitened(
+            moments(store, layer, device),
+            *gate_of(model, layer),
+            store.manifest.activation_threshold,
+            (rank - bias_units(dtype)) // 2,
+            rank - bias_units(dtype),
+            dtype,
+        )
+        for layer, rank in zip(store.manifest.layers, ranks, strict=True)
+    ]
+
+
+def gate_of(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
+    """The first projection (F, D) as it acts on x / rms(x), and its constant part (F,), float32.
+
+    For a LayerNorm the mean of x is taken off by the weights, and the variance that it divides by
+    is taken for the mean square: scores come out a little small where the mean is not zero.
+    """
+    family = family_of(model.config, str(model.config.name_or_path))
+    block = family.decoder_layers(model)[layer]
+    norm: Any = family.norm(block)
+    first: Any = block.get_submodule(family.gate or family.up)
+    weight_FD: Tensor = first.weight.detach().float()
+    constant_F = torch.zeros(len(weight_FD), device=weight_FD.device)
+    if (bias := getattr(norm, "bias", None)) is not None:
+        constant_F += weight_FD @ bias.detach().float()
+    if (bias := getattr(first, "bias", None)) is not None:
+        constant_F += bias.detach().float()
+    weight_FD = weight_FD * norm.weight.detach().float()
+    if isinstance(norm, torch.nn.LayerNorm):
+        weight_FD = weight_FD - weight_FD.mean(1, keepdim=True)
+    return weight_FD, constant_F
+
+
+def whitened(
+    m: Moments,
+    weight_FD: Tensor,
+    constant_F: Tensor,
+    threshold: float,
+    linear_rank: int,
+    units: int,
+    dtype: str,
+) -> BiasUnits:
+    """One layer's predictor with `linear_rank` dimensions, padded to `units` hidden units."""
+    eye = torch.eye(len(m.mean_D), device=m.mean_D.device)
+    second_DD = m.second_DD + RIDGE * m.second_DD.diagonal().mean() * eye
+    u_D = torch.linalg.solve(second_DD, m.mean_D)
+    values, vectors = torch.linalg.eigh(second_DD)
+    root_DD = vectors * values.sqrt() @ vectors.T
+    inverse_DD = vectors * values.rsqrt() @ vectors.T
+    left, strength, right = torch.linalg.svd(weight_FD @ root_DD, full_matrices=False)
+    a_RD = right[:linear_rank] @ inverse_DD
+    b_FR = left[:, :linear_rank] * strength[:linear_rank]
+    dropped_F = (left[:, linear_rank:] * strength[linear_rank:]).square().sum(1).sqrt()
+    whole_F = (left * strength).square().sum(1).sqrt()
+    # A row that is kept whole has nothing to divide by but what rounding leaves of it.
+    scale_F = torch.maximum(dropped_F, 1e-2 * whole_F.mean()).clamp_min(1e-6).reciprocal()
+    b_FR = b_FR * scale_F[:, None]
+    offset_F = (constant_F - threshold) * scale_F
+    spare = units - 2 * len(a_RD)
+    return BiasUnits(
+        torch.nn.functional.pad(torch.cat([a_RD, -a_RD]), (0, 0, 0, spare)).cpu(),
+        torch.nn.functional.pad(torch.cat([b_FR, -b_FR], dim=1), (0, spare)).cpu(),
+        (offset_F / BIAS_SCALE[dtype]).cpu(),
+        (BIAS_SCALE[dtype] * u_D).cpu(),
+        dtype,
+    )

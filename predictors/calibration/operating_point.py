@@ -1,0 +1,173 @@
+"""From an objective to the cuts of all layers.
+
+Recall and sparsity are the same for every layer. A traffic budget is spent where an entry loaded
+finds most active ones: with the price t of a loaded share, each layer takes the point of its curve
+with the largest recall - t load, and t is the one whose mean load fits. A perplexity is kept by the
+smallest recall, the same for all layers, whose predictors in the loop keep it on the calibration
+documents; the share of misses is bisected on a logarithmic scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.perplexity import perplexity
+from sparsecast.core.progress import bar, console
+from sparsecast.core.text.tokens import Sequence, TokenBatch, by_length
+from sparsecast.predictors.calibration.bias import Uncut
+from sparsecast.predictors.calibration.calibrate import (
+    SPLIT,
+    Calibrated,
+    Cut,
+    calibrate,
+    recall_cut,
+    scores,
+    sparsity_cut,
+)
+from sparsecast.predictors.calibration.rank_selection import share_of_ffn
+from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.model_in_loop import predicted_ffn
+from sparsecast.predictors.recorded_model import load_recorded
+
+MOST_MISSES, FEWEST_MISSES = 0.3, 1e-4
+RATIO = 1.1
+"""Bisection ends when the bracket of misses is this narrow."""
+BATCH = 8
+"""Documents per forward pass."""
+
+
+def operate(
+    cfg: TrainConfig, uncut: list[Uncut], store: ActivationStore, device: torch.device
+) -> list[Calibrated]:
+    """Cut every layer at the objective of `cfg`.
+
+    Raises:
+        InputError: The objective cannot be met; says how close it came, and what would meet it.
+    """
+    if cfg.target_perplexity is not None:
+        return _for_perplexity(cfg, uncut, store, device)
+    if cfg.traffic_budget is not None:
+        cuts = _for_traffic(cfg.traffic_budget, uncut, store, device)
+    elif cfg.target_sparsity is not None:
+        cuts = [sparsity_cut(cfg.target_sparsity)] * len(uncut)
+    else:
+        cuts = [recall_cut(cfg.recall)] * len(uncut)
+    return _all(uncut, store, cuts, device)
+
+
+def _all(
+    uncut: list[Uncut],
+    store: ActivationStore,
+    cuts: list[Cut],
+    device: torch.device,
+) -> list[Calibrated]:
+    """Memory: the predictors once more, as exported."""
+    done = []
+    with bar("calibrate", len(uncut)) as progress:
+        for layer, (predictor, cut) in enumerate(zip(uncut, cuts, strict=True)):
+            done.append(calibrate(predictor, store, layer, cut, device))
+            progress.advance()
+    return done
+
+
+def _for_traffic(
+    budget: float, uncut: list[Uncut], store: ActivationStore, device: torch.device
+) -> list[Cut]:
+    sizes = [share_of_ffn(predictor.cut(0.0).rank, store, predictor.dtype) for predictor in uncut]
+    load = budget - sum(sizes) / len(sizes)
+    curves = []
+    for layer, predictor in enumerate(uncut):
+        histogram, _ = scores(predictor.cut(0.0).to(device), predictor.constant_R, store, layer)
+        curves.append(np.array(histogram.curve(2000)))
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        price = (low + high) / 2
+        if _mean_load(curves, price) > load:
+            low = price
+        else:
+            high = price
+    return [sparsity_cut(_sparsity_at(curve, high)) for curve in curves]
+
+
+def _sparsity_at(curve: np.ndarray, price: float) -> float:
+    """The predicted sparsity of the point of (recall, sparsity) pairs that is best at a price."""
+    best = curve[np.argmax(curve[:, 0] - price * (1 - curve[:, 1]))]
+    return float(min(max(best[1], 1e-6), 1 - 1e-6))
+
+
+def _mean_load(curves: list[np.ndarray], price: float) -> float:
+    return float(np.mean([1 - _sparsity_at(curve, price) for curve in curves]))
+
+
+def _for_perplexity(
+    cfg: TrainConfig, uncut: list[Uncut], store: ActivationStore, device: torch.device
+) -> list[Calibrated]:
+    target = cfg.target_perplexity
+    assert cfg.model is not None
+    assert target is not None
+    model = load_recorded(cfg.model, store, device)
+    data = recorded_documents(store)
+    dense = perplexity(model, data)
+    kept: list[list[Calibrated]] = []
+
+    def change(misses: float) -> float:
+        done = _all(uncut, store, [recall_cut(1 - misses)] * len(uncut), device)
+        value = perplexity_with(model, done, data) / dense - 1
+        console.print(f"recall {1 - misses:.4f}: perplexity {value:+.3%}")
+        if value <= target:
+            kept[:] = [done]
+        return value
+
+    if (closest := most_misses(change, target)) is not None:
+        raise InputError(
+            f"--target-perplexity: at a recall of {1 - FEWEST_MISSES} the change is still "
+            f"{closest:.4%}, above {target:.4%}; train with a larger --rank, more --epochs or more "
+            "tokens"
+        )
+    return kept[0]
+
+
+def most_misses(change: Callable[[float], float], target: float) -> float | None:
+    """Call `change` with shares of misses; the last one at most `target` is the largest such share
+    within `RATIO`. None, or the change at the fewest misses where that is above `target` too."""
+    few, many = FEWEST_MISSES, MOST_MISSES
+    if change(many) <= target:
+        return None
+    if not (closest := change(few)) <= target:
+        return closest
+    while many / few > RATIO:
+        middle = math.sqrt(few * many)
+        if change(middle) <= target:
+            few = middle
+        else:
+            many = middle
+    return None
+
+
+def perplexity_with(
+    model: PreTrainedModel, layers: list[Calibrated], data: list[TokenBatch]
+) -> float:
+    """With the mask of the predictors and the model's own activation."""
+    predictors = PredictorSet([layer.predictor for layer in layers], 0.0, None)
+    with predicted_ffn(model, predictors):
+        return perplexity(model, data)
+
+
+def recorded_documents(store: ActivationStore, split: str = SPLIT) -> list[TokenBatch]:
+    """The documents of a split as they were recorded, from the token ids that the store keeps."""
+    rows, longest = [], 2
+    for shard in range(len(store.shards(split))):
+        ids, position = store.tokens(split, shard)
+        starts = (position == 0).nonzero().flatten().tolist()
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            rows.append(Sequence(split, ids[start:stop].tolist(), False))
+            longest = max(longest, stop - start)
+    return list(by_length(rows, seq_len=longest, batch_size=BATCH))

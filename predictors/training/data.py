@@ -1,0 +1,145 @@
+"""Training batches from the memory maps of an activation store, all layers at once.
+
+Tokens are shuffled in blocks of `BLOCK` neighbours, and a batch is made of blocks from all over
+the split: near enough to a full shuffle, at the reading pattern of a few large slices.
+
+Memory: four batches; the store stays on disk.
+
+Shape letters: L layers, B batch, T tokens, D hidden, F FFN width, P packed width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.bitmask import unpack
+from sparsecast.core.prefetch import prefetch
+
+BLOCK = 32
+READERS = 8
+"""Threads that read a batch for a GPU; the CPU has better things to do."""
+
+
+class LayersBatch(NamedTuple):
+    """The same B tokens as every layer saw them."""
+
+    x_LBD: Tensor
+    """Raw predictor inputs, f16 or bf16."""
+    mask_LBP: Tensor
+    """uint8, packed; see collect.bits."""
+
+
+class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
+    """Batches of one split; shuffled anew by (seed, `epoch`), or in order.
+
+    Args:
+        layers: Those that a batch holds; all that are recorded unless given.
+        for_gpu: Read with several threads into pinned memory, which copies to a GPU while it
+            computes.
+        share: (i, n): the i-th of every n batches alone; what is left behind the last n is not
+            seen, so that all shares are equally long.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        split: str,
+        batch_size: int,
+        seed: int | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        for_gpu: bool = False,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._store = store
+        self._split = split
+        self._seed = seed
+        self._layers = list(store.manifest.layers if layers is None else layers)
+        self._pinned = for_gpu
+        self._share = share
+        self._per_batch = batch_size // BLOCK
+        self._blocks = [
+            (shard, start, min(start + BLOCK, tokens))
+            for shard, tokens in enumerate(store.shards(split))
+            for start in range(0, tokens, BLOCK)
+        ]
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        batches = -(-len(self._blocks) // self._per_batch)
+        return batches if self._share[1] == 1 else batches // self._share[1]
+
+    def __iter__(self) -> Iterator[LayersBatch]:
+        order = list(range(len(self._blocks)))
+        if self._seed is not None:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        place, of = self._share
+        firsts = range(0, len(order), self._per_batch)
+        chosen = (
+            [self._blocks[i] for i in order[first : first + self._per_batch]]
+            for first in firsts[place::of][: len(self)]
+        )
+        workers = min(READERS, os.cpu_count() or 1) if self._pinned else 1
+        with ThreadPoolExecutor(workers, "read") as pool:
+            # The next batch is read while this one trains.
+            yield from prefetch(self._read(blocks, pool) for blocks in chosen)
+
+    def _read(self, blocks: list[tuple[int, int, int]], pool: ThreadPoolExecutor) -> LayersBatch:
+        tokens = sum(stop - start for _, start, stop in blocks)
+        one = self._store.rows(self._split, 0, self._layers[0], 0, 1)
+        x_LBD, mask_LBP = (
+            torch.empty(
+                len(self._layers),
+                tokens,
+                part.shape[1],
+                dtype=part.dtype,
+                pin_memory=self._pinned,
+            )
+            for part in one
+        )
+
+        def read(place: int) -> None:
+            layer = self._layers[place]
+            rows = [self._store.rows(self._split, shard, layer, *run) for shard, *run in blocks]
+            torch.cat([part.x_TD for part in rows], out=x_LBD[place])
+            torch.cat([part.mask_TP for part in rows], out=mask_LBP[place])
+
+        for _ in pool.map(read, range(len(self._layers))):
+            pass
+        return LayersBatch(x_LBD, mask_LBP)
+
+
+def layer_batches(
+    store: ActivationStore,
+    split: str,
+    layer: int,
+    size: int = 1024,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x (T, D), active (T, F)) of one layer, at most `size` tokens at a time, on `device`."""
+    for shard, start, stop in _runs(store, split, size):
+        rows = store.rows(split, shard, layer, start, stop)
+        yield rows.x_TD.to(device), unpack(rows.mask_TP.to(device), store.manifest.ffn_width)
+
+
+def layer_energies(
+    store: ActivationStore, split: str, layer: int, size: int = 1024
+) -> Iterator[Tensor | None]:
+    """Energies (T, F) float32 beside `layer_batches`; None where the store has none."""
+    for shard, start, stop in _runs(store, split, size):
+        yield store.energies(split, shard, layer, start, stop)
+
+
+def _runs(store: ActivationStore, split: str, size: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first token, token behind the last)."""
+    for shard, tokens in enumerate(store.shards(split)):
+        for start in range(0, tokens, size):
+            yield shard, start, min(start + size, tokens)

@@ -1,0 +1,242 @@
+"""Training batches from a running model: nothing of the training text is ever stored.
+
+Every epoch takes the next documents, so each token trains once while the corpus lasts; where it
+ends it begins again. A few batches' worth of tokens, from many documents, are pooled and shuffled.
+The warm start takes the moments of the first `WARM_TOKENS` in a pass of its own. Only the
+calibration documents are recorded, to a store beside the unfinished predictors that goes when they
+are finished, because calibration passes over them several times; `collect` loads the model for them
+before it is loaded for training.
+
+Memory: the model; on the device, at 2 D + F / 8 bytes a token and layer, twice `POOL` batches and
+one forward pass of `DOCUMENTS` documents; before training, (D, D) and (F, D) moments of every layer
+in float32.
+
+Shape letters: L layers, N places of a batch, T tokens, D hidden, F FFN width, P packed width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.run import collect, input_device
+from sparsecast.collect.store.shard import INPUT_DTYPES
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.bitmask import pack, unpack
+from sparsecast.core.errors import InputError
+from sparsecast.core.interrupts import same_kind
+from sparsecast.core.models.loading import embedding_rows, load_model
+from sparsecast.core.models.recorder import Recorder
+from sparsecast.core.progress import bar, console
+from sparsecast.core.text.corpus import documents
+from sparsecast.core.text.splits import assign
+from sparsecast.core.text.tokens import TokenBatch, by_length, sequences
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.training.data import LayersBatch
+from sparsecast.predictors.training.trainer import work_folder
+from sparsecast.predictors.training.warm_start import Moments, MomentSums
+
+POOL = 16
+"""Batches that are shuffled together."""
+CALIBRATION_TOKENS = 20_000
+WARM_TOKENS = 65_536
+"""What moments are taken of, or 16 times the hidden size where that is more."""
+DOCUMENTS = 8
+"""Per forward pass, of full length."""
+STORE = "calibration"
+
+
+class Running:
+    """The training split of a corpus, read by a model."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        cfg: TrainConfig,
+    ) -> None:
+        self.store = store
+        self._model = model
+        self._tokenizer = tokenizer
+        self._cfg = cfg
+        self._told = False
+        self._x_dtype = INPUT_DTYPES[store.manifest.x_dtype]
+
+    def batches(
+        self,
+        cfg: TrainConfig,
+        layers: Sequence[int],
+        device: torch.device,
+        share: tuple[int, int],
+    ) -> ModelBatches:
+        per_epoch = cfg.steps_per_epoch(share[1])
+        return ModelBatches(self, per_epoch, cfg.tokens_per_step, cfg.seed, layers, share)
+
+    def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
+        made = self.store.manifest
+        sums = [MomentSums(made.hidden_size, made.ffn_width, device) for _ in layers]
+        wanted = min(self._cfg.train_tokens, max(WARM_TOKENS, 16 * made.hidden_size))
+        done = 0
+        with bar("moments", wanted) as progress:
+            for text in self.text():
+                x_LTD, mask_LTP = self.forward(text, layers)
+                for total, x_TD, mask_TP in zip(sums, x_LTD, mask_LTP, strict=True):
+                    total.add(x_TD.to(device), unpack(mask_TP, made.ffn_width).to(device))
+                progress.advance(text.tokens)
+                done += text.tokens
+                if done >= wanted:
+                    break
+        while sums:
+            yield sums.pop(0).mean()
+
+    def text(self) -> Iterator[TokenBatch]:
+        """Batches of training documents, without an end."""
+        cfg, made = self._cfg, self.store.manifest
+        while True:
+            read = 0
+            docs = assign(documents(made.corpus, seq_len=cfg.document_len))
+            rows = sequences(
+                docs,
+                self._tokenizer,
+                {"train": 1 << 62},
+                cfg.document_len,
+                vocabulary=embedding_rows(self._model),
+            )
+            for batch in by_length(rows, seq_len=cfg.document_len, batch_size=DOCUMENTS):
+                read += batch.tokens
+                yield batch
+            if not read:
+                raise InputError(f"{made.corpus}: no training document; give more text")
+            if not self._told:
+                self._told = True
+                console.print(
+                    f"{made.corpus}: has {read:,} training tokens, fewer than --tokens "
+                    f"{cfg.train_tokens:,}, so it is read again",
+                    style="yellow",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+    def forward(self, text: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(L, T, D) inputs as a store keeps them and (L, T, P) packed masks, on the device.
+
+        Raises:
+            InputError: An input is not finite in that dtype.
+        """
+        inputs, masks = [], []
+        kept_N = text.keep_BS.flatten().to(input_device(self._model))
+
+        def sink(_: int, x_ND: Tensor, x1_NF: Tensor) -> None:
+            inputs.append(x_ND[kept_N].to(self._x_dtype))
+            masks.append(pack(x1_NF[kept_N] != 0))
+
+        with torch.no_grad(), Recorder(self._model, sink, list(layers)):
+            self._model.base_model(text.ids_BS.to(kept_N.device), use_cache=False)
+        x_LTD = torch.stack(inputs)
+        if not x_LTD.isfinite().all():
+            raise InputError(
+                f"a predictor input does not fit {self.store.manifest.x_dtype}; train with --dtype "
+                "bfloat16, and check the model's weights"
+            )
+        return x_LTD, torch.stack(masks)
+
+
+class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
+    """`per_epoch` batches of the documents that follow those of the epoch before."""
+
+    def __init__(
+        self,
+        running: Running,
+        per_epoch: int,
+        batch_size: int,
+        seed: int,
+        layers: Sequence[int],
+        share: tuple[int, int],
+    ) -> None:
+        self._running = running
+        self._per_epoch = per_epoch
+        self._batch_size = batch_size
+        self._seed = seed
+        self._layers = layers
+        self._share = share
+        self._text: Iterator[TokenBatch] = iter(())
+        self._next: int | None = None
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self._per_epoch
+
+    def __iter__(self) -> Iterator[LayersBatch]:
+        if self._next != self.epoch:
+            self._rewind()
+        self._next = None
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        pooled: list[tuple[Tensor, Tensor]] = []
+        left = self._per_epoch
+        while left:
+            held = sum(mask_LTP.shape[1] for _, mask_LTP in pooled)
+            if held < min(POOL, left) * self._batch_size:
+                pooled.append(self._running.forward(next(self._text), self._layers))
+                continue
+            x_LTD, mask_LTP = (torch.cat(parts, dim=1) for parts in zip(*pooled, strict=True))
+            pooled.clear()
+            order = torch.randperm(held, generator=generator).to(mask_LTP.device)
+            steps = min(left, held // self._batch_size)
+            for step in range(steps):
+                rows = order[step * self._batch_size : (step + 1) * self._batch_size]
+                left -= 1
+                if not left:  # nobody need ask for what comes after the last one
+                    self._next = self.epoch + 1
+                yield LayersBatch(x_LTD[:, rows], mask_LTP[:, rows])
+            rest = order[steps * self._batch_size :]
+            pooled.append((x_LTD[:, rest], mask_LTP[:, rest]))
+
+    def _rewind(self) -> None:
+        """Pass over the text of the epochs before this one."""
+        place, of = self._share
+        self._text = (text for i, text in enumerate(self._running.text()) if i % of == place)
+        for _ in range(self.epoch):
+            held = 0
+            while held < self._per_epoch * self._batch_size:
+                held += next(self._text).tokens
+
+
+def running(cfg: TrainConfig) -> Running:
+    """Record the calibration documents, and load the model.
+
+    Raises:
+        InputError: See `collect`.
+        KeyboardInterrupt: At Ctrl-C.
+    """
+    assert cfg.model is not None
+    assert cfg.corpus is not None
+    calibration = max(60, min(CALIBRATION_TOKENS, cfg.train_tokens // 10))
+    asked = CollectConfig(
+        model=cfg.model,
+        corpus=cfg.corpus,
+        out=work_folder(cfg.out) / STORE,
+        tokens=calibration,
+        seq_len=cfg.document_len,
+        device=cfg.device,
+        dtype=cfg.dtype,
+        activation_threshold=cfg.activation_threshold,
+    )
+    try:
+        store = collect(asked, {"train": 2, "calibration": calibration, "held-out": 2})
+    except KeyboardInterrupt as error:
+        told = f"{cfg.out}: interrupted before training began, nothing is left behind"
+        raise same_kind(error, told) from None
+    model, tokenizer = load_model(
+        cfg.model,
+        device=cfg.device,
+        dtype=cfg.dtype,
+        activation_threshold=cfg.activation_threshold,
+    )
+    console.print(f"training on {cfg.train_tokens:,} tokens of {cfg.corpus}, none of them stored")
+    return Running(store, model, tokenizer, cfg)

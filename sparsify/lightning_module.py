@@ -1,0 +1,112 @@
+"""The Lightning module: language modelling loss plus progressive L1 on x1.
+
+    loss = cross entropy + lambda(t) * sum over layers of mean |x1|
+
+The mean is over tokens and neurons. (ProSparse's paper does not say how it reduces the norm, so
+its lambdas do not carry over.)
+
+Shape letters: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecast.core.models.families import family_of
+from sparsecast.sparsify.schedule import l1_share, lr_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of training. Steps are counted over the whole run, pre-training included."""
+
+    name: str
+    start: int
+    stop: int
+    l1: float
+    """Last lambda of the progressive schedule; 0 for none."""
+    lr: float
+    warmup: int
+    decay_from: int
+    """Where the learning rate starts to fall; `stop` or later for a phase that does not."""
+
+
+class SparsifyModule(L.LightningModule):
+    """Train `model`, in place, through one phase."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        phase: Phase,
+        optimizer_state: dict[str, Any] | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.phase = phase
+        self._optimizer_state = optimizer_state
+        self._x1_means: list[Tensor] = []
+        family = family_of(model.config, "model")
+        self._handles = [
+            layer.get_submodule(family.down).register_forward_pre_hook(self._on_down)
+            for layer in family.decoder_layers(model)
+        ]
+        self._losses = torch.compile(self._both_losses) if compile else self._both_losses
+
+    def remove_hooks(self) -> None:
+        """Leave the model as it was; a hook that stays would hold every later graph in memory."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_down(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._x1_means.append(args[0].abs().mean(dtype=torch.float32))
+
+    def _both_losses(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        self._x1_means = []
+        logits = self.model(ids_BS[:, :-1], use_cache=False).logits
+        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids_BS[:, 1:].flatten())
+        return nll, torch.stack(self._x1_means).sum()
+
+    def training_step(self, ids_BS: Tensor, _: int) -> Tensor:
+        nll, l1 = self._losses(ids_BS)
+        phase = self.phase
+        progress = self.global_step / max(1, phase.stop - phase.start)
+        weight = phase.l1 * l1_share(progress) if phase.l1 else 0.0
+        if self.global_step % 50 == 0:
+            self.log("nll", nll.detach(), prog_bar=True)
+            self.log("mean |x1|", l1.detach(), prog_bar=True)
+        return nll + weight * l1
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning's own clipping refuses fused optimisers, which bf16 does not need to.
+        nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+    def configure_optimizers(self) -> Any:
+        decay = [p for p in self.parameters() if p.dim() > 1]
+        plain = [p for p in self.parameters() if p.dim() <= 1]
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.phase.lr, betas=(0.9, 0.95), fused=self.device.type == "cuda"
+        )
+        if self._optimizer_state is not None:
+            # A copy: AdamW would go on in these very tensors, and the next branch after it.
+            optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = self.phase.lr
+
+        def share(step: int) -> float:
+            p = self.phase
+            return lr_share(p.start + step, warmup=p.warmup, decay_from=p.decay_from, total=p.stop)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

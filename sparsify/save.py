@@ -1,0 +1,149 @@
+"""What a sparse model is saved with, and the proof that it loads as the model that was measured.
+
+The tokenizer is kept as the files that it came as, and compared before training starts: a model
+that nobody can feed is found out in seconds, not after days.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.loading import load_model
+from sparsecast.core.text.tokens import TokenBatch, encode
+from sparsecast.core.tokenizers.loading import load_tokenizer
+from sparsecast.sparsify.measure import Score, score
+
+FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "*.model",
+    "*.tiktoken",
+)
+"""Of every class of tokenizer; a class's own names come on top."""
+
+
+def keep_files(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
+    """Copy what a tokenizer was loaded from, and how its model generates, into `folder`."""
+    names = (*FILES, *tokenizer.vocab_files_names.values())
+    found = {path for name in names for path in source.glob(name) if path.is_file()}
+    for path in sorted(found):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def say_activation(config: PreTrainedConfig, rule: ActivationRule) -> None:
+    """Write the activation into a config, in the words of its family."""
+    setattr(config, family_of(config, "model").act_key, rule.name)
+    if rule.name == "fatrelu":
+        config.hidden_act_param = rule.threshold
+    elif hasattr(config, "hidden_act_param"):
+        del config.hidden_act_param
+
+
+def check_kept(
+    tokenizer: Tokenizer, config: PreTrainedConfig, folder: Path, texts: Iterable[str]
+) -> None:
+    """Prove, before training, that config and tokenizer will be read back as they are here.
+
+    Args:
+        config: With a sparse activation. It is left in `folder`, which decides the tokenizer's
+            class where its own files do not.
+        texts: Whose ids must be the same.
+
+    Raises:
+        InputError: They will not.
+    """
+    config.save_pretrained(folder)
+    checkpoint = Checkpoint(str(folder))
+    where = tokenizer.name_or_path
+    found, meant = (activation_rule(c, where) for c in (checkpoint.config, config))
+    if found != meant:
+        raise InputError(f"{where}: the sparse config would be read as {found}, not as {meant}")
+    if different := differences(tokenizer, load_tokenizer(checkpoint), texts):
+        raise InputError(
+            f"{where}: a copy of this tokenizer's files gives {different}; load it and save it "
+            "with save_pretrained beside the weights first"
+        )
+
+
+def differences(a: Tokenizer, b: Tokenizer, texts: Iterable[str]) -> str | None:
+    """The first thing in which two tokenizers differ."""
+    pairs: dict[str, tuple[Any, Any]] = {
+        "another number of tokens": (len(a), len(b)),
+        "other special tokens": (a.special_tokens_map, b.special_tokens_map),
+        "other added tokens": (a.get_added_vocab(), b.get_added_vocab()),
+        "another chat template": (a.chat_template, b.chat_template),
+    }
+    for what, (mine, other) in pairs.items():
+        if mine != other:
+            return what
+    for text in (" ".join(a.all_special_tokens), *texts):
+        limit = len(text) + 1
+        if (
+            encode(a, text, limit) != encode(b, text, limit)
+            or a(text)["input_ids"] != (b(text)["input_ids"])
+        ):
+            return f"other ids for the text that begins {text[:40]!r}"
+    return None
+
+
+def write_model(model: Any, rule: ActivationRule, kept: Path, folder: Path) -> None:
+    """Save a model, in place in float16, beside the files that `keep_files` has kept."""
+    say_activation(model.config, rule)
+    # A published generation_config.json may be one that transformers refuses to write.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.half().save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # which are written for their owner alone
+        path.chmod((folder / "config.json").stat().st_mode)
+    shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+
+
+def check_saved(
+    folder: Path,
+    tokenizer: Tokenizer,
+    batch: TokenBatch,
+    expected: Score,
+    texts: Sequence[str],
+    device: str,
+) -> None:
+    """Load what was saved as every stage does, and compare it with what was measured.
+
+    Args:
+        expected: What the model scored on `batch` in float32, with its weights as saved.
+
+    Raises:
+        RuntimeError: It is not the same.
+    """
+    try:
+        model, again = load_model(str(folder), device=device, dtype="float32")
+    except InputError as error:
+        raise RuntimeError(f"the saved model cannot be loaded again ({error})") from error
+    if different := differences(tokenizer, again, texts):
+        raise RuntimeError(f"the saved tokenizer gives {different}")
+    found = score(model, [batch])
+    if not isclose(found.sparsity, expected.sparsity, abs_tol=1e-4) or not isclose(
+        found.perplexity, expected.perplexity, rel_tol=1e-3
+    ):
+        raise RuntimeError(
+            f"the saved model is not the one that was measured: sparsity {found.sparsity:.2%} and "
+            f"perplexity {found.perplexity:.3f} on a batch, expected {expected.sparsity:.2%} and "
+            f"{expected.perplexity:.3f}"
+        )

@@ -1,0 +1,125 @@
+"""A corpus as one matrix of training sequences.
+
+Shape letters: N sequences, S sequence.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.progress import bar
+from sparsecast.core.text.corpus import Document
+from sparsecast.core.text.tokens import encode, encode_document, with_bos
+
+GROUP = 1024
+"""Documents that are tokenized together."""
+
+
+def sequences(
+    docs: Iterable[Document],
+    tokenizer: Any,
+    seq_len: int,
+    limit: int,
+    vocabulary: float = float("inf"),
+) -> Tensor:
+    """(N, S) int32 on the CPU: documents end to end, cut every S tokens, each row led by BOS.
+
+    Documents are encoded as everywhere: text as it is, chats through the tokenizer's template.
+
+    Args:
+        limit: Stop reading after this many tokens.
+        vocabulary: Rows of the model's embedding.
+
+    Memory: 4 bytes per token, of at most `limit` tokens and one group of documents.
+
+    Raises:
+        InputError: Too little text, a chat that has no template or does not fit it, or a token
+            without a row in the embedding.
+    """
+    flat: list[Tensor] = []
+    total = 0
+    stream = iter(docs)
+    with bar("tokenise", None) as progress:
+        while total < limit and (group := list(islice(stream, GROUP))):
+            for ids in _encoded(tokenizer, group):
+                flat.append(torch.tensor(ids, dtype=torch.int32))
+                total += len(ids)
+            progress.advance(len(group))
+    if total < seq_len:
+        raise InputError(
+            f"the training split has {total} tokens, expected at least {seq_len}; give more text "
+            "or a smaller --seq-len"
+        )
+    rows = torch.cat(flat)[: total - total % seq_len].view(-1, seq_len).clone()
+    if (largest := int(rows.max())) >= vocabulary:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer gives id {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings for "
+            f"{vocabulary} ids alone; give the tokenizer that belongs to the model"
+        )
+    if tokenizer.bos_token_id is not None:
+        rows[:, 0] = tokenizer.bos_token_id
+    return rows
+
+
+def _encoded(tokenizer: Any, group: Sequence[Document]) -> Iterator[list[int]]:
+    """What `encode_document` gives for each, without its limit; texts on every core."""
+    plain = iter(_plain(tokenizer, [doc.text for doc in group if doc.chat is None]))
+    for doc in group:
+        if doc.chat is None:
+            yield with_bos(tokenizer, next(plain))
+        else:
+            yield encode_document(tokenizer, doc, sys.maxsize)
+
+
+def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return [encode(tokenizer, text, sys.maxsize) for text in texts]
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # a literal <s> in the text is text
+    backend.no_truncation()  # which tokenizer.json may ask for
+    backend.no_padding()
+    return [got.ids for got in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class Batches(torch.utils.data.IterableDataset[Tensor]):
+    """(B, S) batches from step `first` on; every step's batch depends on the seed and step alone.
+
+    Epochs are seeded permutations, so a resumed run sees what an uninterrupted one would.
+    """
+
+    def __init__(self, rows_NS: Tensor, batch_size: int, seed: int, first: int = 0) -> None:
+        self._rows_NS = rows_NS
+        self._batch_size = batch_size
+        self._seed = seed
+        self.first = first
+
+    def __iter__(self) -> Iterator[Tensor]:
+        n_rows = len(self._rows_NS)
+        place = self.first * self._batch_size
+        while True:
+            take: list[Tensor] = []
+            need = self._batch_size
+            while need:
+                epoch, offset = divmod(place, n_rows)
+                chosen = self._order(epoch)[offset : offset + need]
+                take.append(chosen)
+                need -= len(chosen)
+                place += len(chosen)
+            index = torch.cat(take).to(self._rows_NS.device)
+            yield self._rows_NS[index].long()
+
+    def _order(self, epoch: int) -> Tensor:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._permutation = torch.randperm(len(self._rows_NS), generator=generator)
+            self._epoch = epoch
+        return self._permutation

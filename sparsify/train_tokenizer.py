@@ -1,0 +1,77 @@
+"""Train a sentencepiece tokenizer that transformers and PowerInfer's engine read alike.
+
+The engine merges greedily by score, which reproduces sentencepiece's BPE type and not its unigram
+type. Byte fallback covers every text; normalisation is off so that text round-trips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import decoders, normalizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.models.pretrained import tokenizer_of
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """Write tokenizer.model and transformers' files for it into `folder`, and load them.
+
+    A line break is the byte token <0x0A>, as in LLaMA's own vocabulary: a piece of its own would
+    be an added token to transformers, which splits text where sentencepiece does not.
+
+    Args:
+        texts: Training text, taken line by line.
+        vocab_size: Pieces in all, of which 3 are `<unk> <s> </s>` and 256 are bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    model = BytesIO()  # a name in its place would be written into the model
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(
+            f"the tokenizer could not be trained with {vocab_size} pieces "
+            f"({reason_of(error)}); give more text or a smaller vocabulary"
+        ) from error
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    backend = tokenizer_of(folder, LlamaTokenizer).backend_tokenizer
+    # transformers' own pre-tokeniser adds no space before a text that starts with one.
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", left=1),
+        ]
+    )
+    fast: Any = PreTrainedTokenizerFast
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast(tokenizer_object=backend, **special).save_pretrained(folder)
+    tokenizer: Tokenizer = tokenizer_of(folder)
+    return tokenizer

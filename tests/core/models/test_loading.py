@@ -1,0 +1,422 @@
+"""Models that lie, are damaged or bring code: nothing runs, and one line names the fault."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import load_model, open_checked, read_weights
+from sparsecast.core.models.location import SHIPPED, find_local, is_path, resolve
+from sparsecast.core.models.weight_files import ORDER
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ef16\nsize 4993300595\n"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "m"))
+
+
+def edit(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def shards(folder: Path, weights: dict, *, index: dict | None = None, offset: float = 0.0) -> None:
+    """The weights in two shards with an index beside whatever is there, `offset` added to each."""
+    names = sorted(weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({n: weights[n] + offset for n in held}, folder / file, {"format": "pt"})
+    where = {name: file for file, held in parts.items() for name in held}
+    write_index(folder, where if index is None else index)
+
+
+def write_index(folder: Path, weight_map: dict) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        open_checked(str(folder))
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+# Code.
+
+
+@pytest.fixture
+def no_questions(monkeypatch):
+    def ask(*_: object) -> str:
+        raise AssertionError("somebody was asked")
+
+    monkeypatch.setattr(builtins, "input", ask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("llama", {}),
+        ("sparsellama", {}),
+        ("bamboo", {"hidden_act": "relu"}),
+        ("minicpm", {"scale_emb": 12, "dim_model_base": 16, "scale_depth": 1.4}),
+    ],
+)
+def test_code_that_comes_with_a_model_never_runs(kind, fields, folder, no_questions):
+    mark = folder / "ran"
+    code = f"open({str(mark)!r}, 'w').write('x')\n"
+    for name in ("conf.py", "model.py", "tok.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(code)
+    maps = {"AutoConfig": "conf.C", "AutoModelForCausalLM": "model.M", "AutoTokenizer": "tok.T"}
+    kernel = {"attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel"}
+    edit(folder / "config.json", model_type=kind, auto_map=maps, **fields, **kernel)
+    maps = {"AutoTokenizer": ["tok.T", None]}
+    edit(folder / "tokenizer_config.json", tokenizer_class="T", auto_map=maps)
+
+    model, tokenizer = load_model(str(folder), device="cpu")
+
+    assert not mark.exists()
+    assert tokenizer("def f", add_special_tokens=False)["input_ids"]
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_a_family_of_its_own_code_alone_is_refused_in_one_line(folder, no_questions):
+    edit(folder / "config.json", model_type="riddle", auto_map={"AutoConfig": "conf.C"})
+    refused(folder, r"model_type is 'riddle'.*\(auto_map\) is never run")
+
+
+def test_another_config_for_another_version_of_transformers_is_not_read(folder):
+    edit(folder / "config.json", configuration_files=["config.4.0.0.json"])
+    (folder / "config.4.0.0.json").write_text('{"model_type": "gpt2"}')
+    assert Checkpoint(str(folder)).config.model_type == "llama"
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("exit 1",))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_more_than_tensors_is_refused_in_words_of_ours(folder, zipped):
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({"x": Evil()}, path, _use_new_zipfile_serialization=zipped)
+    refused(folder, r"holds more than tensors \(posix\.system\).*give the weights as model\.safe")
+    path.write_bytes(pickle.dumps(3))
+    refused(folder, "pytorch_model.bin: not a readable weights file")
+
+
+# Which file.
+
+
+def test_one_file_holds_the_weights_in_the_order_of_transformers(folder):
+    """All four claim to; each is taken away in turn, and transformers is the oracle."""
+    weights = load_file(folder / "model.safetensors")
+    shards(folder, weights, offset=1.0)
+    torch.save({n: w + 2 for n, w in weights.items()}, folder / "pytorch_model.bin")
+    torch.save({n: w + 3 for n, w in weights.items()}, folder / "c.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "c.bin")}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    seen = set()
+    for offset, name in enumerate(ORDER):
+        checkpoint, _ = open_checked(str(folder))
+        ours = checkpoint.tensor(EMBEDDING)
+        theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()[EMBEDDING]
+        recorded = read_weights(checkpoint, torch.float16).state_dict()[EMBEDDING]
+
+        assert torch.equal(ours, weights[EMBEDDING] + offset)
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, recorded)
+        seen.add(checkpoint.fingerprint)
+        (folder / name).unlink()
+    assert len(seen) == 4
+    refused(folder, r"no model\.safetensors, pytorch_model\.bin or index of shards")
+
+
+def test_a_stale_index_beside_a_whole_file_is_not_read(folder):
+    write_index(folder, {"gone.weight": "model-00001-of-00008.safetensors"})
+    open_checked(str(folder))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["/etc/passwd", "../m/a.safetensors", "x/../a.safetensors", "..\\a.safetensors", "..", "a.bin"],
+)
+def test_an_index_names_files_beside_it(file, folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards(folder, weights, index=dict.fromkeys(weights, file))
+    refused(folder, r"index\.json: names the file .* without a folder")
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    """transformers takes the last one, the index says the first."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards(folder, weights)
+    save_file({EMBEDDING: weights[EMBEDDING] + 1}, folder / "c.safetensors", {"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    write_index(folder, {**index, "more": "c.safetensors"})
+    refused(folder, f"c.safetensors: tensor {re.escape(EMBEDDING)} is also in [ab].safetensors")
+
+
+def test_other_claims_to_the_weights_are_refused(folder):
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    edit(folder / "config.json", transformers_weights="other.safetensors")
+    refused(folder, "transformers_weights is 'other.safetensors'")
+    edit(folder / "config.json", transformers_weights=None)
+    (folder / "other.safetensors").rename(folder / "shard-00000-model-00001-of-00001.safetensors")
+    refused(folder, "is a distributed checkpoint")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_the_weights_is_refused_with_the_way_to_merge_it(name, folder):
+    (folder / name).write_text("{}")
+    with pytest.raises(InputError, match=rf"holds an adapter \({name}\).*merge_and_unload"):
+        Checkpoint(str(folder))
+
+
+# Files that are not what they seem.
+
+
+@pytest.mark.parametrize("kind", ["older format", "Parameters"])
+def test_weights_of_older_torch_and_of_parameters_are_read(kind, folder):
+    weights = load_file(folder / "model.safetensors")
+    whole = Checkpoint(str(folder)).fingerprint
+    (folder / "model.safetensors").unlink()
+    new = kind == "Parameters"
+    saved = {n: torch.nn.Parameter(w) for n, w in weights.items()} if new else weights
+    torch.save(saved, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
+
+    model, _ = load_model(str(folder), device="cpu")
+
+    assert Checkpoint(str(folder)).fingerprint == whole
+    assert torch.equal(model.state_dict()[EMBEDDING], weights[EMBEDDING].float())
+
+
+def test_the_older_format_is_read_once_for_all_its_tensors(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    checkpoint = Checkpoint(str(folder))
+    checkpoint.tensor(EMBEDDING)
+    path.unlink()
+    for name, weight in weights.items():
+        assert torch.equal(checkpoint.tensor(name), weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "tokenizer.model", "config.json"]
+)
+def test_a_git_lfs_pointer_is_named(name, folder):
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    refused(folder, f"{re.escape(name)}: is a Git LFS pointer.*4,993,300,595 bytes.*git lfs pull")
+
+
+def test_a_pointer_that_nobody_reads_is_left_alone(folder):
+    (folder / "pytorch_model.bin").write_text(POINTER)
+    open_checked(str(folder))
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), 3])
+def test_a_bin_file_holds_plain_tensors(odd, folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, "odd": odd}, folder / "pytorch_model.bin")
+    refused(folder, "does not hold a dict of tensors")
+
+
+def test_what_is_no_file_is_named_and_does_not_hang(folder):
+    path = folder / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    refused(folder, r"model\.safetensors: is a FIFO")
+    path.unlink()
+    path.symlink_to(path.name)
+    refused(folder, r"model\.safetensors: cannot be read \(Too many levels of symbolic links\)")
+
+
+def test_weights_that_may_not_be_read_are_not_missing(model_folder, as_nobody):
+    folder = Path(shutil.copytree(model_folder, as_nobody.folder / "m"))
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755)
+    with as_nobody():
+        open_checked(str(folder))
+    (folder / "model.safetensors").chmod(0)
+    with as_nobody():
+        refused(folder, r"model\.safetensors: may not be read \(Permission denied\)")
+    folder.chmod(0)
+    with as_nobody():
+        refused(folder, r"config\.json: may not be read")
+    as_nobody.folder.chmod(0o600)
+    with as_nobody():
+        refused(folder, r"m: may not be read \(Permission denied\); expected a model's folder")
+
+
+# Configs.
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"num_hidden_layers": 10**9}, "describes 1,000,000,000 layers, but the weights hold 3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number from 1"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": 2}, "describes 2 layers, but the weights hold 3"),
+        ({"vocab_size": 10**9}, r"is \[512, 64\], but config.json describes \[1000000000, 64\]"),
+        ({"hidden_size": 10**8}, r"but config.json describes \[512, 100000000\]"),
+        ({"head_dim": 10**9}, r"q_proj.weight is \[64, 64\], but config.json describes"),
+        ({"intermediate_size": 10**400}, "intermediate_size is 1000.*, expected a whole number"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings is 'many'"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected a number from 0 to 1"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0, expected a number above 0"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
+        ({"rope_parameters": {"rope_type": "riddle", "rope_theta": 1e4}}, "cannot build the model"),
+        ({"hidden_size": None}, "Field 'hidden_size' expected int, got NoneType"),
+        ({"architectures": [1]}, r"architectures is \[1\], expected a causal language model"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\], expected one of"),
+        ({"per_layer_config": {"0": {}}}, "per_layer_config makes layers of different kinds"),
+        ({"pad_token_id": 512}, "pad_token_id is 512 in config.json, but .* ids 0 to 511"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+    ],
+)
+def test_an_absurd_config_is_refused_before_anything_is_built(fields, match, folder):
+    edit(folder / "config.json", **fields)
+    refused(folder, match)
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 90_000 + "1" + "}" * 90_000, '{"hidden_size": NaN}'])
+def test_configs_that_are_no_json_are_refused(text, folder):
+    (folder / "config.json").write_text(text)
+    refused(folder, r"config\.json: is not JSON")
+
+
+def test_generation_configs_that_transformers_chokes_on_are_named(folder):
+    for text in ('{"a":' * 90_000 + "1" + "}" * 90_000, "[1]"):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(InputError, match="check config.json and generation_config.json"):
+            load_model(str(folder), device="cpu")
+
+
+def test_a_padding_token_from_the_end_is_that_of_llama_1(folder):
+    edit(folder / "config.json", pad_token_id=-1)
+    load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_text_must_not_reach_beyond_the_embedding(special, folder):
+    """Many models have a special token there, for padding, that no text gives."""
+    path = folder / "tokenizer.json"
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token = {"id": 512, "content": "import os", "special": special, **flags}
+    added = json.loads(path.read_text())["added_tokens"]
+    edit(path, added_tokens=[*added, token])
+    if special:
+        open_checked(str(folder))
+    else:
+        refused(folder, "the tokenizer has 'import os' as id 512, but .* ids 0 to 511")
+
+
+@pytest.mark.parametrize("threshold", [float("inf"), float("nan"), 1e308, -0.1])
+def test_a_threshold_is_a_number_that_something_can_reach(threshold, folder):
+    with pytest.raises(InputError, match="--activation-threshold: got"):
+        load_model(str(folder), device="cpu", activation_threshold=threshold)
+
+
+def test_a_threshold_is_finite_in_the_models_dtype(folder):
+    with pytest.raises(InputError, match="threshold 100000 is infinite in float16"):
+        load_model(str(folder), device="cpu", dtype="float16", activation_threshold=1e5)
+    for absurd in (1e308, 10**400):
+        edit(folder / "config.json", hidden_act_param=absurd)
+        with pytest.raises(InputError, match="hidden_act_param is '1"):
+            load_model(str(folder), device="cpu")
+
+
+def test_a_config_without_model_type_is_known_by_its_architecture(family_folder, tmp_path):
+    """MiniCPM's own, and what was derived from it."""
+    copy = Path(shutil.copytree(family_folder("minicpm"), tmp_path / "m"))
+    raw = json.loads((copy / "config.json").read_text())
+    del raw["model_type"]
+    (copy / "config.json").write_text(json.dumps(raw))
+
+    model, _ = load_model(str(copy), device="cpu")
+
+    assert model.config.model_type == "granite"
+    assert model.config.embedding_multiplier == 12
+    edit(copy / "config.json", architectures=["RiddleForCausalLM"])
+    refused(copy, "model_type is None, expected one of")
+
+
+# Names.
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def connect(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "./m", "~/no-such-model", "/m", "a/b/c", "a/b/", "a\\b", "m", "..", "a/..", "here/m"],
+)
+def test_what_looks_like_a_path_never_goes_to_the_network(name, tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputError, match=r"no such model folder|no config\.json|expected a model"):
+        Checkpoint(name)
+
+
+def test_a_file_is_no_model(tmp_path, no_network):
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(InputError, match=r"m\.gguf: is not a folder"):
+        resolve(str(tmp_path / "m.gguf"))
+
+
+def test_the_shipped_model_has_a_name_of_its_own(tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("tiny-prosparse") == resolve("sparsify/tiny-prosparse") == SHIPPED
+    assert (SHIPPED / "config.json").is_file()
+    (tmp_path / "tiny-prosparse").mkdir()
+    assert resolve("tiny-prosparse") == Path("tiny-prosparse")
+    assert find_local("owner/name") is None
+    assert not is_path("owner/name")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_and_its_cache_is_used(tmp_path, monkeypatch, capfd):
+    def answer(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("sparsecast.core.models.location.HfApi.model_info", answer)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"owner/name: neither a local folder.*\(no route\)"):
+        resolve("owner/name")
+    monkeypatch.setattr(
+        "sparsecast.core.models.location.snapshot_download", lambda *_, **__: str(tmp_path)
+    )
+    assert resolve("owner/name") == tmp_path
+    assert "its copy in the cache is used" in " ".join(capfd.readouterr().err.split())

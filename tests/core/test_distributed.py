@@ -1,0 +1,65 @@
+"""What the environment says of other processes, refused before anybody is waited for."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsecast.core.distributed import Team, team
+from sparsecast.core.errors import InputError
+
+LAUNCHED = {
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch) -> None:
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("size", [None, "1"])
+def test_one_process_is_alone_whatever_its_rank(size, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    with team() as ranks:
+        assert ranks == Team()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("WORLD_SIZE", "x", "a whole number"),
+        ("WORLD_SIZE", "", "a whole number"),
+        ("WORLD_SIZE", "-1", "a whole number"),
+        ("WORLD_SIZE", "0", "a number from 1 to"),
+        ("WORLD_SIZE", "٣", "a whole number"),
+        ("WORLD_SIZE", "9" * 5000, "a whole number"),
+        ("RANK", "x", "a whole number"),
+        ("RANK", "2", "a number from 0 to 1;"),
+        ("MASTER_PORT", "http", "a whole number"),
+        ("MASTER_PORT", "65536", "a number from 0 to 65,535"),
+        ("LOCAL_RANK", "1.0", "a whole number"),
+        ("LOCAL_WORLD_SIZE", "3", "a number from 1 to 2;"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name, value, expected, monkeypatch):
+    for variable, text in (LAUNCHED | {name: value}).items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(InputError, match=f"^{name}=.* expected {expected}"), team():
+        pass
+
+
+@pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_half_a_launch_is_none(name, monkeypatch):
+    for variable, text in LAUNCHED.items():
+        if variable != name:
+            monkeypatch.setenv(variable, text)
+    with pytest.raises(InputError, match=f"WORLD_SIZE=2 in the environment, but no {name}"), team():
+        pass

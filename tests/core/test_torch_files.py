@@ -1,0 +1,56 @@
+"""A file appears whole or not at all, and what the system says of a full disk is not lost."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import signal
+from contextlib import contextmanager
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from sparsecast.core.torch_files import StagedCheckpoints, save_torch
+
+VALUE = {"a": torch.zeros(2**18)}
+
+
+@contextmanager
+def largest_file(nbytes: int):
+    """No file may grow beyond this, as if the disk ended there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.pt"
+    save_torch({"a": torch.ones(2)}, path)
+
+    with largest_file(2**16), pytest.raises(OSError, match="File too large") as failed:
+        save_torch(VALUE, path)
+    assert (failed.value.errno, failed.value.filename) == (errno.EFBIG, str(path))
+
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lightning_stages_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))  # nothing can be made there
+    trainer = L.Trainer(
+        plugins=[StagedCheckpoints()], accelerator="cpu", devices=1, logger=False, max_steps=0
+    )
+    trainer.fit(BoringModel())
+
+    (tmp_path / "kept").mkdir()
+    trainer.save_checkpoint(tmp_path / "kept" / "x.ckpt")
+
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["x.ckpt"]
+    assert "state_dict" in torch.load(tmp_path / "kept" / "x.ckpt", weights_only=True)

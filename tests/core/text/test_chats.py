@@ -1,0 +1,130 @@
+"""Chats and standard input: the template is the tokenizer's, and BOS stands once in front."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.text.corpus import PIECE, Document, documents
+from sparsecast.core.text.tokens import Sequence, by_length, encode_document, sequences
+
+TURNS = [("user", "What is 1+1?"), ("assistant", "2")]
+CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture
+def tokenizer(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": role, "content": said} for role, said in TURNS]},
+        {"conversations": [{"from": "human", "value": TURNS[0][1]}, {"from": "gpt", "value": "2"}]},
+        {"messages": {"role": ["user", "assistant"], "content": [said for _, said in TURNS]}},
+    ],
+)
+def test_every_form_of_a_chat_is_read(row, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (doc,) = documents(str(path))
+    assert doc.chat == tuple(TURNS)
+
+
+@pytest.mark.parametrize("prefix", ["", "<s>", "<s><s>"])
+def test_bos_stands_once_whatever_the_template_writes(tokenizer, prefix):
+    tokenizer.chat_template = prefix + CHATML
+    chat = Document("k", "", tuple(TURNS))
+    ids = encode_document(tokenizer, chat, 1000)
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids[1:]) == "<|user|>What is 1+1?\n<|assistant|>2\n"
+    assert encode_document(tokenizer, chat, 5) == ids[:5]
+
+
+def test_a_special_token_that_somebody_spells_out_is_text(tokenizer):
+    tokenizer.chat_template = "<s>" + CHATML + "</s>"
+    said = "a <s> b </s></s>"
+    ids = encode_document(tokenizer, Document("k", said, (("user", said),)), 1000)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert [place for place, i in enumerate(ids) if i in (bos, eos)] == [0, len(ids) - 1]
+    assert "".join(tokenizer.decode(ids[1:-1]).split()) == "<|user|>a<s>b</s></s>"
+
+
+def test_a_chat_that_cannot_be_rendered_is_refused(tokenizer, model_folder):
+    chat = Document("k", "hello", (("user", "hello"),))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match="template refuses the chat that begins 'hello' .*alterna"):
+        encode_document(tokenizer, chat, 10)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        encode_document(tokenizer, chat, 10)
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"messages": [{"role": "user"}]}, r"a\.jsonl:2: expected a list of objects with strings"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"a\.jsonl:2: expected a list"),
+        ({"messages": {"role": ["user"], "content": "x"}}, r"a\.jsonl:2: expected a list"),
+        ({"messages": "hello"}, r"a\.jsonl:2: expected a list of objects"),
+        ({"prompt": "x"}, r"a\.jsonl:2: expected a string under 'text'.*found prompt"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(row, match, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=match):
+        list(documents(str(path)))
+
+
+def test_standard_input_is_text_or_json_lines(monkeypatch):
+    text = "".join(f"line {i}\n" for i in range(3000))
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    docs = list(documents("-"))
+    assert len(docs) > 3
+    assert all(len(doc.text) <= PIECE + 20 for doc in docs)
+    assert "".join(doc.text + "\n" for doc in docs) == text
+    rows = [{"text": "a b"}, {"messages": [{"role": "user", "content": "c"}]}]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, rows))))
+    plain, chat = documents("-")
+    assert plain.text == "a b"
+    assert chat.chat == (("user", "c"),)
+    marked = io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"text": "a b"}'), "ascii")
+    monkeypatch.setattr("sys.stdin", marked)
+    assert [doc.text for doc in documents("-")] == ["a b"]
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="standard input is closed"):
+        list(documents("-"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
+    with pytest.raises(InputError, match="no text in this corpus"):
+        list(documents("-"))
+
+
+def test_batches_hold_sequences_of_like_length_and_every_one_once(tokenizer):
+    lengths = [2 + (i * 37) % 60 for i in range(300)]
+    rows = [Sequence("train", [i] * n, truncated=False) for i, n in enumerate(lengths)]
+    batches = list(by_length(rows, seq_len=64, batch_size=4))
+    seen = sorted(
+        (int(ids[0]), int(keep.sum()))
+        for batch in batches
+        for ids, keep in zip(batch.ids_BS, batch.keep_BS, strict=True)
+    )
+    assert seen == list(enumerate(lengths))
+    assert all(batch.ids_BS.numel() <= 4 * 64 for batch in batches)
+    padded = sum(batch.ids_BS.numel() for batch in batches)
+    assert padded < 1.15 * sum(lengths)
+
+
+def test_documents_of_one_token_are_dropped_and_long_ones_say_so(tokenizer):
+    docs = [("train", Document("a", "x" * 4000)), ("train", Document("b", ""))]
+    (row,) = sequences(docs, tokenizer, {"train": 1_000}, seq_len=32)
+    assert len(row.ids) == 32
+    assert row.truncated

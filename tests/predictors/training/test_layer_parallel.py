@@ -1,0 +1,141 @@
+"""Layers, or batches, shared over two processes of one torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from sparsecast.core.distributed import Team
+from sparsecast.core.errors import InputError
+from sparsecast.predictors.checkpoint import load_predictors
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.predictor import Predictor
+from sparsecast.predictors.training.data import TokenBlocks, layer_batches
+from sparsecast.predictors.training.layer_parallel import gathered, share_of
+
+
+def run(cfg, processes: int) -> subprocess.CompletedProcess[str]:
+    """One CPU thread a process, so that sums round alike."""
+    options = []
+    for name, value in asdict(cfg).items():
+        if value is not None:
+            options += [
+                f"--{name.replace('_', '-')}",
+                str(value).lower() if value is True else str(value),
+            ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "sparsecast.cli.main", "train", *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+
+
+def same_by_one_and_two(cfg, tmp_path):
+    """Train into "one" by one process and "two" by two; the latter's run."""
+    alone, shared = run(cfg, 1), run(replace(cfg, out=tmp_path / "two"), 2)
+    assert alone.returncode == 0, alone.stderr
+    assert shared.returncode == 0, shared.stderr
+    one, two = (load_predictors(tmp_path / name) for name in ("one", "two"))
+    assert one.manifest == two.manifest
+    for a, b in zip(one.layers, two.layers, strict=True):
+        for x, y in zip(a.weights, b.weights, strict=True):
+            assert torch.equal(x, y)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    return shared
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"predictor_dtype": "q4_0", "target_perplexity": None},
+        pytest.param({"recipe": "reference", "target_recall": None}, marks=pytest.mark.slow),
+    ],
+    ids=["q4_0", "reference"],
+)
+def test_two_processes_train_the_layers_that_one_does(recipe, tmp_path, changes):
+    cfg = replace(recipe, epochs=2, out=tmp_path / "one", **changes)
+    shared = same_by_one_and_two(cfg, tmp_path)
+    assert (tmp_path / "two" / "logs" / "version_0" / "metrics.csv").is_file()
+    assert " ".join(shared.stderr.split()).count("on the calibration split recall") == 1
+
+
+def test_two_shares_of_a_batch_are_the_batch(recipe, synthetic, tmp_path):
+    """188 blocks: two batches of two blocks in every step are one of four."""
+    cfg = replace(recipe, epochs=2, target_recall=0.9)
+    alone = run(replace(cfg, out=tmp_path / "one", batch_size=128), 1)
+    split = replace(cfg, out=tmp_path / "two", batch_size=64, data_parallel=True)
+    shared = run(split, 2)
+    assert alone.returncode == 0, alone.stderr
+    assert shared.returncode == 0, shared.stderr
+    one, two = (load_predictors(tmp_path / name) for name in ("one", "two"))
+    for layer in (0, 1):
+        for x_TD, _ in layer_batches(synthetic, "held-out", layer):
+            a, b = (p.layers[layer].logits(x_TD) for p in (one, two))
+            # Blocks at a shard's end are shorter, so the mean of two means is not quite the mean.
+            assert ((a >= 0) == (b >= 0)).float().mean() > 0.998
+            torch.testing.assert_close(a / a.std(), b / b.std(), rtol=0, atol=0.05)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_shares_are_equally_long_and_together_the_whole(synthetic):
+    def rows(share: tuple[int, int]) -> list[bytes]:
+        batches = TokenBlocks(synthetic, "train", 64, seed=1, share=share)
+        assert len(list(batches)) == len(batches)
+        return [batch.x_LBD.numpy().tobytes() for batch in batches]
+
+    whole = rows((0, 1))
+    assert len(whole) == 94
+    parts = [rows((i, 3)) for i in range(3)]
+    assert [len(part) for part in parts] == [31, 31, 31]
+    assert [part[k] for k in range(31) for part in parts] == whole[:93]
+
+
+def test_a_layer_that_has_not_come_is_named(tmp_path):
+    """As on two machines that do not share a disk."""
+    mine = {i: Predictor(torch.ones(5, 8), torch.ones(9, 5)) for i in (0, 2)}
+    team = type("T", (), {"size": 2, "leads": True, "wait": lambda self: None})()
+    with pytest.raises(InputError, match=r"has nothing of layers \[1\]"):
+        gathered(mine, [0, 1, 2], tmp_path, team, False)
+    done = gathered(mine, [0, 2], tmp_path, team, False)
+    assert torch.equal(done[1].fc2_FR, mine[2].fc2_FR)
+
+
+def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corpus, tmp_path):
+    cfg = TrainConfig(
+        model=str(model_folder),
+        corpus=str(corpus),
+        out=tmp_path / "one",
+        tokens=2_000,
+        seq_len=256,
+        epochs=2,
+        batch_size=128,
+        rank=32,
+        device="cpu",
+    )
+    same_by_one_and_two(cfg, tmp_path)
+
+
+def test_every_layer_has_one_process():
+    layers = list(range(7))
+    shares = [share_of(layers, Team(rank, 3), False) for rank in range(3)]
+    assert sorted(layer for share in shares for layer in share) == layers
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert share_of(layers, Team(2, 3), True) == layers
+
+
+def test_more_processes_than_layers_are_refused(recipe, tmp_path):
+    done = run(replace(recipe, out=tmp_path / "pred"), 3)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("sparsecast: ")]
+    assert len(told) == 1
+    assert "3 processes share 2 layers" in told[0]
+    assert "--data-parallel true" in told[0]
+    assert list(tmp_path.iterdir()) == []
