@@ -37,7 +37,7 @@ from sparsecast.collect.store.store import (
 )
 from sparsecast.collect.store.writer import Writer, to_folder
 from sparsecast.core.disk import full_disk, no_room, told_when_full
-from sparsecast.core.distributed import Team, team
+from sparsecast.core.distributed import DistributedContext, team
 from sparsecast.core.errors import InputError
 from sparsecast.core.interrupts import Stop, same_kind, stoppable
 from sparsecast.core.manifests import MANIFEST
@@ -111,7 +111,9 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
 
 
 @contextmanager
-def _saying_what_is_kept(cfg: CollectConfig, need: int, ranks: Team, stop: Stop) -> Iterator[None]:
+def _saying_what_is_kept(
+    cfg: CollectConfig, need: int, ranks: DistributedContext, stop: Stop
+) -> Iterator[None]:
     """Where recording ends early: clear up what is of no use, and say what is kept."""
     part = unfinished(cfg.out)
     fresh = not shards(part)
@@ -165,7 +167,7 @@ def _record(
     wanted: Mapping[str, int],
     shape: Shape,
     part: Path,
-    ranks: Team,
+    ranks: DistributedContext,
     stop: Stop,
 ) -> tuple[list[tuple[str, int, str]], Tally]:
     """Write this rank's share of the shards; (split, tokens, file) of all, and what went in."""
@@ -215,7 +217,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
 
 
-def _on_its_device(cfg: CollectConfig, ranks: Team) -> CollectConfig:
+def _on_its_device(cfg: CollectConfig, ranks: DistributedContext) -> CollectConfig:
     if ranks.size == 1:
         return cfg
     if is_stream(cfg.corpus):

@@ -22,7 +22,7 @@ from sparsecast.core.progress import console
 
 
 @dataclass(frozen=True)
-class Team:
+class DistributedContext:
     """This process among `size`."""
 
     rank: int = 0
@@ -76,11 +76,11 @@ def _quiet_loss() -> Iterator[None]:
 
 
 @contextmanager
-def team() -> Iterator[Team]:
+def team() -> Iterator[DistributedContext]:
     """The ranks that torchrun has set up, or this process alone; one stage may run another."""
     size = from_environment("WORLD_SIZE", 1, least=1)
     if size == 1:
-        yield Team()
+        yield DistributedContext()
         return
     if distributed.is_initialized():
         yield _this()
@@ -130,6 +130,6 @@ def _check_launched(size: int) -> None:
     from_environment("LOCAL_WORLD_SIZE", size, least=1, most=size)
 
 
-def _this() -> Team:
+def _this() -> DistributedContext:
     local_rank = from_environment("LOCAL_RANK", 0)
-    return Team(distributed.get_rank(), distributed.get_world_size(), local_rank)
+    return DistributedContext(distributed.get_rank(), distributed.get_world_size(), local_rank)

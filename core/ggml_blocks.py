@@ -1,4 +1,4 @@
-"""ggml's blocks: 32 neighbours of a row, of a weight or of a product's input, share a scale.
+"""ggml's blocks: 32 neighbors of a row, of a weight or of a product's input, share a scale.
 
 It needs torch alone, so that kernels may read it.
 

@@ -8,7 +8,7 @@ from sparsecast.export.config import ExportConfig
 from sparsecast.export.traffic import Traffic
 from sparsecast.export.write.gpuidx import SUFFIX
 from sparsecast.export.write.hot_cold import BLOCK, Split
-from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
 
@@ -27,7 +27,7 @@ RELU_NOTE = (
 
 def model_card(
     file: str,
-    hyper: Hyper,
+    hyper: HParams,
     vocabulary: Vocabulary,
     predictors: PredictorSet,
     foreign: list[str],
@@ -98,7 +98,7 @@ def foreign_note(foreign: list[str]) -> str:
     )
 
 
-def window_note(hyper: Hyper) -> str:
+def window_note(hyper: HParams) -> str:
     """What a model with a sliding window becomes in the engine."""
     return (
         f"The model attends to the last {hyper.window} tokens; PowerInfer attends to all, so longer"
@@ -106,7 +106,7 @@ def window_note(hyper: Hyper) -> str:
     )
 
 
-def relu_note(hyper: Hyper) -> str:
+def relu_note(hyper: HParams) -> str:
     """What a FATReLU model becomes in the engine."""
     return RELU_NOTE.format(rule=hyper.activation, threshold=hyper.activation.threshold)
 

@@ -12,7 +12,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import family_of
-from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.hparams import HParams
 from sparsecast.predictors.checkpoint import (
     PredictorSet,
     check_fits,
@@ -23,7 +23,7 @@ from sparsecast.predictors.manifest import PredictorManifest
 
 
 def predictors_for(
-    folder: Path, checkpoint: Checkpoint, hyper: Hyper, *, force: bool
+    folder: Path, checkpoint: Checkpoint, hyper: HParams, *, force: bool
 ) -> tuple[PredictorSet, list[str]]:
     """The predictors, and where they are not this model's, in words; nothing where they are.
 

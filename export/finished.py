@@ -16,7 +16,7 @@ from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.options import differing
 from sparsecast.export.config import SUFFIX, ExportConfig
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.vocab import Vocabulary
 from sparsecast.export.write.writer import KEY_RECIPE
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
@@ -25,7 +25,7 @@ from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 def recipe_of(
     cfg: ExportConfig,
     fingerprint: str,
-    hyper: Hyper,
+    hyper: HParams,
     vocabulary: Vocabulary,
     predictors: PredictorSet,
 ) -> dict[str, Any]:

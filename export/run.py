@@ -26,7 +26,7 @@ from sparsecast.export.write.convert import Planned
 from sparsecast.export.write.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.write.gpuidx import write_gpuidx
 from sparsecast.export.write.hot_cold import Split, check_width, split_for
-from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.model_config import read_hyper
 from sparsecast.export.write.vocab import Vocabulary, read_vocabulary
 from sparsecast.export.write.vram import budget_for
@@ -110,7 +110,7 @@ def _export(cfg: ExportConfig) -> Path:
 
 
 def _split(
-    cfg: ExportConfig, hyper: Hyper, tensors: list[Planned], counts: list[torch.Tensor] | None
+    cfg: ExportConfig, hyper: HParams, tensors: list[Planned], counts: list[torch.Tensor] | None
 ) -> Split | None:
     """The neurons that --vram-budget puts on the GPU; None where it is not given."""
     if cfg.vram_budget is None or counts is None:
@@ -134,7 +134,7 @@ def _check_room(out: Path, total: int, predictors: PredictorSet) -> int:
 def _tell_notes(
     cfg: ExportConfig,
     checkpoint: Checkpoint,
-    hyper: Hyper,
+    hyper: HParams,
     vocabulary: Vocabulary,
     foreign: list[str],
 ) -> None:
@@ -169,7 +169,7 @@ def _traffic(tensors: list[Planned], predictors: PredictorSet) -> Traffic | None
     return traffic_of(stored, predictors.manifest.calibration)
 
 
-def _counts(folder: Path, checkpoint: Checkpoint, hyper: Hyper) -> list[torch.Tensor]:
+def _counts(folder: Path, checkpoint: Checkpoint, hyper: HParams) -> list[torch.Tensor]:
     """Per layer (F,) int64: on how many recorded tokens each neuron fired."""
     store = ActivationStore(folder)
     manifest = store.manifest

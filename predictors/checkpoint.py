@@ -1,7 +1,7 @@
 """PRED: a folder of predictors, the way PowerInfer's converter and ours read it.
 
 model_<i>.pt    {"fc1.weight": (R, D), "fc2.weight": (F, R)}, one per layer, no gaps: f16, or the
-                dequantised values of q8_0 and q4_0 in f32
+                dequantized values of q8_0 and q4_0 in f32
 config.json     {"sparse_threshold": t}: active where logit >= t
 manifest.json   what PowerInfer does not ask, see manifest.py: the model's fingerprint, where the
                 input is taken, formats, calibration scores, the recipe, every file's checksum

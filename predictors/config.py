@@ -97,7 +97,7 @@ class TrainConfig:
     """auto, cpu or cuda."""
 
     seed: int = 0
-    """Of initialisation and data order."""
+    """Of initialization and data order."""
 
     data_parallel: bool = False
     """Under torchrun: every process trains all layers, with a batch of --batch-size each, instead

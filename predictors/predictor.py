@@ -1,7 +1,7 @@
 """PowerInfer's predictor: logits = fc2 @ relu(fc1 @ x), no bias, active where logit >= threshold.
 
 The map is positively homogeneous, p(c x) = c p(x) for c > 0, so at threshold 0 the decision does
-not depend on the norm of x: a predictor trained on RMS-normalised inputs decides the same on the
+not depend on the norm of x: a predictor trained on RMS-normalized inputs decides the same on the
 raw residual stream.
 
 Shape letters: T tokens, D hidden, F FFN width, R rank.
@@ -21,7 +21,7 @@ from sparsecast.predictors.formats import BITS, rounded, rounded_input
 class Predictor:
     """One layer's weights, as `nn.Linear` keeps them, and the format they are stored in.
 
-    Quantised weights are kept as the float32 values that the format holds.
+    Quantized weights are kept as the float32 values that the format holds.
     """
 
     fc1_RD: Tensor
@@ -69,6 +69,6 @@ def rms(x_TD: Tensor) -> Tensor:
     return x_TD.float().square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
 
 
-def rms_normalised(x_TD: Tensor) -> Tensor:
+def rms_normalized(x_TD: Tensor) -> Tensor:
     """x / rms(x) in float32: the scale-free inputs that predictors are trained on."""
     return x_TD.float() / rms(x_TD)

@@ -14,7 +14,7 @@ from sparsecast.collect.resume import locked, target
 from sparsecast.collect.store.firing import check_firing
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.disk import told_when_full
-from sparsecast.core.distributed import Team, team
+from sparsecast.core.distributed import DistributedContext, team
 from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
 
     Memory: the predictors of a process's layers with gradients, two AdamW moments and the best
     epoch (20 bytes a weight), four batches of these layers, and one (D, D) and one (F, D) matrix;
-    the store is read through memory maps. Rounding to a quantised format takes another 8 bytes a
+    the store is read through memory maps. Rounding to a quantized format takes another 8 bytes a
     weight. The leading process holds the trained predictors of all layers at the end. For a
     running model see online.py.
 
@@ -93,7 +93,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
         return load_predictors(cfg.out)
 
 
-def _left(cfg: TrainConfig, processes: Team) -> str:
+def _left(cfg: TrainConfig, processes: DistributedContext) -> str:
     """What a run that failed has left, once what nobody can use is gone."""
     if processes.leads:
         clear_unfinished(cfg.out)
@@ -102,7 +102,7 @@ def _left(cfg: TrainConfig, processes: Team) -> str:
     return "no epoch was finished yet, nothing is left behind: make room and run it again"
 
 
-def _check_running(cfg: TrainConfig, processes: Team) -> None:
+def _check_running(cfg: TrainConfig, processes: DistributedContext) -> None:
     """What can be refused before a running model's calibration documents are recorded."""
     assert cfg.model is not None
     checkpoint = Checkpoint(cfg.model)
@@ -118,7 +118,7 @@ def _check_running(cfg: TrainConfig, processes: Team) -> None:
         clear_unfinished(cfg.out)
 
 
-def _training(recipe: dict[str, Any], processes: Team) -> dict[str, Any]:
+def _training(recipe: dict[str, Any], processes: DistributedContext) -> dict[str, Any]:
     """What a resumed run must share: another objective needs no other training, unless best epochs
     are chosen by it."""
     free = ("target_perplexity", "traffic_budget")
@@ -129,7 +129,7 @@ def _training(recipe: dict[str, Any], processes: Team) -> dict[str, Any]:
 
 
 def _prepare(
-    cfg: TrainConfig, source: Source, device: torch.device, processes: Team
+    cfg: TrainConfig, source: Source, device: torch.device, processes: DistributedContext
 ) -> tuple[Job, dict[str, Any], int]:
     """Everything that can be refused before training; the bytes of disk that it takes."""
     store = source.store
@@ -187,7 +187,7 @@ def _recipe(
     dtype: str,
     fingerprint: str,
     store: ActivationStore | None,
-    processes: Team,
+    processes: DistributedContext,
 ) -> dict[str, Any]:
     """What two runs must share to be the same.
 
@@ -249,7 +249,9 @@ def _scores(c: Counts) -> dict[str, float]:
     }
 
 
-def _finished(cfg: TrainConfig, store: ActivationStore | None, processes: Team) -> PredictorSet:
+def _finished(
+    cfg: TrainConfig, store: ActivationStore | None, processes: DistributedContext
+) -> PredictorSet:
     predictors = load_predictors(cfg.out)
     made = predictors.manifest
     assert made is not None

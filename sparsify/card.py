@@ -41,7 +41,7 @@ def write_card(
 
 A ReLU-sparse {_FAMILIES.get(facts["model_type"], facts["model_type"])} of \
 {count(facts["parameters"])} parameters, trained by `sparsecast sparsify`
-with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 regularisation, and
+with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 regularization, and
 {_shift(facts)}.
 
 | model | sparsity | held-out perplexity | against {(original or "SiLU").split()[0]} |
@@ -86,7 +86,7 @@ def _corpus(name: str) -> str:
         return f"`{name}`."
     return (
         "sources and docstrings of the Python standard library (PSF-2.0)\nand of these packages, "
-        f"all under Apache, BSD, MIT or PSF licences:\n{', '.join(PACKAGES)}."
+        f"all under Apache, BSD, MIT or PSF licenses:\n{', '.join(PACKAGES)}."
     )
 
 

@@ -53,7 +53,7 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SparsifyConfig:
-    """ProSparse training: ReLU substitution, progressive L1 regularisation, FATReLU shift.
+    """ProSparse training: ReLU substitution, progressive L1 regularization, FATReLU shift.
 
     Starts from a SiLU model (--model), or pre-trains one first (--preset).
     """
@@ -105,7 +105,7 @@ class SparsifyConfig:
     """torch.compile the training step on a GPU."""
 
     seed: int = 0
-    """Of initialisation and data order."""
+    """Of initialization and data order."""
 
     def __post_init__(self) -> None:
         settle(self, tokens=1, seq_len=2, eval_tokens=2, pretrain_share=0, l1=0, shift_tolerance=0)

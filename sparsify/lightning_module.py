@@ -1,4 +1,4 @@
-"""The Lightning module: language modelling loss plus progressive L1 on x1.
+"""The Lightning module: language modeling loss plus progressive L1 on x1.
 
     loss = cross entropy + lambda(t) * sum over layers of mean |x1|
 

@@ -1,7 +1,7 @@
-"""The learning rate, and ProSparse's progressive regularisation.
+"""The learning rate, and ProSparse's progressive regularization.
 
 Lambda follows arXiv 2402.13516, section 3.2: 0 during substitution, constant in the first
-regularised stage, and in stage i >= 2 from T_{i-1} to T_i
+regularized stage, and in stage i >= 2 from T_{i-1} to T_i
 
     lambda(t) = l_{i-1} + eta (l_i - l_{i-1}),
     eta = (sin(-pi/2 + pi (t - T_{i-1}) / (T_i - T_{i-1})) + 1) / 2.

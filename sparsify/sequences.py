@@ -47,7 +47,7 @@ def sequences(
     flat: list[Tensor] = []
     total = 0
     stream = iter(docs)
-    with bar("tokenise", None) as progress:
+    with bar("tokenize", None) as progress:
         while total < limit and (group := list(islice(stream, GROUP))):
             for ids in _encoded(tokenizer, group):
                 flat.append(torch.tensor(ids, dtype=torch.int32))

@@ -1,7 +1,7 @@
 """Train a sentencepiece tokenizer that transformers and PowerInfer's engine read alike.
 
 The engine merges greedily by score, which reproduces sentencepiece's BPE type and not its unigram
-type. Byte fallback covers every text; normalisation is off so that text round-trips.
+type. Byte fallback covers every text; normalization is off so that text round-trips.
 """
 
 from __future__ import annotations

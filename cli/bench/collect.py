@@ -6,7 +6,7 @@
     recipe      the same with two float16 matrices per layer, inputs and x1, copied to the host and
                 into NumPy memory maps layer by layer, as public predictor trainers do
 
-A round runs bare, recording, bare, so that a device that slows as it warms up favours neither;
+A round runs bare, recording, bare, so that a device that slows as it warms up favors neither;
 ratios are taken within a round, and medians reported.
 """
 
@@ -37,7 +37,7 @@ from sparsecast.cli.bench.collect_runs import (
     write_rate,
 )
 from sparsecast.collect.plan import Unit, units
-from sparsecast.collect.store.shard import SHARD_BYTES, Image, Shape
+from sparsecast.collect.store.shard import SHARD_BYTES, Shape, ShardBuffer
 from sparsecast.collect.store.writer import Writer, to_folder, to_memory
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
@@ -176,7 +176,7 @@ class _Sink:
     def clear(self) -> None:
         self.written = self.energies = 0
 
-    def __call__(self, name: str, image: Image) -> None:
+    def __call__(self, name: str, image: ShardBuffer) -> None:
         if self._write is None:
             written = to_memory(name, image)
         else:

@@ -25,14 +25,14 @@ MIN_WRITE_BYTES = 2**30
 
 
 def timed(model: PreTrainedModel, run: Callable[[], None]) -> float:
-    synchronise(model)
+    synchronize(model)
     start = time.perf_counter()
     run()
-    synchronise(model)
+    synchronize(model)
     return time.perf_counter() - start
 
 
-def synchronise(model: PreTrainedModel) -> None:
+def synchronize(model: PreTrainedModel) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
 

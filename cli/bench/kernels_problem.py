@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights
-from sparsecast.kernels.ops.quantized import quantised
+from sparsecast.kernels.ops.quantized import quantized
 
 RECALL = 0.92
 PREDICTED_PER_ACTIVE = 0.21 / 0.11
@@ -79,7 +79,7 @@ def predictor(
     fc2_FR[:, :tokens] = _signs(predicted_TF) * 4 / (2 * AMPLITUDE)
     if dtype == "f16":
         return PredictorWeights(fc1_RD.to(kept), fc2_FR.to(kept))
-    return PredictorWeights(quantised(fc1_RD, dtype), quantised(fc2_FR, dtype))
+    return PredictorWeights(quantized(fc1_RD, dtype), quantized(fc2_FR, dtype))
 
 
 def _signs(on_TF: Tensor) -> Tensor:

@@ -286,14 +286,14 @@ def _precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
-    _synchronise(device)
+    _synchronize(device)
     start = time.perf_counter()
     run()
-    _synchronise(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

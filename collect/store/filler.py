@@ -19,17 +19,17 @@ from transformers import PreTrainedModel
 
 from sparsecast.collect.plan import Unit
 from sparsecast.collect.store.energy import encode
-from sparsecast.collect.store.shard import INPUT_DTYPES, Image, Shape
+from sparsecast.collect.store.shard import INPUT_DTYPES, Shape, ShardBuffer
 from sparsecast.core.bitmask import pack, per_neuron, per_token
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.families import family_of
 from sparsecast.core.text.tokens import TokenBatch, to_device
 
 
-class Filling:
+class PendingShard:
     """One shard on its way from the device: its image, and when its bytes have arrived."""
 
-    def __init__(self, unit: Unit, image: Image) -> None:
+    def __init__(self, unit: Unit, image: ShardBuffer) -> None:
         self.unit = unit
         self.image = image
         self.row = 0
@@ -83,7 +83,7 @@ class Filler:
         self._place = {layer: place for place, layer in enumerate(shape.layers)}
         self._counts: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._home: dict[int, torch.device] = {}
-        self._current: Filling | None = None
+        self._current: PendingShard | None = None
         self._padding: tuple[Tensor, Tensor] | None = None
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._rows = slice(0)
@@ -92,12 +92,12 @@ class Filler:
     def layers(self) -> list[int]:
         return list(self._shape.layers)
 
-    def begin(self, unit: Unit, image: Image) -> None:
+    def begin(self, unit: Unit, image: ShardBuffer) -> None:
         """Start the shard of `unit`; every batch of it must follow, in order."""
         image.begin(unit.tokens, split=unit.split, number=unit.number, stored=unit.stored)
         image.views["id"].copy_(unit.ids())
         image.views["position"].copy_(unit.positions())
-        self._current = Filling(unit, image)
+        self._current = PendingShard(unit, image)
         for fired_LF, largest_L in self._counts.values():
             with self._beside(fired_LF):
                 fired_LF.zero_()
@@ -114,7 +114,7 @@ class Filler:
         self._rows = slice(self._current.row, self._current.row + tokens)
         self._current.row += tokens
 
-    def end(self) -> Filling:
+    def end(self) -> PendingShard:
         """The shard, whose last bytes may still be on their way."""
         filling, self._current = self._current, None
         assert filling is not None
@@ -175,7 +175,7 @@ class Filler:
             filling.image.energies[layer].append(codes_N.cpu())
 
     def _counters(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(L, F) int32 firing counts and (L + 1,) float32 `Image.largest` of the shard, on a
+        """(L, F) int32 firing counts and (L + 1,) float32 `ShardBuffer.largest` of the shard, on a
         device."""
         self._home[layer] = device
         if device not in self._counts:

@@ -135,7 +135,7 @@ class Shape:
         return [Field(f"layer.{i}.fired", torch.int32, (self.ffn_width,)) for i in self.layers]
 
 
-class Image:
+class ShardBuffer:
     """A host buffer that becomes one shard file after another.
 
     Memory: `capacity` bytes for as long as it lives, plus the energies of one shard.

@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
-from sparsecast.collect.store.filler import Filling
+from sparsecast.collect.store.filler import PendingShard
 from sparsecast.collect.store.firing import ENOUGH, Silent
-from sparsecast.collect.store.shard import Image, Shape
+from sparsecast.collect.store.shard import Shape, ShardBuffer
 
 BUFFERS = 3
 THREADS = 2
@@ -26,7 +26,7 @@ class Writer:
         self,
         shape: Shape,
         capacity: int,
-        write: Callable[[str, Image], object],
+        write: Callable[[str, ShardBuffer], object],
         *,
         pinned: bool = False,
     ) -> None:
@@ -41,7 +41,7 @@ class Writer:
         self._pinned = pinned
         self._write = write
         self._made = 0
-        self._free: SimpleQueue[Image] = SimpleQueue()
+        self._free: SimpleQueue[ShardBuffer] = SimpleQueue()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="shard")
         self._pending: list[Future[tuple[int, int]]] = []
         self._tokens = self._active = 0
@@ -60,7 +60,7 @@ class Writer:
         for future in pending:
             self._done(future)
 
-    def image(self) -> Image:
+    def image(self) -> ShardBuffer:
         """An image to fill.
 
         Raises what went wrong with an earlier one, and `Silent` where nothing has fired so far.
@@ -71,10 +71,10 @@ class Writer:
             raise Silent("the model", self._tokens)
         if self._free.empty() and self._made < BUFFERS:
             self._made += 1
-            return Image(self._shape, self._capacity, pinned=self._pinned)
+            return ShardBuffer(self._shape, self._capacity, pinned=self._pinned)
         return self._free.get()
 
-    def submit(self, filling: Filling) -> None:
+    def submit(self, filling: PendingShard) -> None:
         """Write `filling` when its bytes have arrived, then reuse its image."""
         self._pending.append(self._pool.submit(self._finish, filling))
 
@@ -83,7 +83,7 @@ class Writer:
         self._tokens += tokens
         self._active += active
 
-    def _finish(self, filling: Filling) -> tuple[int, int]:
+    def _finish(self, filling: PendingShard) -> tuple[int, int]:
         """(tokens, active entries) of what was written."""
         try:
             filling.wait(self._shape)
@@ -94,16 +94,16 @@ class Writer:
             self._free.put(filling.image)
 
 
-def to_memory(name: str, image: Image) -> int:
+def to_memory(name: str, image: ShardBuffer) -> int:
     """Finish a shard and forget it but for its size in bytes: what recording costs where no disk is
     in the way."""
     return sum(len(block) for block in image.blocks())
 
 
-def to_folder(folder: Path) -> Callable[[str, Image], None]:
+def to_folder(folder: Path) -> Callable[[str, ShardBuffer], None]:
     """Write shards into a folder, each whole or not at all, through power cuts too."""
 
-    def write(name: str, image: Image) -> None:
+    def write(name: str, image: ShardBuffer) -> None:
         part = folder / f"{name}.part"
         try:
             with part.open("wb", buffering=0) as file:

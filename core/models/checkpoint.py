@@ -64,13 +64,13 @@ class Checkpoint:
         """Open every file once, so that a missing or damaged one is named before work starts.
 
         Raises:
-            InputError: That; weights that are quantised and would be taken for plain numbers, or
+            InputError: That; weights that are quantized and would be taken for plain numbers, or
                 that are not of the model that the config describes; a padding token without a row.
         """
         if (found := getattr(self.config, "quantization_config", None)) is not None:
             kind = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
             raise InputError(
-                f"{self.folder}: its weights are quantised ({kind}), expected float32, float16 or "
+                f"{self.folder}: its weights are quantized ({kind}), expected float32, float16 or "
                 "bfloat16; give the model they were made from"
             )
         refuse_pointers(self.folder)
@@ -85,7 +85,7 @@ class Checkpoint:
                         raise InputError(
                             f"{path}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, "
                             "expected float32, float16 or bfloat16; give the model that the "
-                            "quantised one was made from"
+                            "quantized one was made from"
                         )
         check_shapes(self.config, shapes, self.folder)
 

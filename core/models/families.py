@@ -149,7 +149,7 @@ def activation_rule(
         raise InputError(
             f"{where}: {family.act_key} is {name!r}, which leaves no exact zeros in the FFN; "
             "expected 'relu' or 'fatrelu'. `sparsecast sparsify` turns such a model into a sparse "
-            "one (ReLU substitution, progressive L1 regularisation, threshold shift)"
+            "one (ReLU substitution, progressive L1 regularization, threshold shift)"
         )
     if threshold is not None:
         if name == "drelu" or not 0 <= threshold <= LARGEST_THRESHOLD:

@@ -100,7 +100,7 @@ def open_checked(source: str) -> tuple[Checkpoint, Tokenizer]:
 
     Raises:
         InputError: No such model; not a causal LM, or of a family without a row in the table; a
-            missing, cut or unreadable file of weights, one that is a Git LFS pointer, quantised
+            missing, cut or unreadable file of weights, one that is a Git LFS pointer, quantized
             ones, an adapter beside them; weights that do not fit the config; no usable tokenizer;
             tokens beyond the embedding, or a padding token beyond it.
     """

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
 
-# Dependencies of sparsecast, their own dependencies, and nothing under a copyleft licence.
+# Dependencies of sparsecast, their own dependencies, and nothing under a copyleft license.
 PACKAGES = (
     "datasets",
     "fsspec",

@@ -148,7 +148,7 @@ def sequences(
     seq_len: int,
     vocabulary: float = float("inf"),
 ) -> Iterator[Sequence]:
-    """Tokenise documents in corpus order until every quota is met.
+    """Tokenize documents in corpus order until every quota is met.
 
     Args:
         docs: (split, document) pairs, as `splits.assign` gives them.

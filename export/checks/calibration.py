@@ -10,7 +10,7 @@ Measured on tiny-prosparse, calibrated on its own corpus to 0.79 to 0.83: 0.92 t
 held-out text, C++ headers and licenses, 0.56 at the least on random characters of scripts that it
 has never seen; below 0.04 with the predictors of two layers swapped, 0 with zeros.
 A short text is allowed `ERRORS` = 4 standard errors more. They are those of a ratio over blocks of
-32 tokens, since neighbouring tokens are alike, and grow by the calibration's own error where the
+32 tokens, since neighboring tokens are alike, and grow by the calibration's own error where the
 manifest says on how many tokens it was taken. At 256 tokens that is about 0.02, at 2,048 0.01.
 
 Cost. A predictor misses neurons that would have hardly mattered, so its perplexity must not exceed

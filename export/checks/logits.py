@@ -2,12 +2,12 @@
 
 With every neuron active the two differ by rounding alone. Weights are rounded to the types of the
 file; values.py compares them exactly, so here the model computes with such weights too. Inputs of
-products are rounded to f16, those of quantised weights to q8_0; the latter would hide an error (in
+products are rounded to f16, those of quantized weights to q8_0; the latter would hide an error (in
 a q4_0 file swapped rows of q moved the mean from 1.0 to 1.2 times its noise), so this check rounds
 all to f16, and q8_0 is left to the engine's own answer. How much that moves the logits depends on
 the model (depth, scale, saturation), so it is measured on the same tokens rather than guessed: d0
 is the difference that transformers itself shows with and without f16 inputs to every linear layer.
-Two realisations of rounding noise of one size differ from float32 by about the same; the engine
+Two realizations of rounding noise of one size differ from float32 by about the same; the engine
 adds the f16 table in softmax. The check allows 3 times d0 in the mean and 6 times at the worst
 logit. Measured on tiny-prosparse in f16 and in q4_0: a right bundle 1.0 in the mean and 1.0 and 1.5
 at the worst, one lost gate row 8 and 10 in the mean, two swapped rows of q in one layer 22 and 23,

@@ -121,7 +121,7 @@ class Source:
 
 
 def rounded(values: Tensor, kind: TensorType) -> Tensor:
-    """What a file of this type holds for `values`: in its dtype, float32 where it is quantised."""
+    """What a file of this type holds for `values`: in its dtype, float32 where it is quantized."""
     if kind.block == 1:
         return values.float().to(kind.dtype)
     type_ = GGMLQuantizationType[kind.name.upper()]

@@ -1,7 +1,7 @@
 """Compare a bundle's tensors with the model they were made from.
 
-Written without the exporter's code: sources.py says what a tensor should hold. Quantised tensors
-are compared by value, as our own reader dequantises them, with what the gguf package makes of the
+Written without the exporter's code: sources.py says what a tensor should hold. Quantized tensors
+are compared by value, as our own reader dequantizes them, with what the gguf package makes of the
 model's.
 
 Shape letters: V vocabulary, D hidden, F FFN width; stored tensors are (rows, columns).

@@ -40,7 +40,7 @@ from sparsecast.export.engine.text import (
     EnginePerplexity,
     check_engine_perplexity,
     check_perplexity_by_ids,
-    check_tokenisation,
+    check_tokenization,
 )
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import FileVocabulary
@@ -71,7 +71,7 @@ def check_engine(
     Args:
         docs: Whose text joined is `ids_NS`.
     """
-    checks = [check_tokenisation(build, file, tokenizer, docs)]
+    checks = [check_tokenization(build, file, tokenizer, docs)]
     numbers = None
     if tokenizer.exact:
         overall, numbers = check_engine_perplexity(build, file, emulator, joined(docs), ids_NS)

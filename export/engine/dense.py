@@ -4,7 +4,7 @@ The same types, tensors and header, but for the magic, the down projection, whic
 stands in the model again, and fc1 and fc2, which go. The engine knows SiLU alone for a dense llama,
 so such a file takes the time of the dense model, but does not speak as it does.
 
-Memory: the largest tensor twice, in float32 where it is quantised.
+Memory: the largest tensor twice, in float32 where it is quantized.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_dense(bundle: GGUFFile, path: Path) -> None:
 
     Raises:
         InputError: The file is dense already, or its FFN width does not divide into the blocks of
-            a quantised row.
+            a quantized row.
     """
     if bundle.magic != b"PWRI":
         raise InputError(f"{bundle.path}: is a dense GGUF, expected a PowerInfer file")

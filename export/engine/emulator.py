@@ -6,7 +6,7 @@ alone:
   weights nothing is rounded. ffn_down_t is such a product: relu(gate) * up is its input;
 - a product with q8_0 or q4_0 weights rounds its input to q8_0 and sums codes as integers, scales
   them and adds up in float32 (here in float64, but where a predictor's terms cancel, see ties.py);
-- rope turns neighbouring pairs, in a falcon the halves of a head, its angle by repeated float32
+- rope turns neighboring pairs, in a falcon the halves of a head, its angle by repeated float32
   multiplication; an opt adds an embedding of the position plus 2;
 - softmax takes exp through an f16 table: argument and result are rounded to f16;
 - the KV cache is float32 (`--memory-f32`);
@@ -36,11 +36,11 @@ Rope = tuple[Tensor, Tensor]
 class Emulator:
     """The engine's arithmetic on one file.
 
-    Memory: the file is mapped; one matrix at a time is widened to float32 (a quantised one to
+    Memory: the file is mapped; one matrix at a time is widened to float32 (a quantized one to
     float64), and the activations of the tokens given.
 
     Args:
-        coarse: False rounds the inputs of quantised products to f16, like those of f16: the noise
+        coarse: False rounds the inputs of quantized products to f16, like those of f16: the noise
             of q8_0 would hide what else is wrong.
     """
 

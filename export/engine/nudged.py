@@ -5,7 +5,7 @@ f16 or q8_0 over, or a predictor's decision, the logits of that position and of 
 whole steps, so no single evaluation is near the engine everywhere. Products moved by random noise
 of that size take such turns at random, and one of a few evaluations takes the engine's.
 
-Exact zeros stay; where a quantised predictor's terms cancel, ties.py says what the engine has.
+Exact zeros stay; where a quantized predictor's terms cancel, ties.py says what the engine has.
 """
 
 from __future__ import annotations

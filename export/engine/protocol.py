@@ -1,6 +1,6 @@
 """The text that verify runs on and the perplexity that PowerInfer's `perplexity` computes.
 
-The binary drops one line break at the end of the file, tokenises with BOS in front, cuts into
+The binary drops one line break at the end of the file, tokenizes with BOS in front, cuts into
 chunks of c tokens (the rest is dropped), puts BOS in place of each chunk's first token and scores
 positions c/2 to c - 2, each predicting the next token (examples/perplexity/perplexity.cpp). With a
 gpt2 vocabulary there is no BOS anywhere.

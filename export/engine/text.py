@@ -35,15 +35,15 @@ class EnginePerplexity(NamedTuple):
     reference: float
 
 
-def check_tokenisation(
+def check_tokenization(
     build: Path, file: GGUFFile, tokenizer: FileVocabulary, docs: list[str]
 ) -> Check:
     """The engine's tokens of every document against those of the file's tokenizer.
 
-    A difference fails only where the engine claims to tokenise alike: with a gpt2 vocabulary it is
+    A difference fails only where the engine claims to tokenize alike: with a gpt2 vocabulary it is
     the engine's own, which no file can mend, and is counted for the reader.
     """
-    name = "engine tokenisation"
+    name = "engine tokenization"
     try:
         with serving(build, file.path, len(tokenizer.texts)) as server:
             pairs = [(server.tokens(doc), tokenizer.encode(doc)) for doc in docs]

@@ -1,6 +1,6 @@
 """Predictor logits at the threshold, summed in the very order of the engine's vector code.
 
-Codes of quantised weights are small integers, so terms that cancel are no rarity: a sum may be 0 in
+Codes of quantized weights are small integers, so terms that cancel are no rarity: a sum may be 0 in
 exact arithmetic, an active neuron at threshold 0, and -1e-9 in the engine's, a skipped one. Where a
 logit is as near to the threshold as rounding may move it, it is computed again as
 `ggml_vec_dot_q4_0_q8_0` and `ggml_vec_dot_q8_0_q8_0` do with AVX2 (PowerInfer's ggml-quants.c at

@@ -106,7 +106,7 @@ class GGUFFile:
 
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file in its stored dtype; pages are read when it is used. The values
-        of a quantised tensor, in float32."""
+        of a quantized tensor, in float32."""
         entry = self.entries[name]
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.type.dtype)

@@ -4,7 +4,7 @@ Rows are converted a slab at a time, small enough to stay in a core's cache: wha
 size, it takes a few slabs of memory, and a tenth of the time of the whole at once (1.1 billion
 weights from bf16 to f16 on one core of an EPYC: 1.3 instead of 10.8 seconds). They pass through
 float32, which torch converts from and to faster than bf16 to f16, and which is what the gguf
-package quantises, by the arithmetic of ggml's reference code.
+package quantizes, by the arithmetic of ggml's reference code.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def slabs(planned: Planned) -> Iterator[Array]:
         InputError: It holds a value that its format cannot.
     """
     source = planned.load()
-    convert = _quantised if GGML_QUANT_SIZES[planned.kind][0] > 1 else _floats
+    convert = _quantized if GGML_QUANT_SIZES[planned.kind][0] > 1 else _floats
     for rows in torch.split(source, max(1, SLAB // source[0].numel())):
         yield convert(planned, rows)
 
@@ -75,7 +75,7 @@ def _floats(planned: Planned, rows: Tensor) -> Array:
     return array
 
 
-def _quantised(planned: Planned, rows: Tensor) -> Array:
+def _quantized(planned: Planned, rows: Tensor) -> Array:
     """(rows, bytes of a row) uint8."""
     with np.errstate(all="ignore"):  # a value too large for its scale is told below
         packed: Array = quantize(rows.float().contiguous().numpy(), planned.kind)

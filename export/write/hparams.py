@@ -17,7 +17,7 @@ SMALLEST_FFN = 1001
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyper:
+class HParams:
     """What the file's header says about the model."""
 
     arch: str
@@ -70,7 +70,7 @@ class Hyper:
         return tuple(sizes[letter] for letter in letters)
 
 
-def check_shape(hyper: Hyper, head_dim: int | None, where: str) -> None:
+def check_shape(hyper: HParams, head_dim: int | None, where: str) -> None:
     """Refuse sizes that the engine computes otherwise.
 
     Args:
@@ -94,7 +94,7 @@ def check_shape(hyper: Hyper, head_dim: int | None, where: str) -> None:
         )
 
 
-def check_tensors(checkpoint: Checkpoint, hyper: Hyper) -> None:
+def check_tensors(checkpoint: Checkpoint, hyper: HParams) -> None:
     """Refuse a checkpoint that lacks a tensor of the architecture, or has one more."""
     rows = {
         checkpoint.stored_name(row.source): row

@@ -14,13 +14,13 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.export.write.hparams import Hyper, check_shape, check_tensors
+from sparsecast.export.write.hparams import HParams, check_shape, check_tensors
 
 OPT_POSITIONS = 2048
 """The engine's OPT has 2050 rows of positions, whatever the file says."""
 REASONS = {
     "qwen2": "its attention has biases, which the engine's llama has no place for",
-    "qwen3": "it normalises q and k, which the engine's llama does not",
+    "qwen3": "it normalizes q and k, which the engine's llama does not",
     "granite": (
         "it scales embeddings, residuals and logits as MiniCPM does, which the engine's llama does "
         "not; convert it to LLaMA format, where the scales are part of the weights"
@@ -29,7 +29,7 @@ REASONS = {
 """Families that are collected and trained for, but that the engine cannot run."""
 
 
-def read_hyper(checkpoint: Checkpoint, activation_threshold: float | None = None) -> Hyper:
+def read_hyper(checkpoint: Checkpoint, activation_threshold: float | None = None) -> HParams:
     """Read and check a checkpoint's config and its tensors' names and shapes.
 
     Args:
@@ -54,7 +54,7 @@ def read_hyper(checkpoint: Checkpoint, activation_threshold: float | None = None
     return hyper
 
 
-def _llama(config: Any, rule: ActivationRule, where: str) -> Hyper:
+def _llama(config: Any, rule: ActivationRule, where: str) -> HParams:
     """Llama and Mistral; with ReLU on gate and up it is the engine's bamboo."""
     for field in ("attention_bias", "mlp_bias"):
         if getattr(config, field, False):
@@ -65,7 +65,7 @@ def _llama(config: Any, rule: ActivationRule, where: str) -> Hyper:
     base, factor = _rope(config, where)
     window = getattr(config, "sliding_window", None)
     context = config.max_position_embeddings
-    return Hyper(
+    return HParams(
         arch="bamboo" if rule.on_up else "llama",
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -83,7 +83,7 @@ def _llama(config: Any, rule: ActivationRule, where: str) -> Hyper:
     )
 
 
-def _falcon(config: Any, rule: ActivationRule, where: str) -> Hyper:
+def _falcon(config: Any, rule: ActivationRule, where: str) -> HParams:
     if config.alibi or config.bias:
         found = "alibi" if config.alibi else "bias"
         raise InputError(
@@ -99,7 +99,7 @@ def _falcon(config: Any, rule: ActivationRule, where: str) -> Hyper:
     grouped = config.new_decoder_architecture
     apart = 1 if config.multi_query else config.num_attention_heads
     norms = config.num_ln_in_parallel_attn or 2
-    return Hyper(
+    return HParams(
         arch="falcon",
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -116,7 +116,7 @@ def _falcon(config: Any, rule: ActivationRule, where: str) -> Hyper:
     )
 
 
-def _opt(config: Any, rule: ActivationRule, where: str) -> Hyper:
+def _opt(config: Any, rule: ActivationRule, where: str) -> HParams:
     wanted = {
         "max_position_embeddings": OPT_POSITIONS,
         "word_embed_proj_dim": config.hidden_size,
@@ -131,7 +131,7 @@ def _opt(config: Any, rule: ActivationRule, where: str) -> Hyper:
                 f"{where}: {field} is {value}, but the engine's opt is made for {want} alone; such "
                 "a model cannot be exported"
             )
-    return Hyper(
+    return HParams(
         arch="opt",
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,

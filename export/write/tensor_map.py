@@ -2,7 +2,7 @@
 
 Names are those of PowerInfer's llama.cpp (`LLM_TENSOR_NAMES`; `llm_load_sparse_model_tensors` says
 which of them an architecture has). The down projection is stored transposed, one row per neuron.
-In a llama transformers rotates (first half, second half) of a head and the engine neighbours, so
+In a llama transformers rotates (first half, second half) of a head and the engine neighbors, so
 the rows of q and k are interleaved head by head; in a falcon both rotate halves. A falcon's fused
 projection holds, per key/value head, its query heads, then the key, then the value; the engine
 wants all queries, then all keys, then all values.

@@ -2,7 +2,7 @@
 
 The engine cuts text into words by hand-written rules that stand for GPT-2's regular expression,
 writes their bytes in GPT-2's alphabet of 256 printable characters and merges by the list, first
-merge first. It normalises nothing. A token of type 1 that holds another character ends it as soon
+merge first. It normalizes nothing. A token of type 1 that holds another character ends it as soon
 as it prints that token. (PowerInfer's llama.cpp at d3ebd7c, llm_tokenizer_bpe.)
 """
 
@@ -34,7 +34,7 @@ def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
     """Tokens and merges; added tokens are left to the caller.
 
     Raises:
-        InputError: Text is normalised or cut otherwise than GPT-2 does, or the alphabet lacks more
+        InputError: Text is normalized or cut otherwise than GPT-2 does, or the alphabet lacks more
             than `SPARE`.
     """
     notes = _cut_notes(path, spec)
@@ -78,7 +78,7 @@ def _cut_notes(path: Path, spec: dict[str, Any]) -> list[str]:
     if normalizers := steps_of(spec, "normalizer"):
         kinds = ", ".join(step["type"] for step in normalizers)
         raise InputError(
-            f"{path}: normalises text ({kinds}), which the engine does not; expected "
+            f"{path}: normalizes text ({kinds}), which the engine does not; expected "
             "a byte-level BPE without normalizer, as GPT-2's"
         )
     steps = steps_of(spec, "pre_tokenizer")

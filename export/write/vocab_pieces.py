@@ -1,6 +1,6 @@
 """Sentencepiece BPE: from tokenizer.model, or from the tokenizer.json that was made of one.
 
-The engine puts one space before a text, turns spaces into U+2581 and then merges the neighbours
+The engine puts one space before a text, turns spaces into U+2581 and then merges the neighbors
 whose union has the highest score, leftmost first; what stays no token becomes bytes. Sentencepiece
 scores a piece by its place in training: 0, -1, -2, ... A converted tokenizer.json has instead every
 pair of pieces whose union is a piece as a merge, in the order of scores; the two are equivalent

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsecast.export.write.convert import Planned
-from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.hparams import HParams
 
 BEFORE = (
     "attn_norm",
@@ -71,7 +71,7 @@ class Budget:
         return room
 
 
-def budget_for(gib: float, context: int, tensors: Sequence[Planned], hyper: Hyper) -> Budget:
+def budget_for(gib: float, context: int, tensors: Sequence[Planned], hyper: HParams) -> Budget:
     """The budget of a model file.
 
     Args:

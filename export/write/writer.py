@@ -37,7 +37,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.export.write.convert import Planned, one_thread, slabs
-from sparsecast.export.write.hparams import Hyper
+from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.tensor_map import Layout, Row, arranged, model_rows, predictor_names
 from sparsecast.export.write.vocab import Vocabulary
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -58,7 +58,7 @@ FILE_TYPES = {
 
 
 def plan(
-    checkpoint: Checkpoint, hyper: Hyper, predictors: PredictorSet, dtype: str
+    checkpoint: Checkpoint, hyper: HParams, predictors: PredictorSet, dtype: str
 ) -> list[Planned]:
     """The tensors in file order; nothing is read yet.
 
@@ -67,14 +67,14 @@ def plan(
             own.
 
     Raises:
-        InputError: A size that does not divide into the blocks of a quantised tensor.
+        InputError: A size that does not divide into the blocks of a quantized tensor.
     """
     if dtype == "q4_0":
         _check_blocks(hyper)
     return [*_model_part(checkpoint, hyper, dtype), *_predictor_part(predictors)]
 
 
-def _check_blocks(hyper: Hyper) -> None:
+def _check_blocks(hyper: HParams) -> None:
     """Every matrix has rows of the hidden size; the input of ffn_down_t is rounded in blocks along
     the FFN. The engine checks neither and computes nonsense or NaN."""
     for name, width in (("hidden size", hyper.hidden), ("FFN width", hyper.ffn)):
@@ -86,7 +86,7 @@ def _check_blocks(hyper: Hyper) -> None:
             )
 
 
-def _model_part(checkpoint: Checkpoint, hyper: Hyper, dtype: str) -> Iterator[Planned]:
+def _model_part(checkpoint: Checkpoint, hyper: HParams, dtype: str) -> Iterator[Planned]:
     for row in model_rows(hyper.arch, hyper.layers, tied=hyper.tied, norms=hyper.norms):
         shape = hyper.shape(row.shape)
         if row.layout is Layout.TRANSPOSED:
@@ -105,7 +105,7 @@ def _kind(row: Row, dtype: str) -> GGMLQuantizationType:
     return GGMLQuantizationType[dtype.upper()]
 
 
-def _load(checkpoint: Checkpoint, hyper: Hyper, row: Row) -> Tensor:
+def _load(checkpoint: Checkpoint, hyper: HParams, row: Row) -> Tensor:
     return arranged(checkpoint.tensor(row.source), row.layout, hyper.heads, hyper.kv_heads)
 
 
@@ -130,7 +130,7 @@ def _same(weight: Tensor) -> Tensor:
 def write_model(
     path: Path,
     tensors: list[Planned],
-    hyper: Hyper,
+    hyper: HParams,
     vocabulary: Vocabulary,
     *,
     name: str,
@@ -184,7 +184,7 @@ def write_model(
 
 def _add_header(
     writer: GGUFWriter,
-    hyper: Hyper,
+    hyper: HParams,
     vocabulary: Vocabulary,
     name: str,
     threshold: float,

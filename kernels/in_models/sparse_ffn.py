@@ -18,7 +18,7 @@ from sparsecast.kernels.in_models import torch_fallback
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
 from sparsecast.kernels.ops.launch import INTERPRETED, MAX_TOKENS, rounded_threshold
 from sparsecast.kernels.ops.predictor import input_dtype
-from sparsecast.kernels.ops.quantized import Quantised, dequantised
+from sparsecast.kernels.ops.quantized import Quantized, dequantized
 
 CPU_TOKENS = 8
 """Beyond, dense products were faster on a CPU at every shape and sparsity that was measured."""
@@ -76,7 +76,7 @@ class SparseFFN(nn.Module):
             self.input_dtype = input_dtype(predictor.fc1_RD)
             for name, matrix in zip(("fc1", "fc2"), predictor[:2], strict=True):
                 if not runs_kernels(ffn.up_FD):
-                    matrix = dequantised(matrix)
+                    matrix = dequantized(matrix)
                 parts = (matrix, None) if isinstance(matrix, Tensor) else matrix
                 for suffix, part in zip(("", "_scale"), parts, strict=True):
                     self.register_buffer(name + suffix, part, persistent=False)
@@ -146,5 +146,5 @@ def _parameter(weight: Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(weight, requires_grad=False)
 
 
-def _matrix(weight: Tensor, scale: Tensor | None) -> Tensor | Quantised:
-    return weight if scale is None else Quantised(weight, scale)
+def _matrix(weight: Tensor, scale: Tensor | None) -> Tensor | Quantized:
+    return weight if scale is None else Quantized(weight, scale)

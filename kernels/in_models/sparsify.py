@@ -32,7 +32,7 @@ from sparsecast.kernels.in_models.bundle import is_bundle, load_weights, open_bu
 from sparsecast.kernels.in_models.dispatch import most_tokens
 from sparsecast.kernels.in_models.sparse_ffn import SparseFFN, runs_kernels
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights
-from sparsecast.kernels.ops.quantized import Quantised, quantised
+from sparsecast.kernels.ops.quantized import Quantized, quantized
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, check_use, load_predictors
 from sparsecast.predictors.predictor import Predictor
 
@@ -162,7 +162,7 @@ def _check(layer: nn.Module, family: Family, where: str) -> None:
             kind = type(linear).__name__
             raise InputError(
                 f"{where} has {path} as a {kind} that holds no plain weights, expected "
-                "nn.Linear in a float dtype; load the model without quantisation or adapters"
+                "nn.Linear in a float dtype; load the model without quantization or adapters"
             )
         if linear.weight.is_meta:
             raise InputError(
@@ -222,8 +222,8 @@ def _ffn(layer: nn.Module, family: Family, rule: ActivationRule) -> FFN:
 def _on_device(predictors: PredictorSet, layer: int, device: torch.device) -> PredictorWeights:
     predictor: Predictor = predictors.layers[layer].to(device)
 
-    def stored(weight: Tensor) -> Tensor | Quantised:
-        return weight.half() if predictor.dtype == "f16" else quantised(weight, predictor.dtype)
+    def stored(weight: Tensor) -> Tensor | Quantized:
+        return weight.half() if predictor.dtype == "f16" else quantized(weight, predictor.dtype)
 
     fc1_RD, fc2_FR = (stored(weight) for weight in predictor.weights)
     return PredictorWeights(fc1_RD, fc2_FR, predictors.threshold)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights
 from sparsecast.kernels.ops.predictor import input_dtype, rounded_input
-from sparsecast.kernels.ops.quantized import dequantised
+from sparsecast.kernels.ops.quantized import dequantized
 
 CHUNK = 2**20
 """Weights that `over_rows` copies at a time: 4 MiB in float32, small enough for a cache, and large
@@ -28,7 +28,7 @@ enough that several threads seldom wait for each other."""
 def predicted(z_TD: Tensor, predictor: PredictorWeights) -> Tensor:
     """(T, F) bools: what the predictor names, for inputs of any float dtype."""
     dtype = predictor.input_dtype or input_dtype(predictor.fc1_RD)
-    fc1_RD, fc2_FR = (dequantised(weight) for weight in predictor[:2])
+    fc1_RD, fc2_FR = (dequantized(weight) for weight in predictor[:2])
     hidden_TR = functional.linear(rounded_input(z_TD, dtype), fc1_RD).relu()
     logits_TF = functional.linear(rounded_input(hidden_TR, dtype), fc2_FR)
     return logits_TF >= predictor.threshold

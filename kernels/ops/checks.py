@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.kernels.ops.launch import padded
-from sparsecast.kernels.ops.quantized import Quantised
+from sparsecast.kernels.ops.quantized import Quantized
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -41,8 +41,8 @@ def check_weight(
         raise ValueError(f"{name}: is not contiguous; call .contiguous() once at load time")
 
 
-def check_quantised(
-    name: str, weight: Quantised, shape: tuple[int, int], device: torch.device
+def check_quantized(
+    name: str, weight: Quantized, shape: tuple[int, int], device: torch.device
 ) -> None:
     """Blocks of q8_0 or q4_0 that hold a matrix of this shape."""
     rows, columns = shape

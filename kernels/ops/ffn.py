@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from sparsecast.kernels.ops.bitmask import MAX_WIDTH
-from sparsecast.kernels.ops.checks import HALVES, check_input, check_quantised, check_weight
+from sparsecast.kernels.ops.checks import HALVES, check_input, check_quantized, check_weight
 from sparsecast.kernels.ops.down import down
 from sparsecast.kernels.ops.gate import gate
 from sparsecast.kernels.ops.gate_up import FromGate, FromRows, rows
 from sparsecast.kernels.ops.launch import rounded_threshold
 from sparsecast.kernels.ops.predictor import predict
 from sparsecast.kernels.ops.predictor import reference as predictor_reference
-from sparsecast.kernels.ops.quantized import Quantised
+from sparsecast.kernels.ops.quantized import Quantized
 
 ACTS = ("relu", "fatrelu", "drelu")
 
@@ -55,11 +55,11 @@ class FFN(NamedTuple):
 class PredictorWeights(NamedTuple):
     """logits = fc2 @ relu(fc1 @ z); a neuron is predicted where its logit >= threshold."""
 
-    fc1_RD: Tensor | Quantised
+    fc1_RD: Tensor | Quantized
     """A float16 or bfloat16 tensor, which rounds its input to its own dtype (up to 65504 in
     float16), or q8_0 or q4_0, which rounds it to q8_0 as PowerInfer's engine does (up to 8.3
     million). What an input beyond that, or one that is not finite, predicts is left open."""
-    fc2_FR: Tensor | Quantised
+    fc2_FR: Tensor | Quantized
     """Of the same kind: codes beside codes."""
     threshold: float = 0.0
     input_dtype: torch.dtype | None = None
@@ -149,8 +149,8 @@ def _predicted(
     fc2_scale: torch.Tensor | None,
     cut: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    fc1_RD = fc1 if fc1_scale is None else Quantised(fc1, fc1_scale)
-    fc2_FR = fc2 if fc2_scale is None else Quantised(fc2, fc2_scale)
+    fc1_RD = fc1 if fc1_scale is None else Quantized(fc1, fc1_scale)
+    fc2_FR = fc2 if fc2_scale is None else Quantized(fc2, fc2_scale)
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
     with torch.cuda.device_of(x):
         named, chosen_F = predict(z, fc1_RD, fc2_FR, cut)
@@ -214,7 +214,7 @@ def _threshold(ffn: FFN) -> float:
     return rounded_threshold(ffn.threshold, ffn.up_FD.dtype) if ffn.act == "fatrelu" else 0.0
 
 
-def _flat(weight: Tensor | Quantised) -> tuple[Tensor, Tensor | None]:
+def _flat(weight: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
     return (weight, None) if isinstance(weight, Tensor) else (weight.code_NC, weight.scale_NB)
 
 
@@ -246,7 +246,7 @@ def _check_predictor(x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorW
     if isinstance(predictor.fc1_RD, Tensor) != isinstance(predictor.fc2_FR, Tensor):
         raise ValueError(
             "fc1_RD, fc2_FR: one is a tensor and one in blocks, expected both of one kind; "
-            "quantise both or none"
+            "quantize both or none"
         )
     (f, d), rank = ffn.up_FD.shape, predictor.fc1_RD.shape[0]
     shapes = ((rank, d), (f, rank))
@@ -254,4 +254,4 @@ def _check_predictor(x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorW
         if isinstance(weight, Tensor):
             check_weight(name, weight, shape, HALVES, x_TD.device)
         else:
-            check_quantised(name, weight, shape, x_TD.device)
+            check_quantized(name, weight, shape, x_TD.device)

@@ -21,7 +21,7 @@ from sparsecast.kernels.ops.bitmask import WORD, words
 from sparsecast.kernels.ops.dot import products, rounded
 from sparsecast.kernels.ops.int8_dot import code_products, codes
 from sparsecast.kernels.ops.launch import after_previous, options, padded, start_next
-from sparsecast.kernels.ops.quantized import Quantised, dequantised
+from sparsecast.kernels.ops.quantized import Quantized, dequantized
 
 HIDDEN_CONFIGS = {
     1: {"BLOCK_N": 1, "BLOCK_K": 2048, "STAGES": 1, "num_warps": 4},
@@ -39,7 +39,7 @@ HIDDEN_CODES_CONFIGS = {
 """Of codes, by whether there are more than 4 tokens."""
 
 
-def input_dtype(weight: Tensor | Quantised) -> torch.dtype:
+def input_dtype(weight: Tensor | Quantized) -> torch.dtype:
     """What the input of a product by this weight is rounded to; int8 stands for q8_0."""
     return weight.dtype if isinstance(weight, Tensor) else torch.int8
 
@@ -51,8 +51,8 @@ def rounded_input(x_TK: Tensor, dtype: torch.dtype) -> Tensor:
 
 def reference(
     z_TD: Tensor,
-    fc1_RD: Tensor | Quantised,
-    fc2_FR: Tensor | Quantised,
+    fc1_RD: Tensor | Quantized,
+    fc2_FR: Tensor | Quantized,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden_TR as it is rounded, float32, and logits_TF in float64.
@@ -61,9 +61,9 @@ def reference(
         dtype: What inputs are rounded to, where fc1 does not say it.
     """
     dtype = dtype or input_dtype(fc1_RD)
-    hidden_TR = (rounded_input(z_TD, dtype).double() @ dequantised(fc1_RD).double().T).relu()
+    hidden_TR = (rounded_input(z_TD, dtype).double() @ dequantized(fc1_RD).double().T).relu()
     hidden_TR = rounded_input(hidden_TR, dtype)
-    return hidden_TR, hidden_TR.double() @ dequantised(fc2_FR).double().T
+    return hidden_TR, hidden_TR.double() @ dequantized(fc2_FR).double().T
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -145,7 +145,7 @@ def _select_kernel(
 
 
 def predict(
-    z_TD: Tensor, fc1_RD: Tensor | Quantised, fc2_FR: Tensor | Quantised, threshold: float
+    z_TD: Tensor, fc1_RD: Tensor | Quantized, fc2_FR: Tensor | Quantized, threshold: float
 ) -> tuple[Selected, Tensor]:
     """Run both products, of weights that are both codes or both not.
 
@@ -156,7 +156,7 @@ def predict(
     return select(hidden(z_TD, fc1_RD), fc2_FR, threshold)
 
 
-def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
+def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantized) -> Tensor:
     """hidden_TR = relu(fc1 . z), in fc1's dtype; in float32 where that is codes."""
     (tokens, d), (rank, _) = z_TD.shape, fc1_RD.shape
     if isinstance(fc1_RD, Tensor):
@@ -174,7 +174,7 @@ def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantised) -> Tensor:
 
 
 def select(
-    hidden_TR: Tensor, fc2_FR: Tensor | Quantised, threshold: float
+    hidden_TR: Tensor, fc2_FR: Tensor | Quantized, threshold: float
 ) -> tuple[Selected, Tensor]:
     """fc2, the threshold and the set; returns what `predict` does.
 

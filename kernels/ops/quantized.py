@@ -2,7 +2,7 @@
 
 Codes and scales are ggml's (core/ggml_blocks.py), signed and in ggml's order, four bytes to a
 word, the first lowest: a byte of q8_0 is a code; byte j of a block of q4_0 holds the code of column
-j in its low half and that of column 16 + j in its high half. Quantising is idempotent, so values
+j in its low half and that of column 16 + j in its high half. Quantizing is idempotent, so values
 that were rounded to a format once get the codes that stand in PowerInfer's file.
 
 Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C words of a row.
@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsecast.core.ggml_blocks import BLOCK, scales_and_codes
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """A matrix (N, K) in blocks of 32."""
 
     code_NC: Tensor
@@ -40,7 +40,7 @@ class Quantised(NamedTuple):
         return self.code_NC.nbytes + self.scale_NB.nbytes
 
 
-def quantised(weight_NK: Tensor, dtype: str) -> Quantised:
+def quantized(weight_NK: Tensor, dtype: str) -> Quantized:
     """The codes and scales of a matrix in `dtype`, "q8_0" or "q4_0".
 
     Raises:
@@ -59,10 +59,10 @@ def quantised(weight_NK: Tensor, dtype: str) -> Quantised:
         low_NBK, high_NBK = code_NBK.chunk(2, -1)
         code_NBK = low_NBK & 15 | high_NBK << 4
     code_NK = code_NBK.flatten(1).contiguous()
-    return Quantised(code_NK.view(torch.int32), scale_NB1.squeeze(-1).half().contiguous())
+    return Quantized(code_NK.view(torch.int32), scale_NB1.squeeze(-1).half().contiguous())
 
 
-def dequantised(weight: Tensor | Quantised) -> Tensor:
+def dequantized(weight: Tensor | Quantized) -> Tensor:
     """(N, K) float32: the values that the format holds; of a plain tensor, its own."""
     if isinstance(weight, Tensor):
         return weight.float()

@@ -1,7 +1,7 @@
 """SparseInfer's sign rule (arXiv 2411.12692): a baseline without training, for reports alone.
 
 The sign of a product follows from the signs of its factors, so of gate row w_j and the FFN's
-normalised input x' the rule counts the signs that agree, less those that do not:
+normalized input x' the rule counts the signs that agree, less those that do not:
 
     score_j = sum_i sign(w_ji) sign(x'_i),    active where score_j >= c
 

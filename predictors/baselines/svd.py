@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.models.families import family_of
-from sparsecast.predictors.calibration.bias import BiasUnits, Uncut, bias_units
+from sparsecast.predictors.calibration.bias import BiasUnits, UncalibratedPredictor, bias_units
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.recorded_model import load_recorded
 from sparsecast.predictors.training.warm_start import BIAS_SCALE, RIDGE, Moments, moments
@@ -31,7 +31,7 @@ from sparsecast.predictors.training.warm_start import BIAS_SCALE, RIDGE, Moments
 
 def svd(
     cfg: TrainConfig, store: ActivationStore, dtype: str, ranks: list[int], device: torch.device
-) -> list[Uncut]:
+) -> list[UncalibratedPredictor]:
     """Predictors of every layer, before their operating point is chosen.
 
     Memory: the model, and one layer's (D, D) and (F, D) matrices in float32.

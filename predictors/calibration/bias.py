@@ -9,11 +9,11 @@ and c times the combination is taken off every row of fc2. This is exact for any
 b(x) / rms(x) is nearly constant over tokens, c is a bias.
 
 In f16 the least-squares combination of the hidden units that are there serves, and costs no rank
-(`Spread`). A quantised row would lose so small a change in its codes, so there two hidden units of
+(`Spread`). A quantized row would lose so small a change in its codes, so there two hidden units of
 their own have the weights +u and -u (`BiasUnits`): relu(u x) + relu(-u x) = |u x| = b(x), with u
 the direction along which the residual stream is most nearly constant.
 
-A quantised column would round the offsets to a few codes, and they share their block's scale with
+A quantized column would round the offsets to a few codes, and they share their block's scale with
 30 other units. So q8_0 and q4_0 have a second such pair, scaled by 1 / `FINE`, whose column holds
 `FINE` times what the first one lost: a second digit. Four units are the rank that it costs.
 
@@ -44,7 +44,7 @@ def bias_units(dtype: str) -> int:
 @dataclass(frozen=True, eq=False)
 class Spread:
     """A predictor in f16 before its operating point is chosen: its weights, and the combination of
-    its hidden units that is 1 on RMS-normalised inputs, as nearly as can be."""
+    its hidden units that is 1 on RMS-normalized inputs, as nearly as can be."""
 
     fc1_RD: Tensor
     fc2_FR: Tensor
@@ -77,7 +77,7 @@ class BiasUnits:
         """The predictor as its file holds it, active where p / b >= c.
 
         Args:
-            near: Take all codes of a quantised predictor from a cut here, and go from there to `c`
+            near: Take all codes of a quantized predictor from a cut here, and go from there to `c`
                 by the second digit alone; a new first digit may move every code of its block.
         """
         first_F = self.offset_F - (c if near is None else near)
@@ -103,12 +103,12 @@ def assembled(
     first_F: Tensor | None = None,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """fc1 and fc2 with the bias units in front, rounded to a quantised `dtype`.
+    """fc1 and fc2 with the bias units in front, rounded to a quantized `dtype`.
 
     f16 is left to `Predictor.stored`, but free rows of fc1 get unit norm.
 
     Args:
-        first_F: What the first digit of a quantised offset stands for; the offset unless given.
+        first_F: What the first digit of a quantized offset stands for; the offset unless given.
         gradient: Round straight through (formats.py), as training wants it.
     """
     u_1D = bias_D.unsqueeze(-2)
@@ -142,5 +142,5 @@ def bias_of(predictor: Predictor, constant_R: Tensor, x_TD: Tensor) -> Tensor:
     return (hidden_TR @ constant_R.to(hidden_TR).unsqueeze(1)).clamp_min(1e-6)
 
 
-Uncut = Spread | BiasUnits
+UncalibratedPredictor = Spread | BiasUnits
 """A predictor before its operating point is chosen."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
-from sparsecast.predictors.calibration.bias import Uncut, bias_of
+from sparsecast.predictors.calibration.bias import UncalibratedPredictor, bias_of
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count
 from sparsecast.predictors.predictor import Predictor, rms
 from sparsecast.predictors.training.data import layer_batches
@@ -47,7 +47,7 @@ def sparsity_cut(sparsity: float) -> Cut:
 
 
 def calibrate(
-    uncut: Uncut,
+    uncut: UncalibratedPredictor,
     store: ActivationStore,
     layer: int,
     cut: Cut,

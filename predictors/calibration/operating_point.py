@@ -21,7 +21,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.perplexity import perplexity
 from sparsecast.core.progress import bar, console
 from sparsecast.core.text.tokens import Sequence, TokenBatch, by_length
-from sparsecast.predictors.calibration.bias import Uncut
+from sparsecast.predictors.calibration.bias import UncalibratedPredictor
 from sparsecast.predictors.calibration.calibrate import (
     SPLIT,
     Calibrated,
@@ -45,7 +45,10 @@ BATCH = 8
 
 
 def operate(
-    cfg: TrainConfig, uncut: list[Uncut], store: ActivationStore, device: torch.device
+    cfg: TrainConfig,
+    uncut: list[UncalibratedPredictor],
+    store: ActivationStore,
+    device: torch.device,
 ) -> list[Calibrated]:
     """Cut every layer at the objective of `cfg`.
 
@@ -64,7 +67,7 @@ def operate(
 
 
 def _all(
-    uncut: list[Uncut],
+    uncut: list[UncalibratedPredictor],
     store: ActivationStore,
     cuts: list[Cut],
     device: torch.device,
@@ -79,7 +82,7 @@ def _all(
 
 
 def _for_traffic(
-    budget: float, uncut: list[Uncut], store: ActivationStore, device: torch.device
+    budget: float, uncut: list[UncalibratedPredictor], store: ActivationStore, device: torch.device
 ) -> list[Cut]:
     sizes = [share_of_ffn(predictor.cut(0.0).rank, store, predictor.dtype) for predictor in uncut]
     load = budget - sum(sizes) / len(sizes)
@@ -108,7 +111,10 @@ def _mean_load(curves: list[np.ndarray], price: float) -> float:
 
 
 def _for_perplexity(
-    cfg: TrainConfig, uncut: list[Uncut], store: ActivationStore, device: torch.device
+    cfg: TrainConfig,
+    uncut: list[UncalibratedPredictor],
+    store: ActivationStore,
+    device: torch.device,
 ) -> list[Calibrated]:
     target = cfg.target_perplexity
     assert cfg.model is not None

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG text that follows the page's light or dark colours."""
+"""The figures of a report, as SVG text that follows the page's light or dark colors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy import linspace
 
-BLUE, ORANGE, GREEN, GREY = "#3b76c4", "#d9822b", "#2f9e5f", "#8a8f98"
+BLUE, ORANGE, GREEN, GRAY = "#3b76c4", "#d9822b", "#2f9e5f", "#8a8f98"
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -50,7 +50,7 @@ def recall_and_sparsity(layers: Sequence[dict[str, Any]]) -> str:
             index,
             [row["true_sparsity"] for row in layers],
             "--",
-            color=GREY,
+            color=GRAY,
             label="true sparsity",
         )
         axes.set(xlabel="layer", ylim=(min(0.5, *_all(layers)) - 0.02, 1.01))
@@ -72,13 +72,13 @@ def curves(
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.6))
         for row, curve in zip(layers, points, strict=True):
-            colour = shades(norm(row["layer"]))
-            axes.plot([p for _, p in curve], [r for r, _ in curve], color=colour, lw=1.2)
+            color = shades(norm(row["layer"]))
+            axes.plot([p for _, p in curve], [r for r, _ in curve], color=color, lw=1.2)
             axes.plot(
                 row["predicted_sparsity"],
                 row["recall"],
                 "o",
-                color=colour,
+                color=color,
                 markeredgecolor="black",
                 markeredgewidth=0.9,
                 ms=6,
@@ -105,8 +105,8 @@ def traffic_bars(layers: Sequence[dict[str, Any]]) -> str:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.0))
         axes.bar(index, [row["traffic"] for row in layers], color=BLUE, label="traffic", width=0.6)
-        for name, colour in (("cascade", GREEN), ("exact", ORANGE), ("oracle", GREY)):
-            axes.plot(index, [row[name] for row in layers], "o--", color=colour, label=name, ms=dot)
+        for name, color in (("cascade", GREEN), ("exact", ORANGE), ("oracle", GRAY)):
+            axes.plot(index, [row[name] for row in layers], "o--", color=color, label=name, ms=dot)
         axes.set(xlabel="layer", ylabel="share of dense FFN bytes", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -118,12 +118,12 @@ def data_needed(entries: Sequence[dict[str, Any]]) -> str:
     tokens = [entry["train_tokens"] for entry in entries]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 2.6))
-        for name, line, colour in (
+        for name, line, color in (
             ("recall", "o-", BLUE),
             ("predicted_sparsity", "s-", ORANGE),
         ):
             values = [entry["mean"][name] for entry in entries]
-            axes.plot(tokens, values, line, color=colour, label=name.replace("_", " "))
+            axes.plot(tokens, values, line, color=color, label=name.replace("_", " "))
         axes.set(xlabel="training tokens", xscale="log")
         axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
         axes.minorticks_off()

@@ -75,7 +75,7 @@ def _report(cfg: ReportConfig) -> dict[str, Any]:
             _predictors(item, store, layers=len(predictors.layers))
     evaluated = _evaluated(cfg.evaluation)
     scores = score_layers(predictors, store, str(cfg.predictors))
-    result = summarise(scores, predictors, store) | evaluated
+    result = summarize(scores, predictors, store) | evaluated
     result |= {
         "corpus": store.manifest.corpus,
         "date": today(),
@@ -123,7 +123,7 @@ def _predictors(path: Path, store: ActivationStore, layers: int | None = None) -
     return predictors
 
 
-def summarise(
+def summarize(
     scores: list[LayerScore], predictors: PredictorSet, store: ActivationStore
 ) -> dict[str, Any]:
     """What the report's JSON says of the scores, compared with no others."""

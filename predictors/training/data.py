@@ -1,6 +1,6 @@
 """Training batches from the memory maps of an activation store, all layers at once.
 
-Tokens are shuffled in blocks of `BLOCK` neighbours, and a batch is made of blocks from all over
+Tokens are shuffled in blocks of `BLOCK` neighbors, and a batch is made of blocks from all over
 the split: near enough to a full shuffle, at the reading pattern of a few large slices.
 
 Memory: four batches; the store stays on disk.

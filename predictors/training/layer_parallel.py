@@ -15,18 +15,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from sparsecast.core.distributed import Team
+from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.core.torch_files import save_torch
-from sparsecast.predictors.calibration.bias import BiasUnits, Spread, Uncut
+from sparsecast.predictors.calibration.bias import BiasUnits, Spread, UncalibratedPredictor
 from sparsecast.predictors.predictor import Predictor
 
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (BiasUnits, Spread, Predictor)}
 
-Trained = TypeVar("Trained", Uncut, Predictor)
+Trained = TypeVar("Trained", UncalibratedPredictor, Predictor)
 
 
-def share_of(layers: Sequence[int], team: Team, data_parallel: bool) -> list[int]:
+def share_of(layers: Sequence[int], team: DistributedContext, data_parallel: bool) -> list[int]:
     """The layers that this process trains.
 
     Raises:
@@ -43,7 +43,11 @@ def share_of(layers: Sequence[int], team: Team, data_parallel: bool) -> list[int
 
 
 def gathered(
-    mine: dict[int, Trained], layers: Sequence[int], work: Path, team: Team, data_parallel: bool
+    mine: dict[int, Trained],
+    layers: Sequence[int],
+    work: Path,
+    team: DistributedContext,
+    data_parallel: bool,
 ) -> list[Trained] | None:
     """The trained `layers` of all processes, in order; None but on the leading one.
 

@@ -2,9 +2,9 @@
 
     p = fc2 @ relu(fc1 @ x_hat),   x_hat = x / rms(x)
 
-Training on RMS-normalised inputs changes no decision at threshold 0, because p is positively
+Training on RMS-normalized inputs changes no decision at threshold 0, because p is positively
 homogeneous in x. Which point of the recall-sparsity curve to use is chosen afterwards by a cut;
-bias.py says what carries it. Quantised predictors are
+bias.py says what carries it. Quantized predictors are
 trained as they will be exported: weights and inputs of both products rounded, straight through.
 
 The loss is binary cross entropy with inactive entries weighted by the layer's share of active ones,
@@ -29,11 +29,17 @@ import torch
 from torch import Tensor, nn
 
 from sparsecast.core.bitmask import unpack
-from sparsecast.predictors.calibration.bias import BiasUnits, Spread, Uncut, assembled, unit_rows
+from sparsecast.predictors.calibration.bias import (
+    BiasUnits,
+    Spread,
+    UncalibratedPredictor,
+    assembled,
+    unit_rows,
+)
 from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
 from sparsecast.predictors.formats import straight_through
 from sparsecast.predictors.metrics import ScoreHistogram
-from sparsecast.predictors.predictor import Predictor, rms_normalised
+from sparsecast.predictors.predictor import Predictor, rms_normalized
 from sparsecast.predictors.training.data import LayersBatch
 from sparsecast.predictors.training.loss import weighted_loss
 from sparsecast.predictors.training.warm_start import WarmStart
@@ -76,7 +82,7 @@ class PredictorModule(L.LightningModule):
         self._histograms: list[ScoreHistogram] = []
 
     def forward(self, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (L, B, F) and b (L, B, 1), or its stand-in 1, both for RMS-normalised inputs."""
+        """Logits (L, B, F) and b (L, B, 1), or its stand-in 1, both for RMS-normalized inputs."""
         if self.bias_LD is None or self.offset_LF is None:
             hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
             return torch.bmm(hidden_LBR, self.fc2_LFR.transpose(1, 2)), x_LBD.new_ones(1, 1, 1)
@@ -88,7 +94,7 @@ class PredictorModule(L.LightningModule):
         return torch.bmm(hidden_LBR, fc2.transpose(1, 2)), hidden_LBR[..., :2].sum(-1, keepdim=True)
 
     def training_step(self, batch: LayersBatch, _: int) -> Tensor:
-        logits_LBF, _bias = self(rms_normalised(batch.x_LBD))
+        logits_LBF, _bias = self(rms_normalized(batch.x_LBD))
         counting = self.current_epoch >= self._counting_from
         loss = weighted_loss(logits_LBF, batch.mask_LBP, self.rate_L, counting=counting)
         self.log("loss", loss.detach(), prog_bar=True)
@@ -99,7 +105,7 @@ class PredictorModule(L.LightningModule):
         self._histograms = [ScoreHistogram() for _ in range(len(self.rate_L))]
 
     def validation_step(self, batch: LayersBatch, _: int) -> None:
-        logits_LBF, bias_LB1 = self(rms_normalised(batch.x_LBD))
+        logits_LBF, bias_LB1 = self(rms_normalized(batch.x_LBD))
         fired_LBF = unpack(batch.mask_LBP, logits_LBF.shape[-1])
         ratio = logits_LBF.float() / bias_LB1.float().clamp_min(1e-6)
         for layer, histogram in enumerate(self._histograms):
@@ -139,13 +145,13 @@ class PredictorModule(L.LightningModule):
 
     def uncut(
         self, free_units: list[int], constant_of: Callable[[int, Predictor], Tensor]
-    ) -> list[Uncut]:
+    ) -> list[UncalibratedPredictor]:
         """The best weights of every layer, without the padding behind its free units.
 
         Args:
             constant_of: From a layer and its predictor in f16 to the `Spread.constant_R`.
         """
-        done: list[Uncut] = []
+        done: list[UncalibratedPredictor] = []
         for layer, free in enumerate(free_units):
             fc1_RD = self.best_fc1_LRD[layer, :free].cpu()
             fc2_FR = self.best_fc2_LFR[layer, :, :free].cpu()

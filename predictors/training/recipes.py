@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsecast.predictors.baselines.label_clipping import ClippedStore
 from sparsecast.predictors.baselines.public_recipe import ReferenceModule
 from sparsecast.predictors.baselines.svd import svd
-from sparsecast.predictors.calibration.bias import Uncut, bias_units
+from sparsecast.predictors.calibration.bias import UncalibratedPredictor, bias_units
 from sparsecast.predictors.calibration.calibrate import Calibrated, at_zero, constant_of
 from sparsecast.predictors.calibration.operating_point import operate
 from sparsecast.predictors.config import TrainConfig
@@ -59,7 +59,9 @@ def default(job: Job) -> list[Calibrated] | None:
     def constant(place: int, predictor: Predictor) -> Tensor:
         return constant_of(predictor.to(run.device), store, run.layers[place]).cpu()
 
-    mine: dict[int, Uncut] = dict(zip(run.layers, module.uncut(free, constant), strict=True))
+    mine: dict[int, UncalibratedPredictor] = dict(
+        zip(run.layers, module.uncut(free, constant), strict=True)
+    )
     work, layers = work_folder(job.cfg.out), store.manifest.layers
     uncut = gathered(mine, layers, work, run.team, job.cfg.data_parallel)
     return None if uncut is None else operate(job.cfg, uncut, store, run.device)

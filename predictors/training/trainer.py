@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from sparsecast.core.distributed import Team, from_environment
+from sparsecast.core.distributed import DistributedContext, from_environment
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
 from sparsecast.core.interrupts import same_kind
@@ -51,7 +51,7 @@ class Run(NamedTuple):
     layers: list[int]
     """That this process trains."""
     device: torch.device
-    team: Team
+    team: DistributedContext
     shared: dict[str, Any]
     """What a resumed run must share."""
 
@@ -175,7 +175,7 @@ def clear_unfinished(out: Path) -> None:
         shutil.rmtree(work_folder(out), ignore_errors=True)
 
 
-def _placed(device: torch.device, team: Team, data_parallel: bool) -> dict[str, Any]:
+def _placed(device: torch.device, team: DistributedContext, data_parallel: bool) -> dict[str, Any]:
     """Trainer arguments: one device, or all processes on shares of the same batches."""
     on_gpu = device.type == "cuda"
     accelerator = "gpu" if on_gpu else "cpu"

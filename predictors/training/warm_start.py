@@ -1,11 +1,11 @@
 """Where training starts: the best linear predictor of the rank, written with ReLU units.
 
-The gate is linear in the normalised input, so a linear predictor is a strong start. PowerInfer's
+The gate is linear in the normalized input, so a linear predictor is a strong start. PowerInfer's
 format has ReLU in the middle, and the textbook identity relu(z) - relu(-z) = z costs two units a
 rank. Where the inputs have a nearly constant direction u (u x_hat ~ 1, see bias.py) one unit does:
 relu(z + K u x_hat) is linear as long as z > -K, and K u x_hat goes into the bias units.
 
-The linear predictor is reduced-rank regression of the mask on the inputs: with whitened, centred
+The linear predictor is reduced-rank regression of the mask on the inputs: with whitened, centered
 inputs x_w = S^(-1/2) (x_hat - m) and C = E[(y - E y) x_w^T], the best rank-r map is C V V^T with
 the top r eigenvectors V of C^T C. The derivative of the logit, 1 / p (1 - p), turns its slopes
 into slopes of logits. Training weights inactive entries by the layer's share of active ones, so
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.progress import bar
-from sparsecast.predictors.predictor import rms_normalised
+from sparsecast.predictors.predictor import rms_normalized
 from sparsecast.predictors.training.data import layer_batches
 
 RIDGE = 1e-3
@@ -38,7 +38,7 @@ LEAST_RATE = 1e-3
 LINEAR_REACH = 4.0
 """K: how many standard deviations below its mean a hidden unit stays linear."""
 BIAS_SCALE = {"f16": 1.0, "q8_0": 4 * LINEAR_REACH, "q4_0": 4 * LINEAR_REACH}
-"""b relative to u x_hat. The offsets share a quantised block with columns of fc2, and b with other
+"""b relative to u x_hat. The offsets share a quantized block with columns of fc2, and b with other
 hidden units, which are about `LINEAR_REACH`: four times that keeps both in their blocks' range."""
 
 
@@ -97,12 +97,12 @@ def warm_start(of_layers: Iterable[Moments], free_units: Sequence[int], dtype: s
 
 def no_start(hidden_size: int, ffn_width: int, free_units: Sequence[int], dtype: str) -> WarmStart:
     """Zeros where a checkpoint has the weights."""
-    layers, units, quantised = len(free_units), max(free_units), dtype != "f16"
+    layers, units, quantized = len(free_units), max(free_units), dtype != "f16"
     return WarmStart(
-        torch.zeros(layers, hidden_size) if quantised else None,
+        torch.zeros(layers, hidden_size) if quantized else None,
         torch.zeros(layers, units, hidden_size),
         torch.zeros(layers, ffn_width, units),
-        torch.zeros(layers, ffn_width) if quantised else None,
+        torch.zeros(layers, ffn_width) if quantized else None,
         torch.zeros(layers),
     )
 
@@ -124,7 +124,7 @@ class MomentSums:
 
     def add(self, x_TD: Tensor, active_TF: Tensor) -> None:
         """Raw inputs and their mask."""
-        x, y = rms_normalised(x_TD), active_TF.float()
+        x, y = rms_normalized(x_TD), active_TF.float()
         self._tokens += len(x)
         for total, more in zip(self._sums, (x.T @ x, x.sum(0), y.T @ x, y.sum(0)), strict=True):
             total += more
@@ -153,7 +153,7 @@ def reduced_rank(m: Moments, free_units: int) -> tuple[Tensor, Tensor, Tensor, T
     whiten_DD = vectors * torch.maximum(values, floor / 2).rsqrt() @ vectors.T
     cross_FD = (m.cross_FD - torch.outer(m.rate_F, m.mean_D)) @ whiten_DD
     _, basis = torch.linalg.eigh(cross_FD.T @ cross_FD)
-    # The strongest first: units that share a block of a quantised row are then alike.
+    # The strongest first: units that share a block of a quantized row are then alike.
     basis_DR = basis[:, -min(free_units, basis.shape[1]) :].flip(1)
     # z = V^T S^(-1/2) (x_hat - m), with m written as m u x_hat.
     linear_RD = basis_DR.T @ whiten_DD

@@ -20,7 +20,7 @@ from sparsecast.collect.plan import Unit
 from sparsecast.collect.run import collect
 from sparsecast.collect.store.energy import decode, encode
 from sparsecast.collect.store.filler import Filler
-from sparsecast.collect.store.shard import SHARD_BYTES, Image, Shape
+from sparsecast.collect.store.shard import SHARD_BYTES, Shape, ShardBuffer
 from sparsecast.collect.store.shard_reader import ShardFile
 from sparsecast.collect.store.stats import Stats
 from sparsecast.collect.store.store import ActivationStore, Manifest, seal
@@ -175,7 +175,7 @@ def test_an_input_that_does_not_fit_is_refused(tmp_path, write_store):
 
 
 def test_a_failing_disk_is_reported_once_and_names_no_shard(tmp_path):
-    def full(name: str, image: Image) -> None:
+    def full(name: str, image: ShardBuffer) -> None:
         raise OSError(28, "No space left on device")
 
     shape = MANIFEST.shape
@@ -293,7 +293,7 @@ def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
 
 def test_the_memory_sink_finishes_shards(tmp_path):
     shape = MANIFEST.shape
-    image = Image(shape, shape.nbytes(4), pinned=False)
+    image = ShardBuffer(shape, shape.nbytes(4), pinned=False)
     image.begin(4, split="train", number=0)
     to_folder(tmp_path)("x", image)
     assert b"".join(image.blocks()) == (tmp_path / "x").read_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsecast.core.distributed import Team, team
+from sparsecast.core.distributed import DistributedContext, team
 from sparsecast.core.errors import InputError
 
 LAUNCHED = {
@@ -29,7 +29,7 @@ def test_one_process_is_alone_whatever_its_rank(size, monkeypatch):
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
     with team() as ranks:
-        assert ranks == Team()
+        assert ranks == DistributedContext()
 
 
 @pytest.mark.parametrize(

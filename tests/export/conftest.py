@@ -266,7 +266,7 @@ def bundle_in(tmp_path_factory, model_folder):
 
 
 @pytest.fixture(scope="session")
-def quantised(bundle_in) -> Path:
+def quantized(bundle_in) -> Path:
     """A bundle whose predictors are f16, q8_0 and q4_0; not to be written to."""
     return Path(bundle_in("f16", "q8_0", "q4_0"))
 

@@ -33,7 +33,7 @@ def fake_engine(folder: Path, script: str = FAKE) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["made", "quantised"])
+@pytest.mark.parametrize("source", ["made", "quantized"])
 def test_the_dense_file_is_the_bundle_without_its_predictors(request, source, tmp_path):
     sparse = GGUFFile(bundle_file(request.getfixturevalue(source)))
     write_dense(sparse, tmp_path / "dense.gguf")

@@ -148,10 +148,10 @@ def test_a_fatrelu_model_computes_relu(model_folder, bundle_of, theirs, ids):
     assert torch.allclose(torch.cat(steps, 1), model_logits(model, ids[:1]), atol=1e-3)
 
 
-def test_predictors_in_every_format_are_the_files(quantised, model_folder):
+def test_predictors_in_every_format_are_the_files(quantized, model_folder):
     model, _ = load_model(str(model_folder), device="cpu", dtype="float32")
-    sparsify_model(model, quantised, "predicted")
-    file = GGUFFile(bundle_file(quantised))
+    sparsify_model(model, quantized, "predicted")
+    file = GGUFFile(bundle_file(quantized))
     for number, layer in enumerate(model.model.layers):
         for name in ("fc1", "fc2"):
             stored = file.tensor(f"blk.{number}.{name}.weight").float()

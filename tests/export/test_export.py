@@ -203,7 +203,7 @@ def test_weights_the_engine_cannot_express_are_refused(model, anyones, change, r
     [
         ({"hidden_act": "silu"}, "no exact zeros"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2': its attention has biases"),
-        ({"model_type": "qwen3"}, "model_type is 'qwen3': it normalises q and k"),
+        ({"model_type": "qwen3"}, "model_type is 'qwen3': it normalizes q and k"),
         ({"model_type": "granite"}, "'granite': it scales .* convert it to LLaMA format"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
@@ -397,7 +397,7 @@ def test_out_may_be_a_link_or_the_current_folder_and_not_the_root(
         export(replace(cfg, out=Path("/")))
 
 
-def test_quantised_weights_and_an_index_that_lies_are_refused(model, anyones, tmp_path):
+def test_quantized_weights_and_an_index_that_lies_are_refused(model, anyones, tmp_path):
     """Without a look at the dtype int8 codes would be written as if they were weights."""
     whole = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -405,7 +405,7 @@ def test_quantised_weights_and_an_index_that_lies_are_refused(model, anyones, tm
     with pytest.raises(InputError, match=f"{name} is int8, expected float32"):
         run(model, anyones)
     change_config(model, quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(InputError, match="quantised \\(bitsandbytes\\)"):
+    with pytest.raises(InputError, match="quantized \\(bitsandbytes\\)"):
         run(model, anyones)
 
     change_config(model, drop=("quantization_config",))

@@ -50,8 +50,8 @@ def shown(tmp_path, capsys):
     return run
 
 
-def test_predictors_are_shown_layer_by_layer(shown, quantised):
-    folder = quantised / "predictor"
+def test_predictors_are_shown_layer_by_layer(shown, quantized):
+    folder = quantized / "predictor"
     values, text = shown(folder)
 
     layers = load_predictors(folder).layers

@@ -10,7 +10,7 @@ from sparsecast.core.ggml_blocks import q8_0_input
 from sparsecast.kernels.ops import predictor
 from sparsecast.kernels.ops.ffn import exact_ffn, predicted_ffn
 from sparsecast.kernels.ops.int8_dot import codes
-from sparsecast.kernels.ops.quantized import dequantised, quantised
+from sparsecast.kernels.ops.quantized import dequantized, quantized
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -59,14 +59,14 @@ def test_it_decides_as_its_reference_where_logits_are_dense(rank, tokens, stored
     """Predictors of a problem keep away from the threshold, and so would hide a wrong sum."""
     hidden = torch.randn(tokens, rank, device=device).relu()
     weight = torch.randn(11008, rank, device=device) * rank**-0.5
-    fc2 = weight.bfloat16() if stored == "f16" else quantised(weight, stored)
+    fc2 = weight.bfloat16() if stored == "f16" else quantized(weight, stored)
 
     met = hidden.bfloat16() if stored == "f16" else hidden
     torch.cuda.synchronize()  # or fc2 might be read before it is made
     _, chosen = predictor.select(met, fc2, 0.0)
 
     hidden = predictor.rounded_input(hidden, predictor.input_dtype(fc2)).double()
-    logits = hidden @ dequantised(fc2).double().T
+    logits = hidden @ dequantized(fc2).double().T
     got = ((chosen >> torch.arange(tokens, device=device)[:, None]) & 1).bool()
     assert (logits[got != (logits >= 0)].abs() < 1e-5).all()
 

@@ -13,7 +13,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.predictors.calibration.bias import (
     BiasUnits,
     Spread,
-    Uncut,
+    UncalibratedPredictor,
     assembled,
     bias_of,
     bias_units,
@@ -26,7 +26,7 @@ from sparsecast.predictors.formats import (
     rounded_input,
     straight_through,
 )
-from sparsecast.predictors.predictor import Predictor, rms_normalised
+from sparsecast.predictors.predictor import Predictor, rms_normalized
 
 KINDS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 
@@ -102,14 +102,14 @@ def with_units(dtype: str, offset_scale: float = 1.0) -> tuple[BiasUnits, torch.
     return BiasUnits(fc1, fc2, offset_scale * torch.randn(200), u, dtype), x
 
 
-def uncut(dtype: str) -> tuple[Uncut, torch.Tensor]:
+def uncut(dtype: str) -> tuple[UncalibratedPredictor, torch.Tensor]:
     """As the default recipe makes them: in f16 with the constant in 64 units' least squares."""
     made, x = with_units(dtype)
     if dtype != "f16":
         return made, x
     mean = x.mean(0) / x.mean(0).norm()
     fc1, fc2 = unit_rows(torch.randn(64, 96) / 96**0.5 + mean, torch.randn(200, 64) / 8)
-    hidden = (rms_normalised(x) @ fc1.T).relu()
+    hidden = (rms_normalized(x) @ fc1.T).relu()
     return Spread(fc1, fc2, torch.linalg.lstsq(hidden, torch.ones(50, 1)).solution[:, 0]), x
 
 
@@ -145,8 +145,8 @@ def test_a_cut_predictor_is_what_its_file_holds(dtype):
     for one, two in zip(predictor.weights, again.weights, strict=True):
         assert torch.equal(one, two)
     assert predictor.rank == 64
-    # The same decisions for the raw and the normalised input, up to rounding.
-    raw, scaled = predictor.logits(x) >= 0, predictor.logits(rms_normalised(x)) >= 0
+    # The same decisions for the raw and the normalized input, up to rounding.
+    raw, scaled = predictor.logits(x) >= 0, predictor.logits(rms_normalized(x)) >= 0
     assert (raw == scaled).float().mean() > (0.999 if dtype == "f16" else 0.99)
 
 

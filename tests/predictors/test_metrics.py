@@ -151,9 +151,9 @@ def test_token_recalls_are_the_percentiles_of_single_tokens(size, fired, kept, s
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 0.95])
-@pytest.mark.parametrize("centre", [-6.0, 0.0, 6.0])
-def test_the_cut_for_a_recall_is_the_quantile(recall, centre):
-    score = torch.randn(200, 100) + centre
+@pytest.mark.parametrize("center", [-6.0, 0.0, 6.0])
+def test_the_cut_for_a_recall_is_the_quantile(recall, center):
+    score = torch.randn(200, 100) + center
     active = torch.rand(200, 100) < 0.2
     histogram = ScoreHistogram()
     histogram.add(score, active)

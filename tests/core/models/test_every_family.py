@@ -47,8 +47,8 @@ def rms_norm(x_TD, weight_D):
 
 
 def layer_norm(x_TD, weight_D, bias_D):
-    centred = x_TD - x_TD.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight_D + bias_D
+    centered = x_TD - x_TD.mean(-1, keepdim=True)
+    return centered / (centered.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight_D + bias_D
 
 
 def gate_and_x1(name: str, weights: dict, layer: int, x_TD: torch.Tensor):
@@ -289,9 +289,9 @@ def test_what_is_not_plain_weights_is_refused(family_folder, tmp_path):
         load_model(str(copy), device="cpu")
     save_file(whole, copy / "model.safetensors", {"format": "pt"})
     config = json.loads((copy / "config.json").read_text())
-    quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    (copy / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(InputError, match=r"its weights are quantised \(gptq\)"):
+    quantized = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (copy / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(InputError, match=r"its weights are quantized \(gptq\)"):
         load_model(str(copy), device="cpu")
     (copy / "config.json").write_text(json.dumps(config | {"num_attention_heads": "many"}))
     with pytest.raises(InputError, match="num_attention_heads is 'many', expected a whole number"):

@@ -56,7 +56,9 @@ def test_silu_is_refused_with_the_way_out():
 
 
 def test_an_unknown_family_names_the_table():
-    with pytest.raises(InputError, match=r"model_type is 'gpt2'.*llama.*sparsecast.core.models.famil"):
+    with pytest.raises(
+        InputError, match=r"model_type is 'gpt2'.*llama.*sparsecast.core.models.famil"
+    ):
         family_of(GPT2Config(), "m")
 
 

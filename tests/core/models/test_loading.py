@@ -297,7 +297,7 @@ def test_weights_that_may_not_be_read_are_not_missing(model_folder, as_nobody):
         ({"model_type": ["llama"]}, r"model_type is \['llama'\], expected one of"),
         ({"per_layer_config": {"0": {}}}, "per_layer_config makes layers of different kinds"),
         ({"pad_token_id": 512}, "pad_token_id is 512 in config.json, but .* ids 0 to 511"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
     ],
 )
 def test_an_absurd_config_is_refused_before_anything_is_built(fields, match, folder):

@@ -50,7 +50,7 @@ class Value(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Stored numbers, (rows, bytes) where they are quantised."""
+    """Stored numbers, (rows, bytes) where they are quantized."""
 
     array: np.ndarray
     kind: int
@@ -182,7 +182,7 @@ def tensor(
 
 
 def blocks(name: str, row: int, byte: int, change: int) -> Damage:
-    """Bits of a quantised tensor."""
+    """Bits of a quantized tensor."""
 
     def damage(b: Bundle) -> None:
         b.file.tensors[name].array[row, byte] ^= change
@@ -190,7 +190,7 @@ def blocks(name: str, row: int, byte: int, change: int) -> Damage:
     return damage
 
 
-def quantised(name: str, kind: str, shape: tuple[int, int]) -> Damage:
+def quantized(name: str, kind: str, shape: tuple[int, int]) -> Damage:
     """Random codes with a scale of 1 in rows that need not be whole blocks."""
 
     def damage(b: Bundle) -> None:
@@ -370,15 +370,15 @@ CORRUPTIONS = [
         "tensors", r"ffn_down_t\.weight is \(64, 1280\), expected \(1280, 64\) \(transposed\)"),
     one("ffn_down_t in f32", tensor("blk.0.ffn_down_t.weight", lambda a: a.astype(np.float32),
         "f32"), "tensors", "ffn_down_t.weight is f32, expected f16 or q4_0"),
-    one("ffn_down_t in q8_0", quantised("blk.0.ffn_down_t.weight", "q8_0", (1280, 64)), "tensors",
+    one("ffn_down_t in q8_0", quantized("blk.0.ffn_down_t.weight", "q8_0", (1280, 64)), "tensors",
         "ffn_down_t.weight is q8_0, expected f16 or q4_0"),
-    one("a gate in q8_0", quantised("blk.0.ffn_gate.weight", "q8_0", (1280, 64)), "tensors",
+    one("a gate in q8_0", quantized("blk.0.ffn_gate.weight", "q8_0", (1280, 64)), "tensors",
         "ffn_gate.weight is q8_0, expected f16 or f32 or q4_0"),
     one("a norm in f16", tensor("blk.2.ffn_norm.weight", lambda a: a.astype(np.float16), "f16"),
         "tensors", "ffn_norm.weight is f16, expected f32"),
-    one("a quantised predictor whose rank is no whole block",
-        all_of(quantised("blk.1.fc1.weight", "q8_0", (48, 64)),
-               quantised("blk.1.fc2.weight", "q8_0", (1280, 48))),
+    one("a quantized predictor whose rank is no whole block",
+        all_of(quantized("blk.1.fc1.weight", "q8_0", (48, 64)),
+               quantized("blk.1.fc2.weight", "q8_0", (1280, 48))),
         "tensors", "fc2.weight is q8_0 in rows of 48, expected a multiple of 32"),
     one("a wrong label of the types", named("general.file_type", Value(U32, 2)), "tensors",
         "general.file_type is 2, expected 1 for matrices in f16"),
@@ -388,11 +388,11 @@ CORRUPTIONS = [
         ELEMENTS)), "tensors", r"token_embd\.weight is \(512, 64\), expected \(511, 64\)"),
     one("an FFN of q4_0 that is no whole block",
         all_of(keys(feed_forward_length=Value(U32, 1270)),
-               *(quantised(f"blk.{i}.{name}.weight", "q4_0", (1270, 64))
+               *(quantized(f"blk.{i}.{name}.weight", "q4_0", (1270, 64))
                  for i in range(3) for name in ("ffn_gate", "ffn_up", "ffn_down_t")),
                tensor("blk.0.fc2.weight", lambda a: a[:1270]),
-               quantised("blk.1.fc2.weight", "q8_0", (1270, 32)),
-               quantised("blk.2.fc2.weight", "q4_0", (1270, 32))),
+               quantized("blk.1.fc2.weight", "q8_0", (1270, 32)),
+               quantized("blk.2.fc2.weight", "q4_0", (1270, 32))),
         "tensors", "ffn_down_t.weight is q4_0, whose input the engine rounds in blocks of 32, but "
         "the FFN has 1270 neurons", "q4_0"),
     # Values (T5).

@@ -45,8 +45,8 @@ def test_the_engine_computes_what_we_do(dtype, engine, model_folder, predictors,
 
 
 @pytest.mark.engine
-def test_the_engine_computes_quantised_predictors_as_we_do(engine, quantised, corpus):
-    result = verify(VerifyConfig(bundle=quantised, corpus=str(corpus), engine=engine))
+def test_the_engine_computes_quantized_predictors_as_we_do(engine, quantized, corpus):
+    result = verify(VerifyConfig(bundle=quantized, corpus=str(corpus), engine=engine))
 
     assert result.ok, details(result)
     assert result.engine.perplexity == pytest.approx(result.engine.reference, rel=2e-3)

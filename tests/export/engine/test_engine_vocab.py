@@ -18,7 +18,7 @@ from sparsecast.export.engine.checks import replies_to
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.engine.replies import Spelling
-from sparsecast.export.engine.text import check_perplexity_by_ids, check_tokenisation
+from sparsecast.export.engine.text import check_perplexity_by_ids, check_tokenization
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
@@ -80,7 +80,7 @@ def test_documents_that_the_engine_cuts_otherwise_are_counted(
     spaces = "x    (y)\n" if bytewise else "<|never a token|>"
 
     for docs, differ in ((alike, 0), ([*alike, spaces], int(bytewise))):
-        check = check_tokenisation(engine, file, tokenizer, docs)
+        check = check_tokenization(engine, file, tokenizer, docs)
 
         assert check.ok
         assert f"{differ} of {len(docs)} held-out documents differ" in check.detail
@@ -91,7 +91,7 @@ def test_pieces_that_the_engine_cuts_otherwise_fail(engine, made):
     file = GGUFFile(bundle_file(made))
     file.keys["tokenizer.ggml.scores"].reverse()
 
-    check = check_tokenisation(engine, file, tokenizer_of(file), [Path(__file__).read_text(), "x"])
+    check = check_tokenization(engine, file, tokenizer_of(file), [Path(__file__).read_text(), "x"])
 
     assert not check.ok
     assert "1 of 2 held-out documents differ" in check.detail
@@ -115,7 +115,7 @@ def test_the_engine_cuts_text_as_a_sentencepiece_model_in_either_file(
     result = verify(VerifyConfig(bundle=tmp_path / "b", corpus=str(corpus), engine=engine))
 
     assert result.ok, details(result)
-    assert details(result)["engine tokenisation"].startswith("0 of ")
+    assert details(result)["engine tokenization"].startswith("0 of ")
 
 
 @pytest.mark.engine
@@ -153,4 +153,4 @@ def test_llama_2s_own_vocabulary_passes_from_either_file(
 
     wrong = [check for check in result.checks if not check.ok]
     assert not wrong
-    assert details(result)["engine tokenisation"].startswith("0 of ")
+    assert details(result)["engine tokenization"].startswith("0 of ")

@@ -22,7 +22,7 @@ from sparsecast.export.read.tensor_types import TYPES
 from sparsecast.export.verify import bundle_file
 
 
-@pytest.mark.parametrize("which", ["made", "quantised"])
+@pytest.mark.parametrize("which", ["made", "quantized"])
 def test_reader_agrees_with_the_gguf_package(which, request, tmp_path):
     path = Path(shutil.copy(bundle_file(request.getfixturevalue(which)), tmp_path))
     ours = GGUFFile(path)
@@ -142,7 +142,7 @@ def test_a_hostile_file_is_refused_with_the_reason(content, reason, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "size"), [(2, 18), (8, 34)])
-def test_quantised_tensors_take_the_bytes_of_their_blocks(kind, size, tmp_path):
+def test_quantized_tensors_take_the_bytes_of_their_blocks(kind, size, tmp_path):
     """Two side by side, as near as the alignment lets them be; the rows of one share a block."""
     path = tmp_path / "blocks.gguf"
     second = -(-3 * size // 32) * 32

@@ -98,9 +98,9 @@ def test_what_a_predictor_holds_is_written_without_another_loss(dtype, size):
         assert np.array_equal(got.reshape(want.shape), want.float().numpy())
 
 
-def test_the_file_holds_the_predictors_own_values(quantised):
-    file = GGUFFile(bundle_file(quantised))
-    predictors = load_predictors(quantised / "predictor")
+def test_the_file_holds_the_predictors_own_values(quantized):
+    file = GGUFFile(bundle_file(quantized))
+    predictors = load_predictors(quantized / "predictor")
     weights = [weight for predictor in predictors.layers for weight in predictor.weights]
 
     types = [file.entries[name].type.name for name in NAMES]
@@ -148,12 +148,12 @@ def by_hand(file: GGUFFile, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tenso
 
 
 @pytest.fixture(scope="module")
-def dense(quantised, model_folder, tmp_path_factory) -> Path:
+def dense(quantized, model_folder, tmp_path_factory) -> Path:
     """The bundle with predictors of three blocks a row, all of whose weights are random."""
     folder = tmp_path_factory.mktemp("dense")
     torch.manual_seed(0)
     layers = [Predictor(torch.randn(96, 64), torch.randn(1280, 96), dtype) for dtype in DTYPES]
-    made = load_predictors(quantised / "predictor").manifest
+    made = load_predictors(quantized / "predictor").manifest
     PredictorSet(layers, 0.0, replace(made, ranks=[96] * 3)).save(folder / "p")
     cfg = ExportConfig(model=str(model_folder), predictors=folder / "p", out=folder / "b")
     return export(cfg).parent
@@ -177,9 +177,9 @@ def test_decisions_of_the_file_are_the_predictors_own(layer, dense, acts):
 
 
 @pytest.mark.parametrize("layer", range(3), ids=DTYPES)
-def test_terms_that_cancel_leave_an_active_neuron(layer, quantised, acts):
+def test_terms_that_cancel_leave_an_active_neuron(layer, quantized, acts):
     """A quarter of these logits is exactly 0, some of them as a difference of equal products."""
-    file = GGUFFile(bundle_file(quantised))
+    file = GGUFFile(bundle_file(quantized))
     x_TD = acts.rows("held-out", 0, layer).x_TD.float()
     want_TF, _ = by_hand(file, layer, x_TD)
 
@@ -190,8 +190,8 @@ def test_terms_that_cancel_leave_an_active_neuron(layer, quantised, acts):
 
 
 @pytest.fixture
-def damaged(quantised, tmp_path) -> Path:
-    return Path(shutil.copytree(quantised, tmp_path / "bundle"))
+def damaged(quantized, tmp_path) -> Path:
+    return Path(shutil.copytree(quantized, tmp_path / "bundle"))
 
 
 def failures(bundle: Path, corpus: Path) -> dict[str, str]:
@@ -199,8 +199,8 @@ def failures(bundle: Path, corpus: Path) -> dict[str, str]:
     return {c.name: c.detail for c in result.checks if not c.ok}
 
 
-def test_a_bundle_of_three_formats_verifies(quantised, corpus):
-    assert failures(quantised, corpus) == {}
+def test_a_bundle_of_three_formats_verifies(quantized, corpus):
+    assert failures(quantized, corpus) == {}
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_a_missing_manifest_is_not_quoted(damaged, corpus):
     assert "blk.1.fc1.weight is q8_0, without a manifest.json it counts as f16" in detail
 
 
-def test_a_quantised_matrix_of_the_model_is_named(quantised):
-    file = GGUFFile(bundle_file(quantised))
+def test_a_quantized_matrix_of_the_model_is_named(quantized):
+    file = GGUFFile(bundle_file(quantized))
     file.entries["blk.0.ffn_down_t.weight"] = file.entries["blk.0.ffn_down_t.weight"]._replace(
         type=file.entries["blk.1.fc1.weight"].type
     )
@@ -246,9 +246,9 @@ def test_a_quantised_matrix_of_the_model_is_named(quantised):
     assert "blk.0.ffn_down_t.weight is q8_0, expected f16" in check_tensors(file).detail
 
 
-def test_rows_that_share_a_block_are_named(quantised):
+def test_rows_that_share_a_block_are_named(quantized):
     """PowerInfer's `quantize` writes such files, and its engine computes wrong masks from them."""
-    file = GGUFFile(bundle_file(quantised))
+    file = GGUFFile(bundle_file(quantized))
     for name, shape in (("blk.2.fc1.weight", (48, 64)), ("blk.2.fc2.weight", (1280, 48))):
         file.entries[name] = file.entries[name]._replace(shape=shape)
 
@@ -270,8 +270,8 @@ def test_rows_that_are_no_whole_blocks_are_refused(rank, hidden, name, width):
         plan(Predictor(fc1_RD, fc2_FR, "f16"), Predictor(fc1_RD, fc2_FR, "q4_0"))
 
 
-def test_the_card_names_the_formats(quantised, model_folder, tmp_path):
-    card = (quantised / "README.md").read_text()
+def test_the_card_names_the_formats(quantized, model_folder, tmp_path):
+    card = (quantized / "README.md").read_text()
     assert "with FFN weights in f16 and predictors in f16/q4_0/q8_0" in card
     # rank (64 + 1280) bits / (3 * 64 * 1280 * 16) + 1 - 0.5
     assert "| 0 | 16 | 0.5000 | 0.5000 | 0.5875 |" in card
@@ -279,7 +279,7 @@ def test_the_card_names_the_formats(quantised, model_folder, tmp_path):
     assert "| 2 | 32 | 0.5000 | 0.5000 | 0.5492 |" in card
     cfg = ExportConfig(
         model=str(model_folder),
-        predictors=quantised / "predictor",
+        predictors=quantized / "predictor",
         out=tmp_path / "b",
         dtype="f32",
     )

@@ -74,7 +74,7 @@ def test_no_choice_of_blocks_has_a_greater_total(problem, n):
 
 
 def test_counts_beyond_the_exact_range_of_float32_keep_their_order(tmp_path):
-    """Neighbours above 2^24 are one float32; the hotter must still be chosen."""
+    """Neighbors above 2^24 are one float32; the hotter must still be chosen."""
     count_F = torch.full((2 * BLOCK,), EXACT)
     count_F[1::2] += 1
 

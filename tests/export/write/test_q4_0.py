@@ -31,7 +31,7 @@ from sparsecast.export.write.writer import plan
 from sparsecast.predictors import formats
 from sparsecast.predictors.checkpoint import load_predictors
 
-QUANTISED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down_t")
+QUANTIZED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down_t")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_types_and_labels_are_those_of_a_q4_0_file(q4_0):
     file = GGUFFile(bundle_file(q4_0))
 
     types = {name: entry.type.name for name, entry in file.entries.items()}
-    assert {types[f"blk.{i}.{name}.weight"] for i in range(3) for name in QUANTISED} == {"q4_0"}
+    assert {types[f"blk.{i}.{name}.weight"] for i in range(3) for name in QUANTIZED} == {"q4_0"}
     assert types["token_embd.weight"] == "q4_0"
     assert types["output.weight"] == "q8_0"
     assert {types[f"blk.{i}.fc1.weight"] for i in range(3)} == {"f16", "q8_0", "q4_0"}

@@ -326,7 +326,7 @@ def repeat_a_token(spec):
 REFUSED = [
     (lambda spec: spec.update(pre_tokenizer=LLAMA3), r"cuts text by Split\(.*llama3"),
     (lambda spec: spec["pre_tokenizer"].update(use_regex=False), "ByteLevel without its regex"),
-    (lambda spec: spec.update(normalizer={"type": "NFC"}), r"normalises text \(NFC\)"),
+    (lambda spec: spec.update(normalizer={"type": "NFC"}), r"normalizes text \(NFC\)"),
     (lambda spec: spec.update(pre_tokenizer={"type": "Whitespace"}), "without byte_fallback"),
     (lambda spec: spec["model"].update(ignore_merges=True), "ignore_merges True"),
     (lambda spec: spec["model"].update(dropout=0.5), "dropout 0.5"),

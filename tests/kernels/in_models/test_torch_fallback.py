@@ -8,7 +8,7 @@ import torch
 from sparsecast.kernels.in_models import torch_fallback
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights, exact_reference, predicted_reference
 from sparsecast.kernels.ops.predictor import input_dtype, reference
-from sparsecast.kernels.ops.quantized import dequantised, quantised
+from sparsecast.kernels.ops.quantized import dequantized, quantized
 
 D, F, R = 64, 48, 32
 
@@ -41,7 +41,7 @@ def test_both_leave_out_what_is_not_predicted(act, format, near):
     if format in kept:
         pair = (fc1.to(kept[format]), fc2.to(kept[format]))
     else:
-        pair = (quantised(fc1, format), quantised(fc2, format))
+        pair = (quantized(fc1, format), quantized(fc2, format))
     predictor = PredictorWeights(*pair, 0.1)
 
     predicted = torch_fallback.predicted(z, predictor)
@@ -62,14 +62,14 @@ def test_every_decision_is_the_references(format):
     if format in kept:
         fc1, fc2 = fc1.to(kept[format]), fc2.to(kept[format])
     else:
-        fc1, fc2 = quantised(fc1, format), quantised(fc2, format)
+        fc1, fc2 = quantized(fc1, format), quantized(fc2, format)
 
     got = torch_fallback.predicted(z, PredictorWeights(fc1, fc2))
 
     _, logits = reference(z, fc1, fc2)
     assert (logits[got != (logits >= 0)].abs() < 1e-5).all()
     assert got[7].all()
-    values = PredictorWeights(dequantised(fc1), dequantised(fc2), 0.0, input_dtype(fc1))
+    values = PredictorWeights(dequantized(fc1), dequantized(fc2), 0.0, input_dtype(fc1))
     assert torch.equal(torch_fallback.predicted(z, values), got)
 
 

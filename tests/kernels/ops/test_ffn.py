@@ -13,7 +13,7 @@ from sparsecast.kernels.ops.ffn import (
     exact_reference,
     predicted_ffn,
 )
-from sparsecast.kernels.ops.quantized import Quantised, quantised
+from sparsecast.kernels.ops.quantized import Quantized, quantized
 
 D, F, R = 96, 77, 32
 ACTS = ["relu", "fatrelu", "drelu", "plain"]
@@ -42,8 +42,8 @@ def predictor(matrix, banded):
     def make(dtype) -> PredictorWeights:
         if dtype == "f16":
             return PredictorWeights(matrix(R, D, torch.float16), matrix(F, R, torch.float16), 0.1)
-        parts = (quantised(torch.randn(*s) * 0.1, dtype) for s in ((R, D), (F, R)))
-        return PredictorWeights(*(Quantised(*map(banded, part)) for part in parts), 0.1)
+        parts = (quantized(torch.randn(*s) * 0.1, dtype) for s in ((R, D), (F, R)))
+        return PredictorWeights(*(Quantized(*map(banded, part)) for part in parts), 0.1)
 
     return make
 
@@ -201,7 +201,7 @@ def test_inputs_and_predictors_that_do_not_fit_are_refused(ffn, predictor, devic
         (plain, torch.zeros(F, R - 1, device=device).half(), "fc2_FR: is"),
         (plain, torch.zeros(F, R, device=device), "fc2_FR: is torch.float32"),
         (plain, fc2, "fc1_RD, fc2_FR: one is a tensor and one in blocks, expected both"),
-        (named, plain.fc2_FR, "quantise both or none"),
+        (named, plain.fc2_FR, "quantize both or none"),
     ):
         with pytest.raises(ValueError, match=told):
             predicted_ffn(x, x, weights, named_by._replace(fc2_FR=wrong))

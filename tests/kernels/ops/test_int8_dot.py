@@ -8,7 +8,7 @@ import torch
 from sparsecast.core.ggml_blocks import q8_0_input, q8_0_values
 from sparsecast.kernels.ops import predictor
 from sparsecast.kernels.ops.int8_dot import codes
-from sparsecast.kernels.ops.quantized import Quantised, dequantised, quantised
+from sparsecast.kernels.ops.quantized import Quantized, dequantized, quantized
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -41,13 +41,13 @@ def test_the_largest_codes_meet_exactly(dtype, tokens, banded):
     largest = {"q8_0": 127, "q4_0": -8}[dtype]
     weight = signs * abs(largest)
     weight[:, ::32] = largest  # decides on a block's scale: 1
-    fc1 = Quantised(*map(banded, quantised(weight, dtype)))
+    fc1 = Quantized(*map(banded, quantized(weight, dtype)))
     assert fc1.scale_NB.eq(1).all()
     z = torch.tensor([-127.0, 127.0])[torch.randint(0, 2, (tokens, 96))]
 
     hidden = predictor.hidden(banded(z), fc1).cpu()
 
-    exact = (z @ dequantised(fc1).cpu().T).relu()
+    exact = (z @ dequantized(fc1).cpu().T).relu()
     assert torch.equal(hidden, exact)
     assert (exact > 1e4).any()
 
@@ -56,7 +56,7 @@ def test_the_largest_codes_meet_exactly(dtype, tokens, banded):
 def test_the_sum_of_a_block_is_the_same_in_every_batch(dtype, banded):
     """So are decisions, bit for bit, where a row is one block."""
     fc1, fc2 = (
-        Quantised(*map(banded, quantised(torch.randn(*shape) * 0.1, dtype)))
+        Quantized(*map(banded, quantized(torch.randn(*shape) * 0.1, dtype)))
         for shape in ((32, 32), (100, 32))
     )
     z = banded(torch.randn(16, 32))

@@ -9,7 +9,7 @@ from gguf.quants import quantize
 
 from sparsecast.kernels.ops import bitmask, predictor
 from sparsecast.kernels.ops.int8_dot import codes
-from sparsecast.kernels.ops.quantized import Quantised, dequantised, quantised
+from sparsecast.kernels.ops.quantized import Quantized, dequantized, quantized
 from sparsecast.predictors.formats import rounded
 
 
@@ -18,7 +18,7 @@ def weights(matrix, banded):
     def make(rows, columns, dtype):
         if dtype in ("f16", "bf16"):
             return matrix(rows, columns, {"f16": torch.float16, "bf16": torch.bfloat16}[dtype])
-        return Quantised(*map(banded, quantised(torch.randn(rows, columns) * 0.1, dtype)))
+        return Quantized(*map(banded, quantized(torch.randn(rows, columns) * 0.1, dtype)))
 
     return make
 
@@ -50,7 +50,7 @@ def test_it_decides_as_its_reference(
     (mask, blank), chosen = predictor.select(hidden, fc2, threshold)
 
     met, _ = predictor.reference(z, fc1, fc2)
-    if isinstance(fc1, Quantised):
+    if isinstance(fc1, Quantized):
         rounded_TBS = codes(hidden)
         scale_TB, hidden = rounded_TBS[..., 8].view(torch.float32), values(rounded_TBS)
         # A float32 sum beside a float64 one may fall to the other side of a half, in a code or a
@@ -60,7 +60,7 @@ def test_it_decides_as_its_reference(
         assert (off_TBK > 1e-6).any(-1).sum() <= 1
     else:
         near(hidden, met.to(hidden.dtype))
-    logits = hidden.double() @ dequantised(fc2).double().T
+    logits = hidden.double() @ dequantized(fc2).double().T
     token = torch.arange(tokens, device=z.device)
     got = ((chosen >> token[:, None]) & 1).bool()
     differ = got != (logits >= threshold)
@@ -105,14 +105,14 @@ def test_odd_widths_and_a_logit_at_the_threshold(tokens, dtype, banded):
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 def test_codes_are_ggmls_and_values_those_of_the_predictors_file(dtype):
     weight = torch.randn(7, 96)
-    ours = quantised(weight, dtype)
+    ours = quantized(weight, dtype)
 
     stored = quantize(weight.numpy(), GGMLQuantizationType[dtype.upper()]).reshape(7, 3, -1)
     unsigned = 0x88 if dtype == "q4_0" else 0
     theirs = (stored[..., 2:] ^ unsigned).reshape(7, -1)
     assert ours.code_NC.numpy().astype("<i4").tobytes() == theirs.tobytes()
-    assert torch.equal(dequantised(ours), rounded(weight, dtype))
-    again = quantised(dequantised(ours), dtype)
+    assert torch.equal(dequantized(ours), rounded(weight, dtype))
+    again = quantized(dequantized(ours), dtype)
     assert torch.equal(again.code_NC, ours.code_NC)
     assert torch.equal(again.scale_NB, ours.scale_NB)
     assert ours.shape == (7, 96)
@@ -123,10 +123,10 @@ def test_codes_are_ggmls_and_values_those_of_the_predictors_file(dtype):
 def test_blocks_of_zeros_and_of_next_to_nothing_are_zero(dtype):
     weight = torch.randn(3, 96)
     weight[0, :32], weight[1, 32:64] = 0, 1e-41
-    ours = quantised(weight, dtype)
-    assert torch.equal(dequantised(ours), rounded(weight, dtype))
-    assert not dequantised(ours)[0, :32].any()
-    assert not dequantised(ours)[1, 32:64].any()
+    ours = quantized(weight, dtype)
+    assert torch.equal(dequantized(ours), rounded(weight, dtype))
+    assert not dequantized(ours)[0, :32].any()
+    assert not dequantized(ours)[1, 32:64].any()
     assert not ours.code_NC[0, : ours.bits].any()
     assert not ours.code_NC[1, ours.bits : 2 * ours.bits].any()
 
@@ -134,8 +134,8 @@ def test_blocks_of_zeros_and_of_next_to_nothing_are_zero(dtype):
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 def test_weights_of_other_strides_are_taken(dtype):
     weight = torch.randn(64, 32).T
-    want = quantised(weight.contiguous(), dtype)
-    for ours, theirs in zip(quantised(weight, dtype), want, strict=True):
+    want = quantized(weight.contiguous(), dtype)
+    for ours, theirs in zip(quantized(weight, dtype), want, strict=True):
         assert torch.equal(ours, theirs)
         assert ours.is_contiguous()
 
@@ -143,4 +143,4 @@ def test_weights_of_other_strides_are_taken(dtype):
 def test_what_has_no_blocks_is_refused():
     for weight, dtype in ((torch.ones(2, 40), "q4_0"), (torch.ones(2, 32), "q5_0")):
         with pytest.raises(ValueError, match="expected 'q8_0'|use f16 weights"):
-            quantised(weight, dtype)
+            quantized(weight, dtype)

@@ -79,24 +79,24 @@ def cfg(recorded, tmp_path) -> ReportConfig:
     )
 
 
-def labelled(store, split, layer) -> tuple[np.ndarray, np.ndarray]:
+def labeled(store, split, layer) -> tuple[np.ndarray, np.ndarray]:
     """Every raw input of a split, float64, and what fired."""
     xs, active = zip(*layer_batches(store, split, layer), strict=True)
     return torch.cat(xs).double().numpy(), torch.cat(active).numpy()
 
 
 def oracle_scores(recorded, split, layer) -> tuple[np.ndarray, np.ndarray]:
-    """Sign products of the gate and of the FFN's input as the model normalises it; what fired."""
-    x, active = labelled(recorded.store, split, layer)
+    """Sign products of the gate and of the FFN's input as the model normalizes it; what fired."""
+    x, active = labeled(recorded.store, split, layer)
     prefix = f"model.layers.{layer}."
     norm = recorded.weights[prefix + "post_attention_layernorm.weight"].double().numpy()
     gate = recorded.weights[prefix + "mlp.gate_proj.weight"].double().numpy()
-    normalised = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6) * norm
-    return np.sign(normalised) @ np.sign(gate).T, active
+    normalized = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6) * norm
+    return np.sign(normalized) @ np.sign(gate).T, active
 
 
 def recall_wanted(recorded, layer) -> float:
-    x, active = labelled(recorded.store, "calibration", layer)
+    x, active = labeled(recorded.store, "calibration", layer)
     logits = recorded.predictors.layers[layer].logits(torch.from_numpy(x).half()).numpy()
     return recall_score(active.ravel(), (logits >= THRESHOLD).ravel())
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sparsecast.core.distributed import Team
+from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.config import TrainConfig
@@ -125,10 +125,10 @@ def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corp
 
 def test_every_layer_has_one_process():
     layers = list(range(7))
-    shares = [share_of(layers, Team(rank, 3), False) for rank in range(3)]
+    shares = [share_of(layers, DistributedContext(rank, 3), False) for rank in range(3)]
     assert sorted(layer for share in shares for layer in share) == layers
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert share_of(layers, Team(2, 3), True) == layers
+    assert share_of(layers, DistributedContext(2, 3), True) == layers
 
 
 def test_more_processes_than_layers_are_refused(recipe, tmp_path):

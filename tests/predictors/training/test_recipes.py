@@ -23,7 +23,7 @@ from sparsecast.predictors.calibration.rank_selection import _spend
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.metrics import Counts, count, traffic
 from sparsecast.predictors.model_in_loop import predicted_ffn
-from sparsecast.predictors.predictor import rms_normalised
+from sparsecast.predictors.predictor import rms_normalized
 from sparsecast.predictors.train import train
 from sparsecast.predictors.training.data import layer_batches
 from sparsecast.predictors.training.lightning_module import PredictorModule
@@ -44,9 +44,9 @@ def recount(predictor, store, split: str, layer: int) -> Counts:
 
 
 @pytest.fixture(scope="session")
-def quantised(recipe, tmp_path_factory):
+def quantized(recipe, tmp_path_factory):
     """Predictors of the synthetic store by format, one epoch each, at a recall of 0.95."""
-    out = tmp_path_factory.mktemp("quantised")
+    out = tmp_path_factory.mktemp("quantized")
     return {
         dtype: train(replace(recipe, out=out / dtype, predictor_dtype=dtype, epochs=1))
         for dtype in ("q8_0", "q4_0")
@@ -54,8 +54,8 @@ def quantised(recipe, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
-def test_quantised_predictors_reach_the_target_as_stored(quantised, synthetic, dtype):
-    predictors = quantised[dtype]
+def test_quantized_predictors_reach_the_target_as_stored(quantized, synthetic, dtype):
+    predictors = quantized[dtype]
     assert predictors.manifest.dtypes == [dtype] * 2
     for layer, predictor in enumerate(predictors.layers):
         counts = recount(predictor, synthetic, "calibration", layer)
@@ -72,7 +72,7 @@ def test_a_module_computes_what_the_file_will(synthetic, recipe):
         free = 32 - (0 if dtype == "f16" else 4)
         module = PredictorModule(recipe, dtype, start(synthetic, [free] * 2, dtype))
         x_TD = synthetic.rows("calibration", 0, 1).x_TD
-        x_LBD = rms_normalised(x_TD)[None].expand(2, -1, -1)
+        x_LBD = rms_normalized(x_TD)[None].expand(2, -1, -1)
         logits_LBF, bias_LB1 = module(x_LBD)
         uncut = module.uncut([free] * 2, lambda i, p: constant_of(p, synthetic, i))[1]
         predictor = uncut.cut(0.0)
@@ -98,7 +98,7 @@ def test_padding_of_smaller_ranks_stays_nothing(synthetic, recipe):
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     x_LBD = torch.stack([synthetic.rows("train", 0, layer).x_TD[:64] for layer in (0, 1)])
     for _ in range(3):
-        logits_LBF, _bias = module(rms_normalised(x_LBD))
+        logits_LBF, _bias = module(rms_normalized(x_LBD))
         optimizer.zero_grad()
         logits_LBF.square().mean().backward()
         optimizer.step()
@@ -166,10 +166,10 @@ def test_the_svd_at_full_rank_is_the_gate_itself(model_folder, acts):
     with torch.inference_mode():
         gate_TF = layer.mlp.gate_proj(layer.post_attention_layernorm(x_TD.float()))
     torch.testing.assert_close(
-        rms_normalised(x_TD) @ weight_FD.T + constant_F, gate_TF, rtol=1e-3, atol=1e-3
+        rms_normalized(x_TD) @ weight_FD.T + constant_F, gate_TF, rtol=1e-3, atol=1e-3
     )
     uncut = whitened(moments(acts, 1, CPU), weight_FD, constant_F, 0.2, 64, 130, "f16")
-    linear = (rms_normalised(x_TD) @ uncut.fc1_RD.T).relu() @ uncut.fc2_FR.T
+    linear = (rms_normalized(x_TD) @ uncut.fc1_RD.T).relu() @ uncut.fc2_FR.T
     scale_F = linear.square().mean(0).sqrt() / gate_TF.square().mean(0).sqrt()
     torch.testing.assert_close(linear / scale_F, gate_TF, rtol=2e-2, atol=2e-2)
 

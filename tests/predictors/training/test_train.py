@@ -1,4 +1,4 @@
-"""Training on labels that can be learnt, the operating point, and the bias that carries it."""
+"""Training on labels that can be learned, the operating point, and the bias that carries it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.predictors.baselines.public_recipe import ReferenceModule
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.metrics import Counts, count
-from sparsecast.predictors.predictor import Predictor, rms_normalised
+from sparsecast.predictors.predictor import Predictor, rms_normalized
 from sparsecast.predictors.train import train
 from sparsecast.predictors.training.data import BLOCK, TokenBlocks, layer_batches
 from sparsecast.predictors.training.lightning_module import PredictorModule
@@ -73,7 +73,7 @@ def test_decisions_do_not_depend_on_the_norm_of_the_input(trained, synthetic):
     def decide(x: torch.Tensor) -> torch.Tensor:
         return (x.double() @ exact.fc1_RD.T).relu() @ exact.fc2_FR.T >= 0
 
-    raw, scaled = decide(x_TD), decide(rms_normalised(x_TD))
+    raw, scaled = decide(x_TD), decide(rms_normalized(x_TD))
     assert (raw == scaled).float().mean() >= 0.9999
     assert (decide(1000 * x_TD.double()) == raw).float().mean() >= 0.9999
 
