@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.rule import Rule
 from rich.text import Text
 
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
+from sparsecast.core.messages import log, show
 from sparsecast.core.options import settle
-from sparsecast.core.progress import console
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify
@@ -59,10 +60,10 @@ def demo(cfg: DemoConfig) -> bool:
     export(ExportConfig(model=model, predictors=predictors, out=bundle, activations=acts))
     _step("verify: read it back and prove it")
     ok = verify(VerifyConfig(bundle=bundle, model=model, engine=cfg.engine)).ok
-    console.print(f"\nreport  {cfg.out / 'report' / 'report.html'}", soft_wrap=True)
-    console.print(f"bundle  {bundle}; its README.md has the command that runs it", soft_wrap=True)
+    log.info(f"\nreport  {cfg.out / 'report' / 'report.html'}")
+    log.info(f"bundle  {bundle}; its README.md has the command that runs it")
     return ok
 
 
 def _step(title: str) -> None:
-    console.rule(Text(title, style="bold"), align="left")
+    show(Rule(Text(title, style="bold"), align="left"))

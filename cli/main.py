@@ -60,6 +60,7 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     from sparsecast.cli.parser import parse
+    from sparsecast.cli.screen import print_messages
     from sparsecast.core.distributed import from_environment
     from sparsecast.core.errors import InputError
     from sparsecast.core.interrupts import Terminated
@@ -70,6 +71,7 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
         from_environment("RANK", 0)  # Lightning converts it while it is imported
         run = load(stage.run)
         _quiet()
+        print_messages()
         result = run(config)
     except InputError as error:
         return complain(str(error), 2)

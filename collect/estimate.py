@@ -14,11 +14,11 @@ from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.writer import BUFFERS
 from sparsecast.core.disk import check_room, free, size
 from sparsecast.core.errors import InputError
+from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule
 from sparsecast.core.models.loading import ffn_shape, pick_device, pick_dtype
 from sparsecast.core.models.pretrained import empty_model
-from sparsecast.core.progress import console
 from sparsecast.core.text.corpus_files import most_tokens
 from sparsecast.core.text.tokens import COUNTED
 
@@ -77,12 +77,9 @@ def look(
     need = store_bytes(shape, there, full)
     kept = sum(path.stat().st_size for path in shards(unfinished(cfg.out)))
     weights, host = weight_bytes(model, dtype), BUFFERS * shape.nbytes(largest)
-    console.print(
+    log.info(
         f"{cfg.out}: takes about {size(need)} of disk, {size(free(cfg.out))} are free there; of "
-        f"memory {size(weights)} for the model and {size(host)} for shards",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"memory {size(weights)} for the model and {size(host)} for shards"
     )
     check_room(cfg.out, need - kept, "the store", ", fewer --tokens, fewer --layers or int8 inputs")
     return need

@@ -12,8 +12,9 @@ from sparsecast.collect.plan import shard_name
 from sparsecast.collect.store.stats import STATS
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.messages import log, show
 from sparsecast.core.options import settle
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import COUNTED
 
@@ -134,9 +135,9 @@ def _show(values: dict[str, Any], made: Manifest, path: Path) -> None:
             else ""
         ),
     }
-    console.print(str(path), style="bold", soft_wrap=True)
+    log.info(str(path), extra={"style": "bold"})
     for name, fact in facts.items():
-        console.print(f"  {name:<11}{fact}", soft_wrap=True)
+        log.info(f"  {name:<11}{fact}")
     table = Table(title="sparsity of single tokens, over every token", title_justify="left")
     for name in ("layer", "mean", "std", "p5", "p50", "p95", "never fired", "always fired"):
         table.add_column(name, justify="right")
@@ -144,8 +145,8 @@ def _show(values: dict[str, Any], made: Manifest, path: Path) -> None:
         shares = (f"{row[key]:.4f}" for key in ("true_sparsity", "std", "p5", "p50", "p95"))
         counts = (f"{row['never_fired']:,}", f"{row['always_fired']:,}")
         table.add_row(str(row["layer"]), *shares, *counts)
-    console.print(table)
+    show(table)
     for what in values["damage"] or ():
-        console.print(what, style="red", soft_wrap=True)
+        log.error(what)
     if values["ok"]:
-        console.print("every shard is as it was written", style="green")
+        log.info("every shard is as it was written", extra={"style": "green"})

@@ -13,7 +13,7 @@ from sparsecast.core import lock
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_place
 from sparsecast.core.manifests import MANIFEST, write_sealed
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log
 
 
 def target(out: Path) -> Path:
@@ -66,7 +66,7 @@ def begin(out: Path, manifest: Manifest) -> None:
             )
         for leftover in part.glob("*.part"):
             leftover.unlink()
-        console.print(f"resuming: {len(done)} finished shards are kept")
+        log.info(f"resuming: {len(done)} finished shards are kept")
         return
     try:
         shutil.rmtree(part, ignore_errors=True)

@@ -41,12 +41,13 @@ from sparsecast.core.distributed import DistributedContext, team
 from sparsecast.core.errors import InputError
 from sparsecast.core.interrupts import Stop, same_kind, stoppable
 from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint, effective
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import check_length, embedding_rows, ffn_shape, load_model
 from sparsecast.core.models.recorder import Recorder
 from sparsecast.core.prefetch import prefetch
-from sparsecast.core.progress import Bar, bar, console
+from sparsecast.core.progress import Bar, bar
 from sparsecast.core.text.corpus import Document, begun, documents
 from sparsecast.core.text.corpus_files import is_stream
 from sparsecast.core.text.splits import SPLITS, assign
@@ -301,7 +302,7 @@ def _kept(unit: Unit, path: Path, cfg: CollectConfig, shape: Shape) -> bool:
         if what := shape.misfit(tensors.header.fields, tokens, stored=unit.stored):
             raise InputError(f"{path}: damaged header, {what}")
     except InputError as error:
-        console.print(f"{error}; recorded again", style="yellow", soft_wrap=True)
+        log.warning(f"{error}; recorded again")
         return False
     if not torch.equal(tensors["id"], unit.ids()):
         raise InputError(
@@ -361,21 +362,17 @@ def _finished(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
             f"{cfg.out}: holds a finished store made differently ({'; '.join(changed)}); choose "
             "another --out or remove the folder"
         )
-    console.print(
-        f"{cfg.out}: already collected, {made.tokens():,} tokens; the corpus was not read again",
-        soft_wrap=True,
+    log.info(
+        f"{cfg.out}: already collected, {made.tokens():,} tokens; the corpus was not read again"
     )
     return store
 
 
 def _summary(manifest: Manifest, cfg: CollectConfig) -> None:
     parts = ", ".join(f"{name} {manifest.tokens(name):,}" for name in SPLITS)
-    console.print(
-        f"{cfg.out}: {manifest.tokens():,} tokens ({parts}), {len(manifest.layers)} layers",
-        soft_wrap=True,
-    )
+    log.info(f"{cfg.out}: {manifest.tokens():,} tokens ({parts}), {len(manifest.layers)} layers")
     cut, whole = sum(manifest.truncated.values()), sum(manifest.documents.values())
     if cut:
-        console.print(f"{cut:,} of {whole:,} documents were cut at {cfg.seq_len} tokens")
+        log.info(f"{cut:,} of {whole:,} documents were cut at {cfg.seq_len} tokens")
     if manifest.tokens() < cfg.tokens:
-        console.print(f"the corpus ran out before {cfg.tokens:,} tokens", style="yellow")
+        log.warning(f"the corpus ran out before {cfg.tokens:,} tokens")

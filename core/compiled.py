@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.core.errors import reason_of
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log
 
 LARGE = 1 << 24
 """Elements of the first argument from which compiling, which takes seconds, pays."""
@@ -39,10 +39,8 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
             result: R = compiled(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             broken = True
-            console.print(
-                f"torch.compile failed ({reason_of(error)}); training goes on without it, slower",
-                style="yellow",
-                soft_wrap=True,
+            log.warning(
+                f"torch.compile failed ({reason_of(error)}); training goes on without it, slower"
             )
             return function(*args, **kwargs)
         return result

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.messages import log
 from sparsecast.core.options import shown
 from sparsecast.core.progress import console
 
@@ -88,7 +89,7 @@ def team() -> Iterator[DistributedContext]:
     _check_launched(size)
     # A rank may have a day more to do than another, or wait for its model's download.
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    console.quiet = distributed.get_rank() > 0
+    console.quiet = log.disabled = distributed.get_rank() > 0
     try:
         yield _this()
     finally:

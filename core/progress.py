@@ -1,8 +1,12 @@
-"""One progress bar for every stage; where nobody watches, one line when it ends, and a line a
-minute before that."""
+"""One progress bar for every stage.
+
+Where stderr is no terminal, a bar is a log line a minute and one when it ends.
+SPARSECAST_DISABLE_PROGRESS=1 switches bars and their lines off.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +21,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from sparsecast.core.messages import log
 
 console = Console(stderr=True, markup=False, highlight=False)
 """Prints text as it stands: names of files and words of a corpus may hold [brackets]."""
@@ -60,12 +66,13 @@ class LogBar(Bar):
             count = f"{self._done / self._total:.0%}, {count} of {self._total:,}"
         note = f", {self._note}" if self._note else ""
         line = f"{self._title}: {count} in {minutes}:{seconds:02}{note}"
-        console.print(line, soft_wrap=True)
+        log.info(line)
 
 
 @contextmanager
 def bar(title: str, total: int | None, *, visible: bool = True) -> Iterator[Bar]:
     """A bar on stderr for `total` units; unknown totals show a pulse."""
+    visible = visible and os.environ.get("SPARSECAST_DISABLE_PROGRESS", "0") in ("", "0")
     if visible and not console.is_terminal:
         lines = LogBar(title, total)
         try:

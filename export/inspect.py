@@ -15,7 +15,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_file, refuse_unwritable, unreadable, write_json
 from sparsecast.core.folders import KINDS, kind_of
 from sparsecast.core.manifests import MANIFEST
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log, show
 from sparsecast.export.config import SUFFIX
 from sparsecast.export.inspect_file import file_values, plain, show_file, size
 from sparsecast.export.verify import bundle_file
@@ -101,7 +101,7 @@ def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
 
 
 def _show_predictors(values: dict[str, Any]) -> None:
-    console.print(values["path"], style="bold", soft_wrap=True)
+    log.info(values["path"], extra={"style": "bold"})
     facts = {
         "threshold": f"{values['threshold']:g}",
         "size": both_sizes(values["bytes"], Path(values["path"])),
@@ -113,7 +113,7 @@ def _show_predictors(values: dict[str, Any]) -> None:
             "activation": f"{rule}, input: {values['convention']}",
         }
     for name, fact in facts.items():
-        console.print(f"  {name:<11}{plain(fact)}", soft_wrap=True)
+        log.info(f"  {name:<11}{plain(fact)}")
     table = Table(title="predictors, scored on the calibration split", title_justify="left")
     for name in ("layer", "rank", "format", "bytes in PowerInfer", "recall", "predicted sparsity"):
         table.add_column(name, justify="right")
@@ -121,7 +121,7 @@ def _show_predictors(values: dict[str, Any]) -> None:
         scores = ("" if row[name] is None else f"{row[name]:.4f}" for name in SCORES)
         nbytes = f"{row['bytes']:,}"
         table.add_row(str(row["layer"]), str(row["rank"]), row["dtype"], nbytes, *scores)
-    console.print(table)
+    show(table)
 
 
 def _bundle_values(path: Path) -> dict[str, Any]:
@@ -151,13 +151,13 @@ def _cannot_list(error: OSError) -> None:
 
 def _show_bundle(values: dict[str, Any]) -> None:
     total = size(sum(file["bytes"] for file in values["files"]))
-    console.print(values["path"], style="bold", soft_wrap=True)
+    log.info(values["path"], extra={"style": "bold"})
     table = Table(title=f"{len(values['files'])} files, {total}", title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("bytes", justify="right")
     for file in values["files"]:
         table.add_row(plain(file["name"]), f"{file['bytes']:,}")
-    console.print(table)
+    show(table)
     show_file(values["model"])
     if values["gpu_split"] is not None:
         show_file(values["gpu_split"])

@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log, show
 from sparsecast.export.read.reader import Entry, GGUFFile
 from sparsecast.export.write.gpuidx import ARCHITECTURE, SUFFIX
 from sparsecast.export.write.vram import LIST_BYTES, ROWS
@@ -87,21 +87,21 @@ def _matrices(path: Path) -> dict[str, Entry]:
 
 def show_file(values: dict[str, Any]) -> None:
     """A split by layer, any other file by keys and tensors."""
-    console.print(values["path"], style="bold", soft_wrap=True)
+    log.info(values["path"], extra={"style": "bold"})
     head = f"{values['magic']} version {values['version']}, alignment {values['alignment']}"
-    console.print(f"  {head}, {size(values['bytes'])}", soft_wrap=True)
+    log.info(f"  {head}, {size(values['bytes'])}")
     keys = Table(title="keys", title_justify="left", show_header=False)
     for key, value in list(values["keys"].items())[:SHOWN]:
         keys.add_row(plain(key), _told(value))
-    console.print(keys)
+    show(keys)
     _tell_more(len(values["keys"]), "keys")
-    console.print(_split_table(values) if "layers" in values else _tensor_table(values))
+    show(_split_table(values) if "layers" in values else _tensor_table(values))
     _tell_more(len(values["tensors"]), "tensors")
 
 
 def _tell_more(count: int, what: str) -> None:
     if count > SHOWN:
-        console.print(f"and {count - SHOWN:,} more {what}, see --json")
+        log.info(f"and {count - SHOWN:,} more {what}, see --json")
 
 
 def _tensor_table(values: dict[str, Any]) -> Table:

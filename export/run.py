@@ -13,9 +13,10 @@ from sparsecast.core.disk import check_room, free, size, told_when_full
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_new, new_folder, write_text
 from sparsecast.core.lock import locked
+from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import lost_threshold
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.core.torch_files import save_torch
 from sparsecast.export.card import foreign_note, model_card, relu_note, split_note, window_note
 from sparsecast.export.compatibility import predictors_for
@@ -66,7 +67,7 @@ def _export(cfg: ExportConfig) -> Path:
     file = file_name(checkpoint.source)
     recipe = recipe_of(cfg, checkpoint.fingerprint, hyper, vocabulary, predictors)
     if (there := finished(cfg.out, file, recipe)) is not None:
-        console.print(f"{cfg.out}: already exported", soft_wrap=True)
+        log.info(f"{cfg.out}: already exported")
         return there
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
     split = _split(cfg, hyper, tensors, counts)
@@ -100,12 +101,11 @@ def _export(cfg: ExportConfig) -> Path:
         card = model_card(file, hyper, vocabulary, predictors, foreign, cfg, split, traffic)
         write_text(folder / "README.md", card)
     _tell_notes(cfg, checkpoint, hyper, vocabulary, foreign)
-    console.print(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
+    log.info(f"{cfg.out / file}: {total / 2**20:,.1f} MiB of weights in {cfg.dtype}")
     if traffic is not None:
-        console.print(f"FFN traffic by the calibration split: {traffic}")
+        log.info(f"FFN traffic by the calibration split: {traffic}")
     if split is not None:
-        style = None if split.neurons else "yellow"
-        console.print(split_note(split), style=style)
+        (log.info if split.neurons else log.warning)(split_note(split))
     return cfg.out / file
 
 
@@ -124,10 +124,7 @@ def _check_room(out: Path, total: int, predictors: PredictorSet) -> int:
     room for them."""
     need = total + sum(w.numel() * w.element_size() for p in predictors.layers for w in p.weights)
     check_room(out, need, "the bundle")
-    console.print(
-        f"{out}: the bundle takes {size(need)} of disk, {size(free(out))} are free there",
-        soft_wrap=True,
-    )
+    log.info(f"{out}: the bundle takes {size(need)} of disk, {size(free(out))} are free there")
     return need
 
 
@@ -142,15 +139,15 @@ def _tell_notes(
     if cfg.activation_threshold is None:
         lost = lost_threshold(checkpoint.config, checkpoint.source)
         if lost is not None:
-            console.print(lost, style="yellow")
+            log.warning(lost)
     if foreign:
-        console.print(foreign_note(foreign), style="yellow")
+        log.warning(foreign_note(foreign))
     if hyper.activation.threshold > 0:
-        console.print(relu_note(hyper), style="yellow")
+        log.warning(relu_note(hyper))
     if hyper.window is not None:
-        console.print(window_note(hyper), style="yellow")
+        log.warning(window_note(hyper))
     for note in vocabulary.notes:
-        console.print(note, style="yellow")
+        log.warning(note)
 
 
 def file_name(model: str) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_file, refuse_unwritable, unreadable, write_json
 from sparsecast.core.folders import refuse_other
+from sparsecast.core.messages import log, show
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.location import find_local
-from sparsecast.core.progress import console
 from sparsecast.export.checks.base import (
     Check,
     check_activation_folder,
@@ -249,12 +249,14 @@ def _print(path: Path, result: VerifyResult) -> None:
     for check in result.checks:
         mark = Text("ok", style="green") if check.ok else Text("FAILED", style="red")
         table.add_row(check.name, mark, check.detail)
-    console.print(table)
+    show(table)
     if result.text is not None:
         told = f"perplexities, logits and tokens are of {result.text}"
         if result.text.endswith(" of builtin"):
             told += "; --corpus names another text"
-        console.print(told, soft_wrap=True)
+        log.info(told)
     failed = sum(not check.ok for check in result.checks)
-    verdict = f"{failed} of {len(result.checks)} checks failed" if failed else "all good"
-    console.print(verdict, style="red" if failed else "green")
+    if failed:
+        log.error(f"{failed} of {len(result.checks)} checks failed")
+    else:
+        log.info("all good", extra={"style": "green"})

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.messages import log, show
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import embedding_rows, ffn_shape, load_model, set_activation
 from sparsecast.core.models.perplexity import perplexity
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.core.text.corpus import begun, documents
 from sparsecast.core.text.splits import assign
 from sparsecast.core.text.tokens import TokenBatch, batches
@@ -125,7 +126,7 @@ def perplexities(
 
 def _show(result: dict[str, Any]) -> None:
     title = f"perplexity on {result['tokens']:,} held-out tokens of {result['corpus']}"
-    console.print(title, style="italic", soft_wrap=True)
+    log.info(title, extra={"style": "italic"})
     table = Table()
     table.add_column("FFN")
     table.add_column("perplexity", justify="right")
@@ -133,6 +134,6 @@ def _show(result: dict[str, Any]) -> None:
     for name, value in result["perplexity"].items():
         change = result["change"].get(name)
         table.add_row(name, f"{value:.4f}", "" if change is None else f"{change:+.2%}")
-    console.print(table)
+    show(table)
     for name, text in MODES.items():
-        console.print(f"{name}: {text}", soft_wrap=True)
+        log.info(f"{name}: {text}")

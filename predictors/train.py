@@ -17,10 +17,10 @@ from sparsecast.core.disk import told_when_full
 from sparsecast.core.distributed import DistributedContext, team
 from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import pick_device
 from sparsecast.core.options import differing
-from sparsecast.core.progress import console
 from sparsecast.predictors.calibration.calibrate import Calibrated
 from sparsecast.predictors.calibration.rank_selection import check_traffic, default_dtype, ranks_for
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
@@ -274,7 +274,7 @@ def _finished(
             "another --out or remove the folder"
         )
     unread = "" if store is not None else "; the corpus was not read again"
-    console.print(f"{cfg.out}: already trained, {len(predictors.layers)} layers{unread}")
+    log.info(f"{cfg.out}: already trained, {len(predictors.layers)} layers{unread}")
     return predictors
 
 
@@ -287,19 +287,16 @@ def _tell_missed(cfg: TrainConfig, counts: list[Counts]) -> None:
         if wanted is None or all(abs(value - wanted) <= MISSED for value in reached):
             continue
         layer = max(range(len(reached)), key=lambda i: abs(reached[i] - wanted))
-        console.print(
+        log.warning(
             f"layer {layer} came to a {name.replace('_', ' ')} of {reached[layer]:.4f}, {wanted} "
-            "was asked for: a larger --rank, more --epochs or more tokens bring it nearer",
-            style="yellow",
-            soft_wrap=True,
+            "was asked for: a larger --rank, more --epochs or more tokens bring it nearer"
         )
 
 
 def _summary(cfg: TrainConfig, predictors: PredictorSet, counts: list[Counts]) -> None:
     recall = sum(c.recall for c in counts) / len(counts)
     sparsity = sum(c.predicted_sparsity for c in counts) / len(counts)
-    console.print(
+    log.info(
         f"{cfg.out}: {len(counts)} predictors, {both_sizes(predictors.nbytes, cfg.out)}; on the "
-        f"calibration split recall {recall:.2%} at predicted sparsity {sparsity:.2%}",
-        soft_wrap=True,
+        f"calibration split recall {recall:.2%} at predicted sparsity {sparsity:.2%}"
     )

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from sparsecast.core.interrupts import Stop, same_kind, stoppable
 from sparsecast.core.launcher import launcher
+from sparsecast.core.messages import log
 from sparsecast.core.models.families import family_of
-from sparsecast.core.progress import console
 from sparsecast.core.quiet import quiet_lightning
 from sparsecast.core.torch_files import StagedCheckpoints, save_torch
 from sparsecast.core.training_bar import TrainingBar
@@ -45,7 +45,7 @@ def train_all(cfg: SparsifyConfig, start: Start, work: Work) -> dict[str, Score]
         Diverged: Training has destroyed the model.
     """
     model, optimizer = start.model, None
-    console.print(f"{cfg.steps:,} steps of {cfg.step_tokens:,} tokens")
+    log.info(f"{cfg.steps:,} steps of {cfg.step_tokens:,} tokens")
     if cfg.pretrain_steps:
         phase = _phase(cfg, "pre-training", 0, cfg.pretrain_steps)
         optimizer = _fit(cfg, start, phase, work, optimizer)
@@ -61,7 +61,7 @@ def train_all(cfg: SparsifyConfig, start: Start, work: Work) -> dict[str, Score]
         _fit(cfg, start, phase, work, optimizer)
         result = scores[name] = score(model, start.held_out)
         _check(cfg, result, name)
-        console.print(f"{name}: perplexity {result.perplexity:.3f}, sparsity {result.sparsity:.2%}")
+        log.info(f"{name}: perplexity {result.perplexity:.3f}, sparsity {result.sparsity:.2%}")
     return scores
 
 
@@ -117,9 +117,9 @@ def _fit(
     step = 0
     if last.is_file():
         step = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
-        console.print(f"{phase.name}: resuming at step {step:,}")
+        log.info(f"{phase.name}: resuming at step {step:,}")
     else:
-        console.print(f"{phase.name}: {phase.stop - phase.start:,} steps")
+        log.info(f"{phase.name}: {phase.stop - phase.start:,} steps")
     on_gpu = start.device.type == "cuda"
     data = Batches(start.rows_NS, cfg.batch_size, cfg.seed, phase.start + step)
     module = SparsifyModule(start.model, phase, optimizer, compile=on_gpu and cfg.compile)

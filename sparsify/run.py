@@ -24,9 +24,9 @@ from sparsecast.core.distributed import from_environment
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_new, new_folder, write_json
 from sparsecast.core.lock import locked
+from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import positions, set_activation
-from sparsecast.core.progress import console
 from sparsecast.sparsify.card import Sample, write_card
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score, sweep
@@ -79,7 +79,7 @@ def sparsify(cfg: SparsifyConfig) -> Path:
         if not is_finished(cfg.out, options):
             with work_folder(cfg.out, options) as work:
                 _run(cfg, opened, options, work)
-            console.print((cfg.out / "README.md").read_text(encoding="utf-8"))
+            log.info((cfg.out / "README.md").read_text(encoding="utf-8"))
     return cfg.out
 
 

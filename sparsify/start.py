@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
@@ -28,7 +29,6 @@ from sparsecast.core.models.loading import (
     set_activation,
 )
 from sparsecast.core.models.pretrained import empty_model
-from sparsecast.core.progress import console
 from sparsecast.core.text.corpus import Document, documents
 from sparsecast.core.text.corpus_files import is_stream
 from sparsecast.core.text.splits import assign
@@ -154,7 +154,7 @@ def _train_tokenizer(cfg: SparsifyConfig, folder: Path) -> Tokenizer:
     preset = PRESETS[cfg.preset]
     if (folder / "config.json").is_file():
         return load_tokenizer(Checkpoint(str(folder)))
-    console.print(f"training a tokenizer of {preset.vocab_size} pieces")
+    log.info(f"training a tokenizer of {preset.vocab_size} pieces")
     docs = islice(_train_documents(cfg), TOKENIZER_DOCUMENTS)
     tokenizer = train_tokenizer(_texts(docs, cfg.corpus), preset.vocab_size, folder)
     _config(preset, len(tokenizer), cfg.seq_len).save_pretrained(folder)

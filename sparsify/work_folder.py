@@ -19,9 +19,9 @@ from sparsecast.core.disk import check_room, full_disk, no_room
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
 from sparsecast.core.interrupts import same_kind
+from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.options import differing
-from sparsecast.core.progress import console
 from sparsecast.core.text.corpus_files import SUFFIXES
 from sparsecast.sparsify.config import SparsifyConfig
 
@@ -101,7 +101,7 @@ def is_finished(out: Path, options: dict[str, Any]) -> bool:
             f"{out}: holds a model made with other options ({'; '.join(changed)}); choose another "
             "--out or remove the folder"
         )
-    console.print(f"{out}: already sparsified with these options", soft_wrap=True)
+    log.info(f"{out}: already sparsified with these options")
     return True
 
 

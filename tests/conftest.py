@@ -21,6 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsecast.cli.screen import print_messages
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.plan import Unit, shard_name
 from sparsecast.collect.run import collect
@@ -40,6 +41,12 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _messages():
+    """On stderr, as the command line prints them."""
+    print_messages()
 
 
 class Nobody:

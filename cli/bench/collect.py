@@ -41,6 +41,7 @@ from sparsecast.collect.store.shard import SHARD_BYTES, Shape, ShardBuffer
 from sparsecast.collect.store.writer import Writer, to_folder, to_memory
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import (
     check_length,
     embedding_rows,
@@ -50,7 +51,7 @@ from sparsecast.core.models.loading import (
     pick_dtype,
 )
 from sparsecast.core.options import ModelDtype, settle
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.core.text.corpus import documents
 from sparsecast.core.text.splits import assign
 from sparsecast.core.text.tokens import Sequence, sequences
@@ -296,11 +297,10 @@ def _device_name(model: PreTrainedModel) -> str:
 
 
 def _show(values: dict[str, Any]) -> None:
-    console.print(
+    log.info(
         f"{values['model']}, {values['parameters'] / 1e6:,.0f} M parameters, "
         f"{values['dtype']} on {values['device']}, {values['tokens']:,} tokens, "
-        f"sink {values['sink']}",
-        soft_wrap=True,
+        f"sink {values['sink']}"
     )
     table = Table()
     for name in ("", "tokens/s", "of bare", "bytes per token and layer"):
@@ -319,15 +319,11 @@ def _show(values: dict[str, Any]) -> None:
         f"{values['recipe_kept']:.1%}",
         f"{values['recipe_bytes_per_token_layer']:,.1f}",
     )
-    console.print(table)
+    show(table)
     if values["tokens"] < speed["bare"]:
-        console.print(
-            "a round took less than a second, which says little; raise --tokens",
-            style="yellow",
-        )
+        log.warning("a round took less than a second, which says little; raise --tokens")
     if values["write_mb_per_s"] is not None:
-        console.print(
+        log.info(
             f"sequential write {values['write_mb_per_s']:,.0f} MB/s; recording reaches "
-            f"{values['kept_of_limit']:.1%} of the slower of bare forward and disk",
-            soft_wrap=True,
+            f"{values['kept_of_limit']:.1%} of the slower of bare forward and disk"
         )

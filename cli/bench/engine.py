@@ -23,8 +23,9 @@ from rich.table import Table
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.messages import log, show
 from sparsecast.core.options import settle
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.engine.dense import write_dense
 from sparsecast.export.engine.process import EngineError, binary, finished, last_words
@@ -133,8 +134,8 @@ def _show(values: dict[str, Any]) -> None:
         table.add_column(name, justify="right" if name else "left")
     for name, rate in values["tokens_per_s"].items():
         table.add_row(name.replace("_", " "), "-" if rate is None else f"{rate:,.1f}")
-    console.print(table)
+    show(table)
     told = f"with predictors {values['over_all_active']:.2f} times everything active"
     if values["over_dense"] is not None:
         told += f", {values['over_dense']:.2f} times dense"
-    console.print(told)
+    log.info(told)

@@ -28,9 +28,10 @@ from sparsecast.cli.bench.export_model import SHAPES, write_random
 from sparsecast.cli.bench.export_runs import check_converter, converted, copied, exported, files_of
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.messages import log, show
 from sparsecast.core.models.location import resolve
 from sparsecast.core.options import settle
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.export.config import SUFFIX, ExportDtype
 from sparsecast.export.read.reader import GGUFFile
 
@@ -168,8 +169,8 @@ def _show(values: dict[str, Any]) -> None:
         table.add_row(name, f"{rate:,.0f}", f"{seconds[name]:.2f}", process)
     if "convert" in seconds:
         table.add_row("convert.py", "", "", f"{seconds['convert']:.2f}")
-    console.print(table)
-    console.print(
+    show(table)
+    log.info(
         f"export at {values['of_cp']:.1%} of cp; anonymous memory grew by {values['peak_mb']:,.0f} "
-        f"MB (bound {values['bound_mb']:,.0f})",
+        f"MB (bound {values['bound_mb']:,.0f})"
     )

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.messages import show
 from sparsecast.core.models.loading import load_model, positions
 from sparsecast.core.options import ModelDtype, settle
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.core.text.tokens import encode
 from sparsecast.kernels.in_models.bundle import is_bundle
 from sparsecast.kernels.in_models.decode import Decoder
@@ -193,4 +194,4 @@ def _show(values: dict[str, Any]) -> None:
             str(row["equal_tokens"]),
             layers,
         )
-    console.print(table)
+    show(table)

@@ -16,8 +16,9 @@ from sparsecast.cli.bench.kernels_table import SHAPES, as_row, dense, steps
 from sparsecast.cli.bench.timing import copy_bandwidth
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.messages import log, show
 from sparsecast.core.options import settle
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.kernels.ops.launch import MAX_TOKENS
 
 Shape = Literal["30m", "1b", "7b", "13b", "70b", "opt-1.3b", "opt-6.7b"]
@@ -107,10 +108,9 @@ def _cases(cfg: BenchKernelsConfig, device: torch.device) -> Iterator[list[Case]
 
 
 def _show(values: dict[str, Any]) -> None:
-    console.print(
+    log.info(
         f"{values['device']}, {values['dtype']}, torch {values['torch']}, triton "
-        f"{values['triton']}; a copy moves {values['copy_gb_per_s']:,.0f} GB/s",
-        soft_wrap=True,
+        f"{values['triton']}; a copy moves {values['copy_gb_per_s']:,.0f} GB/s"
     )
     table = Table()
     names = (
@@ -133,4 +133,4 @@ def _show(values: dict[str, Any]) -> None:
             f"{row['of_copy_bandwidth']:.0%}",
             {None: "", True: "yes", False: "no"}[row["auto"]],
         )
-    console.print(table)
+    show(table)

@@ -22,10 +22,10 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
 from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import pick_device
 from sparsecast.core.models.perplexity import perplexity
 from sparsecast.core.options import between, settle
-from sparsecast.core.progress import console
 from sparsecast.predictors.calibration.bias import bias_of
 from sparsecast.predictors.calibration.calibrate import constant_of
 from sparsecast.predictors.calibration.operating_point import recorded_documents
@@ -249,7 +249,7 @@ def _show(result: dict[str, Any]) -> None:
             f"{row['recall']:.4f}",
             "-" if row["miss_ratio"] is None else f"{row['miss_ratio']:.3f}",
         )
-    console.print(table)
+    show(table)
     at = result["perplexity"]
     table = Table(title=f"at most {at['limit']:+.2%} perplexity", title_justify="left")
     for name in (
@@ -275,8 +275,8 @@ def _show(result: dict[str, Any]) -> None:
             f"{row['held_out_change']:+.3%}",
             *(f"{row[key]:.4f}" for key in scores),
         )
-    console.print(table)
-    console.print(
+    show(table)
+    log.info(
         f"traffic {at['traffic_ratio']:.3f} times the reference's, cascade "
-        f"{at['cascade_ratio']:.3f} times; {at['over_oracle']:.2f} times the oracle",
+        f"{at['cascade_ratio']:.3f} times; {at['over_oracle']:.2f} times the oracle"
     )

@@ -41,9 +41,10 @@ from sparsecast.collect.store.writer import Writer, to_folder
 from sparsecast.core.bitmask import unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import pick_device
 from sparsecast.core.options import settle
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import TokenBatch
 from sparsecast.predictors.baselines.public_recipe import FLOOR
@@ -308,10 +309,9 @@ def _matmul_rate(device: torch.device) -> float:
 
 
 def _show(values: dict[str, Any], layers: int) -> None:
-    console.print(
+    log.info(
         f"{values['shape']}, rank {values['rank']}, batch {values['batch_size']}, "
-        f"{values['device']}; a large matrix product runs at {values['matmul_tflops']:.3g} TFLOP/s",
-        soft_wrap=True,
+        f"{values['device']}; a large matrix product runs at {values['matmul_tflops']:.3g} TFLOP/s"
     )
     table = Table()
     for name in ("", "token-layers/s", "minutes, extrapolated"):
@@ -319,11 +319,10 @@ def _show(values: dict[str, Any], layers: int) -> None:
     for name, rate in values["token_layers_per_s"].items():
         minutes = values["extrapolated_minutes"].get(name)
         table.add_row(name, f"{rate:,.0f}", "" if minutes is None else f"{minutes:,.0f}")
-    console.print(table)
-    console.print(
+    show(table)
+    log.info(
         f"from the store {values['speedup']:.2f} times the reference; resident batches reach "
         f"{values['mfu']:.1%} of the matrix rate, the store {values['store_mfu']:.1%}, "
         f"{values['store_of_limit']:.1%} of the slower of resident batches and reading. Minutes "
-        f"are for {PAPER_TOKENS:,} tokens, {PAPER_EPOCHS} epochs and {layers} layers",
-        soft_wrap=True,
+        f"are for {PAPER_TOKENS:,} tokens, {PAPER_EPOCHS} epochs and {layers} layers"
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from sparsecast.collect.store.stats import Stats
 from sparsecast.core.errors import InputError
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log
 
 ENOUGH = 1_000
 """Tokens after which it is no chance that nothing fires in any layer."""
@@ -66,4 +66,4 @@ def _named(layers: list[int]) -> str:
 
 
 def _tell(text: str) -> None:
-    console.print(text, style="yellow", soft_wrap=True)
+    log.warning(text)

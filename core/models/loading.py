@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of, lost_threshold
 from sparsecast.core.models.pretrained import load_weights
-from sparsecast.core.progress import console
 from sparsecast.core.tokenizers.loading import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -80,7 +80,7 @@ def load_model(
     check_threshold(rule, picked, source)
     tokenizer = check_model(checkpoint)
     if activation_threshold is None and (warning := lost_threshold(checkpoint.config, source)):
-        console.print(warning, style="yellow")
+        log.warning(warning)
     model: Any = read_weights(checkpoint, picked, device_map)
     if device_map is None:
         model.to(where)
@@ -183,11 +183,9 @@ def read_weights(
             + "; download or save the weights again"
         )
     if extra := sorted(name for name in found["unexpected_keys"] if "predictor" not in name):
-        console.print(
+        log.warning(
             f"{checkpoint.folder}: {len(extra)} tensors have no place in a "
-            f"{checkpoint.config.model_type} model and are ignored, {extra[0]} first",
-            style="yellow",
-            soft_wrap=True,
+            f"{checkpoint.config.model_type} model and are ignored, {extra[0]} first"
         )
     return model
 

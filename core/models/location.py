@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.files import unreadable
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log
 
 SHIPPED = Path(__file__).parents[1] / "sparsify" / "tiny-prosparse"
 """The model that comes with the package."""
@@ -76,11 +76,9 @@ def _download(source: str) -> Path:
         except OSError:
             raise _not_there(source, error) from error
         if not constants.HF_HUB_OFFLINE:  # where the user wanted that, it is no news
-            console.print(
+            log.warning(
                 f"{source}: the hub does not answer ({reason_of(error)}); its copy in the cache "
-                "is used",
-                style="yellow",
-                soft_wrap=True,
+                "is used"
             )
         return folder
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from io import BufferedReader, IncrementalNewlineDecoder, TextIOWrapper
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log
 
 BLOCK = 2**20
 """Characters."""
@@ -129,4 +129,4 @@ def _looks_like(near: bytes) -> str:
 
 
 def _warn(text: str) -> None:
-    console.print(text, style="yellow", soft_wrap=True)
+    log.warning(text)

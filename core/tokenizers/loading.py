@@ -20,9 +20,9 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.pretrained import tokenizer_of
-from sparsecast.core.progress import console
 from sparsecast.core.tokenizers.files import check_files, sentencepiece_file, settings_of
 from sparsecast.core.tokenizers.sentencepiece_bpe import (
     NORMAL,
@@ -113,11 +113,9 @@ def _by_score(tokenizer: Any, path: Path, model: Any) -> None:
         vocab, merges, unk_token=spec["unk_token"], fuse_unk=True, byte_fallback=fallback
     )
     if (text := cut_otherwise(vocab, merges, model)) is not None:
-        console.print(
+        log.warning(
             f"{path}: pieces share scores in a way that transformers' tokenizers cannot express, "
-            f"so text such as {text!r} becomes other tokens than sentencepiece and PowerInfer make",
-            style="yellow",
-            soft_wrap=True,
+            f"so text such as {text!r} becomes other tokens than sentencepiece and PowerInfer make"
         )
 
 

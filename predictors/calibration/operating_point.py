@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
+from sparsecast.core.messages import log
 from sparsecast.core.models.perplexity import perplexity
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.core.text.tokens import Sequence, TokenBatch, by_length
 from sparsecast.predictors.calibration.bias import UncalibratedPredictor
 from sparsecast.predictors.calibration.calibrate import (
@@ -127,7 +128,7 @@ def _for_perplexity(
     def change(misses: float) -> float:
         done = _all(uncut, store, [recall_cut(1 - misses)] * len(uncut), device)
         value = perplexity_with(model, done, data) / dense - 1
-        console.print(f"recall {1 - misses:.4f}: perplexity {value:+.3%}")
+        log.info(f"recall {1 - misses:.4f}: perplexity {value:+.3%}")
         if value <= target:
             kept[:] = [done]
         return value

@@ -18,7 +18,8 @@ import torch
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK
-from sparsecast.core.progress import bar, console
+from sparsecast.core.messages import log
+from sparsecast.core.progress import bar
 from sparsecast.predictors.calibration.bias import BiasUnits, bias_of, bias_units
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.formats import BITS
@@ -100,7 +101,7 @@ def _within(
             progress.advance()
     blocks = _spend(gains, tried, mean * len(layers), unit)
     ranks = [n * BLOCK for n in blocks]
-    console.print(f"ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.0f}")
+    log.info(f"ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.0f}")
     return ranks
 
 

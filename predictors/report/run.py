@@ -36,7 +36,13 @@ from sparsecast.predictors.report.plots import (
     traffic_bars,
 )
 from sparsecast.predictors.report.score import SPLIT, LayerScore, means, score_layers
-from sparsecast.predictors.report.text import data_rows, layer_rows, markdown, show, side_rows
+from sparsecast.predictors.report.text import (
+    data_rows,
+    layer_rows,
+    markdown,
+    show_report,
+    side_rows,
+)
 from sparsecast.predictors.report.wording import verdict
 
 AFTER = "the scores are on the screen; make room and run the same command again"
@@ -92,7 +98,7 @@ def _report(cfg: ReportConfig) -> dict[str, Any]:
                 other = _predictors(item, store)
                 entry = _entry(item, other, means(score_layers(other, store, str(item))))
             result["against"].append(entry)
-    show(result)
+    show_report(result)
     _write(cfg, result, [score.curve for score in scores])
     return result
 

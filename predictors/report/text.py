@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log, show
 from sparsecast.predictors.report.score import times_oracle
 from sparsecast.predictors.report.wording import TERMS, measured, origin
 
@@ -114,16 +114,16 @@ def _markdown_table(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def show(result: dict[str, Any]) -> None:
+def show_report(result: dict[str, Any]) -> None:
     """Tables and sentences on the screen."""
     rows = layer_rows(result)
     _show_table("held-out scores", rows, bold=len(rows) - 1)
     if result["against"]:
         _show_table("side by side", side_rows(result["against"]), bold=1)
     for name in ("traffic", "cascade", "exact", "oracle"):
-        console.print(f"{name}: {TERMS[name]}", soft_wrap=True)
-    console.print(measured(result), soft_wrap=True)
-    console.print(result["verdict"], style="bold", soft_wrap=True)
+        log.info(f"{name}: {TERMS[name]}")
+    log.info(measured(result))
+    log.info(result["verdict"], extra={"style": "bold"})
 
 
 def _show_table(title: str, rows: Rows, bold: int) -> None:
@@ -135,4 +135,4 @@ def _show_table(title: str, rows: Rows, bold: int) -> None:
         table.add_column(name, justify="right", min_width=least, overflow="fold")
     for number, row in enumerate(rows[1:], start=1):
         table.add_row(*(row[i] for i in shown), style="bold" if number == bold else None)
-    console.print(table)
+    show(table)

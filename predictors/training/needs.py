@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsecast.core.disk import check_room, free, size
-from sparsecast.core.progress import console
+from sparsecast.core.messages import log
 from sparsecast.predictors.calibration.bias import bias_units
 from sparsecast.predictors.config import TrainConfig
 
@@ -73,10 +73,9 @@ def tell_needs(
     memory = each * trained_weights(dtype, ranks, *shape)
     matrices = 4 * shape[0] * sum(shape)
     batches = 4 * cfg.tokens_per_step * len(ranks) * (2 * shape[0] + shape[1] // 8)
-    console.print(
+    log.info(
         f"{cfg.out}: takes up to {size(need)} of disk, {size(free(cfg.out))} are free there; and "
-        f"{size(memory + matrices + batches)} of memory",
-        soft_wrap=True,
+        f"{size(memory + matrices + batches)} of memory"
     )
     check_room(cfg.out, need - held, "training", ", a smaller --rank or --predictor-dtype f16")
 

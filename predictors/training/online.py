@@ -30,9 +30,10 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.bitmask import pack, unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.interrupts import same_kind
+from sparsecast.core.messages import log
 from sparsecast.core.models.loading import embedding_rows, load_model
 from sparsecast.core.models.recorder import Recorder
-from sparsecast.core.progress import bar, console
+from sparsecast.core.progress import bar
 from sparsecast.core.text.corpus import documents
 from sparsecast.core.text.splits import assign
 from sparsecast.core.text.tokens import TokenBatch, by_length, sequences
@@ -115,12 +116,9 @@ class Running:
                 raise InputError(f"{made.corpus}: no training document; give more text")
             if not self._told:
                 self._told = True
-                console.print(
+                log.warning(
                     f"{made.corpus}: has {read:,} training tokens, fewer than --tokens "
-                    f"{cfg.train_tokens:,}, so it is read again",
-                    style="yellow",
-                    highlight=False,
-                    soft_wrap=True,
+                    f"{cfg.train_tokens:,}, so it is read again"
                 )
 
     def forward(self, text: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -238,5 +236,5 @@ def running(cfg: TrainConfig) -> Running:
         dtype=cfg.dtype,
         activation_threshold=cfg.activation_threshold,
     )
-    console.print(f"training on {cfg.train_tokens:,} tokens of {cfg.corpus}, none of them stored")
+    log.info(f"training on {cfg.train_tokens:,} tokens of {cfg.corpus}, none of them stored")
     return Running(store, model, tokenizer, cfg)

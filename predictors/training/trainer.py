@@ -31,8 +31,8 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
 from sparsecast.core.interrupts import same_kind
 from sparsecast.core.launcher import launcher
+from sparsecast.core.messages import log
 from sparsecast.core.options import differing
-from sparsecast.core.progress import console
 from sparsecast.core.quiet import quiet_lightning
 from sparsecast.core.torch_files import StagedCheckpoints
 from sparsecast.core.training_bar import TrainingBar
@@ -221,7 +221,7 @@ def _begin(work: Path, recipe: dict[str, Any]) -> None:
     for leftover in (*work.glob("*.part"), *work.glob("layer-*.pt")):
         leftover.unlink()
     if begun:
-        console.print("resuming from the last finished epoch")
+        log.info("resuming from the last finished epoch")
         return
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / LOGS, ignore_errors=True)
