@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from sparsecast.core import progress
 from sparsecast.core.messages import Rendered, log
-from sparsecast.core.progress import console
 
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
@@ -19,10 +19,10 @@ class ScreenHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if isinstance(record.msg, Rendered):
-            console.print(record.msg.renderable)
+            progress.console.print(record.msg.renderable)
             return
         style = getattr(record, "style", STYLES.get(record.levelno))
-        console.print(record.getMessage(), style=style, soft_wrap=True)
+        progress.console.print(record.getMessage(), style=style, soft_wrap=True)
 
 
 def print_messages() -> None:

@@ -12,7 +12,7 @@ from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.files import unreadable
 from sparsecast.core.messages import log
 
-SHIPPED = Path(__file__).parents[1] / "sparsify" / "tiny-prosparse"
+SHIPPED = Path(__file__).parents[2] / "sparsify" / "tiny-prosparse"
 """The model that comes with the package."""
 HUB_SECONDS = 10.0
 """How long the hub may take to answer."""

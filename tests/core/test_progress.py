@@ -123,3 +123,10 @@ def test_brackets_are_text(capsys, name):
     printed = capsys.readouterr().err
     assert f"/data/{name}: done" in printed
     assert printed.count(name) == 4
+
+
+def test_a_bar_can_be_switched_off(capsys, monkeypatch):
+    monkeypatch.setenv("SPARSECAST_DISABLE_PROGRESS", "1")
+    with progress.bar("work", 3) as bar:
+        bar.advance(3)
+    assert capsys.readouterr() == ("", "")
