@@ -1,11 +1,12 @@
 # make demo: a model, its predictors and a PowerInfer bundle, from nothing but Python, pip and make.
 # make test: what CI runs, in up to four processes of one thread each (most tests are too small for more threads).
-# make test-slow: the tests that take minutes and 16 GB of disk. All create .venv on the first call and reuse it afterwards.
+# make test-slow: the tests that take minutes and 16 GB of disk.
+# make docs: the documentation as a site in site/; any warning fails it. All create .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsecast demo --out demo
@@ -19,6 +20,13 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparsecast needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -26,4 +34,4 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md", "RESULTS.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"}
-FOLDERS = {"core", "collect", "predictors", "export", "kernels", "sparsify", "cli", "tests"}
+DOCUMENTS |= {"mkdocs.yml"}
+CODE = {"core", "collect", "predictors", "export", "kernels", "sparsify", "cli"}
+FOLDERS = CODE | {"docs", "tests"}
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -45,13 +47,14 @@ def test_the_source_archive_has_the_documents_and_the_tests(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= DOCUMENTS
     assert {"cli/entry/__main__.py", "tests/test_packaging.py", "tests/conftest.py"} <= names
+    assert {"docs/index.md", "docs/guides/collect.md"} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
 def modules() -> set[str]:
     """The files of the package as a wheel must name them."""
-    code = (path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-    names = {f"sparsecast/{path.as_posix()}" for path in code if path.parts[0] != "tests"}
+    code = (path.relative_to(ROOT) for folder in CODE for path in (ROOT / folder).rglob("*.py"))
+    names = {f"sparsecast/{path.as_posix()}" for path in code}
     return names - {"sparsecast/cli/entry/__main__.py"} | {"sparsecast/__main__.py"}
 
 
