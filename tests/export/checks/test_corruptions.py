@@ -339,7 +339,7 @@ COUNT = torch.ones(1280)
 # A row takes one to three lines here, and five to ten as formatted.
 # fmt: off
 CORRUPTIONS = [
-    # The container (T7, T14).
+    # The container: wrong alignment, a converter that failed but returned 0.
     one("magic of a dense file", attribute("magic", b"GGUF"), "metadata", "expected b'PWRI'"),
     one("magic of nothing", attribute("magic", b"ggml"), "container", "begins with b'ggml'"),
     one("version 2", attribute("version", 2), "container", "version 2, expected 3"),
@@ -351,7 +351,7 @@ CORRUPTIONS = [
                  after=cut(share)) for share in (0.3, 0.7, 0.999)),
     Corruption("cut in the header", NOTHING, {"container": "ends at byte|more than it can hold"},
         after=cut(0.002)),
-    # Which tensors there are, their shapes and types (T3, T6, T8, T12).
+    # Which tensors there are, their shapes and types: the engine checks few of them.
     one("a bias", extra("blk.0.attn_q.bias", 64), "tensors", "attn_q.bias is not a tensor of"),
     one("a predictor's bias", extra("blk.1.fc1.bias", 16), "tensors", "fc1.bias is not a tensor"),
     one("rope_freqs", extra("rope_freqs.weight", 8), "tensors", "rope_freqs.weight is not a"),
@@ -395,7 +395,7 @@ CORRUPTIONS = [
                quantized("blk.2.fc2.weight", "q4_0", (1270, 32))),
         "tensors", "ffn_down_t.weight is q4_0, whose input the engine rounds in blocks of 32, but "
         "the FFN has 1270 neurons", "q4_0"),
-    # Values (T5).
+    # Values: the engine loads rows in a wrong order without an error.
     one("q not permuted", tensor("blk.1.attn_q.weight", halves(4)), "values attn_q",
         r"blk\.1\.attn_q\.weight: permuted wrongly: rows are in the model's order"),
     one("k not permuted", tensor("blk.0.attn_k.weight", halves(2)), "values attn_k",
@@ -442,7 +442,7 @@ CORRUPTIONS = [
         r"NaN or infinity in output_norm\.weight"),
     one("a scale that is infinite", lambda b: b.file.tensors["blk.0.ffn_up.weight"].array[9,
         :2].put([0, 1], [0, 0x7C]), "finite", r"NaN or infinity in blk\.0\.ffn_up\.weight", "q4_0"),
-    # The header (T2, T4, T5, T9, T10).
+    # The header: a narrow FFN, rope theta lost, another activation, the threshold's type.
     one("rope theta lost", keys(rope__freq_base=None), "header",
         "freq_base is 10000, .* has 50000"),
     one("rope theta as f64", keys(rope__freq_base=Value(F64, 5e4)), "metadata",
@@ -501,7 +501,7 @@ CORRUPTIONS = [
         "sparse_threshold is missing"),
     one("another threshold", named("powerinfer.sparse_threshold", Value(F32, 0.1)),
         "predictor folder", "threshold is 0.1, config.json has 0"),
-    # The vocabulary (T13).
+    # The vocabulary: wrong tokens look like a wrong model.
     one("a token twice", column("tokens", lambda tokens: tokens.__setitem__(300, tokens[301])),
         "vocabulary", "a token stands twice"),
     one("an empty token", column("tokens", lambda tokens: tokens.__setitem__(300, "")),
@@ -531,7 +531,7 @@ CORRUPTIONS = [
         "eos_token_id is 7, the model knows"),
     one("an unknown tokenizer", named(vocabulary("model"), Value(STRING, "bert")), "metadata",
         "tokenizer.ggml.model is 'bert'"),
-    # The predictors' folder (T4, T12).
+    # The predictors' folder: a missing file or a bias is not told by the engine's converter.
     one("predictors of two layers exchanged in the file", all_of(exchanged("blk.0.fc1.weight",
         "blk.1.fc1.weight"), exchanged("blk.0.fc2.weight", "blk.1.fc2.weight")), "predictor folder",
         r"blk\.0\.fc2\.weight differs from model_0\.pt.*blk\.1\.fc1\.weight differs"),
@@ -557,7 +557,7 @@ CORRUPTIONS = [
         "predictor folder", "manifest.json: damaged, its calibration makes no sense"),
     one("another format in the manifest", json_of("manifest.json", dtypes=["f16", "f16", "q4_0"]),
         "predictor folder", r"blk\.1\.fc1\.weight is q8_0, manifest\.json has f16", "q4_0"),
-    # Counts and the split of a GPU build (T15, T17).
+    # Counts and the split of a GPU build: f16 overflows, files sort as text, old type ids.
     *(one(f"counts: {what}", beside("activation/activation_1.pt", content), "hot and cold", detail)
       for what, content, detail in (
           ("f16", COUNT.half(), "activation_1.pt: is no float32 or float64 tensor"),
