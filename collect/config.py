@@ -23,7 +23,8 @@ class CollectConfig:
 
     corpus: str
     """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, - for standard input, or a
-    dataset on the hub, name[:config][@split]. Rows have `text`, or a chat under `messages`."""
+    dataset on the hub, `name[:config][@split]`. Rows have `text`, or a chat under
+    `messages`."""
 
     out: Path
     """Folder to write; it appears when complete."""

@@ -279,7 +279,8 @@ class EvaluateConfig:
     """Folder written by `sparsecast train`, or a predictor repository of PowerInfer's."""
 
     corpus: str = "builtin"
-    """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or name[:config][@split]."""
+    """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or a dataset on the hub,
+    `name[:config][@split]`."""
 
     tokens: int = 20_000
     """Held-out tokens to evaluate on."""

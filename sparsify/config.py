@@ -68,7 +68,8 @@ class SparsifyConfig:
     """tiny (7M parameters) or 30m: pre-train a SiLU llama first, tokenizer included."""
 
     corpus: str = "builtin"
-    """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or name[:config][@split]."""
+    """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or a dataset on the hub,
+    `name[:config][@split]`."""
 
     tokens: int | None = None
     """Tokens to train on in all, pre-training included, in whole steps of --batch-tokens; unset:

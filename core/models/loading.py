@@ -64,7 +64,8 @@ def load_model(
 
     Args:
         source: Folder, Hugging Face id, or tiny-prosparse; see `resolve`.
-        device, dtype: See `pick_device` and `pick_dtype`.
+        device: See `pick_device`.
+        dtype: See `pick_dtype`.
         activation_threshold: FATReLU's T where the config has lost it.
         device_map: How transformers spreads a model over devices (auto, balanced, sequential);
             overrides `device`.

@@ -59,8 +59,9 @@ def sparsify_model(
         source: PRED, predictors that were loaded already, or a BUNDLE, its folder or its file. None
             where nothing shall be predicted.
         policy: See above.
-        least_recall, least_energy_recall: `auto` predicts a layer whose calibration in PRED's
-            manifest reaches these (the second where it is recorded). Without one it is exact.
+        least_recall: `auto` predicts a layer whose calibration in PRED's manifest reaches this
+            recall; without a manifest it is exact.
+        least_energy_recall: The same for energy recall, where the manifest has one.
 
     Raises:
         InputError: Another policy; predictors of another model (known by its fingerprint where the
