@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +24,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsecast.cli.main import QUIET
 from sparsecast.cli.screen import print_messages
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.plan import Unit, shard_name
@@ -72,6 +76,96 @@ def as_nobody() -> Iterator[Nobody]:
     with TemporaryDirectory() as folder:  # pytest's own folders are closed to others
         Path(folder).chmod(0o777)
         yield Nobody(Path(folder))
+
+
+IMPORTED = ["sparsecast.collect.run", "sparsecast.predictors.train", "sparsecast.export.run"]
+RUN = """
+import os, sys
+import torch
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+os.dup2(os.open(error, os.O_WRONLY | os.O_CREAT), 2)
+os.environ.update(environment)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+exec(code)
+from sparsecast.cli.main import main
+main(args)
+"""
+
+
+class Forked:
+    """A `sparsecast` in a process of its own, with the methods of `subprocess.Popen`."""
+
+    def __init__(self, process: multiprocessing.Process, error: Path) -> None:
+        self.process = process
+        self.error = error
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout: float = 300) -> tuple[None, str]:
+        """(nothing, what it wrote to standard error) once it has ended."""
+        self.process.join(timeout)
+        if self.poll() is None:
+            self.process.kill()
+            raise TimeoutError(f"still running after {timeout} s: {self.error.read_text()}")
+        return None, self.error.read_text()
+
+
+@pytest.fixture(scope="session")
+def sparsecast_forked(tmp_path_factory):
+    """Start `sparsecast`: (arguments, code to run before, threads, environment) to a `Forked`.
+
+    The process is forked from one that has imported torch and the stages, which costs a fresh
+    interpreter five seconds of CPU.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    folder = tmp_path_factory.mktemp("forked")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+
+    def start(args: list[str], code: str = "", threads: int = 1, **environment: str) -> Forked:
+        error = folder / str(len(list(folder.iterdir())))
+        error.touch()
+        environment["OMP_NUM_THREADS"] = str(threads)
+        values = {"args": args, "code": code, "error": str(error), "environment": environment}
+        process = context.Process(target=exec, args=(RUN, values))
+        process.start()
+        return Forked(process, error)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def ranks_forked(sparsecast_forked):
+    """Start ranks with the environment that torchrun gives them: (count, arguments, code)."""
+
+    def start(count: int, args: list[str], code: str = "") -> list[Forked]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+        return [
+            sparsecast_forked(
+                args,
+                code,
+                **{name: str(value) for name, value in common.items()},
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+            )
+            for rank in range(count)
+        ]
+
+    return start
 
 
 @pytest.fixture(scope="session")

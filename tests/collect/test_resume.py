@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -25,15 +24,18 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import write_sealed
 from sparsecast.core.text.splits import SPLITS
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from sparsecast.cli import main
+SMALL_SHARDS = """
 from sparsecast.collect import run
 run.SHARD_BYTES = 400_000
-main.main(["collect", *json.loads(sys.argv[1])])
 """
-"""The command with shards so small that there are about forty."""
+"""So small that there are about forty."""
+
+SCRIPT = f"""
+import sys
+from sparsecast.cli.main import main
+{SMALL_SHARDS}
+main(sys.argv[1:])
+"""
 
 
 OPTIONS = {"tokens": 20_000, "seq_len": 128, "batch_size": 2, "energy": True, "device": "cpu"}
@@ -49,22 +51,35 @@ def cfg(model_folder, corpus, tmp_path) -> CollectConfig:
     )
 
 
-def command(cfg: CollectConfig, script: Path, *launcher: str) -> list[str]:
-    script.write_text(SCRIPT)
-    options = []
+def arguments(cfg: CollectConfig) -> list[str]:
+    options = ["collect"]
     for name, value in asdict(cfg).items():
         if value is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]
-    return [sys.executable, *launcher, str(script), json.dumps(options)]
+    return options
 
 
-def start(cfg: CollectConfig, tmp_path: Path, *launcher: str, threads: int = 1):
-    return subprocess.Popen(
-        command(cfg, tmp_path / "script.py", *launcher),
+@pytest.fixture(scope="session")
+def start(sparsecast_forked):
+    """Start a collection into small shards in a process of its own."""
+
+    def run(cfg: CollectConfig, threads: int = 1):
+        return sparsecast_forked(arguments(cfg), SMALL_SHARDS, threads)
+
+    return run
+
+
+def torchrun(cfg: CollectConfig, tmp_path: Path, ranks: int) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), *arguments(cfg)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
 
 
@@ -72,19 +87,19 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, process) -> None:
     deadline = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
-def kill_until_done(cfg: CollectConfig, tmp_path: Path, kills: int, seed: int) -> int:
+def kill_until_done(cfg: CollectConfig, start, kills: int, seed: int) -> int:
     """Kill at random moments after the work has begun, then let it end; the kills that hit."""
     draw = random.Random(seed)
     part = cfg.out.with_name(".acts.part")
     hits = 0
     for number in range(kills):
-        process = start(cfg, tmp_path)
+        process = start(cfg)
         wait_for(part / "manifest.json", process)
         if number == 0:
             wait_for(part / "train-00000.safetensors", process)
@@ -95,14 +110,14 @@ def kill_until_done(cfg: CollectConfig, tmp_path: Path, kills: int, seed: int) -
         if cfg.out.exists():
             break
     # Sums depend on the number of threads, so a resumed run takes that of the first.
-    process = start(cfg, tmp_path, threads=2)
-    _, error = process.communicate(timeout=300)
+    process = start(cfg, threads=2)
+    _, error = process.communicate()
     assert process.returncode == 0, error
     return hits
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(model_folder, corpus, tmp_path_factory):
+def uninterrupted(model_folder, corpus, tmp_path_factory, start):
     """The bytes of a run that nobody disturbed."""
     tmp_path = tmp_path_factory.mktemp("whole")
     whole = CollectConfig(
@@ -111,55 +126,59 @@ def uninterrupted(model_folder, corpus, tmp_path_factory):
         out=tmp_path / "acts",
         **OPTIONS,
     )
-    process = start(whole, tmp_path)
-    _, error = process.communicate(timeout=300)
+    process = start(whole)
+    _, error = process.communicate()
     assert process.returncode == 0, error
     files = content(whole.out)
     assert len(files) > 30
     return files
 
 
-def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(cfg, tmp_path, uninterrupted):
-    assert kill_until_done(cfg, tmp_path, kills=3, seed=os.getpid()) >= 1
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(cfg, start, uninterrupted):
+    assert kill_until_done(cfg, start, kills=3, seed=os.getpid()) >= 1
     assert content(cfg.out) == uninterrupted
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "script.py"]
+    assert [path.name for path in cfg.out.parent.iterdir()] == ["acts"]
 
 
 @pytest.mark.slow
-def test_twenty_kills(cfg, tmp_path, uninterrupted):
+def test_twenty_kills(cfg, start, tmp_path, uninterrupted):
     hits = 0
     for seed in range(10):
         cfg = replace(cfg, out=tmp_path / str(seed) / "acts")
-        hits += kill_until_done(cfg, tmp_path, kills=3, seed=seed)
+        hits += kill_until_done(cfg, start, kills=3, seed=seed)
         assert content(cfg.out) == uninterrupted
         if hits >= 20:
             break
     assert hits >= 20
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_ranks_share_the_work_into_the_store_of_one(cfg, tmp_path, uninterrupted, ranks):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    process = start(cfg, tmp_path, *launcher)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+def test_three_ranks_share_the_work_into_the_store_of_one(cfg, ranks_forked, uninterrupted):
+    processes = ranks_forked(3, arguments(cfg), SMALL_SHARDS)
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert content(cfg.out) == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun_shares_the_work_into_the_store_of_one(cfg, tmp_path, uninterrupted, ranks):
+    done = torchrun(cfg, tmp_path, ranks)
+    assert done.returncode == 0, done.stderr
     assert content(cfg.out) == uninterrupted
 
 
 def test_ranks_tell_a_mistake_once(cfg, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = start(replace(cfg, layers=[7]), tmp_path, *launcher)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode != 0
-    told = [line for line in error.splitlines() if line.startswith("sparsecast")]
+    done = torchrun(replace(cfg, layers=[7]), tmp_path, 2)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("sparsecast")]
     assert len(told) == 1
     assert "--layers: the model has layers 0 to 2" in told[0]
-    assert "gloo" not in error.lower()
+    assert "gloo" not in done.stderr.lower()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["script.py"]
 
 
-def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, tmp_path, uninterrupted):
-    process = start(cfg, tmp_path)
+def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, start, uninterrupted):
+    process = start(cfg)
     part = cfg.out.with_name(".acts.part")
     wait_for(part / "train-00001.safetensors", process)
     process.send_signal(signal.SIGINT)
@@ -171,8 +190,8 @@ def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, tmp_path, u
     kept = {p.name: p.stat().st_mtime_ns for p in part.glob("train-*")}
     assert kept
 
-    process = start(cfg, tmp_path)
-    _, error = process.communicate(timeout=300)
+    process = start(cfg)
+    _, error = process.communicate()
     assert process.returncode == 0, error
     assert {name: (cfg.out / name).stat().st_mtime_ns for name in kept} == kept
     assert content(cfg.out) == uninterrupted
@@ -180,7 +199,8 @@ def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, tmp_path, u
 
 @pytest.fixture
 def unfinished(cfg, monkeypatch) -> CollectConfig:
-    """A collection that died after some shards, in this process."""
+    """A collection that died after ten of about 17 shards, in this process."""
+    cfg = replace(cfg, tokens=8_000)
     monkeypatch.setattr(run_module, "SHARD_BYTES", 400_000)
     submit, seen = Writer.submit, []
 
@@ -220,7 +240,7 @@ def test_a_changed_option_is_refused_with_its_name(unfinished, tmp_path, capfd):
     assert "10 finished shards are kept" in capfd.readouterr().err
     assert {name: (cfg.out / name).stat().st_mtime_ns for name in before} == before
     ids = [store.tokens(split, i)[0] for split in SPLITS for i in range(len(store.shards(split)))]
-    assert sum(map(len, ids)) == store.manifest.tokens() > 15_000
+    assert sum(map(len, ids)) == store.manifest.tokens() > 6_000
 
 
 def test_a_damaged_shard_is_recorded_again(unfinished, tmp_path, capfd):
@@ -267,6 +287,7 @@ def test_a_second_run_into_the_same_folder_is_refused(cfg, tmp_path):
 
 def test_a_finished_store_that_only_lacks_its_name_is_completed(cfg, tmp_path, monkeypatch):
     """Killed between the complete manifest and the renaming of the folder."""
+    cfg = replace(cfg, tokens=1_000)
     replace_file = os.replace
 
     def die(source: Path, to: Path) -> None:
@@ -283,8 +304,8 @@ def test_a_finished_store_that_only_lacks_its_name_is_completed(cfg, tmp_path, m
 
 
 def test_documents_keep_their_split_in_every_store_that_holds_them(cfg, tmp_path):
-    few = collect(replace(cfg, tokens=4_000))
-    many = collect(replace(cfg, out=tmp_path / "many"))
+    few = collect(replace(cfg, tokens=2_000))
+    many = collect(replace(cfg, out=tmp_path / "many", tokens=8_000))
 
     def opening_tokens(store: ActivationStore, split: str) -> set:
         found = set()

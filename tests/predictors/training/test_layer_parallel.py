@@ -19,62 +19,83 @@ from sparsecast.predictors.training.data import TokenBlocks, layer_batches
 from sparsecast.predictors.training.layer_parallel import gathered, share_of
 
 
-def run(cfg, processes: int) -> subprocess.CompletedProcess[str]:
-    """One CPU thread a process, so that sums round alike."""
-    options = []
+def arguments(cfg) -> list[str]:
+    options = ["train"]
     for name, value in asdict(cfg).items():
         if value is not None:
-            options += [
-                f"--{name.replace('_', '-')}",
-                str(value).lower() if value is True else str(value),
-            ]
+            text = str(value).lower() if value is True else str(value)
+            options += [f"--{name.replace('_', '-')}", text]
+    return options
+
+
+@pytest.fixture
+def run(ranks_forked):
+    """(exit codes, joined standard errors) of so many processes of one CPU thread, whose sums round
+    alike."""
+
+    def run(cfg, processes: int) -> tuple[list[int], str]:
+        ranks = ranks_forked(processes, arguments(cfg))
+        errors = [rank.communicate()[1] for rank in ranks]
+        return [rank.returncode for rank in ranks], "".join(errors)
+
+    return run
+
+
+def torchrun(cfg, processes: int) -> tuple[list[int], str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "sparsecast.cli.main", "train", *options],
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "sparsecast.cli.main", *arguments(cfg)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=300,
     )
+    return [done.returncode] * processes, done.stderr
 
 
-def same_by_one_and_two(cfg, tmp_path):
-    """Train into "one" by one process and "two" by two; the latter's run."""
-    alone, shared = run(cfg, 1), run(replace(cfg, out=tmp_path / "two"), 2)
-    assert alone.returncode == 0, alone.stderr
-    assert shared.returncode == 0, shared.stderr
+def same_by_one_and_two(run, cfg, tmp_path) -> str:
+    """Train into "one" by one process and "two" by two; what the latter told."""
+    codes, error = run(cfg, 1)
+    assert codes == [0], error
+    codes, told = run(replace(cfg, out=tmp_path / "two"), 2)
+    assert codes == [0, 0], told
     one, two = (load_predictors(tmp_path / name) for name in ("one", "two"))
     assert one.manifest == two.manifest
     for a, b in zip(one.layers, two.layers, strict=True):
         for x, y in zip(a.weights, b.weights, strict=True):
             assert torch.equal(x, y)
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
-    return shared
+    return told
 
 
+def test_two_processes_train_the_layers_that_one_does(recipe, tmp_path, run):
+    changes = {"predictor_dtype": "q4_0", "target_perplexity": None}
+    cfg = replace(recipe, epochs=2, out=tmp_path / "one", **changes)
+    told = same_by_one_and_two(run, cfg, tmp_path)
+    assert (tmp_path / "two" / "logs" / "version_0" / "metrics.csv").is_file()
+    assert " ".join(told.split()).count("on the calibration split recall") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"predictor_dtype": "q4_0", "target_perplexity": None},
-        pytest.param({"recipe": "reference", "target_recall": None}, marks=pytest.mark.slow),
-    ],
+    [{"predictor_dtype": "q4_0"}, {"recipe": "reference", "target_recall": None}],
     ids=["q4_0", "reference"],
 )
-def test_two_processes_train_the_layers_that_one_does(recipe, tmp_path, changes):
+def test_torchruns_two_processes_train_the_layers_that_one_does(recipe, tmp_path, changes):
     cfg = replace(recipe, epochs=2, out=tmp_path / "one", **changes)
-    shared = same_by_one_and_two(cfg, tmp_path)
-    assert (tmp_path / "two" / "logs" / "version_0" / "metrics.csv").is_file()
-    assert " ".join(shared.stderr.split()).count("on the calibration split recall") == 1
+    told = same_by_one_and_two(torchrun, cfg, tmp_path)
+    assert " ".join(told.split()).count("on the calibration split recall") == 1
 
 
-def test_two_shares_of_a_batch_are_the_batch(recipe, synthetic, tmp_path):
+def test_two_shares_of_a_batch_are_the_batch(recipe, synthetic, tmp_path, run):
     """188 blocks: two batches of two blocks in every step are one of four."""
     cfg = replace(recipe, epochs=2, target_recall=0.9)
-    alone = run(replace(cfg, out=tmp_path / "one", batch_size=128), 1)
+    codes, error = run(replace(cfg, out=tmp_path / "one", batch_size=128), 1)
+    assert codes == [0], error
     split = replace(cfg, out=tmp_path / "two", batch_size=64, data_parallel=True)
-    shared = run(split, 2)
-    assert alone.returncode == 0, alone.stderr
-    assert shared.returncode == 0, shared.stderr
+    codes, error = run(split, 2)
+    assert codes == [0, 0], error
     one, two = (load_predictors(tmp_path / name) for name in ("one", "two"))
     for layer in (0, 1):
         for x_TD, _ in layer_batches(synthetic, "held-out", layer):
@@ -108,7 +129,7 @@ def test_a_layer_that_has_not_come_is_named(tmp_path):
     assert torch.equal(done[1].fc2_FR, mine[2].fc2_FR)
 
 
-def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corpus, tmp_path):
+def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corpus, tmp_path, run):
     cfg = TrainConfig(
         model=str(model_folder),
         corpus=str(corpus),
@@ -120,7 +141,7 @@ def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corp
         rank=32,
         device="cpu",
     )
-    same_by_one_and_two(cfg, tmp_path)
+    same_by_one_and_two(run, cfg, tmp_path)
 
 
 def test_every_layer_has_one_process():
@@ -131,10 +152,10 @@ def test_every_layer_has_one_process():
     assert share_of(layers, DistributedContext(2, 3), True) == layers
 
 
-def test_more_processes_than_layers_are_refused(recipe, tmp_path):
-    done = run(replace(recipe, out=tmp_path / "pred"), 3)
-    assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("sparsecast: ")]
+def test_more_processes_than_layers_are_refused(recipe, tmp_path, run):
+    codes, error = run(replace(recipe, out=tmp_path / "pred"), 3)
+    assert codes == [2, 2, 2]
+    told = [line for line in error.splitlines() if line.startswith("sparsecast: ")]
     assert len(told) == 1
     assert "3 processes share 2 layers" in told[0]
     assert "--data-parallel true" in told[0]
