@@ -45,7 +45,6 @@ def _kernel(
     y,
     tokens,
     D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,7 +76,7 @@ def _kernel(
             other=0.0,
         )
         acc_TD = dot(x1_TK, w_KD, acc_TD)
-    add_up(acc_TD, part, ticket, bias, y, group, sharing, t, tokens, d, D, HAS_BIAS, GROUPS)
+    add_up(acc_TD, part, ticket, bias, y, group, sharing, t, tokens, d, D, GROUPS)
 
 
 def down(rows: Rows | Entries, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -93,8 +92,8 @@ def down(rows: Rows | Entries, down_FD: Tensor, bias_D: Tensor | None) -> Tensor
     part_GTD = torch.empty(config["GROUPS"], tokens, d, dtype=torch.float32, device=down_FD.device)
     y_TD = torch.empty(tokens, d, dtype=down_FD.dtype, device=down_FD.device)
     grid = (triton.cdiv(d, config["BLOCK_D"]), config["GROUPS"])
-    weights = (down_FD, down_FD if bias_D is None else bias_D)
-    common = {"D": d, "HAS_BIAS": bias_D is not None, **config, **options(down_FD)}
+    weights = (down_FD, bias_D)
+    common = {"D": d, **config, **options(down_FD)}
     if isinstance(rows, Entries):
         down_one.kernel[grid](rows.entry_E, rows.ticket_C, *weights, part_GTD, y_TD, f, **common)
     else:

@@ -31,7 +31,6 @@ def kernel(
     y,
     F,
     D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
@@ -56,7 +55,7 @@ def kernel(
     after_previous(PDL)
     acc_TD = tl.sum(acc_KD, 0)[None, :]
     t = tl.arange(0, 1)
-    add_up(acc_TD, part, ticket, bias, y, group, sharing, t, 1, d, D, HAS_BIAS, GROUPS)
+    add_up(acc_TD, part, ticket, bias, y, group, sharing, t, 1, d, D, GROUPS)
 
 
 def config(d: int) -> dict[str, int]:

@@ -63,7 +63,6 @@ def _kernel(
     tokens,
     F,
     D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     T: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,7 +73,7 @@ def _kernel(
     start_next(PDL)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     gate_FT = products(first, f, f < F, x, tokens, D, BLOCK_D, STAGES, T)
-    if HAS_BIAS:
+    if bias is not None:
         gate_FT += tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
     act_FT = fired(gate_FT, threshold, x.dtype.element_ty)
     t = tl.arange(0, T)
@@ -85,7 +84,7 @@ def _kernel(
     )
     w = tl.program_id(0) * (BLOCK_F // 16) + tl.arange(0, BLOCK_F // 16)
     tl.store(mask + w, words(fires(act_FT)), mask=w * 16 < F)
-    if T == 1:
+    if entry is not None:
         blank(entry, f, F)
 
 
@@ -108,8 +107,7 @@ def gate(
     blank_E = room(f, tokens, x_TD.device)
     config = CONFIGS[pad]
     _kernel[(triton.cdiv(f, config["BLOCK_F"]),)](
-        x_TD, first_FD, x_TD if bias_F is None else bias_F, act_FT, mask_W,
-        x_TD if blank_E is None else blank_E, threshold, tokens, f,
-        D=d, HAS_BIAS=bias_F is not None, T=pad, **config, **options(x_TD),
+        x_TD, first_FD, bias_F, act_FT, mask_W, blank_E, threshold, tokens, f,
+        D=d, T=pad, **config, **options(x_TD),
     )  # fmt: skip
     return act_FT, Selected(mask_W, blank_E)

@@ -126,9 +126,6 @@ def _kernel(
     tokens,
     F,
     D: tl.constexpr,
-    COMPUTES_GATE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_UP: tl.constexpr,
     RELU_UP: tl.constexpr,
     WORDS: tl.constexpr,
     TICKETS: tl.constexpr,
@@ -161,20 +158,16 @@ def _kernel(
         in_N = i < here
         n = w * 16 + kth_ones(word, i)
         ok_NT = in_N[:, None] & (t < tokens)[None, :]
-        if COMPUTES_GATE:
-            gate_NT = products(first, n, in_N, x, tokens, D, BLOCK_D, STAGES, T)
-            if HAS_BIAS:
-                gate_NT += tl.load(bias + n, mask=in_N, other=0.0).to(tl.float32)[:, None]
-            act_NT = fired(gate_NT, threshold, dtype)
-            if T > 1:
-                chosen_N = tl.load(chosen + n, mask=in_N, other=0)
-                act_NT = tl.where((chosen_N[:, None] >> t[None, :]) & 1 == 1, act_NT, 0.0)
+        if act is None:
+            act_NT = _gate(
+                first, bias, chosen, n, in_N, x, t, threshold, tokens, D, BLOCK_D, STAGES, T
+            )
         else:
             act_NT = tl.load(act + n[:, None] * tokens + t[None, :], mask=ok_NT, other=0.0)
             act_NT = act_NT.to(tl.float32)
-        if HAS_UP:
-            # What the gate's set names fires, so that up need not wait for act.
-            fires_N = in_N & fires(act_NT) if COMPUTES_GATE else in_N
+        if up is not None:
+            # All neurons of the dense gate's set fire, so up need not wait for act.
+            fires_N = in_N & fires(act_NT) if act is None else in_N
             up_NT = products(up, n, fires_N, x, tokens, D, BLOCK_D, STAGES, T)
             if RELU_UP:
                 up_NT = tl.maximum(up_NT, 0.0)
@@ -186,6 +179,33 @@ def _kernel(
         else:
             tl.store(row + k, n, mask=in_N)
             tl.store(x1 + k[:, None] * tokens + t[None, :], x1_NT, mask=ok_NT)
+
+
+@triton.jit
+def _gate(
+    first,
+    bias,
+    chosen,
+    n,
+    in_N,
+    x,
+    t,
+    threshold,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    T: tl.constexpr,
+):
+    """(N, T) float32: the activation of neurons n for the tokens that chose them."""
+    gate_NT = products(first, n, in_N, x, tokens, D, BLOCK_D, STAGES, T)
+    if bias is not None:
+        gate_NT += tl.load(bias + n, mask=in_N, other=0.0).to(tl.float32)[:, None]
+    act_NT = fired(gate_NT, threshold, x.dtype.element_ty)
+    if T > 1:
+        chosen_N = tl.load(chosen + n, mask=in_N, other=0)
+        act_NT = tl.where((chosen_N[:, None] >> t[None, :]) & 1 == 1, act_NT, 0.0)
+    return act_NT
 
 
 def rows(
@@ -223,15 +243,11 @@ def rows(
         out = Rows(row_F, x1_FT, total, ticket_C)
     else:
         out = Entries(blank_E, total, ticket_C)
-    # x stands in for what this form of the kernel never touches.
-    maybe = (
-        x_TD if a is None else a for a in (act, first, bias, chosen, up_FD, row_F, x1_FT, blank_E)
-    )
     config = _config(tokens, act is None, up_FD is not None, d)
     _kernel[(config["SLOTS"], len(mask_W))](
-        x_TD, mask_W, *maybe, total, ticket_C, threshold, tokens, width,
-        D=d, COMPUTES_GATE=act is None, HAS_BIAS=bias is not None, HAS_UP=up_FD is not None,
-        RELU_UP=relu_up, WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=pad,
+        x_TD, mask_W, act, first, bias, chosen, up_FD, row_F, x1_FT, blank_E, total, ticket_C,
+        threshold, tokens, width, D=d, RELU_UP=relu_up,
+        WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=pad,
         **config, **options(x_TD),
     )  # fmt: skip
     return out

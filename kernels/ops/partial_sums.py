@@ -32,7 +32,6 @@ def add_up(
     tokens,
     d,
     D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Leave this program's part (float32) of columns d; the last of `sharing` programs, by the
@@ -50,6 +49,6 @@ def add_up(
                 other=0.0,
                 cache_modifier=".cg",
             )
-        if HAS_BIAS:
+        if bias is not None:
             y_TD += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         tl.store(y + t[:, None] * D + d[None, :], rounded(y_TD, y.dtype.element_ty), mask=ok_TD)

@@ -140,7 +140,7 @@ def _select_kernel(
     tl.store(chosen + f, tokens_N, mask=f < F)
     w = tl.program_id(0) * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
     tl.store(mask + w, words(tokens_N != 0), mask=w * 16 < F)
-    if T == 1:
+    if entry is not None:
         blank(entry, f, F)
 
 
@@ -159,8 +159,9 @@ def predict(
 def hidden(z_TD: Tensor, fc1_RD: Tensor | Quantized) -> Tensor:
     """hidden_TR = relu(fc1 . z), in fc1's dtype; in float32 where that is codes."""
     (tokens, d), (rank, _) = z_TD.shape, fc1_RD.shape
+    weight: tuple[Tensor, Tensor | None]
     if isinstance(fc1_RD, Tensor):
-        weight, bits, pad, dtype = (fc1_RD, fc1_RD), 16, padded(tokens), fc1_RD.dtype
+        weight, bits, pad, dtype = (fc1_RD, None), 16, padded(tokens), fc1_RD.dtype
         config = HIDDEN_CONFIGS[pad]
     else:
         weight, bits, pad, dtype = (*fc1_RD,), fc1_RD.bits, _padded(tokens), torch.float32
@@ -181,8 +182,9 @@ def select(
     It may read fc2 while what wrote `hidden` still runs; fc2 must be older than that.
     """
     tokens, (f, rank) = len(hidden_TR), fc2_FR.shape
+    weight: tuple[Tensor, Tensor | None]
     if isinstance(fc2_FR, Tensor):
-        weight, bits, pad = (fc2_FR, fc2_FR), 16, padded(tokens)
+        weight, bits, pad = (fc2_FR, None), 16, padded(tokens)
         met, config = hidden_TR, _fitted(SELECT_CONFIGS[pad], rank)
     else:
         weight, bits, pad = (*fc2_FR,), fc2_FR.bits, _padded(tokens)
@@ -192,7 +194,7 @@ def select(
     chosen_F = torch.empty(f, dtype=torch.int32, device=met.device)
     blank_E = room(f, tokens, met.device)
     _select_kernel[(triton.cdiv(f, config["BLOCK_N"]),)](
-        met, *weight, mask_W, chosen_F, met if blank_E is None else blank_E, threshold, tokens, f,
+        met, *weight, mask_W, chosen_F, blank_E, threshold, tokens, f,
         K=rank, BITS=bits, T=pad, **config, **options(met),
     )  # fmt: skip
     return Selected(mask_W, blank_E), chosen_F

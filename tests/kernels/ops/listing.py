@@ -43,26 +43,28 @@ def kernels() -> Iterator[Kernel]:
             "K": D, "EARLY": early, "BLOCK_B": int8_dot.AT_ONCE, "num_warps": 1
         }  # fmt: skip
     for pad in (1, 16):
-        yield f"gate {pad}", gate._kernel, {}, {"D": D, "HAS_BIAS": True, **gate.CONFIGS[pad]}
-        yield f"hidden {pad}", predictor._hidden_kernel, {"scale": "*bf16"}, {
-            "K": D, "BITS": 16, **predictor.HIDDEN_CONFIGS[pad]
+        one_token = {} if pad == 1 else {"entry": None}
+        yield f"gate {pad}", gate._kernel, {}, {"D": D, **one_token, **gate.CONFIGS[pad]}
+        yield f"hidden {pad}", predictor._hidden_kernel, {}, {
+            "K": D, "BITS": 16, "scale": None, **predictor.HIDDEN_CONFIGS[pad]
         }  # fmt: skip
-        yield f"select {pad}", predictor._select_kernel, {"scale": "*bf16"}, {
-            "K": R, "BITS": 16, **predictor.SELECT_CONFIGS[pad]
+        yield f"select {pad}", predictor._select_kernel, {}, {
+            "K": R, "BITS": 16, "scale": None, **one_token, **predictor.SELECT_CONFIGS[pad]
         }  # fmt: skip
+        lists = {"row": None, "x1": None} if pad == 1 else one_token
         yield f"rows {pad}", gate_up._kernel, {}, {
-            "D": D, "COMPUTES_GATE": True, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
+            "D": D, "RELU_UP": True, "act": None, "bias": None, **lists,
             "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, True, True, D),
         }  # fmt: skip
         yield f"up {pad}", gate_up._kernel, {}, {
-            "D": D, "COMPUTES_GATE": False, "HAS_BIAS": False, "HAS_UP": True, "RELU_UP": True,
+            "D": D, "RELU_UP": True, "first": None, "bias": None, "chosen": None, **lists,
             "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, False, True, D),
         }  # fmt: skip
     for d in (D, 5120):  # blocks of 64 columns and of 128
         yield f"down 1 of {d}", down_one.kernel, {}, {
-            "D": d, "HAS_BIAS": True, **down_one.config(d)
+            "D": d, **down_one.config(d)
         }  # fmt: skip
-    yield "down 16", down._kernel, {}, {"D": D, "HAS_BIAS": True, **down._config(D)}
+    yield "down 16", down._kernel, {}, {"D": D, **down._config(D)}
     for pad in (1, 2, 4, 16):
         for bits in (8, 4):
             yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {
@@ -70,7 +72,10 @@ def kernels() -> Iterator[Kernel]:
             }, {"K": D, "BITS": bits, **predictor._hidden_codes_config(pad, D)}  # fmt: skip
             yield f"select {pad} q{bits}_0", predictor._select_kernel, {
                 **IN_CODES, "hidden": "*i32"
-            }, {"K": R, "BITS": bits, **predictor._select_codes_config(pad, R)}  # fmt: skip
+            }, {
+                "K": R, "BITS": bits, **({} if pad == 1 else {"entry": None}),
+                **predictor._select_codes_config(pad, R),
+            }  # fmt: skip
 
 
 def ptx_of(function: Any, types: dict[str, str], constants: dict[str, Any], pad: int) -> str:
