@@ -13,4 +13,4 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if page.file.src_uri != "changelog.md":
         return markdown
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    return text.replace("](docs/", "](").replace("](RESULTS.md", "](results.md")
+    return text.replace("](docs/", "](")

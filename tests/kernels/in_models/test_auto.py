@@ -212,7 +212,7 @@ def test_in_the_kernels_more_tokens_go_the_exact_way(monkeypatch, make, predicto
     ],
 )
 def test_what_a_gpu_was_measured_to_gain(shape, path, sparsity, tokens):
-    """As RESULTS.md has it."""
+    """As docs/results.md has it."""
     assert most_tokens(path, sparsity, device="cuda", shape=shape) == tokens
 
 
