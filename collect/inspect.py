@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsecast.collect.plan import shard_name
 from sparsecast.collect.store.stats import STATS
 from sparsecast.collect.store.store import ActivationStore, Manifest
+from sparsecast.collect.store.units import shard_name
 from sparsecast.core.files import refuse_unwritable, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.options import settle

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.estimate import layers_of, look, x_dtype_of
-from sparsecast.collect.plan import Tally, Unit, units
 from sparsecast.collect.resume import begin, differences, locked, shards, target, unfinished
-from sparsecast.collect.store.filler import Filler
+from sparsecast.collect.store.filler import Filler, down_norms
 from sparsecast.collect.store.firing import Silent, check_firing
 from sparsecast.collect.store.shard import SHARD_BYTES, Shape
 from sparsecast.collect.store.shard_reader import ShardFile
@@ -35,7 +35,8 @@ from sparsecast.collect.store.store import (
     read_manifest,
     seal,
 )
-from sparsecast.collect.store.writer import Writer, to_folder
+from sparsecast.collect.store.units import ShardInfo, Tally, Unit, units
+from sparsecast.collect.store.writer import Writer, record_unit, to_folder
 from sparsecast.core.disk import full_disk, no_room, told_when_full
 from sparsecast.core.distributed import DistributedContext, team
 from sparsecast.core.errors import InputError
@@ -51,7 +52,7 @@ from sparsecast.core.progress import Bar, bar
 from sparsecast.core.text.corpus import Document, begun, documents
 from sparsecast.core.text.corpus_files import is_stream
 from sparsecast.core.text.splits import SPLITS, assign
-from sparsecast.core.text.tokens import quotas, sequences
+from sparsecast.core.text.tokens import TokenBatch, quotas, sequences
 from sparsecast.core.tokenizers.loading import load_tokenizer
 
 
@@ -170,8 +171,8 @@ def _record(
     part: Path,
     ranks: DistributedContext,
     stop: Stop,
-) -> tuple[list[tuple[str, int, str]], Tally]:
-    """Write this rank's share of the shards; (split, tokens, file) of all, and what went in."""
+) -> tuple[list[ShardInfo], Tally]:
+    """Write this rank's share of the shards; all shards, and the documents in them."""
     full, largest = token_limit(cfg, shape)
     tally = Tally()
     rows = sequences(
@@ -181,36 +182,31 @@ def _record(
         tally.over(rows), seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=full
     )
     on_gpu = any(weight.is_cuda for weight in model.parameters())
-    filler = Filler(model, shape)
+    filler = Filler(shape, down_norms(model, shape))
+    forward = partial(_forward, model, stop)
     planned = []
     with (
         Writer(shape, shape.nbytes(largest), to_folder(part), pinned=on_gpu) as writer,
         bar("collect", sum(wanted.values()), visible=ranks.leads) as progress,
         torch.inference_mode(),
+        Recorder(model, filler, filler.layers),
     ):
         for number, unit in enumerate(prefetch(plan, waiting=stop.check)):
-            planned.append((unit.split, unit.tokens, unit.name))
+            planned.append(unit.info)
             stop.check()
-            if number % ranks.size != ranks.rank or _kept(unit, part / unit.name, cfg, shape):
+            if number % ranks.size != ranks.rank or _kept(unit, part / unit.info.name, cfg, shape):
                 progress.advance(unit.tokens)
             else:
-                image = writer.image()
-                filler.begin(unit, image)
-                _forward(model, filler, unit, stop, progress)
-                writer.submit(filler.end())
+                record_unit(filler, writer, unit, partial(forward, progress))
         stop.check()
     return planned, tally
 
 
-def _forward(model: PreTrainedModel, filler: Filler, unit: Unit, stop: Stop, progress: Bar) -> None:
-    device = input_device(model)
-    with Recorder(model, filler, filler.layers):
-        for batch in unit.batches:
-            stop.check()
-            filler.batch(batch)
-            # Right padding: causal attention needs no mask to keep it out of real tokens.
-            model.base_model(batch.to(device).ids_BS, use_cache=False)
-            progress.advance(batch.tokens)
+def _forward(model: PreTrainedModel, stop: Stop, progress: Bar, batch: TokenBatch) -> None:
+    stop.check()
+    # Right padding: causal attention needs no mask to keep it out of real tokens.
+    model.base_model(batch.to(input_device(model)).ids_BS, use_cache=False)
+    progress.advance(batch.tokens)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -316,16 +312,16 @@ def _complete(
     cfg: CollectConfig,
     part: Path,
     manifest: Manifest,
-    planned: list[tuple[str, int, str]],
+    planned: list[ShardInfo],
     tally: Tally,
 ) -> Manifest:
     """Count up, complete the manifest and give the folder its name."""
-    if short := [name for name in SPLITS if not any(split == name for split, _, _ in planned)]:
+    if short := [name for name in SPLITS if not any(shard.split == name for shard in planned)]:
         shutil.rmtree(part)
         raise InputError(
             f"{cfg.corpus}: no token for {' and '.join(short)}; give more text, in more files"
         )
-    names = {name for _, _, name in planned}
+    names = {shard.name for shard in planned}
     for leftover in shards(part):
         if leftover.name not in names:
             leftover.unlink()

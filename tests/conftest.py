@@ -27,12 +27,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsecast.cli.main import QUIET
 from sparsecast.cli.screen import print_messages
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.plan import Unit, shard_name
 from sparsecast.collect.run import collect
 from sparsecast.collect.store.filler import Filler
 from sparsecast.collect.store.shard import checksum
 from sparsecast.collect.store.store import ActivationStore, Manifest, seal
-from sparsecast.collect.store.writer import Writer, to_folder
+from sparsecast.collect.store.units import ShardInfo, Unit, shard_name
+from sparsecast.collect.store.writer import Writer, record_unit, to_folder
 from sparsecast.core.bitmask import unpack
 from sparsecast.core.text.tokens import TokenBatch
 from sparsecast.predictors.manifest import PredictorManifest
@@ -254,15 +254,29 @@ def model_folder(tmp_path_factory, corpus) -> Path:
 
 
 @pytest.fixture(scope="session")
-def write_store():
+def forward_of():
+    """Make a forward pass whose layers give the (predictor inputs (T, D), x1 (T, F)) of a list."""
+
+    def make(filler: Filler, shard: list[tuple[torch.Tensor, torch.Tensor]]):
+        def forward(_: TokenBatch) -> None:
+            for layer, (x_TD, x1_TF) in zip(filler.layers, shard, strict=True):
+                filler(layer, x_TD, x1_TF)
+
+        return forward
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_store(forward_of):
     """Write a store from given tensors: (folder, manifest, {split: [shard]}), a shard being a list
     of (predictor inputs (T, D), x1 (T, F)), one per layer."""
 
     def write(folder: Path, manifest: Manifest, recorded) -> ActivationStore:
         folder.mkdir(parents=True)
         largest = max(len(shard[0][0]) for shards in recorded.values() for shard in shards)
-        filler = Filler(None, manifest.shape)
-        names = []
+        filler = Filler(manifest.shape)
+        written = []
         with Writer(manifest.shape, manifest.shape.nbytes(largest), to_folder(folder)) as writer:
             for split, shards in recorded.items():
                 for number, shard in enumerate(shards):
@@ -270,13 +284,9 @@ def write_store():
                     ids = torch.arange(n_tokens)[None]
                     batch = TokenBatch(split, ids, torch.ones_like(ids, dtype=torch.bool))
                     unit = Unit(split, number, [batch])
-                    filler.begin(unit, writer.image())
-                    filler.batch(batch)
-                    for layer, (x_TD, x1_TF) in zip(manifest.layers, shard, strict=True):
-                        filler(layer, x_TD, x1_TF)
-                    writer.submit(filler.end())
-                    names.append((split, n_tokens, unit.name))
-        seal(folder, manifest, names)
+                    record_unit(filler, writer, unit, forward_of(filler, shard))
+                    written.append(unit.info)
+        seal(folder, manifest, written)
         return ActivationStore(folder)
 
     return write
@@ -301,7 +311,7 @@ def edit_store():
                     tensors[f"layer.{layer}.active"] = mask_TF.sum(1).int()
                 sums = {key: checksum([tensor]) for key, tensor in tensors.items()}
                 save_file(tensors, folder / name, {"split": split, "number": str(number), **sums})
-                shards.append((split, count, name))
+                shards.append(ShardInfo(split, count, name))
         seal(folder, made, shards)
         return ActivationStore(folder)
 

@@ -36,8 +36,8 @@ from sparsecast.cli.bench.collect_runs import (
     timed,
     write_rate,
 )
-from sparsecast.collect.plan import Unit, units
 from sparsecast.collect.store.shard import SHARD_BYTES, Shape, ShardBuffer
+from sparsecast.collect.store.units import Unit, units
 from sparsecast.collect.store.writer import Writer, to_folder, to_memory
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
@@ -177,15 +177,15 @@ class _Sink:
     def clear(self) -> None:
         self.written = self.energies = 0
 
-    def __call__(self, name: str, image: ShardBuffer) -> None:
+    def __call__(self, name: str, buffer: ShardBuffer) -> None:
         if self._write is None:
-            written = to_memory(name, image)
+            written = to_memory(name, buffer)
         else:
-            self._write(name, image)
-            written = image.nbytes
+            self._write(name, buffer)
+            written = buffer.nbytes
         with self._lock:
             self.written += written
-            self.energies += image.energy_bytes
+            self.energies += buffer.energy_bytes
 
 
 def _rounds(

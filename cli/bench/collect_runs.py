@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsecast.collect.plan import Unit
-from sparsecast.collect.store.filler import Filler
+from sparsecast.collect.store.filler import Filler, down_norms
 from sparsecast.collect.store.shard import SHARD_BYTES, Shape
-from sparsecast.collect.store.writer import Writer
+from sparsecast.collect.store.units import Unit
+from sparsecast.collect.store.writer import Writer, record_unit
 from sparsecast.core.models.recorder import Recorder
+from sparsecast.core.text.tokens import TokenBatch
 
 RECIPE_BYTES = 2 * 2**30
 """The recipe runs on as many batches as give about this much, at least one."""
@@ -40,18 +42,19 @@ def synchronize(model: PreTrainedModel) -> None:
 def bare(model: PreTrainedModel, plan: list[Unit]) -> None:
     for unit in plan:
         for batch in unit.batches:
-            model.base_model(batch.to(model.device).ids_BS, use_cache=False)
+            forward(model, batch)
+
+
+def forward(model: PreTrainedModel, batch: TokenBatch) -> None:
+    """The decoder, without the LM head."""
+    model.base_model(batch.to(model.device).ids_BS, use_cache=False)
 
 
 def recording(model: PreTrainedModel, shape: Shape, plan: list[Unit], writer: Writer) -> None:
-    filler = Filler(model, shape)
+    filler = Filler(shape, down_norms(model, shape))
     with Recorder(model, filler):
         for unit in plan:
-            filler.begin(unit, writer.image())
-            for batch in unit.batches:
-                filler.batch(batch)
-                model.base_model(batch.to(model.device).ids_BS, use_cache=False)
-            writer.submit(filler.end())
+            record_unit(filler, writer, unit, partial(forward, model))
     writer.drain()
 
 
@@ -96,7 +99,7 @@ def recipe(
         for unit in plan:
             for batch in unit.batches:
                 kept_N = batch.keep_BS.flatten()
-                model.base_model(batch.to(model.device).ids_BS, use_cache=False)
+                forward(model, batch)
                 row += batch.tokens
     if disk:
         for matrix in matrices.values():

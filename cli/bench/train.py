@@ -34,10 +34,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from sparsecast.collect.plan import Unit
 from sparsecast.collect.store.filler import Filler
 from sparsecast.collect.store.store import ActivationStore, Manifest, seal
-from sparsecast.collect.store.writer import Writer, to_folder
+from sparsecast.collect.store.units import Unit
+from sparsecast.collect.store.writer import Writer, record_unit, to_folder
 from sparsecast.core.bitmask import unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import refuse_unwritable, write_json
@@ -160,22 +160,23 @@ def random_store(folder: Path, d: int, f: int, layers: int, tokens: int) -> Acti
         activation_threshold=0.0, corpus="random", options={}, layers=list(range(layers)),
         hidden_size=d, ffn_width=f, ffn_matrices=3, x_dtype="bfloat16", energy=False,
     )  # fmt: skip
-    filler = Filler(None, made.shape)  # type: ignore[arg-type]  # of a model only energies ask
+    filler = Filler(made.shape)
     counts = {"train": tokens, "calibration": 1, "held-out": 1}
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(tokens, d, generator=generator).bfloat16()
     x1_TF = (torch.rand(tokens, f, generator=generator) < ACTIVE).bfloat16()
+
+    def forward(batch: TokenBatch) -> None:
+        for layer in range(layers):
+            filler(layer, x_TD[: batch.tokens], x1_TF[: batch.tokens])
+
     shards = []
     with Writer(made.shape, made.shape.nbytes(tokens), to_folder(folder)) as writer:
         for split in SPLITS:
             ids = torch.zeros(1, counts[split], dtype=torch.int64)
             unit = Unit(split, 0, [TokenBatch(split, ids, torch.ones_like(ids).bool())])
-            filler.begin(unit, writer.image())
-            filler.batch(unit.batches[0])
-            for layer in range(layers):
-                filler(layer, x_TD[: counts[split]], x1_TF[: counts[split]])
-            writer.submit(filler.end())
-            shards.append((split, unit.tokens, unit.name))
+            record_unit(filler, writer, unit, forward)
+            shards.append(unit.info)
     seal(folder, made, shards)
     return ActivationStore(folder)
 

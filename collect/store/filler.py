@@ -1,25 +1,26 @@
-"""Fill a shard's image from the layers of forward passes, on the device they were computed on.
+"""Fill a shard's buffer from the layers of forward passes.
 
-Masks are packed, counted and stripped of padding on the device. On a GPU all of it, copies to the
-host included, runs on a stream of its own beside the next layer's work, and nothing here waits for
-it, but for the energies, whose number only the device knows.
+Masks are packed, counted and stripped of padding on the device that computed them. On a GPU this
+work and the copies to the host run on a stream of their own, beside the next layer's computation.
+Nothing here waits for that stream, except for energies: only the device knows how many there are.
 
-Shape letters: N places of a batch, padding included, T kept tokens, D hidden, F FFN width.
+Shape letters: N positions of a batch, padding included, T kept tokens, D hidden, F FFN width, L
+layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsecast.collect.plan import Unit
 from sparsecast.collect.store.energy import encode
 from sparsecast.collect.store.shard import INPUT_DTYPES, Shape, ShardBuffer
+from sparsecast.collect.store.units import Unit
 from sparsecast.core.bitmask import pack, per_neuron, per_token
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.families import family_of
@@ -27,21 +28,21 @@ from sparsecast.core.text.tokens import TokenBatch, to_device
 
 
 class PendingShard:
-    """One shard on its way from the device: its image, and when its bytes have arrived."""
+    """One shard on its way from the device: its buffer, and the events that mark its arrival."""
 
-    def __init__(self, unit: Unit, image: ShardBuffer) -> None:
+    def __init__(self, unit: Unit, buffer: ShardBuffer) -> None:
         self.unit = unit
-        self.image = image
+        self.buffer = buffer
         self.row = 0
         self.events: list[torch.cuda.Event] = []
 
     def active(self, shape: Shape) -> int:
-        """Active entries of a complete image, over all layers."""
-        views = (self.image.views[f"layer.{layer}.active"] for layer in shape.layers)
+        """Active entries of a complete shard, over all layers."""
+        views = (self.buffer.views[f"layer.{layer}.active"] for layer in shape.layers)
         return sum(int(view.sum()) for view in views)
 
     def wait(self, shape: Shape) -> None:
-        """Return when the image is complete.
+        """Return when the buffer is complete.
 
         Raises:
             InputError: An activation is not finite, or an input not in the stored dtype.
@@ -49,7 +50,7 @@ class PendingShard:
         for event in self.events:
             event.synchronize()
         limit = 3e38 if shape.x_dtype == "int8" else torch.finfo(INPUT_DTYPES[shape.x_dtype]).max
-        *inputs, x1 = self.image.largest.tolist()
+        *inputs, x1 = self.buffer.largest.tolist()
         for layer, value in zip(shape.layers, inputs, strict=True):
             _finite(value, layer, "a predictor input")
             if self.unit.stored and value > limit:
@@ -69,67 +70,71 @@ def _finite(value: float, layer: int, what: str) -> None:
 
 
 class Filler:
-    """A recorder's sink that writes into the image of the current shard.
+    """A recorder's sink that writes into the buffer of the current shard; see `record_unit`.
 
-    Memory: on each device one layer's temporaries, and per layer the firing counts of one shard,
-    allocated once: small results that stay between large ones would tear the host's heap apart.
+    Memory: on each device one layer's temporaries and the firing counts of one shard. The counts
+    are allocated once: small long-lived buffers between large ones fragment the host heap.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: Shape) -> None:
+    def __init__(self, shape: Shape, norms: Mapping[int, Tensor] | None = None) -> None:
+        """
+        Args:
+            norms: Needed for energies, see `down_norms`.
+        """
         self._shape = shape
         self._dtype = INPUT_DTYPES[shape.x_dtype]
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._norms = _down_norms(model, shape) if shape.energy else {}
-        self._place = {layer: place for place, layer in enumerate(shape.layers)}
+        self._norms = {} if norms is None else norms
+        self._index = {layer: index for index, layer in enumerate(shape.layers)}
         self._counts: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._home: dict[int, torch.device] = {}
         self._current: PendingShard | None = None
         self._padding: tuple[Tensor, Tensor] | None = None
-        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._rows_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._rows = slice(0)
 
     @property
     def layers(self) -> list[int]:
         return list(self._shape.layers)
 
-    def begin(self, unit: Unit, image: ShardBuffer) -> None:
+    def begin(self, unit: Unit, buffer: ShardBuffer) -> None:
         """Start the shard of `unit`; every batch of it must follow, in order."""
-        image.begin(unit.tokens, split=unit.split, number=unit.number, stored=unit.stored)
-        image.views["id"].copy_(unit.ids())
-        image.views["position"].copy_(unit.positions())
-        self._current = PendingShard(unit, image)
+        buffer.begin(unit.tokens, split=unit.split, number=unit.number, stored=unit.stored)
+        buffer.views["id"].copy_(unit.ids())
+        buffer.views["position"].copy_(unit.positions())
+        self._current = PendingShard(unit, buffer)
         for fired_LF, largest_L in self._counts.values():
             with self._beside(fired_LF):
                 fired_LF.zero_()
                 largest_L.zero_()
 
     def batch(self, batch: TokenBatch) -> None:
-        """Announce the batch whose layers come next; `batch` is on the CPU."""
+        """Start a batch, on the CPU; its layers come next."""
         assert self._current is not None
         tokens = batch.tokens
         kept_N = batch.keep_BS.flatten()
         full = tokens == len(kept_N)
         self._padding = None if full else (kept_N.nonzero()[:, 0], (~kept_N).nonzero()[:, 0])
-        self._places.clear()
+        self._rows_on.clear()
         self._rows = slice(self._current.row, self._current.row + tokens)
         self._current.row += tokens
 
     def end(self) -> PendingShard:
-        """The shard, whose last bytes may still be on their way."""
-        filling, self._current = self._current, None
-        assert filling is not None
-        for layer, place in self._place.items():
+        """The finished shard, whose last bytes may still be on their way."""
+        shard, self._current = self._current, None
+        assert shard is not None
+        largest = shard.buffer.largest
+        for layer, index in self._index.items():
             fired_LF, largest_L = self._counts[self._home[layer]]
             with self._beside(fired_LF):
-                filling.image.views[f"layer.{layer}.fired"].copy_(
-                    fired_LF[place], non_blocking=True
-                )
-                filling.image.largest[place].copy_(largest_L[place], non_blocking=True)
-                if place == len(self._place) - 1:
-                    filling.image.largest[-1].copy_(largest_L[-1], non_blocking=True)
+                view_F = shard.buffer.views[f"layer.{layer}.fired"]
+                view_F.copy_(fired_LF[index], non_blocking=True)
+                largest[index].copy_(largest_L[index], non_blocking=True)
+                if index == len(self._index) - 1:
+                    largest[-1].copy_(largest_L[-1], non_blocking=True)
         for stream in self._streams.values():
-            filling.events.append(stream.record_event())
-        return filling
+            shard.events.append(stream.record_event())
+        return shard
 
     def __call__(self, layer: int, x_ND: Tensor, x1_NF: Tensor) -> None:
         with self._beside(x_ND, x1_NF):
@@ -137,7 +142,7 @@ class Filler:
 
     @contextmanager
     def _beside(self, *values: Tensor) -> Iterator[None]:
-        """Run on the recording stream of the device of `values`, once they are computed."""
+        """Run on the recording stream of the device of `values`, after their computation."""
         device = values[0].device
         if device.type != "cuda":
             yield
@@ -152,34 +157,33 @@ class Filler:
             yield
 
     def _layer(self, layer: int, x_ND: Tensor, x1_NF: Tensor) -> None:
-        filling = self._current
-        assert filling is not None
+        shard = self._current
+        assert shard is not None
         mask_NF = x1_NF != 0
         fired_LF, largest_L = self._counters(layer, mask_NF.device)
-        place = self._place[layer]
-        fired_LF[place] += per_neuron(mask_NF)
+        index = self._index[layer]
+        fired_LF[index] += per_neuron(mask_NF)
         if self._padding is not None:
-            fired_LF[place] -= per_neuron(mask_NF.index_select(0, self._on(mask_NF.device)[1]))
+            fired_LF[index] -= per_neuron(mask_NF.index_select(0, self._on(mask_NF.device)[1]))
         self._put(f"layer.{layer}.active", self._kept(per_token(mask_NF)))
         x_TD = self._kept(x_ND)
-        _raise_to(largest_L[place], x_TD)
-        if place == len(self._place) - 1:
+        _raise_to(largest_L[index], x_TD)
+        if index == len(self._index) - 1:
             _raise_to(largest_L[-1], self._kept(x1_NF))
-        if not filling.unit.stored:
+        if not shard.unit.stored:
             return
         self._put(f"layer.{layer}.mask", self._kept(pack(mask_NF)))
         self._input(layer, x_TD)
-        if self._norms:
+        if self._shape.energy:
             norm_F = self._norms[layer].to(x1_NF.device)
             codes_N = encode(self._kept(x1_NF), norm_F, self._kept(mask_NF))
-            filling.image.energies[layer].append(codes_N.cpu())
+            shard.buffer.energies[layer].append(codes_N.cpu())
 
     def _counters(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(L, F) int32 firing counts and (L + 1,) float32 `ShardBuffer.largest` of the shard, on a
-        device."""
+        """(L, F) int32 firing counts and (L + 1,) float32 `ShardBuffer.largest`, on a device."""
         self._home[layer] = device
         if device not in self._counts:
-            layers = len(self._place)
+            layers = len(self._index)
             self._counts[device] = (
                 torch.zeros(layers, self._shape.ffn_width, dtype=torch.int32, device=device),
                 torch.zeros(layers + 1, device=device),
@@ -198,26 +202,34 @@ class Filler:
         return value if self._padding is None else value.index_select(0, self._on(value.device)[0])
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The places that are kept and those that are padding, copied once per batch."""
+        """Indices of kept rows and of padding rows, copied to a device once per batch."""
         assert self._padding is not None
-        if device not in self._places:
+        if device not in self._rows_on:
             kept_T, padding_N = self._padding
-            self._places[device] = to_device(kept_T, device), to_device(padding_N, device)
-        return self._places[device]
+            self._rows_on[device] = to_device(kept_T, device), to_device(padding_N, device)
+        return self._rows_on[device]
 
     def _put(self, name: str, value: Tensor) -> None:
         assert self._current is not None
-        self._current.image.views[name][self._rows].copy_(value, non_blocking=True)
+        self._current.buffer.views[name][self._rows].copy_(value, non_blocking=True)
 
 
 def _raise_to(largest: Tensor, value: Tensor) -> None:
-    """The largest magnitude so far; NaN stays."""
+    """Raise `largest` to the largest magnitude in `value`, in place; NaN stays NaN."""
     low, high = value.aminmax()
     torch.maximum(largest, torch.maximum(-low, high).float(), out=largest)
 
 
-def _down_norms(model: PreTrainedModel, shape: Shape) -> dict[int, Tensor]:
-    """Per layer (F,) float32: Euclidean norm of each column of the down projection."""
+def down_norms(model: PreTrainedModel, shape: Shape) -> dict[int, Tensor]:
+    """Per layer (F,) float32: the Euclidean norm of each column of the down projection.
+
+    Empty if `shape` has no energies, which are what needs them.
+
+    Raises:
+        InputError: --device-map has moved a down projection off.
+    """
+    if not shape.energy:
+        return {}
     family = family_of(model.config, str(model.config.name_or_path))
     blocks = family.decoder_layers(model)
     norms = {}

@@ -18,8 +18,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsecast.collect.plan import shard_name
 from sparsecast.collect.store.shard import CODES, Field, checksum
+from sparsecast.collect.store.units import shard_name
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_file, parse_json, unreadable
 

@@ -23,11 +23,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sparsecast.collect.plan import shard_name
 from sparsecast.collect.store.energy import decode
 from sparsecast.collect.store.shard import INPUT_DTYPES, Shape
 from sparsecast.collect.store.shard_reader import AGAIN, ShardFile, header_checksum, read_header
 from sparsecast.collect.store.stats import STATS, Stats, merge, read_stats, write_stats
+from sparsecast.collect.store.units import ShardInfo, shard_name
 from sparsecast.core.bitmask import unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json
@@ -121,19 +121,19 @@ class Rows(NamedTuple):
     """A view of the memory map; see bits.py."""
 
 
-def seal(folder: Path, manifest: Manifest, shards: Iterable[tuple[str, int, str]]) -> Manifest:
+def seal(folder: Path, manifest: Manifest, shards: Iterable[ShardInfo]) -> Manifest:
     """Finish a store whose shards are written: statistics, checksums and the complete manifest.
 
     Args:
-        shards: (split, tokens, file), in order of their numbers.
+        shards: In the order of their numbers.
     """
     shards = list(shards)
-    counts = ((split, ShardFile(folder / name)) for split, _, name in shards)
+    counts = ((shard.split, ShardFile(folder / shard.name)) for shard in shards)
     write_stats(folder / STATS, merge(counts, manifest.layers, manifest.ffn_width))
     tokens: dict[str, list[int]] = {}
-    for split, count, _ in shards:
-        tokens.setdefault(split, []).append(count)
-    checksums = {name: header_checksum(folder / name) for _, _, name in shards}
+    for shard in shards:
+        tokens.setdefault(shard.split, []).append(shard.tokens)
+    checksums = {shard.name: header_checksum(folder / shard.name) for shard in shards}
     checksums[STATS] = xxhash.xxh3_128_hexdigest((folder / STATS).read_bytes())
     done = replace(manifest, shard_tokens=tokens, checksums=checksums)
     write_sealed(folder, done)

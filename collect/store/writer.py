@@ -1,6 +1,7 @@
-"""Finish shards in the background: wait for their bytes, check, hash and write them.
+"""Record units of tokens into shards, and write those in the background.
 
-Memory: `BUFFERS` images, allocated as they are first needed; whoever asks for one more waits.
+Memory: `BUFFERS` shard buffers, allocated as they are first needed; a caller that asks for one more
+waits.
 """
 
 from __future__ import annotations
@@ -11,16 +12,38 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
-from sparsecast.collect.store.filler import PendingShard
+from sparsecast.collect.store.filler import Filler, PendingShard
 from sparsecast.collect.store.firing import ENOUGH, Silent
 from sparsecast.collect.store.shard import Shape, ShardBuffer
+from sparsecast.collect.store.units import Unit
+from sparsecast.core.text.tokens import TokenBatch
 
 BUFFERS = 3
 THREADS = 2
 
 
+def record_unit(
+    filler: Filler, writer: Writer, unit: Unit, forward: Callable[[TokenBatch], object]
+) -> None:
+    """Fill one shard and hand it to the writer.
+
+    Args:
+        forward: Runs the model on a batch, on the CPU; every layer of it must reach `filler`.
+
+    Raises what went wrong with an earlier shard, see `Writer.buffer`.
+    """
+    filler.begin(unit, writer.buffer())
+    for batch in unit.batches:
+        filler.batch(batch)
+        forward(batch)
+    writer.submit(filler.end())
+
+
 class Writer:
-    """Takes filled shards; use as a context, which ends when all of them are written."""
+    """Waits for the bytes of filled shards, then checks, hashes and writes them in threads.
+
+    A context manager that ends when all shards are written.
+    """
 
     def __init__(
         self,
@@ -33,14 +56,14 @@ class Writer:
         """
         Args:
             capacity: Bytes of the largest shard.
-            write: Puts a finished image away under a name; called from threads.
-            pinned: Whether images are page-locked, as copies from a GPU want them.
+            write: Stores a finished buffer under a name; called from threads.
+            pinned: Page-lock the buffers, for copies from a GPU.
         """
         self._shape = shape
         self._capacity = capacity
         self._pinned = pinned
         self._write = write
-        self._made = 0
+        self._allocated = 0
         self._free: SimpleQueue[ShardBuffer] = SimpleQueue()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="shard")
         self._pending: list[Future[tuple[int, int]]] = []
@@ -55,59 +78,58 @@ class Writer:
             self.drain()
 
     def drain(self) -> None:
-        """Return when all that was submitted is written. Raises what went wrong."""
+        """Wait until all submitted shards are written. Raises what went wrong."""
         pending, self._pending = self._pending, []
         for future in pending:
             self._done(future)
 
-    def image(self) -> ShardBuffer:
-        """An image to fill.
+    def buffer(self) -> ShardBuffer:
+        """A free buffer.
 
-        Raises what went wrong with an earlier one, and `Silent` where nothing has fired so far.
+        Raises what went wrong with an earlier shard, and `Silent` if nothing has fired so far.
         """
         while self._pending and self._pending[0].done():
             self._done(self._pending.pop(0))
         if not self._active and self._tokens >= ENOUGH:
             raise Silent("the model", self._tokens)
-        if self._free.empty() and self._made < BUFFERS:
-            self._made += 1
+        if self._free.empty() and self._allocated < BUFFERS:
+            self._allocated += 1
             return ShardBuffer(self._shape, self._capacity, pinned=self._pinned)
         return self._free.get()
 
-    def submit(self, filling: PendingShard) -> None:
-        """Write `filling` when its bytes have arrived, then reuse its image."""
-        self._pending.append(self._pool.submit(self._finish, filling))
+    def submit(self, shard: PendingShard) -> None:
+        """Write `shard` when its bytes have arrived, then reuse its buffer."""
+        self._pending.append(self._pool.submit(self._finish, shard))
 
     def _done(self, future: Future[tuple[int, int]]) -> None:
         tokens, active = future.result()
         self._tokens += tokens
         self._active += active
 
-    def _finish(self, filling: PendingShard) -> tuple[int, int]:
-        """(tokens, active entries) of what was written."""
+    def _finish(self, shard: PendingShard) -> tuple[int, int]:
+        """(tokens, active entries) of the shard written."""
         try:
-            filling.wait(self._shape)
-            self._write(filling.unit.name, filling.image)
-            return filling.unit.tokens, filling.active(self._shape)
+            shard.wait(self._shape)
+            self._write(shard.unit.info.name, shard.buffer)
+            return shard.unit.tokens, shard.active(self._shape)
         finally:
-            filling.image.energies = {}
-            self._free.put(filling.image)
+            shard.buffer.energies = {}
+            self._free.put(shard.buffer)
 
 
-def to_memory(name: str, image: ShardBuffer) -> int:
-    """Finish a shard and forget it but for its size in bytes: what recording costs where no disk is
-    in the way."""
-    return sum(len(block) for block in image.blocks())
+def to_memory(name: str, buffer: ShardBuffer) -> int:
+    """Finish a shard and drop it; its size in bytes. Measures recording without a disk."""
+    return sum(len(block) for block in buffer.blocks())
 
 
 def to_folder(folder: Path) -> Callable[[str, ShardBuffer], None]:
-    """Write shards into a folder, each whole or not at all, through power cuts too."""
+    """Write shards into a folder, each whole or not at all, even after a power cut."""
 
-    def write(name: str, image: ShardBuffer) -> None:
+    def write(name: str, buffer: ShardBuffer) -> None:
         part = folder / f"{name}.part"
         try:
             with part.open("wb", buffering=0) as file:
-                for block in image.blocks():
+                for block in buffer.blocks():
                     while block:
                         block = block[file.write(block) :]
                 os.fsync(file.fileno())

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.inspect import InspectConfig, inspect
-from sparsecast.collect.plan import Unit
 from sparsecast.collect.run import collect
 from sparsecast.collect.store.energy import decode, encode
 from sparsecast.collect.store.filler import Filler
@@ -24,7 +23,8 @@ from sparsecast.collect.store.shard import SHARD_BYTES, Shape, ShardBuffer
 from sparsecast.collect.store.shard_reader import ShardFile
 from sparsecast.collect.store.stats import Stats
 from sparsecast.collect.store.store import ActivationStore, Manifest, seal
-from sparsecast.collect.store.writer import Writer, to_folder, to_memory
+from sparsecast.collect.store.units import Unit
+from sparsecast.collect.store.writer import Writer, record_unit, to_folder, to_memory
 from sparsecast.core.bitmask import pack, per_neuron, per_token, unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.text.splits import SPLITS
@@ -87,26 +87,19 @@ def test_an_energy_is_kept_within_nine_percent(amplitude, norm):
     assert decode(code).item() == pytest.approx(amplitude**2, rel=2 ** (1 / 8) - 1 + 1e-3)
 
 
-def test_energies_come_back_where_the_neurons_fired(tmp_path, write_store):
-    """Filler reads the down projections of a model; here its norms are put in by hand."""
+def test_energies_come_back_where_the_neurons_fired(tmp_path, forward_of):
     shards = random_shards(50)
-    shape = replace(MANIFEST, energy=True).shape
-    filler = Filler(None, replace(MANIFEST).shape)
-    filler._shape = shape
+    manifest = replace(MANIFEST, energy=True)
+    shape = manifest.shape
     norms = {layer: torch.rand(37) + 0.5 for layer in shape.layers}
-    filler._norms = norms
+    filler = Filler(shape, norms)
     keep = torch.ones(1, 50, dtype=torch.bool)
     keep[0, 7] = False
     units = [Unit(split, 0, [TokenBatch(split, torch.arange(50)[None], keep)]) for split in SPLITS]
     with Writer(shape, shape.nbytes(50), to_folder(tmp_path)) as writer:
         for unit in units:
-            filler.begin(unit, writer.image())
-            filler.batch(unit.batches[0])
-            for layer, (x, x1) in zip(shape.layers, shards, strict=True):
-                filler(layer, x, x1)
-            writer.submit(filler.end())
-    made = replace(MANIFEST, energy=True)
-    seal(tmp_path, made, [(unit.split, unit.tokens, unit.name) for unit in units])
+            record_unit(filler, writer, unit, forward_of(filler, shards))
+    seal(tmp_path, manifest, [unit.info for unit in units])
     store = ActivationStore(tmp_path)
     unit = units[0]
     for layer, (_, x1) in zip(shape.layers, shards, strict=True):
@@ -114,9 +107,7 @@ def test_energies_come_back_where_the_neurons_fired(tmp_path, write_store):
         got = torch.cat([store.energies("train", 0, layer, a, a + 10) for a in range(0, 49, 10)])
         assert torch.equal(got != 0, want != 0)
         torch.testing.assert_close(got, want, rtol=0.092, atol=0)
-        (codes,) = (
-            v for k, v in load_file(tmp_path / unit.name).items() if k == f"layer.{layer}.energy"
-        )
+        codes = load_file(tmp_path / unit.info.name)[f"layer.{layer}.energy"]
         assert codes.numel() == (want != 0).sum()
 
 
@@ -174,22 +165,19 @@ def test_an_input_that_does_not_fit_is_refused(tmp_path, write_store):
         write_store(tmp_path / "e", MANIFEST, {"train": [last]})
 
 
-def test_a_failing_disk_is_reported_once_and_names_no_shard(tmp_path):
-    def full(name: str, image: ShardBuffer) -> None:
+def test_a_failing_disk_is_reported_once_and_names_no_shard(tmp_path, forward_of):
+    def full(name: str, buffer: ShardBuffer) -> None:
         raise OSError(28, "No space left on device")
 
     shape = MANIFEST.shape
-    filler = Filler(None, shape)
+    filler = Filler(shape)
     batch = TokenBatch("train", torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool))
 
     def shards() -> None:
         with Writer(shape, shape.nbytes(4), full) as writer:
             for number in range(20):
-                filler.begin(Unit("train", number, [batch]), writer.image())
-                filler.batch(batch)
-                for layer, (x, x1) in zip(MANIFEST.layers, random_shards(4), strict=True):
-                    filler(layer, x, x1)
-                writer.submit(filler.end())
+                unit = Unit("train", number, [batch])
+                record_unit(filler, writer, unit, forward_of(filler, random_shards(4)))
 
     with pytest.raises(OSError, match="No space left"):
         shards()
@@ -243,7 +231,7 @@ def anonymous_mib() -> float:
 
 
 @pytest.mark.slow
-def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
+def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path, forward_of):
     """50,000 tokens, 15.3 GB: three images of one batch's size on the way in, one run on the way
     out. Page cache is the system's, so anonymous memory is what counts."""
     shape = Shape(layers=range(32), hidden_size=4096, ffn_width=11008, x_dtype="bfloat16")
@@ -251,18 +239,15 @@ def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
     x = torch.randn(batch_tokens, 4096).bfloat16()
     x1 = torch.randn(batch_tokens, 11008).bfloat16().relu()
     ids = torch.zeros(1, batch_tokens, dtype=torch.int64)
-    filler = Filler(None, shape)
+    filler = Filler(shape)
+    forward = forward_of(filler, [(x, x1)] * 32)
     before, peak = anonymous_mib(), 0.0
     shards = total // batch_tokens - 2
     places = [*(("train", number) for number in range(shards)), ("calibration", 0), ("held-out", 0)]
     units = [Unit(*at, [TokenBatch(at[0], ids, torch.ones_like(ids).bool())]) for at in places]
     with Writer(shape, shape.nbytes(batch_tokens), to_folder(tmp_path)) as writer:
         for unit in units:
-            filler.begin(unit, writer.image())
-            filler.batch(unit.batches[0])
-            for layer in shape.layers:
-                filler(layer, x, x1)
-            writer.submit(filler.end())
+            record_unit(filler, writer, unit, forward)
             peak = max(peak, anonymous_mib() - before)
     one_layer = 5 * batch_tokens * 11008 * 2 / 2**20
     assert peak < 3 * shape.nbytes(batch_tokens) / 2**20 + one_layer
@@ -276,7 +261,7 @@ def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
         ffn_width=11008,
         x_dtype="bfloat16",
     )
-    seal(tmp_path, made, [(unit.split, unit.tokens, unit.name) for unit in units])
+    seal(tmp_path, made, [unit.info for unit in units])
     store = ActivationStore(tmp_path)
     before, peak, seen = anonymous_mib(), 0.0, 0
     want = pack(x1 != 0)
@@ -293,8 +278,8 @@ def test_a_store_of_7b_shape_is_written_and_read_in_bounded_memory(tmp_path):
 
 def test_the_memory_sink_finishes_shards(tmp_path):
     shape = MANIFEST.shape
-    image = ShardBuffer(shape, shape.nbytes(4), pinned=False)
-    image.begin(4, split="train", number=0)
-    to_folder(tmp_path)("x", image)
-    assert b"".join(image.blocks()) == (tmp_path / "x").read_bytes()
-    assert to_memory("x", image) == image.nbytes == (tmp_path / "x").stat().st_size
+    buffer = ShardBuffer(shape, shape.nbytes(4), pinned=False)
+    buffer.begin(4, split="train", number=0)
+    to_folder(tmp_path)("x", buffer)
+    assert b"".join(buffer.blocks()) == (tmp_path / "x").read_bytes()
+    assert to_memory("x", buffer) == buffer.nbytes == (tmp_path / "x").stat().st_size

@@ -1,7 +1,8 @@
-"""The work of a collection as units that depend on corpus, tokenizer and options alone.
+"""Units of work: the token batches of one shard each.
 
-A unit is the batches of one shard. Whoever walks the plan meets the same units in the same order,
-so ranks share the work by counting units, and a resumed run leaves out those whose file exists.
+Units depend on corpus, tokenizer and options alone, so every rank and every resumed run sees the
+same units in the same order: ranks share them by number, and a resumed run skips those whose file
+exists.
 
 Shape letters: B batch, S sequence, T tokens.
 """
@@ -11,11 +12,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsecast.core.text.tokens import COUNTED, Sequence, TokenBatch, by_length
+
+
+class ShardInfo(NamedTuple):
+    """What a store's manifest says about one shard."""
+
+    split: str
+    tokens: int
+    name: str
+    """Its file in the store's folder."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +38,12 @@ class Unit:
     batches: list[TokenBatch]
 
     @property
-    def name(self) -> str:
-        return shard_name(self.split, self.number)
+    def info(self) -> ShardInfo:
+        return ShardInfo(self.split, self.tokens, shard_name(self.split, self.number))
 
     @property
     def stored(self) -> bool:
+        """Whether activations are stored, not only counted."""
         return self.split != COUNTED
 
     @cached_property
@@ -39,24 +51,25 @@ class Unit:
         return sum(batch.tokens for batch in self.batches)
 
     def ids(self) -> Tensor:
-        """(T,) int32."""
+        """(T,) int32 token ids."""
         return torch.cat([b.ids_BS[b.keep_BS] for b in self.batches]).to(torch.int32)
 
     def positions(self) -> Tensor:
-        """(T,) int32, place in the document."""
-        places = [torch.arange(b.ids_BS.shape[1]).expand_as(b.ids_BS) for b in self.batches]
-        kept = [place[b.keep_BS] for place, b in zip(places, self.batches, strict=True)]
+        """(T,) int32, position of each token in its document."""
+        grids = [torch.arange(b.ids_BS.shape[1]).expand_as(b.ids_BS) for b in self.batches]
+        kept = [grid[b.keep_BS] for grid, b in zip(grids, self.batches, strict=True)]
         return torch.cat(kept).to(torch.int32)
 
 
 @dataclass
 class Tally:
-    """What went into a plan so far, per split."""
+    """Documents read so far, per split."""
 
     documents: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
 
     def over(self, rows: Iterable[Sequence]) -> Iterator[Sequence]:
+        """Pass `rows` through and count them."""
         for row in rows:
             self.documents[row.split] = self.documents.get(row.split, 0) + 1
             self.truncated[row.split] = self.truncated.get(row.split, 0) + row.truncated
@@ -64,6 +77,7 @@ class Tally:
 
 
 def shard_name(split: str, number: int) -> str:
+    """The file name of a shard."""
     return f"{split}-{number:05d}.safetensors"
 
 
@@ -73,7 +87,7 @@ def units(
     """Group the batches of every split into shards.
 
     Args:
-        shard_tokens: A unit has at most this many tokens, or is a single batch.
+        shard_tokens: Most tokens of a unit; a larger batch makes a unit of its own.
     """
     open_: dict[str, list[TokenBatch]] = {}
     held: dict[str, int] = {}
