@@ -1,45 +1,69 @@
-"""What a collection will take, before its model is loaded."""
+"""Estimate the disk and memory that a collection takes, before its model is loaded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.resume import shards, unfinished
+from sparsecast.collect.output import finished_shards, partial_folder
 from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.writer import BUFFERS
 from sparsecast.core.disk import check_room, free, size
-from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
-from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.families import activation_rule
-from sparsecast.core.models.loading import ffn_shape, pick_device, pick_dtype
-from sparsecast.core.models.pretrained import empty_model
-from sparsecast.core.text.corpus_files import most_tokens
 from sparsecast.core.text.tokens import COUNTED
 
 ACTIVE = 0.15
-"""The share of neurons taken to fire, for the bytes of energies. All else is known."""
+"""Assumed share of active neurons, for the size of energies; all other sizes are exact."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a collection takes."""
+
+    store: int
+    """On the disk."""
+    model: int
+    buffers: int
+    """Host memory of the shard buffers."""
+
+
+def estimate(
+    outline: PreTrainedModel,
+    dtype: torch.dtype,
+    shape: Shape,
+    tokens: Mapping[str, int],
+    largest_shard: int,
+) -> Needs:
+    """What recording takes.
+
+    Args:
+        outline: The model on the meta device, see `empty_model`.
+        tokens: Tokens per split.
+        largest_shard: Tokens of the largest shard.
+    """
+    return Needs(
+        store=store_bytes(shape, tokens),
+        model=weight_bytes(outline, dtype),
+        buffers=BUFFERS * shape.nbytes(largest_shard),
+    )
 
 
 def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Size of a model's weights in `dtype`."""
     return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
 
 
-def store_bytes(shape: Shape, tokens: Mapping[str, int], full: int) -> int:
-    """Of a store with so many tokens per split: shards and statistics.
-
-    Args:
-        full: Tokens after which a shard is full.
-    """
+def store_bytes(shape: Shape, tokens: Mapping[str, int]) -> int:
+    """Size of a store with these tokens per split: shards and statistics."""
     layers, width = len(shape.layers), shape.ffn_width
     total = 0
     for split, count in tokens.items():
-        fired = math.ceil(count / full) * 4 * layers * width
+        fired = math.ceil(count / shape.shard_tokens) * 4 * layers * width
         each = (8 + 4 * layers) if split == COUNTED else shape.token_bytes
         if shape.energy and split != COUNTED:
             each += round(ACTIVE * layers * width)
@@ -47,56 +71,16 @@ def store_bytes(shape: Shape, tokens: Mapping[str, int], full: int) -> int:
     return total
 
 
-def look(
-    cfg: CollectConfig,
-    checkpoint: Checkpoint,
-    wanted: Mapping[str, int],
-    limit: Callable[[CollectConfig, Shape], tuple[int, int]],
-) -> int:
-    """Bytes of the store; refuses what can be seen without the weights, tells what a run takes.
+def check_needs(out: Path, needs: Needs) -> None:
+    """Log what a collection takes.
 
-    Args:
-        wanted: Tokens per split; no more are counted than the corpus can have.
-        limit: Tokens of a full shard and of the largest.
+    Raises:
+        InputError: The disk cannot hold what is not there yet.
     """
-    activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
-    dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, pick_device(cfg.device))
-    checkpoint.check()
-    model = empty_model(checkpoint.config)
-    n_layers, hidden_size, ffn_width = ffn_shape(model)
-    shape = Shape(
-        layers=layers_of(cfg, n_layers),
-        hidden_size=hidden_size,
-        ffn_width=ffn_width,
-        x_dtype=x_dtype_of(cfg, dtype),
-        energy=cfg.energy,
-    )
-    full, largest = limit(cfg, shape)
-    most = most_tokens(cfg.corpus)
-    there = {split: count if most is None else min(count, most) for split, count in wanted.items()}
-    need = store_bytes(shape, there, full)
-    kept = sum(path.stat().st_size for path in shards(unfinished(cfg.out)))
-    weights, host = weight_bytes(model, dtype), BUFFERS * shape.nbytes(largest)
+    kept = sum(path.stat().st_size for path in finished_shards(partial_folder(out)))
     log.info(
-        f"{cfg.out}: takes about {size(need)} of disk, {size(free(cfg.out))} are free there; of "
-        f"memory {size(weights)} for the model and {size(host)} for shards"
+        f"{out}: takes about {size(needs.store)} of disk, {size(free(out))} are free there; of "
+        f"memory {size(needs.model)} for the model and {size(needs.buffers)} for shards"
     )
-    check_room(cfg.out, need - kept, "the store", ", fewer --tokens, fewer --layers or int8 inputs")
-    return need
-
-
-def layers_of(cfg: CollectConfig, n_layers: int) -> list[int]:
-    """The layers to record of a model's `n_layers`."""
-    layers = list(range(n_layers)) if cfg.layers is None else cfg.layers
-    if out := [i for i in layers if not 0 <= i < n_layers]:
-        raise InputError(f"--layers: the model has layers 0 to {n_layers - 1}, got {out}")
-    if not layers:
-        raise InputError(f"--layers: got none, expected some of 0 to {n_layers - 1}")
-    return layers
-
-
-def x_dtype_of(cfg: CollectConfig, dtype: torch.dtype) -> str:
-    """How inputs are stored of a model that computes in `dtype`."""
-    if cfg.input_dtype != "auto":
-        return cfg.input_dtype
-    return "bfloat16" if dtype == torch.bfloat16 else "float16"
+    instead = ", fewer --tokens, fewer --layers or int8 inputs"
+    check_room(out, needs.store - kept, "the store", instead)

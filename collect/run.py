@@ -1,19 +1,16 @@
-"""The stage: a model and a corpus to an activation store.
+"""`sparsecast collect`: run a model over a corpus and record an activation store.
 
-The folder grows under a hidden name beside its own, with a manifest that says what it will be.
-Shards appear in it one by one, each whole; a run that finds some leaves them out. The last act
-counts up, completes the manifest and gives the folder its name.
+The store grows in a hidden folder beside its final one, with a manifest of the model and options
+but no counts. Each shard appears there whole, and a later run skips the shards that it finds. At
+the end the manifest is completed and the folder gets its final name.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,200 +20,84 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.estimate import layers_of, look, x_dtype_of
-from sparsecast.collect.resume import begin, differences, locked, shards, target, unfinished
-from sparsecast.collect.store.filler import Filler, down_norms
-from sparsecast.collect.store.firing import Silent, check_firing
-from sparsecast.collect.store.shard import SHARD_BYTES, Shape
-from sparsecast.collect.store.shard_reader import ShardFile
-from sparsecast.collect.store.store import (
-    ActivationStore,
-    Manifest,
-    read_manifest,
-    seal,
-)
-from sparsecast.collect.store.units import ShardInfo, Tally, Unit, units
-from sparsecast.collect.store.writer import Writer, record_unit, to_folder
-from sparsecast.core.disk import full_disk, no_room, told_when_full
+from sparsecast.collect.estimate import check_needs, estimate
+from sparsecast.collect.output import begin_or_resume, locked, manifest_differences, output_folder
+from sparsecast.collect.plan import CollectionPlan
+from sparsecast.collect.recording import complete, keeping_shards, record
+from sparsecast.collect.store.shard import Shape
+from sparsecast.collect.store.store import ActivationStore, Manifest
+from sparsecast.core.disk import told_when_full
 from sparsecast.core.distributed import DistributedContext, team
 from sparsecast.core.errors import InputError
-from sparsecast.core.interrupts import Stop, same_kind, stoppable
+from sparsecast.core.interrupts import stoppable
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint, effective
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.core.models.loading import check_length, embedding_rows, ffn_shape, load_model
-from sparsecast.core.models.recorder import Recorder
-from sparsecast.core.prefetch import prefetch
-from sparsecast.core.progress import Bar, bar
-from sparsecast.core.text.corpus import Document, begun, documents
-from sparsecast.core.text.corpus_files import is_stream
+from sparsecast.core.models.loading import (
+    check_length,
+    ffn_shape,
+    load_model,
+    pick_device,
+    pick_dtype,
+)
+from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.text.corpus import begun, documents
+from sparsecast.core.text.corpus_files import is_stream, most_tokens
 from sparsecast.core.text.splits import SPLITS, assign
-from sparsecast.core.text.tokens import TokenBatch, quotas, sequences
+from sparsecast.core.text.tokens import quotas
 from sparsecast.core.tokenizers.loading import load_tokenizer
 
 
 def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> ActivationStore:
     """Record `cfg.tokens` tokens; a finished store made with the same options is kept.
 
-    Killed at any moment and run again on the machine, it ends with the bytes that an uninterrupted
-    run would have written. Under torchrun the ranks share the work, and the store is that of one
-    rank: the same tokens in the same shards, and the same bytes at the same number of CPU threads,
-    which torchrun sets to 1.
+    A run that was killed at any moment continues when it is started again on the same machine, and
+    ends with the bytes of an uninterrupted run. Under torchrun the ranks share the work and write
+    the store that one rank would: the same tokens in the same shards, and the same bytes if it
+    has as many CPU threads (torchrun sets 1).
 
     Args:
         shares: Tokens per split, instead of 90/5/5 of `cfg.tokens`.
 
-    Memory beyond the model, whatever `cfg.tokens`: one layer's activations of a batch on the
-    device; on the host 3 shards, each the larger of 128 MiB and what one batch records
-    (`cfg.batch_size * cfg.seq_len` tokens of `Shape.token_bytes`, plus energies), the token ids
-    of a few shards, and the head of the corpus that `assign` holds.
+    Memory beyond the model, whatever `cfg.tokens`: on the device, one layer's activations of a
+    batch; on the host, 3 shards, the token ids of a few shards, and the head of the corpus that
+    `assign` holds. A shard has 128 MiB, or the size of one batch if that is larger:
+    `cfg.batch_size * cfg.seq_len` tokens of `Shape.token_bytes`, plus energies.
 
     Raises:
         InputError: See `load_model`, `documents` and `assign`; a layer out of range; a store
             under `cfg.out`, finished or not, that was made with other options; an input that
             does not fit its dtype.
-        KeyboardInterrupt: After the batch in hand, at Ctrl-C or SIGTERM.
+        KeyboardInterrupt: After the current batch, at Ctrl-C or SIGTERM.
     """
     with team() as ranks, stoppable() as stop, ExitStack() as held:
         with ranks.together():
-            cfg = _on_its_device(replace(cfg, out=target(cfg.out)), ranks)
+            cfg = replace(cfg, out=output_folder(cfg.out), device=_device(cfg, ranks))
             checkpoint = Checkpoint(cfg.model)
             if (cfg.out / MANIFEST).is_file():
                 return _finished(cfg, checkpoint)
-            wanted = shares or quotas(cfg.tokens, cfg.count_tokens)
-            need = look(cfg, checkpoint, wanted, token_limit)
-            docs = begun(cfg.corpus, assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
-            model, tokenizer = load_model(
-                cfg.model,
-                device=cfg.device,
-                dtype=cfg.dtype,
-                activation_threshold=cfg.activation_threshold,
-                device_map=cfg.device_map,
-            )
-            manifest = _describe(cfg, checkpoint, model, tokenizer)
+            plan = _plan(cfg, checkpoint, shares, ranks)
             if ranks.leads:
-                held.enter_context(locked(cfg.out))
-                begin(cfg.out, manifest)
-        part = unfinished(cfg.out)
-        manifest = replace(manifest, threads=read_manifest(part).threads)
-        with _saying_what_is_kept(cfg, need, ranks, stop), _threads(manifest.threads):
-            plan = _record(cfg, model, tokenizer, docs, wanted, manifest.shape, part, ranks, stop)
+                held.enter_context(locked(plan.out))
+                begin_or_resume(plan.out, plan.manifest)
+        plan = plan.with_first_threads()
+        with keeping_shards(plan, stop):
+            shards, tally = record(plan, stop)
         ranks.wait()
         if ranks.leads:
-            all_of_them = "every shard is kept: make room, and the same command goes on from there"
-            with told_when_full(cfg.out, need, "the store", lambda: all_of_them):
-                manifest = _complete(cfg, part, manifest, *plan)
-            _summary(manifest, cfg)
+            kept = "every shard is kept: make room, and the same command goes on from there"
+            with told_when_full(plan.out, plan.store_bytes, "the store", lambda: kept):
+                manifest = complete(plan, shards, tally)
+            _summarize(manifest, plan.out)
         ranks.wait()
-    return ActivationStore(cfg.out)
+    return ActivationStore(plan.out)
 
 
-@contextmanager
-def _saying_what_is_kept(
-    cfg: CollectConfig, need: int, ranks: DistributedContext, stop: Stop
-) -> Iterator[None]:
-    """Where recording ends early: clear up what is of no use, and say what is kept."""
-    part = unfinished(cfg.out)
-    fresh = not shards(part)
-    try:
-        yield
-    except BaseException as error:
-        kept = len(shards(part))
-        if ranks.leads and (not kept or (fresh and isinstance(error, Silent))):
-            shutil.rmtree(part, ignore_errors=True)
-        told = _told(error, cfg, need, kept, stop.terminated and ranks.size > 1)
-        if told is error:
-            raise
-        raise told from None if isinstance(error, KeyboardInterrupt) else error
-
-
-def _told(
-    error: BaseException, cfg: CollectConfig, need: int, kept: int, torn: bool
-) -> BaseException:
-    """What to raise where recording ended with `kept` finished shards; `torn`: by another rank."""
-    left = (
-        f"{kept} finished shards are kept, the same command goes on from there"
-        if kept
-        else "no shard was finished yet, nothing is left behind"
-    )
-    if no_room(error) is not None:
-        return full_disk(error, cfg.out, need, "the store", left)
-    if isinstance(error, OSError):
-        return OSError(f"{error.filename or cfg.out}: {error.strerror or error}; {left}")
-    if not isinstance(error, KeyboardInterrupt):
-        return error
-    how = (
-        "stopped by SIGTERM, as torchrun does when a rank fails: what that one says comes first"
-        if torn
-        else "interrupted"
-    )
-    return same_kind(error, f"{cfg.out}: {how}; {left}")
-
-
-def token_limit(cfg: CollectConfig, shape: Shape) -> tuple[int, int]:
-    """(tokens after which a shard is full, tokens of the largest one that may occur)."""
-    full = max(1, SHARD_BYTES // shape.token_bytes)
-    batch = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
-    return full, max(full, batch)
-
-
-def _record(
-    cfg: CollectConfig,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    docs: Iterable[tuple[str, Document]],
-    wanted: Mapping[str, int],
-    shape: Shape,
-    part: Path,
-    ranks: DistributedContext,
-    stop: Stop,
-) -> tuple[list[ShardInfo], Tally]:
-    """Write this rank's share of the shards; all shards, and the documents in them."""
-    full, largest = token_limit(cfg, shape)
-    tally = Tally()
-    rows = sequences(
-        stop.until(docs), tokenizer, wanted, cfg.seq_len, vocabulary=embedding_rows(model)
-    )
-    plan = units(
-        tally.over(rows), seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=full
-    )
-    on_gpu = any(weight.is_cuda for weight in model.parameters())
-    filler = Filler(shape, down_norms(model, shape))
-    forward = partial(_forward, model, stop)
-    planned = []
-    with (
-        Writer(shape, shape.nbytes(largest), to_folder(part), pinned=on_gpu) as writer,
-        bar("collect", sum(wanted.values()), visible=ranks.leads) as progress,
-        torch.inference_mode(),
-        Recorder(model, filler, filler.layers),
-    ):
-        for number, unit in enumerate(prefetch(plan, waiting=stop.check)):
-            planned.append(unit.info)
-            stop.check()
-            if number % ranks.size != ranks.rank or _kept(unit, part / unit.info.name, cfg, shape):
-                progress.advance(unit.tokens)
-            else:
-                record_unit(filler, writer, unit, partial(forward, progress))
-        stop.check()
-    return planned, tally
-
-
-def _forward(model: PreTrainedModel, stop: Stop, progress: Bar, batch: TokenBatch) -> None:
-    stop.check()
-    # Right padding: causal attention needs no mask to keep it out of real tokens.
-    model.base_model(batch.to(input_device(model)).ids_BS, use_cache=False)
-    progress.advance(batch.tokens)
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go, also in a model that is spread over devices."""
-    return next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
-
-
-def _on_its_device(cfg: CollectConfig, ranks: DistributedContext) -> CollectConfig:
+def _device(cfg: CollectConfig, ranks: DistributedContext) -> str:
+    """This rank's device."""
     if ranks.size == 1:
-        return cfg
+        return cfg.device
     if is_stream(cfg.corpus):
         raise InputError(
             f"--corpus {cfg.corpus}: {ranks.size} ranks cannot share one stream; save it to a file"
@@ -226,46 +107,117 @@ def _on_its_device(cfg: CollectConfig, ranks: DistributedContext) -> CollectConf
             f"--device-map {cfg.device_map}: spreads one copy of the model over every device, but "
             f"{ranks.size} ranks want a copy each; use it without torchrun"
         )
-    return replace(cfg, device=ranks.device(cfg.device))
+    return ranks.device(cfg.device)
 
 
-def _describe(
-    cfg: CollectConfig, checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: Tokenizer
-) -> Manifest:
-    """The manifest before any token is recorded."""
-    n_layers, hidden_size, ffn_width = ffn_shape(model)
+def _plan(
+    cfg: CollectConfig,
+    checkpoint: Checkpoint,
+    shares: Mapping[str, int] | None,
+    ranks: DistributedContext,
+) -> CollectionPlan:
+    """Resolve every option; all that needs no weights is checked before they are loaded."""
+    wanted = shares or quotas(cfg.tokens, cfg.count_tokens)
+    activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
+    dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, pick_device(cfg.device))
+    checkpoint.check()
+    outline = empty_model(checkpoint.config)
+    shape = _shape(cfg, outline, dtype)
+    batch_tokens = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
+    largest_shard = max(shape.shard_tokens, batch_tokens)
+    most = most_tokens(cfg.corpus)
+    there = {split: count if most is None else min(count, most) for split, count in wanted.items()}
+    needs = estimate(outline, dtype, shape, there, largest_shard)
+    check_needs(cfg.out, needs)
+    docs = begun(cfg.corpus, assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
+    model, tokenizer = load_model(
+        cfg.model,
+        device=cfg.device,
+        dtype=cfg.dtype,
+        activation_threshold=cfg.activation_threshold,
+        device_map=cfg.device_map,
+    )
     check_length(cfg.seq_len, model, cfg.model)
-    family = family_of(checkpoint.config, cfg.model)
-    rule = activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
-    return Manifest(
-        model=cfg.model,
-        fingerprint=checkpoint.fingerprint,
-        model_type=checkpoint.config.model_type,
-        config=effective(checkpoint.config),
-        threads=torch.get_num_threads(),
-        dtype=str(model.dtype).removeprefix("torch."),
-        tokenizer=_name_of(tokenizer),
-        convention=family.convention,
-        activation=rule.name,
-        activation_threshold=rule.threshold,
-        corpus=cfg.corpus,
-        options=_options(cfg),
-        layers=layers_of(cfg, n_layers),
+    return CollectionPlan(
+        model=model,
+        tokenizer=tokenizer,
+        documents=docs,
+        quotas=wanted,
+        seq_len=cfg.seq_len,
+        batch_size=cfg.batch_size,
+        largest_shard=largest_shard,
+        manifest=_manifest(cfg, checkpoint, model, tokenizer, shape),
+        out=cfg.out,
+        store_bytes=needs.store,
+        ranks=ranks,
+    )
+
+
+def _shape(cfg: CollectConfig, outline: PreTrainedModel, dtype: torch.dtype) -> Shape:
+    """The store's shape for a model that computes in `dtype`."""
+    n_layers, hidden_size, ffn_width = ffn_shape(outline)
+    layers = list(range(n_layers)) if cfg.layers is None else cfg.layers
+    if out_of_range := [i for i in layers if not 0 <= i < n_layers]:
+        raise InputError(f"--layers: the model has layers 0 to {n_layers - 1}, got {out_of_range}")
+    if not layers:
+        raise InputError(f"--layers: got none, expected some of 0 to {n_layers - 1}")
+    x_dtype: str = cfg.input_dtype
+    if x_dtype == "auto":
+        x_dtype = "bfloat16" if dtype == torch.bfloat16 else "float16"
+    return Shape(
+        layers=layers,
         hidden_size=hidden_size,
         ffn_width=ffn_width,
-        ffn_matrices=family.matrices,
-        x_dtype=x_dtype_of(cfg, model.dtype),
+        x_dtype=x_dtype,
         energy=cfg.energy,
     )
 
 
-def _options(cfg: CollectConfig) -> dict[str, Any]:
-    """What a resumed run must share; where it runs is free to change."""
-    free = ("out", "model", "corpus", "device", "device_map")
-    return {name: value for name, value in asdict(cfg).items() if name not in free}
+def _manifest(
+    cfg: CollectConfig,
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    shape: Shape,
+) -> Manifest:
+    """The manifest before any token is recorded."""
+    family = family_of(checkpoint.config, cfg.model)
+    return Manifest(
+        **_identity(cfg, checkpoint, tokenizer),
+        model=cfg.model,
+        model_type=checkpoint.config.model_type,
+        threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        convention=family.convention,
+        layers=list(shape.layers),
+        hidden_size=shape.hidden_size,
+        ffn_width=shape.ffn_width,
+        ffn_matrices=family.matrices,
+        x_dtype=shape.x_dtype,
+        energy=shape.energy,
+    )
 
 
-def _name_of(tokenizer: Tokenizer) -> str:
+def _identity(cfg: CollectConfig, checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of a manifest that follow from files and options, without loading the model.
+
+    A run that resumes or repeats another must have the same.
+    """
+    rule = activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
+    may_change = ("out", "model", "corpus", "device", "device_map")
+    return {
+        "fingerprint": checkpoint.fingerprint,
+        "config": effective(checkpoint.config),
+        "tokenizer": _tokenizer_id(tokenizer),
+        "corpus": cfg.corpus,
+        "options": {name: v for name, v in asdict(cfg).items() if name not in may_change},
+        "activation": rule.name,
+        "activation_threshold": rule.threshold,
+    }
+
+
+def _tokenizer_id(tokenizer: Tokenizer) -> str:
+    """Class, vocabulary size, and a checksum of all that decides the ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = (
         backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
@@ -276,99 +228,30 @@ def _name_of(tokenizer: Tokenizer) -> str:
     return f"{type(tokenizer).__name__} {len(tokenizer)} {checksum}"
 
 
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """CPU threads for a block: sums in another number of parts round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _kept(unit: Unit, path: Path, cfg: CollectConfig, shape: Shape) -> bool:
-    """Whether an earlier run has left this shard, whole and with the tokens wanted there."""
-    if not path.is_file():
-        return False
-    try:
-        tensors = ShardFile(path)
-        tensors.check()
-        tokens = len(tensors.get("id", ()))
-        if what := shape.misfit(tensors.header.fields, tokens, stored=unit.stored):
-            raise InputError(f"{path}: damaged header, {what}")
-    except InputError as error:
-        log.warning(f"{error}; recorded again")
-        return False
-    if not torch.equal(tensors["id"], unit.ids()):
-        raise InputError(
-            f"{path}: holds other tokens than {cfg.corpus} has there now; the corpus has changed "
-            f"since the collection began: restore it, or remove {path.parent} to begin again"
-        )
-    return True
-
-
-def _complete(
-    cfg: CollectConfig,
-    part: Path,
-    manifest: Manifest,
-    planned: list[ShardInfo],
-    tally: Tally,
-) -> Manifest:
-    """Count up, complete the manifest and give the folder its name."""
-    if short := [name for name in SPLITS if not any(shard.split == name for shard in planned)]:
-        shutil.rmtree(part)
-        raise InputError(
-            f"{cfg.corpus}: no token for {' and '.join(short)}; give more text, in more files"
-        )
-    names = {shard.name for shard in planned}
-    for leftover in shards(part):
-        if leftover.name not in names:
-            leftover.unlink()
-    done = seal(
-        part, replace(manifest, documents=tally.documents, truncated=tally.truncated), planned
-    )
-    try:
-        check_firing(ActivationStore(part).stats(), done.layers, cfg.model)
-    except Silent:
-        shutil.rmtree(part)
-        raise
-    if cfg.out.is_dir():
-        cfg.out.rmdir()
-    os.replace(part, cfg.out)
-    return done
-
-
 def _finished(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
+    """The finished store in `cfg.out`, if `cfg` would make the same."""
     store = ActivationStore(cfg.out)
-    made = store.manifest
-    rule = activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
-    asked = replace(
-        made,
-        fingerprint=checkpoint.fingerprint,
-        config=effective(checkpoint.config),
-        tokenizer=_name_of(load_tokenizer(checkpoint)),
-        corpus=cfg.corpus,
-        options=_options(cfg),
-        activation=rule.name,
-        activation_threshold=rule.threshold,
-    )
-    if changed := differences(made, asked):
+    manifest = store.manifest
+    now = replace(manifest, **_identity(cfg, checkpoint, load_tokenizer(checkpoint)))
+    if changed := manifest_differences(manifest, now):
         raise InputError(
             f"{cfg.out}: holds a finished store made differently ({'; '.join(changed)}); choose "
             "another --out or remove the folder"
         )
-    log.info(
-        f"{cfg.out}: already collected, {made.tokens():,} tokens; the corpus was not read again"
-    )
+    tokens = manifest.tokens()
+    log.info(f"{cfg.out}: already collected, {tokens:,} tokens; the corpus was not read again")
     return store
 
 
-def _summary(manifest: Manifest, cfg: CollectConfig) -> None:
+def _summarize(manifest: Manifest, out: Path) -> None:
+    """Log the tokens of a finished store, and documents or tokens that fell short."""
     parts = ", ".join(f"{name} {manifest.tokens(name):,}" for name in SPLITS)
-    log.info(f"{cfg.out}: {manifest.tokens():,} tokens ({parts}), {len(manifest.layers)} layers")
-    cut, whole = sum(manifest.truncated.values()), sum(manifest.documents.values())
-    if cut:
-        log.info(f"{cut:,} of {whole:,} documents were cut at {cfg.seq_len} tokens")
-    if manifest.tokens() < cfg.tokens:
-        log.warning(f"the corpus ran out before {cfg.tokens:,} tokens")
+    log.info(f"{out}: {manifest.tokens():,} tokens ({parts}), {len(manifest.layers)} layers")
+    truncated, total = sum(manifest.truncated.values()), sum(manifest.documents.values())
+    options = manifest.options
+    if truncated:
+        log.info(
+            f"{truncated:,} of {total:,} documents were truncated to {options['seq_len']} tokens"
+        )
+    if manifest.tokens() < options["tokens"]:
+        log.warning(f"the corpus ran out before {options['tokens']:,} tokens")

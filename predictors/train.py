@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from sparsecast.collect.resume import locked, target
+from sparsecast.collect.output import locked, output_folder
 from sparsecast.collect.store.firing import check_firing
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.disk import told_when_full
@@ -69,7 +69,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
     """
     with team() as processes, ExitStack() as held:
         with processes.together():
-            cfg = replace(cfg, out=target(cfg.out), device=processes.device(cfg.device))
+            cfg = replace(cfg, out=output_folder(cfg.out), device=processes.device(cfg.device))
             device = pick_device(cfg.device)
             store = None if cfg.activations is None else _every_layer(cfg.activations)
             if (cfg.out / MANIFEST).is_file():

@@ -36,7 +36,7 @@ from sparsecast.cli.bench.collect_runs import (
     timed,
     write_rate,
 )
-from sparsecast.collect.store.shard import SHARD_BYTES, Shape, ShardBuffer
+from sparsecast.collect.store.shard import Shape, ShardBuffer
 from sparsecast.collect.store.units import Unit, units
 from sparsecast.collect.store.writer import Writer, to_folder, to_memory
 from sparsecast.core.errors import InputError
@@ -136,8 +136,9 @@ def bench(cfg: BenchConfig) -> dict[str, Any]:
         x_dtype=x_dtype,
         energy=cfg.energy,
     )
-    full = max(1, SHARD_BYTES // shape.token_bytes)
-    plan = list(units(rows, seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=full))
+    plan = list(
+        units(rows, seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=shape.shard_tokens)
+    )
     if not plan:
         raise InputError(f"{cfg.corpus or 'builtin'}: no text to time on")
     capacity = shape.nbytes(max(unit.tokens for unit in plan))

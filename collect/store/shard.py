@@ -32,6 +32,7 @@ import xxhash
 from torch import Tensor
 
 SHARD_BYTES = 128 * 2**20
+"""Size of a full shard."""
 INPUT_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -75,6 +76,11 @@ class Shape:
     def token_bytes(self) -> int:
         """Bytes per token over all layers, without energies."""
         return sum(f.nbytes for f in self.fields(1)) - sum(f.nbytes for f in self._fired())
+
+    @property
+    def shard_tokens(self) -> int:
+        """Tokens after which a shard is full."""
+        return max(1, SHARD_BYTES // self.token_bytes)
 
     @property
     def bound(self) -> float:

@@ -214,6 +214,11 @@ def ffn_shape(model: PreTrainedModel) -> tuple[int, int, int]:
     return len(layers), up.in_features, up.out_features
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device that takes token ids, also if the model is spread over several."""
+    return next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
+
+
 def embedding_rows(model: PreTrainedModel) -> int:
     """Token ids that the model has an embedding for, from 0."""
     embedding: Any = model.get_input_embeddings()

@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.run import collect, input_device
+from sparsecast.collect.run import collect
 from sparsecast.collect.store.shard import INPUT_DTYPES
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.bitmask import pack, unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.interrupts import same_kind
 from sparsecast.core.messages import log
-from sparsecast.core.models.loading import embedding_rows, load_model
+from sparsecast.core.models.loading import embedding_rows, input_device, load_model
 from sparsecast.core.models.recorder import Recorder
 from sparsecast.core.progress import bar
 from sparsecast.core.text.corpus import documents

@@ -12,7 +12,7 @@ import torch
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.estimate import store_bytes, weight_bytes
 from sparsecast.collect.run import collect
-from sparsecast.collect.store.shard import SHARD_BYTES, Shape
+from sparsecast.collect.store.shard import Shape
 from sparsecast.core import disk
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -52,9 +52,7 @@ def test_the_estimate_is_within_a_tenth(asked, capfd, options):
 
 def test_the_default_of_a_7b_takes_what_the_documentation_says():
     shape = Shape(layers=range(32), hidden_size=4096, ffn_width=11008, x_dtype="float16")
-    assert store_bytes(shape, quotas(400_000), SHARD_BYTES // shape.token_bytes) == pytest.approx(
-        123e9, rel=0.02
-    )
+    assert store_bytes(shape, quotas(400_000)) == pytest.approx(123e9, rel=0.02)
 
 
 def test_the_outline_is_the_model_without_its_weights(model_folder):
@@ -126,7 +124,7 @@ def test_a_full_disk_is_told_with_what_is_kept(asked, monkeypatch, kept):
 
         return write
 
-    monkeypatch.setattr("sparsecast.collect.run.to_folder", to_folder)
+    monkeypatch.setattr("sparsecast.collect.recording.to_folder", to_folder)
     with pytest.raises(OSError, match=r"-00000\.safetensors: No space left on device") as failed:
         collect(asked)
     said = str(failed.value)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.collect import run as run_module
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.collect.store.filler import Filler
@@ -65,12 +64,12 @@ def test_a_long_collection_in_which_nothing_fires_ends_early(cfg, tmp_path, monk
     begun = []
     begin = Filler.begin
 
-    def counted(self, unit, image):
+    def counted(self, unit, buffer):
         begun.append(unit.tokens)
-        begin(self, unit, image)
+        begin(self, unit, buffer)
 
     monkeypatch.setattr(Filler, "begin", counted)
-    monkeypatch.setattr(run_module, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr("sparsecast.collect.store.shard.SHARD_BYTES", 400_000)
     with pytest.raises(InputError, match=r"the model: nothing fires in any layer on [12],\d{3} to"):
         collect(replace(cfg, tokens=16_000))
     assert sum(begun) < 6_000

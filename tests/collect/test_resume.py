@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sparsecast.collect import run as run_module
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.collect.store.store import ActivationStore, read_manifest
@@ -25,8 +24,8 @@ from sparsecast.core.manifests import write_sealed
 from sparsecast.core.text.splits import SPLITS
 
 SMALL_SHARDS = """
-from sparsecast.collect import run
-run.SHARD_BYTES = 400_000
+from sparsecast.collect.store import shard
+shard.SHARD_BYTES = 400_000
 """
 """So small that there are about forty."""
 
@@ -201,14 +200,14 @@ def test_ctrl_c_ends_after_the_batch_and_keeps_what_is_finished(cfg, start, unin
 def unfinished(cfg, monkeypatch) -> CollectConfig:
     """A collection that died after ten of about 17 shards, in this process."""
     cfg = replace(cfg, tokens=8_000)
-    monkeypatch.setattr(run_module, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr("sparsecast.collect.store.shard.SHARD_BYTES", 400_000)
     submit, seen = Writer.submit, []
 
-    def die_at_ten(self, filling):
-        seen.append(filling)
+    def die_at_ten(self, shard):
+        seen.append(shard)
         if len(seen) > 10:
             raise OSError(28, "No space left on device")
-        submit(self, filling)
+        submit(self, shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "submit", die_at_ten)
@@ -296,7 +295,7 @@ def test_a_finished_store_that_only_lacks_its_name_is_completed(cfg, tmp_path, m
         replace_file(source, to)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.os, "replace", die)
+        patch.setattr("sparsecast.collect.recording.os.replace", die)
         with pytest.raises(OSError, match="killed"):
             collect(cfg)
     other = collect(replace(cfg, out=tmp_path / "other"))
@@ -324,7 +323,7 @@ def test_documents_keep_their_split_in_every_store_that_holds_them(cfg, tmp_path
 
 
 def test_a_full_disk_is_named_with_what_is_kept(cfg, monkeypatch):
-    monkeypatch.setattr(run_module, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr("sparsecast.collect.store.shard.SHARD_BYTES", 400_000)
     written = []
 
     def full(number: int) -> None:

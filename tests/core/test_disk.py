@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sparsecast.collect.resume import target
+from sparsecast.collect.output import output_folder
 from sparsecast.core.disk import check_room, free, no_room, size, told_when_full
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_new, refuse_unwritable, write_json
@@ -89,7 +89,7 @@ def test_a_full_disk_is_told_with_what_it_takes(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
 
-CHECKS = [target, check_new]
+CHECKS = [output_folder, check_new]
 
 
 @pytest.mark.parametrize("check", CHECKS)

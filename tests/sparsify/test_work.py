@@ -12,7 +12,7 @@ from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 import pytest
 import torch
 
-from sparsecast.collect.resume import locked
+from sparsecast.collect.output import locked
 from sparsecast.core import disk, torch_files
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model

@@ -167,7 +167,7 @@ def test_an_interrupt_before_training_leaves_nothing(cfg, tmp_path, monkeypatch)
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsecast.collect.run._forward", interrupt)
+    monkeypatch.setattr("sparsecast.collect.recording._forward", interrupt)
     with pytest.raises(KeyboardInterrupt, match="before training began, nothing is left behind"):
         train(cfg)
     assert list(tmp_path.iterdir()) == []

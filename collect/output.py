@@ -1,0 +1,119 @@
+"""The output folder of a run: check it, lock it, begin it or resume an interrupted run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparsecast.collect.store.store import Manifest, read_manifest
+from sparsecast.core import lock
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_place
+from sparsecast.core.manifests import MANIFEST, write_sealed
+from sparsecast.core.messages import log
+
+
+def output_folder(out: Path) -> Path:
+    """The folder that `out` names, links followed; it may hold a finished run.
+
+    Raises:
+        InputError: It is not a folder, cannot be written, or holds files of no finished run.
+    """
+    follow = os.path.islink(out) or out.name in ("", "..")
+    path = Path(os.path.realpath(out)) if follow else out
+    if os.path.isfile(path / MANIFEST):
+        return path
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise InputError(f"{out}: is not a folder, expected one to write; choose another --out")
+    check_place(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(
+            f"{out}: exists and holds other files, expected a new or empty folder; choose "
+            "another --out or remove it"
+        )
+    return path
+
+
+def partial_folder(out: Path) -> Path:
+    """The hidden folder beside `out` that holds the shards until the collection is complete."""
+    return out.with_name(f".{out.name}.part")
+
+
+@contextmanager
+def locked(out: Path, work: str = "collection") -> Iterator[None]:
+    """Hold the lock of an output folder.
+
+    Args:
+        work: Kind of run, for messages.
+
+    Raises:
+        InputError: Another run holds the lock, or has just finished the folder.
+    """
+    with lock.locked(out, work):
+        if (out / MANIFEST).is_file():
+            raise InputError(
+                f"{out}: another {work} has just finished it; run the command again to use it"
+            )
+        yield
+
+
+def begin_or_resume(out: Path, manifest: Manifest) -> None:
+    """Make the partial folder, or accept the one of an interrupted run with the same options.
+
+    Raises:
+        InputError: The interrupted run had other options, or the folder cannot be written.
+    """
+    partial = partial_folder(out)
+    finished = finished_shards(partial)
+    if finished and (partial / MANIFEST).is_file():
+        if changed := manifest_differences(read_manifest(partial), manifest):
+            raise InputError(
+                f"{partial}: holds an unfinished collection made differently "
+                f"({'; '.join(changed)}); repeat the options it was started with, or remove that "
+                "folder"
+            )
+        for leftover in partial.glob("*.part"):
+            leftover.unlink()
+        log.info(f"resuming: {len(finished)} finished shards are kept")
+        return
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_sealed(partial, manifest)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from error
+
+
+def finished_shards(folder: Path) -> list[Path]:
+    """The finished shards in a folder."""
+    return sorted(folder.glob("*-*.safetensors"))
+
+
+def manifest_differences(earlier: Manifest, now: Manifest) -> list[str]:
+    """How two manifests differ in all but counts, in words."""
+    changed = []
+    if earlier.fingerprint != now.fingerprint:
+        changed.append("the model's weights differ")
+    for name in sorted({*earlier.config, *now.config}):
+        was, is_now = earlier.config.get(name), now.config.get(name)
+        if was != is_now:
+            changed.append(f"the model's {name} was {was!r}, now {is_now!r}")
+    pairs = {
+        "corpus": (earlier.corpus, now.corpus),
+        "tokenizer": (earlier.tokenizer, now.tokenizer),
+        "the model's dtype": (earlier.dtype, now.dtype),
+        "input dtype": (earlier.x_dtype, now.x_dtype),
+        "activation threshold": (earlier.activation_threshold, now.activation_threshold),
+        "activation": (earlier.activation, now.activation),
+        **{
+            name: (earlier.options.get(name), now.options.get(name))
+            for name in sorted({*earlier.options, *now.options})
+        },
+    }
+    changed += [f"{name} was {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
+    return changed
