@@ -52,7 +52,7 @@ class CollectionPlan:
         return partial_folder(self.out)
 
     def with_first_threads(self) -> CollectionPlan:
-        """The plan with the number of CPU threads that began the folder, which rounding depends on."""
+        """The plan with the number of CPU threads that began the folder: rounding depends on it."""
         threads = read_manifest(self.partial).threads
         return replace(self, manifest=replace(self.manifest, threads=threads))
 
