@@ -34,14 +34,9 @@ from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint, effective
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.core.models.loading import (
-    check_length,
-    ffn_shape,
-    load_model,
-    pick_device,
-    pick_dtype,
-)
+from sparsecast.core.models.loading import check_length, load_model, pick_device, pick_dtype
 from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.models.shape import model_shape
 from sparsecast.core.text.corpus import begun, documents
 from sparsecast.core.text.corpus_files import is_stream, most_tokens
 from sparsecast.core.text.splits import SPLITS, assign
@@ -155,19 +150,21 @@ def _plan(
 
 def _shape(cfg: CollectConfig, outline: PreTrainedModel, dtype: torch.dtype) -> Shape:
     """The store's shape for a model that computes in `dtype`."""
-    n_layers, hidden_size, ffn_width = ffn_shape(outline)
-    layers = list(range(n_layers)) if cfg.layers is None else cfg.layers
-    if out_of_range := [i for i in layers if not 0 <= i < n_layers]:
-        raise InputError(f"--layers: the model has layers 0 to {n_layers - 1}, got {out_of_range}")
+    sizes = model_shape(outline)
+    layers = list(range(sizes.layers)) if cfg.layers is None else cfg.layers
+    if out_of_range := [i for i in layers if not 0 <= i < sizes.layers]:
+        raise InputError(
+            f"--layers: the model has layers 0 to {sizes.layers - 1}, got {out_of_range}"
+        )
     if not layers:
-        raise InputError(f"--layers: got none, expected some of 0 to {n_layers - 1}")
+        raise InputError(f"--layers: got none, expected some of 0 to {sizes.layers - 1}")
     x_dtype: str = cfg.input_dtype
     if x_dtype == "auto":
         x_dtype = "bfloat16" if dtype == torch.bfloat16 else "float16"
     return Shape(
         layers=layers,
-        hidden_size=hidden_size,
-        ffn_width=ffn_width,
+        hidden_size=sizes.hidden_size,
+        ffn_width=sizes.ffn_width,
         x_dtype=x_dtype,
         energy=cfg.energy,
     )

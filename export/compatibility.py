@@ -35,9 +35,7 @@ def predictors_for(
     check_fits(
         predictors,
         str(folder),
-        layers=hyper.layers,
-        hidden_size=hyper.hidden,
-        ffn_width=hyper.ffn,
+        hyper.model_shape,
         model=checkpoint.source,
     )
     manifest = predictors.manifest

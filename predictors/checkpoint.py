@@ -23,6 +23,7 @@ from sparsecast.core.folders import refuse_other
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.shape import ModelShape
 from sparsecast.core.options import shown
 from sparsecast.core.torch_files import save_torch
 from sparsecast.predictors.formats import rounded
@@ -207,49 +208,28 @@ def _check_shapes(layers: list[Predictor], made: PredictorManifest, folder: Path
             )
 
 
-def check_fits(
-    predictors: PredictorSet,
-    where: str,
-    *,
-    layers: int,
-    hidden_size: int,
-    ffn_width: int,
-    model: str,
-) -> None:
+def check_fits(predictors: PredictorSet, where: str, shape: ModelShape, *, model: str) -> None:
     """Refuse predictors of other layers or shapes than `model` has."""
-    if len(predictors.layers) != layers:
+    if len(predictors.layers) != shape.layers:
         raise InputError(
             f"{where}: has predictors for {len(predictors.layers)} layers, but {model} has "
-            f"{layers}; give the predictors of this model"
+            f"{shape.layers}; give the predictors of this model"
         )
     for i, predictor in enumerate(predictors.layers):
         fc1, fc2 = tuple(predictor.fc1_RD.shape), tuple(predictor.fc2_FR.shape)
-        if fc1[1] != hidden_size or fc2[0] != ffn_width:
+        if fc1[1] != shape.hidden_size or fc2[0] != shape.ffn_width:
             raise InputError(
                 f"{where}: model_{i}.pt has fc1 {fc1} and fc2 {fc2}, but {model} needs "
-                f"(R, {hidden_size}) and ({ffn_width}, R); give the predictors of this model"
+                f"(R, {shape.hidden_size}) and ({shape.ffn_width}, R); give the predictors of "
+                "this model"
             )
 
 
 def check_belongs(
-    predictors: PredictorSet,
-    where: str,
-    *,
-    layers: int,
-    hidden_size: int,
-    ffn_width: int,
-    fingerprint: str,
-    model: str,
+    predictors: PredictorSet, where: str, shape: ModelShape, *, fingerprint: str, model: str
 ) -> None:
     """Refuse predictors that were made for another model than `model`."""
-    check_fits(
-        predictors,
-        where,
-        layers=layers,
-        hidden_size=hidden_size,
-        ffn_width=ffn_width,
-        model=model,
-    )
+    check_fits(predictors, where, shape, model=model)
     manifest = predictors.manifest
     if manifest is not None and manifest.fingerprint != fingerprint:
         raise InputError(
@@ -268,7 +248,7 @@ def used_otherwise(
             f"trained on the input {manifest.convention!r}, but PowerInfer gives predictors of "
             f"{model} the input {convention!r}"
         )
-    theirs = ActivationRule(manifest.activation, manifest.activation_threshold)
+    theirs = manifest.rule
     if (theirs.on_up, theirs.threshold) != (rule.on_up, rule.threshold):
         lost = f" (--activation-threshold {theirs.threshold:g}?)" if theirs.threshold else ""
         found.append(f"trained for {theirs} in the FFN, but {model} has {rule}{lost}")

@@ -25,8 +25,9 @@ from sparsecast.core.messages import log, show
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.core.models.loading import embedding_rows, ffn_shape, load_model, set_activation
+from sparsecast.core.models.loading import embedding_rows, load_model, set_activation
 from sparsecast.core.models.perplexity import perplexity
+from sparsecast.core.models.shape import model_shape
 from sparsecast.core.progress import bar
 from sparsecast.core.text.corpus import begun, documents
 from sparsecast.core.text.splits import assign
@@ -62,13 +63,10 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         dtype=cfg.dtype,
         activation_threshold=cfg.activation_threshold,
     )
-    layers, hidden_size, ffn_width = ffn_shape(model)
     check_belongs(
         predictors,
         str(cfg.predictors),
-        layers=layers,
-        hidden_size=hidden_size,
-        ffn_width=ffn_width,
+        model_shape(model),
         fingerprint=Checkpoint(cfg.model).fingerprint,
         model=cfg.model,
     )

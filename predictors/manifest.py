@@ -25,6 +25,8 @@ from sparsecast.core.manifests import (
     is_shallow,
     write_sealed,
 )
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.shape import ModelShape
 from sparsecast.predictors.formats import BITS
 
 FORMAT_VERSION = 3
@@ -57,6 +59,20 @@ class PredictorManifest:
     checksums: dict[str, str] = field(default_factory=dict)
     """Of every other file of the folder, and of this one without its own; set when written."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def model_shape(self) -> ModelShape:
+        return ModelShape(
+            layers=len(self.ranks),
+            hidden_size=self.hidden_size,
+            ffn_width=self.ffn_width,
+            ffn_matrices=self.ffn_matrices,
+        )
+
+    @property
+    def rule(self) -> ActivationRule:
+        """The activation that the predictors were trained for."""
+        return ActivationRule(self.activation, self.activation_threshold)
 
 
 def write_manifest(folder: Path, manifest: PredictorManifest, names: list[str]) -> None:

@@ -45,11 +45,11 @@ from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import (
     check_length,
     embedding_rows,
-    ffn_shape,
     load_model,
     pick_device,
     pick_dtype,
 )
+from sparsecast.core.models.shape import model_shape
 from sparsecast.core.options import ModelDtype, settle
 from sparsecast.core.progress import bar
 from sparsecast.core.text.corpus import documents
@@ -127,12 +127,12 @@ def bench(cfg: BenchConfig) -> dict[str, Any]:
     if cfg.folder is not None and not (cfg.folder.is_dir() and os.access(cfg.folder, os.W_OK)):
         raise InputError(f"--folder: {cfg.folder} is not a folder that can be written")
     model, rows = _subject(cfg)
-    n_layers, hidden_size, ffn_width = ffn_shape(model)
+    sizes = model_shape(model)
     x_dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float16"
     shape = Shape(
-        layers=range(n_layers),
-        hidden_size=hidden_size,
-        ffn_width=ffn_width,
+        layers=range(sizes.layers),
+        hidden_size=sizes.hidden_size,
+        ffn_width=sizes.ffn_width,
         x_dtype=x_dtype,
         energy=cfg.energy,
     )
@@ -156,9 +156,9 @@ def bench(cfg: BenchConfig) -> dict[str, Any]:
         "model": cfg.model or f"random {cfg.shape}",
         "parameters": sum(p.numel() for p in model.base_model.parameters()),
         "tokens": sum(unit.tokens for unit in plan),
-        "layers": n_layers,
-        "hidden_size": hidden_size,
-        "ffn_width": ffn_width,
+        "layers": sizes.layers,
+        "hidden_size": sizes.hidden_size,
+        "ffn_width": sizes.ffn_width,
         "torch": torch.__version__,
     }
     _show(values)

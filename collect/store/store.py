@@ -42,6 +42,7 @@ from sparsecast.core.manifests import (
     write_sealed,
 )
 from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.shape import ModelShape
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import COUNTED
 
@@ -99,6 +100,16 @@ class Manifest:
             ffn_width=self.ffn_width,
             x_dtype=self.x_dtype,
             energy=self.energy,
+        )
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """Of the recorded layers."""
+        return ModelShape(
+            layers=len(self.layers),
+            hidden_size=self.hidden_size,
+            ffn_width=self.ffn_width,
+            ffn_matrices=self.ffn_matrices,
         )
 
     @property

@@ -205,15 +205,6 @@ def _relu(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
     return output.relu()
 
 
-def ffn_shape(model: PreTrainedModel) -> tuple[int, int, int]:
-    """(layers, hidden size, FFN width), measured on the weights."""
-    family = family_of(model.config, str(model.config.name_or_path))
-    layers = family.decoder_layers(model)
-    up = layers[0].get_submodule(family.up)
-    assert isinstance(up, nn.Linear)
-    return len(layers), up.in_features, up.out_features
-
-
 def input_device(model: PreTrainedModel) -> torch.device:
     """The device that takes token ids, also if the model is spread over several."""
     return next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.shape import ModelShape
 from sparsecast.export.write.tensor_map import model_rows
 
 SMALLEST_FFN = 1001
@@ -41,6 +42,15 @@ class HParams:
     tied: bool
     activation: ActivationRule
     """The model's own; the engine computes ReLU."""
+
+    @property
+    def model_shape(self) -> ModelShape:
+        return ModelShape(
+            layers=self.layers,
+            hidden_size=self.hidden,
+            ffn_width=self.ffn,
+            ffn_matrices=3 if self.arch in ("llama", "bamboo") else 2,
+        )
 
     @property
     def head_dim(self) -> int:

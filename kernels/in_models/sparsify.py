@@ -27,7 +27,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule, FATReLU
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import Family, activation_rule, family_of
-from sparsecast.core.models.loading import ffn_shape
+from sparsecast.core.models.shape import model_shape
 from sparsecast.kernels.in_models.bundle import is_bundle, load_weights, open_bundle
 from sparsecast.kernels.in_models.dispatch import most_tokens
 from sparsecast.kernels.in_models.sparse_ffn import SparseFFN, runs_kernels
@@ -187,21 +187,12 @@ def _rule(layer: nn.Module, family: Family, model: PreTrainedModel, name: str) -
 
 
 def _check_belongs(predictors: PredictorSet, where: str, model: PreTrainedModel, name: str) -> None:
-    layers, hidden_size, ffn_width = ffn_shape(model)
     manifest = predictors.manifest
     if (Path(name) / "config.json").is_file():
         fingerprint = Checkpoint(name).fingerprint
     else:
         fingerprint = "" if manifest is None else manifest.fingerprint
-    check_belongs(
-        predictors,
-        where,
-        layers=layers,
-        hidden_size=hidden_size,
-        ffn_width=ffn_width,
-        fingerprint=fingerprint,
-        model=name,
-    )
+    check_belongs(predictors, where, model_shape(model), fingerprint=fingerprint, model=name)
 
 
 def _ffn(layer: nn.Module, family: Family, rule: ActivationRule) -> FFN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,6 @@ from sparsecast.core.files import (
     write_text,
 )
 from sparsecast.core.lock import locked
-from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.options import command_of
 from sparsecast.predictors.baselines.sparseinfer import score_sign, sign_nbytes
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
@@ -108,17 +108,14 @@ def _predictors(path: Path, store: ActivationStore, layers: int | None = None) -
     check_belongs(
         predictors,
         str(path),
-        layers=layers or len(predictors.layers),
-        hidden_size=made.hidden_size,
-        ffn_width=made.ffn_width,
+        replace(made.model_shape, layers=layers or len(predictors.layers)),
         fingerprint=made.fingerprint,
         model=f"{store.folder} ({made.model})",
     )
     if (manifest := predictors.manifest) is not None:
-        trained = ActivationRule(manifest.activation, manifest.activation_threshold)
         pairs = {
             "input": (manifest.convention, made.convention),
-            "activation": (str(trained), str(made.rule)),
+            "activation": (str(manifest.rule), str(made.rule)),
             "number of FFN matrices": (manifest.ffn_matrices, made.ffn_matrices),
         }
         if odd := [f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if a != b]:

@@ -16,8 +16,9 @@ from sparsecast.collect.store.shard import Shape
 from sparsecast.core import disk
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.loading import ffn_shape, load_model
+from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.models.shape import model_shape
 from sparsecast.core.text.tokens import quotas
 
 
@@ -59,7 +60,7 @@ def test_the_outline_is_the_model_without_its_weights(model_folder):
     drawn = empty_model(Checkpoint(str(model_folder)).config)
     model, _ = load_model(str(model_folder))
     assert all(weight.is_meta for weight in drawn.parameters())
-    assert ffn_shape(drawn) == ffn_shape(model)
+    assert model_shape(drawn) == model_shape(model)
     held = sum(weight.nbytes for weight in model.parameters())
     assert weight_bytes(drawn, torch.float32) == held
 

@@ -6,12 +6,14 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.models.shape import ModelShape
 from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
 from sparsecast.predictors.predictor import Predictor
 
@@ -142,16 +144,13 @@ def test_a_threshold_that_is_no_number_is_refused(tmp_path, threshold):
     ],
 )
 def test_predictors_of_another_model_are_refused(trained, change, message):
-    right = {
-        "layers": 2,
-        "hidden_size": 64,
-        "ffn_width": 200,
-        "fingerprint": "0" * 16,
-        "model": "this one",
-    }
-    check_belongs(trained, "here", **right)
+    shape = ModelShape(layers=2, hidden_size=64, ffn_width=200, ffn_matrices=3)
+    fingerprint = change.pop("fingerprint", "0" * 16)
+    check_belongs(trained, "here", shape, fingerprint="0" * 16, model="this one")
     with pytest.raises(InputError, match=message):
-        check_belongs(trained, "here", **{**right, **change})
+        check_belongs(
+            trained, "here", replace(shape, **change), fingerprint=fingerprint, model="this one"
+        )
 
 
 def test_weights_are_scored_as_the_file_will_hold_them(tmp_path):
