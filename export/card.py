@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from sparsecast.export.bundle import GPUIDX_SUFFIX
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.traffic import Traffic
-from sparsecast.export.write.gpuidx import SUFFIX
 from sparsecast.export.write.hot_cold import BLOCK, Split
 from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.vocab import Vocabulary
@@ -123,11 +123,12 @@ def _hot_cold(file: str, cfg: ExportConfig, split: Split | None) -> list[str]:
     ]
     if split is not None:
         parts.append(
-            f"`{file}{SUFFIX}` is that decision, made for `--vram-budget {cfg.vram_budget:g} -c "
-            f"{cfg.vram_context}`. {split_note(split)}. The engine takes it where at least so much "
-            "memory is free for neurons, even if more is: export again for another budget. Where "
-            "less is, or with `--reset-gpu-index`, it decides again by its own solver. Unless "
-            "every layer is whole on the GPU, it refuses to run with one thread; give it `-t 2`."
+            f"`{file}{GPUIDX_SUFFIX}` is that decision, made for `--vram-budget "
+            f"{cfg.vram_budget:g} -c {cfg.vram_context}`. {split_note(split)}. The engine takes it "
+            "where at least so much memory is free for neurons, even if more is: export again for "
+            "another budget. Where less is, or with `--reset-gpu-index`, it decides again by its "
+            "own solver. Unless every layer is whole on the GPU, it refuses to run with one "
+            "thread; give it `-t 2`."
         )
     return parts
 

@@ -10,7 +10,6 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.options import settle
 
 ExportDtype = Literal["f16", "f32", "q4_0"]
-SUFFIX = ".powerinfer.gguf"
 
 
 @dataclass(frozen=True, kw_only=True)

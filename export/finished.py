@@ -14,7 +14,8 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import parse_json
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.options import differing
-from sparsecast.export.config import SUFFIX, ExportConfig
+from sparsecast.export.bundle import SUFFIX
+from sparsecast.export.config import ExportConfig
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.vocab import Vocabulary

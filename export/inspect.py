@@ -16,10 +16,8 @@ from sparsecast.core.files import check_file, refuse_unwritable, unreadable, wri
 from sparsecast.core.folders import KINDS, kind_of
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
-from sparsecast.export.config import SUFFIX
-from sparsecast.export.inspect_file import file_values, plain, show_file, size
-from sparsecast.export.verify import bundle_file
-from sparsecast.export.write.gpuidx import SUFFIX as GPUIDX
+from sparsecast.export.bundle import GPUIDX_SUFFIX, SUFFIX, bundle_file
+from sparsecast.export.read.inspect_file import file_values, plain, show_file, size
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.manifest import SCORES
 from sparsecast.predictors.report.wording import both_sizes
@@ -126,7 +124,7 @@ def _show_predictors(values: dict[str, Any]) -> None:
 
 def _bundle_values(path: Path) -> dict[str, Any]:
     model = bundle_file(path)
-    split, predictors = model.with_name(model.name + GPUIDX), path / "predictor"
+    split, predictors = model.with_name(model.name + GPUIDX_SUFFIX), path / "predictor"
     return {
         "kind": "bundle",
         "path": str(path),

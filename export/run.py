@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -18,13 +17,13 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import lost_threshold
 from sparsecast.core.progress import bar
 from sparsecast.core.torch_files import save_torch
+from sparsecast.export.bundle import BESIDE, GPUIDX_SUFFIX, SUFFIX, file_name
 from sparsecast.export.card import foreign_note, model_card, relu_note, split_note, window_note
-from sparsecast.export.compatibility import predictors_for
-from sparsecast.export.config import SUFFIX, ExportConfig
+from sparsecast.export.config import ExportConfig
 from sparsecast.export.finished import finished, recipe_of, recipe_text
+from sparsecast.export.plan import predictors_for
 from sparsecast.export.traffic import Traffic, traffic_of
 from sparsecast.export.write.convert import Planned
-from sparsecast.export.write.gpuidx import SUFFIX as GPUIDX
 from sparsecast.export.write.gpuidx import write_gpuidx
 from sparsecast.export.write.hot_cold import Split, check_width, split_for
 from sparsecast.export.write.hparams import HParams
@@ -34,8 +33,6 @@ from sparsecast.export.write.vram import budget_for
 from sparsecast.export.write.writer import plan, write_model
 from sparsecast.predictors.checkpoint import PredictorSet
 
-BESIDE = (f"*{GPUIDX}", "predictor", "activation", "README.md")
-"""What a bundle may hold beside its model."""
 AFTER = "nothing is left behind: make room and run the same command again"
 EXACT = 2**24
 """float32 holds every whole number up to here."""
@@ -97,7 +94,7 @@ def _export(cfg: ExportConfig) -> Path:
         if counts is not None:
             _write_counts(folder / "activation", counts)
         if split is not None:
-            write_gpuidx(folder / (file + GPUIDX), split)
+            write_gpuidx(folder / (file + GPUIDX_SUFFIX), split)
         card = model_card(file, hyper, vocabulary, predictors, foreign, cfg, split, traffic)
         write_text(folder / "README.md", card)
     _tell_notes(cfg, checkpoint, hyper, vocabulary, foreign)
@@ -148,14 +145,6 @@ def _tell_notes(
         log.warning(window_note(hyper))
     for note in vocabulary.notes:
         log.warning(note)
-
-
-def file_name(model: str) -> str:
-    """The GGUF's name from a model's folder or Hugging Face id, without characters that a shell
-    would have to quote: PowerInfer passes the path through one."""
-    folder = Path(model).expanduser()
-    name = (folder.resolve() if folder.is_dir() else folder).name
-    return (re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "model") + SUFFIX
 
 
 def _traffic(tensors: list[Planned], predictors: PredictorSet) -> Traffic | None:

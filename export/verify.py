@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,12 +10,12 @@ from rich.text import Text
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_file, refuse_unwritable, unreadable, write_json
-from sparsecast.core.folders import refuse_other
+from sparsecast.core.files import refuse_unwritable, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.location import find_local
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.base import (
     Check,
     check_activation_folder,
@@ -42,7 +41,7 @@ from sparsecast.export.checks.tensors import check_tensors
 from sparsecast.export.checks.values import check_values
 from sparsecast.export.checks.vocab import check_vocabulary
 from sparsecast.export.checks.vocab_source import check_pieces, check_tokens
-from sparsecast.export.config import SUFFIX, VerifyConfig
+from sparsecast.export.config import VerifyConfig
 from sparsecast.export.engine.checks import check_engine
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.process import binary
@@ -103,24 +102,6 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
     if cfg.json is not None:
         write_json(cfg.json, result.as_json())
     return result
-
-
-def bundle_file(bundle: Path) -> Path:
-    """The one GGUF file of a bundle folder, or the file itself."""
-    want = "a folder that `sparsecast export` wrote"
-    if not bundle.is_dir():
-        check_file(bundle, want)
-        return bundle
-    try:
-        found = sorted(name for name in os.listdir(bundle) if name.endswith(SUFFIX))
-    except OSError as error:
-        raise unreadable(bundle, error, want) from error
-    if len(found) != 1:
-        refuse_other(bundle, "bundle")
-        raise InputError(
-            f"{bundle}: holds {len(found)} files *{SUFFIX}, expected exactly one; give {want}"
-        )
-    return bundle / found[0]
 
 
 def _model(cfg: VerifyConfig, file: GGUFFile) -> tuple[Checkpoint | None, str]:

@@ -22,8 +22,6 @@ from sparsecast.core.files import new_folder, read_json, unreadable, write_json
 from sparsecast.core.folders import refuse_other
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.manifests import MANIFEST
-from sparsecast.core.models.activations import ActivationRule
-from sparsecast.core.models.shape import ModelShape
 from sparsecast.core.options import shown
 from sparsecast.core.torch_files import save_torch
 from sparsecast.predictors.formats import rounded
@@ -206,59 +204,3 @@ def _check_shapes(layers: list[Predictor], made: PredictorManifest, folder: Path
                 f"{folder / model_file(i)}: rank, hidden size and FFN width are {found}, but "
                 f"{MANIFEST} says {want}; copy the whole folder again"
             )
-
-
-def check_fits(predictors: PredictorSet, where: str, shape: ModelShape, *, model: str) -> None:
-    """Refuse predictors of other layers or shapes than `model` has."""
-    if len(predictors.layers) != shape.layers:
-        raise InputError(
-            f"{where}: has predictors for {len(predictors.layers)} layers, but {model} has "
-            f"{shape.layers}; give the predictors of this model"
-        )
-    for i, predictor in enumerate(predictors.layers):
-        fc1, fc2 = tuple(predictor.fc1_RD.shape), tuple(predictor.fc2_FR.shape)
-        if fc1[1] != shape.hidden_size or fc2[0] != shape.ffn_width:
-            raise InputError(
-                f"{where}: model_{i}.pt has fc1 {fc1} and fc2 {fc2}, but {model} needs "
-                f"(R, {shape.hidden_size}) and ({shape.ffn_width}, R); give the predictors of "
-                "this model"
-            )
-
-
-def check_belongs(
-    predictors: PredictorSet, where: str, shape: ModelShape, *, fingerprint: str, model: str
-) -> None:
-    """Refuse predictors that were made for another model than `model`."""
-    check_fits(predictors, where, shape, model=model)
-    manifest = predictors.manifest
-    if manifest is not None and manifest.fingerprint != fingerprint:
-        raise InputError(
-            f"{where}: was trained for {manifest.model} (fingerprint {manifest.fingerprint}), but "
-            f"{model} has fingerprint {fingerprint}; train predictors for this model"
-        )
-
-
-def used_otherwise(
-    manifest: PredictorManifest, rule: ActivationRule, convention: str, model: str
-) -> list[str]:
-    """What the manifest says of the predictors' input and of the activation that is not so."""
-    found = []
-    if manifest.convention != convention:
-        found.append(
-            f"trained on the input {manifest.convention!r}, but PowerInfer gives predictors of "
-            f"{model} the input {convention!r}"
-        )
-    theirs = manifest.rule
-    if (theirs.on_up, theirs.threshold) != (rule.on_up, rule.threshold):
-        lost = f" (--activation-threshold {theirs.threshold:g}?)" if theirs.threshold else ""
-        found.append(f"trained for {theirs} in the FFN, but {model} has {rule}{lost}")
-    return found
-
-
-def check_use(
-    predictors: PredictorSet, where: str, rule: ActivationRule, convention: str, model: str
-) -> None:
-    """Refuse predictors that were trained for another input or activation."""
-    manifest = predictors.manifest
-    if manifest is not None and (odd := used_otherwise(manifest, rule, convention, model)):
-        raise InputError(f"{where}: {'; '.join(odd)}; give predictors of this model")

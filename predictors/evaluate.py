@@ -32,7 +32,8 @@ from sparsecast.core.progress import bar
 from sparsecast.core.text.corpus import begun, documents
 from sparsecast.core.text.splits import assign
 from sparsecast.core.text.tokens import TokenBatch, batches
-from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, check_use, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
+from sparsecast.predictors.compatibility import check_model, check_usage
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.model_in_loop import exact_ffn, predicted_ffn
 
@@ -50,7 +51,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     Memory beyond the model: one batch's logits and one layer's mask.
 
     Raises:
-        InputError: See `load_model`, `load_predictors`, `check_belongs`, `check_use` and
+        InputError: See `load_model`, `load_predictors`, `check_model`, `check_usage` and
             `documents`; no held-out text in the corpus.
     """
     if cfg.json is not None:
@@ -63,7 +64,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         dtype=cfg.dtype,
         activation_threshold=cfg.activation_threshold,
     )
-    check_belongs(
+    check_model(
         predictors,
         str(cfg.predictors),
         model_shape(model),
@@ -72,7 +73,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     )
     rule = activation_rule(model.config, cfg.model)
     convention = family_of(model.config, cfg.model).convention
-    check_use(predictors, str(cfg.predictors), rule, convention, cfg.model)
+    check_usage(predictors, str(cfg.predictors), rule, convention, cfg.model)
     data = list(
         batches(
             docs,

@@ -26,11 +26,11 @@ from sparsecast.core.files import refuse_unwritable, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.options import settle
 from sparsecast.core.progress import bar
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.engine.dense import write_dense
 from sparsecast.export.engine.process import EngineError, binary, finished, last_words
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.verify import bundle_file
 
 TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
 PROMPT = " def"

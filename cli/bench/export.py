@@ -32,7 +32,8 @@ from sparsecast.core.messages import log, show
 from sparsecast.core.models.location import resolve
 from sparsecast.core.options import settle
 from sparsecast.core.progress import bar
-from sparsecast.export.config import SUFFIX, ExportDtype
+from sparsecast.export.bundle import SUFFIX
+from sparsecast.export.config import ExportDtype
 from sparsecast.export.read.reader import GGUFFile
 
 SLACK = 100e6

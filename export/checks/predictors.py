@@ -9,8 +9,8 @@ from sparsecast.core.files import read_json
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule
 from sparsecast.export.checks.base import Check
-from sparsecast.export.compatibility import differences
 from sparsecast.export.read.reader import GGUFFile
+from sparsecast.predictors.compatibility import mismatches
 from sparsecast.predictors.manifest import PredictorManifest
 
 
@@ -65,7 +65,7 @@ def _odd(
 ) -> list[str]:
     if checkpoint is not None and checkpoint.fingerprint == model:
         rule = activation_rule(checkpoint.config, checkpoint.source, threshold)
-        return differences(manifest, checkpoint, rule)
+        return mismatches(manifest, checkpoint, rule)
     if manifest.fingerprint == model:
         return []
     return [

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from sparsecast.export.write.hot_cold import Split
 
-SUFFIX = ".generated.gpuidx"
 ARCHITECTURE = "generic.gpu_index"
 KEY_BLOCKS = "generic.gpu_index.block_count"
 KEY_CAPACITY = "split.vram_capacity"

@@ -22,12 +22,11 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import set_activation
+from sparsecast.export.bundle import SUFFIX, bundle_file
 from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.checks.tensors import check_tensors
-from sparsecast.export.config import SUFFIX
 from sparsecast.export.read.header import Header, header_of
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.verify import bundle_file
 from sparsecast.export.write.tensor_map import Row, arranged, model_rows, predictor_names
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.predictor import Predictor

@@ -33,7 +33,8 @@ from sparsecast.kernels.in_models.dispatch import most_tokens
 from sparsecast.kernels.in_models.sparse_ffn import SparseFFN, runs_kernels
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights
 from sparsecast.kernels.ops.quantized import Quantized, quantized
-from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, check_use, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
+from sparsecast.predictors.compatibility import check_model, check_usage
 from sparsecast.predictors.predictor import Predictor
 
 POLICIES = ("exact", "predicted", "auto")
@@ -85,10 +86,10 @@ def sparsify_model(
         predictors = load_predictors(source)
     if predictors is not None:
         where = "the predictors" if isinstance(source, PredictorSet) else str(source)
-        _check_belongs(predictors, where, model, name)
+        _check_model(predictors, where, model, name)
         if file is None:  # a bundle computes what it says itself
             rule = _rule(layers[0], family, model, name)
-            check_use(predictors, where, rule, family.convention, name)
+            check_usage(predictors, where, rule, family.convention, name)
     if file is not None:
         load_weights(file, model)
     bounds = (least_recall, least_energy_recall)
@@ -186,13 +187,13 @@ def _rule(layer: nn.Module, family: Family, model: PreTrainedModel, name: str) -
     return ActivationRule("relu") if rule.name == "fatrelu" and isinstance(act, nn.ReLU) else rule
 
 
-def _check_belongs(predictors: PredictorSet, where: str, model: PreTrainedModel, name: str) -> None:
+def _check_model(predictors: PredictorSet, where: str, model: PreTrainedModel, name: str) -> None:
     manifest = predictors.manifest
     if (Path(name) / "config.json").is_file():
         fingerprint = Checkpoint(name).fingerprint
     else:
         fingerprint = "" if manifest is None else manifest.fingerprint
-    check_belongs(predictors, where, model_shape(model), fingerprint=fingerprint, model=name)
+    check_model(predictors, where, model_shape(model), fingerprint=fingerprint, model=name)
 
 
 def _ffn(layer: nn.Module, family: Family, rule: ActivationRule) -> FFN:

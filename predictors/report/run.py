@@ -25,7 +25,8 @@ from sparsecast.core.files import (
 from sparsecast.core.lock import locked
 from sparsecast.core.options import command_of
 from sparsecast.predictors.baselines.sparseinfer import score_sign, sign_nbytes
-from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
+from sparsecast.predictors.compatibility import check_model
 from sparsecast.predictors.config import ReportConfig
 from sparsecast.predictors.recorded_model import check_recorded
 from sparsecast.predictors.report.html import page
@@ -105,7 +106,7 @@ def _report(cfg: ReportConfig) -> dict[str, Any]:
 
 def _predictors(path: Path, store: ActivationStore, layers: int | None = None) -> PredictorSet:
     predictors, made = load_predictors(path), store.manifest
-    check_belongs(
+    check_model(
         predictors,
         str(path),
         replace(made.model_shape, layers=layers or len(predictors.layers)),

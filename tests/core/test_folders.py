@@ -11,7 +11,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.folders import KINDS, kind_of, refuse_other
 from sparsecast.core.models.checkpoint import read_config
 from sparsecast.core.text.corpus_files import local_files
-from sparsecast.export.verify import bundle_file
+from sparsecast.export.bundle import bundle_file
 from sparsecast.predictors.checkpoint import load_predictors
 
 FILES = {

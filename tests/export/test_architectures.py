@@ -16,6 +16,7 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.logits import model_logits, with_relu
 from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.config import ExportConfig, VerifyConfig
@@ -25,7 +26,7 @@ from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joi
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.model_in_loop import predicted_ffn

@@ -13,6 +13,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.perplexity import perplexity as batch_perplexity
 from sparsecast.core.text.tokens import TokenBatch
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.logits import model_logits
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.engine import emulator
@@ -20,7 +21,6 @@ from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.protocol import perplexity
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file
 from sparsecast.kernels.in_models.decode import with_cache
 from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
 from sparsecast.kernels.in_models.sparsify import sparsify_model

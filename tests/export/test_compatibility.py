@@ -16,10 +16,11 @@ from torch import nn
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 
 

@@ -17,10 +17,10 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.core.errors import InputError
+from sparsecast.export.bundle import bundle_file, file_name
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.run import export, file_name
-from sparsecast.export.verify import bundle_file
+from sparsecast.export.run import export
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 
 

@@ -13,11 +13,11 @@ import pytest
 from sparsecast.cli.main import main
 from sparsecast.collect.inspect import InspectConfig
 from sparsecast.core.errors import InputError
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.inspect import inspect
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file
 from sparsecast.predictors.checkpoint import load_predictors
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from sparsecast.core.errors import InputError
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.base import Check, check_activation_folder, check_card
 from sparsecast.export.checks.gpu_split import check_gpu_split
 from sparsecast.export.config import VerifyConfig
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.verify import VerifyResult, _predictors, bundle_file, verify
+from sparsecast.export.verify import VerifyResult, _predictors, verify
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import torch
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.shape import ModelShape
-from sparsecast.predictors.checkpoint import PredictorSet, check_belongs, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
+from sparsecast.predictors.compatibility import check_model
 from sparsecast.predictors.predictor import Predictor
 
 SCORES = {"recall": 0.9, "predicted_sparsity": 0.5}
@@ -146,9 +147,9 @@ def test_a_threshold_that_is_no_number_is_refused(tmp_path, threshold):
 def test_predictors_of_another_model_are_refused(trained, change, message):
     shape = ModelShape(layers=2, hidden_size=64, ffn_width=200, ffn_matrices=3)
     fingerprint = change.pop("fingerprint", "0" * 16)
-    check_belongs(trained, "here", shape, fingerprint="0" * 16, model="this one")
+    check_model(trained, "here", shape, fingerprint="0" * 16, model="this one")
     with pytest.raises(InputError, match=message):
-        check_belongs(
+        check_model(
             trained, "here", replace(shape, **change), fingerprint=fingerprint, model="this one"
         )
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.calibration import (
     bound_of,
     calibrated,
@@ -26,7 +27,7 @@ from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joi
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.predictor import Predictor
 

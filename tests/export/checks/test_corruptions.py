@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64, F64 = 0, 4, 5, 6, 7, 8, 9, 10, 12
 CODES = {U8: "B", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", F64: "d"}

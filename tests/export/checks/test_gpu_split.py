@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsecast.export.bundle import GPUIDX_SUFFIX, bundle_file
 from sparsecast.export.checks.gpu_split import check_gpu_split
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
-from sparsecast.export.write.gpuidx import SUFFIX, write_gpuidx
+from sparsecast.export.verify import verify
+from sparsecast.export.write.gpuidx import write_gpuidx
 from sparsecast.export.write.hot_cold import BLOCK, Split, hottest
 from sparsecast.export.write.vram import Budget
 
@@ -45,7 +46,7 @@ def checked(bundle):
 
     def run(hot, damage=lambda content: content, *, neuron=NEURON, width=1280) -> SimpleNamespace:
         file = GGUFFile(bundle_file(bundle))
-        path = file.path.with_name(file.path.name + SUFFIX)
+        path = file.path.with_name(file.path.name + GPUIDX_SUFFIX)
         write_gpuidx(path, Split(hot, width, 1.0, Budget(0, 0, 0, neuron)))
         path.write_bytes(damage(path.read_bytes()))
         (check,) = check_gpu_split(file, bundle)
@@ -189,7 +190,7 @@ def test_a_split_passes_if_and_only_if_no_other_beats_it(blocks, largest, seed, 
     for i, count_F in enumerate(counts_LF):
         torch.save(count_F.clone(), folder / "activation" / f"activation_{i}.pt")
     hot = [hottest(count_F, k * BLOCK) for count_F, k in zip(counts_LF, blocks, strict=True)]
-    write_gpuidx(folder / f"m{SUFFIX}", Split(hot, 3 * BLOCK, 1.0, Budget(0, 0, 0, 4)))
+    write_gpuidx(folder / f"m{GPUIDX_SUFFIX}", Split(hot, 3 * BLOCK, 1.0, Budget(0, 0, 0, 4)))
     sizes = {"block_count": len(blocks), "feed_forward_length": 3 * BLOCK, "embedding_length": 1}
     others = {"attention.head_count": 1, "context_length": 1, "attention.layer_norm_rms_epsilon": 1}
     keys = {f"llama.{name}": value for name, value in {**sizes, **others}.items()}

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sparsecast.core.models.loading import load_model
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.logits import check_logits, degenerate, with_relu
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joined, perplexity
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
-from sparsecast.export.verify import bundle_file
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.sources import Source
 from sparsecast.export.checks.vocab import check_vocabulary
 from sparsecast.export.checks.vocab_source import check_pieces, check_tokens
@@ -23,7 +24,6 @@ from sparsecast.export.engine.text import check_perplexity_by_ids
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file
 
 
 @pytest.fixture

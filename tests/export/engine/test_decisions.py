@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.engine.checks import PROMPT_LENGTH, Position, outlier_check
 from sparsecast.export.engine.decisions import Decision, closest_decisions
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.verify import bundle_file
 
 
 def test_a_position_has_the_nearest_of_its_own_and_of_those_before(made):

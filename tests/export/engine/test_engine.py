@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine.checks import (
     Position,
@@ -23,7 +24,7 @@ from sparsecast.export.engine.text import check_engine_perplexity
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 
 
 def details(result) -> dict[str, str]:

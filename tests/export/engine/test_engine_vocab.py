@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.tokenizers.loading import load_tokenizer
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine.checks import replies_to
 from sparsecast.export.engine.emulator import Emulator
@@ -22,7 +23,7 @@ from sparsecast.export.engine.text import check_perplexity_by_ids, check_tokeniz
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 
 SHARED = Path(os.environ.get("SPARSECAST_SHARED", Path(__file__).parents[3] / "../shared"))
 LLAMA2 = SHARED / "cases" / "data" / "llama2.tokenizer.model"

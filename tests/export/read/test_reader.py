@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecast.core.errors import InputError
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.tensor_types import TYPES
-from sparsecast.export.verify import bundle_file
 
 
 @pytest.mark.parametrize("which", ["made", "quantized"])

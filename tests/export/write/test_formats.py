@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from sparsecast.core.errors import InputError
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.tensors import check_tensors
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine import emulator
@@ -24,7 +25,7 @@ from sparsecast.export.engine.replies import Spelling
 from sparsecast.export.read.reader import GGUFFile, _blocks
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 from sparsecast.export.write.convert import slabs
 from sparsecast.export.write.writer import _predictor_part
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors

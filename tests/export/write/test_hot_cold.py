@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
+from sparsecast.export.bundle import GPUIDX_SUFFIX, bundle_file
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import EXACT, _write_counts, export
-from sparsecast.export.verify import bundle_file
-from sparsecast.export.write.gpuidx import SUFFIX, write_gpuidx
+from sparsecast.export.write.gpuidx import write_gpuidx
 from sparsecast.export.write.hot_cold import BLOCK, Split, blocks_per_layer, hottest, split_for
 from sparsecast.export.write.vram import Budget
 
@@ -148,7 +148,7 @@ def exported(model_folder, predictors, acts, tmp_path):
         }
         out = tmp_path / f"b{len(list(tmp_path.iterdir()))}"
         path = export(ExportConfig(**{**defaults, "out": out, **options}))
-        split = GGUFFile(path.with_name(path.name + SUFFIX))
+        split = GGUFFile(path.with_name(path.name + GPUIDX_SUFFIX))
         hot = [split.tensor(f"blk.{i}.gpu_bucket").tolist() for i in range(3)]
         card = (path.parent / "README.md").read_text()
         return SimpleNamespace(hot=hot, keys=split.keys, card=card, file=GGUFFile(path))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.process import binary, engine_perplexity
@@ -23,7 +24,7 @@ from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joi
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 from sparsecast.export.write import convert as stored_module
 from sparsecast.export.write.convert import Planned, one_thread, slabs
 from sparsecast.export.write.model_config import read_hyper

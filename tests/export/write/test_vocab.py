@@ -16,13 +16,14 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from sparsecast.cli.main import main
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.vocab import check_vocabulary
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine.protocol import held_out_documents, joined
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import alphabet, tokenizer_of
 from sparsecast.export.run import export
-from sparsecast.export.verify import bundle_file, verify
+from sparsecast.export.verify import verify
 from sparsecast.export.write.vocab import read_vocabulary
 
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")

@@ -12,10 +12,14 @@ from rich.table import Table
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log, show
+from sparsecast.export.bundle import GPUIDX_SUFFIX
 from sparsecast.export.read.reader import Entry, GGUFFile
-from sparsecast.export.write.gpuidx import ARCHITECTURE, SUFFIX
-from sparsecast.export.write.vram import LIST_BYTES, ROWS
 
+SPLIT = "generic.gpu_index"
+"""The architecture that a gpuidx file names."""
+ROWS = ("ffn_gate", "ffn_up", "ffn_down_t")
+INDEX_BYTES = 4
+"""A neuron on the GPU takes its rows of these matrices and its number, an i32."""
 SHORT_ARRAY = 8
 SHOWN = 1000
 """Rows of a table on the screen; the rest is in the JSON."""
@@ -30,7 +34,7 @@ def file_values(path: Path) -> dict[str, Any]:
     """
     file = GGUFFile(path)
     values: dict[str, Any] = {
-        "kind": "gpu split" if file.keys.get("general.architecture") == ARCHITECTURE else "model",
+        "kind": "gpu split" if file.keys.get("general.architecture") == SPLIT else "model",
         "path": str(path),
         "magic": file.magic.decode(),
         "version": file.version,
@@ -72,7 +76,7 @@ def _layers(split: GGUFFile) -> list[dict[str, Any]]:
                 "layer": layer,
                 "neurons": neurons,
                 "width": index.shape[0] if index is not None else None,
-                "bytes": neurons * (sum(sizes) + LIST_BYTES) if sizes else None,
+                "bytes": neurons * (sum(sizes) + INDEX_BYTES) if sizes else None,
             }
         )
     return rows
@@ -80,7 +84,7 @@ def _layers(split: GGUFFile) -> list[dict[str, Any]]:
 
 def _matrices(path: Path) -> dict[str, Entry]:
     try:
-        return GGUFFile(path.with_name(path.name.removesuffix(SUFFIX))).entries
+        return GGUFFile(path.with_name(path.name.removesuffix(GPUIDX_SUFFIX))).entries
     except InputError:
         return {}
 

@@ -1,0 +1,50 @@
+"""The files of a bundle and their names."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import check_file, unreadable
+from sparsecast.core.folders import refuse_other
+
+SUFFIX = ".powerinfer.gguf"
+"""Of the model's file."""
+GPUIDX_SUFFIX = ".generated.gpuidx"
+"""What a GPU build of PowerInfer appends to the model's file name to find the split."""
+BESIDE = (f"*{GPUIDX_SUFFIX}", "predictor", "activation", "README.md")
+"""What a bundle may hold beside its model."""
+
+
+def file_name(model: str) -> str:
+    """Name the GGUF file after a model's folder or Hugging Face id.
+
+    Characters that a shell would have to quote are replaced: PowerInfer passes the path to one.
+    """
+    folder = Path(model).expanduser()
+    name = (folder.resolve() if folder.is_dir() else folder).name
+    return (re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "model") + SUFFIX
+
+
+def bundle_file(bundle: Path) -> Path:
+    """Find the GGUF file of a bundle's folder; a path to a file is returned as it is.
+
+    Raises:
+        InputError: Nothing there, or not exactly one such file in the folder.
+    """
+    want = "a folder that `sparsecast export` wrote"
+    if not bundle.is_dir():
+        check_file(bundle, want)
+        return bundle
+    try:
+        found = sorted(name for name in os.listdir(bundle) if name.endswith(SUFFIX))
+    except OSError as error:
+        raise unreadable(bundle, error, want) from error
+    if len(found) != 1:
+        refuse_other(bundle, "bundle")
+        raise InputError(
+            f"{bundle}: holds {len(found)} files *{SUFFIX}, expected exactly one; give {want}"
+        )
+    return bundle / found[0]
