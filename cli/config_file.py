@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from sparsecast.cli.suggestions import did_you_mean
-from sparsecast.cli.values import read
+from sparsecast.cli.values import parse_value
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_bytes
-from sparsecast.core.options import option_of, settled, shown
+from sparsecast.core.options import convert_value, option_of, short_repr
 
 WHAT = "YAML with one option a line, such as tokens: 1000"
 
@@ -33,15 +33,17 @@ def read_options(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
             f"{path}: is not YAML ({' '.join(reason.split())}), expected {WHAT}"
         ) from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds {shown(found)}, expected {WHAT}")
+        raise InputError(f"{path}: holds {short_repr(found)}, expected {WHAT}")
     known = {form: name for name in kinds for form in (name, name.replace("_", "-"))}
     if stray := found.keys() - known.keys():
         key = min(stray, key=str)
-        raise InputError(f"{path}: no option is called {shown(key)}{did_you_mean(str(key), known)}")
+        raise InputError(
+            f"{path}: no option is called {short_repr(key)}{did_you_mean(str(key), known)}"
+        )
     values = {known[key]: value for key, value in found.items() if value is not None}
     for name, value in values.items():
         try:
-            values[name] = settled(kinds[name], read(kinds[name], value))
+            values[name] = convert_value(kinds[name], parse_value(kinds[name], value))
         except ValueError as error:
             raise InputError(f"{path}: {option_of(name)}: {error}") from error
     return values

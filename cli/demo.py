@@ -11,7 +11,7 @@ from rich.text import Text
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.core.messages import log, show
-from sparsecast.core.options import settle
+from sparsecast.core.options import validate_fields
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify
@@ -36,7 +36,7 @@ class DemoConfig:
     """Build folder of PowerInfer: also run the bundle through the engine itself."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=60)
+        validate_fields(self, tokens=60)
 
 
 def demo(cfg: DemoConfig) -> bool:

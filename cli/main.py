@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from sparsecast.cli.stages import STAGES, Stage, load, usage
 from sparsecast.cli.suggestions import did_you_mean
-from sparsecast.cli.terminal import complain, rank, say
+from sparsecast.cli.terminal import print_error, print_output, process_rank
 
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -28,12 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run one stage and exit with its code."""
     args = sys.argv[1:] if argv is None else argv
     if args[:1] in (["-h"], ["--help"]) or args[:2] in (["bench", "-h"], ["bench", "--help"]):
-        say(usage() + "\n")
+        print_output(usage() + "\n")
         return
     if args[:1] == ["--version"]:
         from importlib.metadata import version
 
-        say(version("sparsecast") + "\n")
+        print_output(version("sparsecast") + "\n")
         return
     words = 2 if args[:1] == ["bench"] else 1
     name, rest = " ".join(args[:words]), args[words:]
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         one_of = [stage for stage in STAGES if name != "bench" or stage.startswith("bench ")]
         close = "" if name == "bench" else did_you_mean(name, [*STAGES, "--help", "--version"])
         known = close or f"; expected one of {', '.join(one_of)}"
-        sys.exit(complain(found + known, 2))
+        sys.exit(print_error(found + known, 2))
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_run(name, STAGES[name], rest))
@@ -61,30 +61,30 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
         os.environ.setdefault(variable, value)
     from sparsecast.cli.parser import parse
     from sparsecast.cli.screen import print_messages
-    from sparsecast.core.distributed import from_environment
+    from sparsecast.core.distributed import int_from_environment
     from sparsecast.core.errors import InputError
     from sparsecast.core.interrupts import Terminated
 
     try:
         config_type = load(stage.config)
         config = config_type(**parse(name, config_type, stage.positional, args))
-        from_environment("RANK", 0)  # Lightning converts it while it is imported
+        int_from_environment("RANK", 0)  # Lightning converts it while it is imported
         run = load(stage.run)
         _quiet()
         print_messages()
         result = run(config)
     except InputError as error:
-        return complain(str(error), 2)
+        return print_error(str(error), 2)
     except KeyboardInterrupt as stopped:
         told = str(stopped) or "interrupted; nothing half-written is left behind, run it again"
         code = 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
-        return code if rank() else complain(told, code)
+        return code if process_rank() else print_error(told, code)
     except Exception as error:
         if os.environ.get("SPARSECAST_TRACEBACK"):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = "" if isinstance(error, OSError) else "; set SPARSECAST_TRACEBACK=1 to see where"
-        return complain(f"{name} failed: {reason}{hint}", 1)
+        return print_error(f"{name} failed: {reason}{hint}", 1)
     return 0 if getattr(result, "ok", True) else 1
 
 

@@ -14,10 +14,10 @@ from docstring_parser import parse_from_object
 
 from sparsecast.cli.config_file import read_options
 from sparsecast.cli.suggestions import did_you_mean
-from sparsecast.cli.terminal import say
-from sparsecast.cli.values import is_list, read, written
+from sparsecast.cli.terminal import print_output
+from sparsecast.cli.values import format_type, is_list, parse_value
 from sparsecast.core.errors import InputError
-from sparsecast.core.options import option_of, settled, shown, without_none
+from sparsecast.core.options import convert_value, option_of, short_repr, without_none
 
 GROUPS = {
     "input": "model preset corpus activations predictors bundle path against evaluation engine "
@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
     def print_help(self, file: object = None) -> None:
-        say(self.format_help())
+        print_output(self.format_help())
 
 
 def parse(
@@ -66,7 +66,7 @@ def parse(
         if unknown:
             stray = next((word for word in unknown if word.startswith("-")), unknown[0])
             if not stray.startswith("-"):
-                raise InputError(f"{shown(stray)} belongs to no option")
+                raise InputError(f"{short_repr(stray)} belongs to no option")
             stray = stray.partition("=")[0]
             near = did_you_mean(stray, map(option_of, [*kinds, "config"]))
             raise InputError(f"no option is called {stray}{near}")
@@ -87,7 +87,7 @@ def _parser(
     text = parse_from_object(config_type)
     helps = {param.arg_name: " ".join((param.description or "").split()) for param in text.params}
     typed = [
-        option if option.isupper() else f"{option} {written(kinds[key])}"
+        option if option.isupper() else f"{option} {format_type(kinds[key])}"
         for key, option in needed.items()
     ]
     parser = _Parser(
@@ -140,13 +140,13 @@ def _kind(kind: Any) -> dict[str, Any]:
 
     def reader(text: str) -> Any:
         try:
-            return settled(kind, read(kind, text))
+            return convert_value(kind, parse_value(kind, text))
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error  # argparse keeps its text
 
     if is_list(kind):
-        item = written(get_args(kind)[0])
+        item = format_type(get_args(kind)[0])
         metavar = (f"{item},...", item)
         return {"type": reader, "action": _Several, "nargs": "+", "metavar": metavar}
     flag = {"nargs": "?", "const": True} if kind is bool else {}
-    return {"type": reader, "metavar": written(kind), **flag}
+    return {"type": reader, "metavar": format_type(kind), **flag}

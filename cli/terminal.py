@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TextIO
 
 
-def say(text: str) -> None:
+def print_output(text: str) -> None:
     """Write to standard output; a reader that has gone away ends the program without a word."""
     try:
         sys.stdout.write(text)
@@ -20,12 +20,12 @@ def say(text: str) -> None:
         reason = error.strerror if isinstance(error, OSError) else "it is closed"
         if isinstance(error, OSError):
             _discard(sys.stdout)
-        sys.exit(complain(f"standard output cannot be written ({reason})", 1))
+        sys.exit(print_error(f"standard output cannot be written ({reason})", 1))
 
 
-def complain(message: str, code: int) -> int:
+def print_error(message: str, code: int) -> int:
     """One line on standard error; returns the exit code."""
-    place = f" rank {rank()}" if rank() else ""
+    place = f" rank {process_rank()}" if process_rank() else ""
     try:
         sys.stderr.write(f"sparsecast{place}: {message}\n")
         sys.stderr.flush()
@@ -36,7 +36,7 @@ def complain(message: str, code: int) -> int:
     return code
 
 
-def rank() -> int:
+def process_rank() -> int:
     """This process among those of torchrun; what the variables hold is checked by `team`."""
     value = os.environ.get("RANK", "0")
     return int(value) if value.isdecimal() and len(value) < 10 else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from sparsecast.core.files import parse_json
-from sparsecast.core.options import shown
+from sparsecast.core.options import short_repr
 
 FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -17,14 +17,14 @@ def is_list(kind: Any) -> bool:
     return get_origin(kind) is list
 
 
-def written(kind: Any) -> str:
+def format_type(kind: Any) -> str:
     """The type of one value as help shows it."""
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"
     return {int: "N", float: "X", str: "TEXT", bool: "true|false"}.get(kind, "PATH")
 
 
-def read(kind: Any, value: Any) -> Any:
+def parse_value(kind: Any, value: Any) -> Any:
     """What a word stands for; for a list `a,b` or JSON. Anything else stays what it is.
 
     Raises:
@@ -33,7 +33,7 @@ def read(kind: Any, value: Any) -> Any:
     if is_list(kind):
         (item,) = get_args(kind)
         words = _words(value) if isinstance(value, str) else value
-        return [read(item, word) for word in words] if isinstance(words, list) else words
+        return [parse_value(item, word) for word in words] if isinstance(words, list) else words
     if not isinstance(value, str):
         return value
     if kind is bool:
@@ -41,11 +41,13 @@ def read(kind: Any, value: Any) -> Any:
     if kind in (int, float):
         with suppress(ValueError):
             return kind(value)
-    elif written(kind) == "PATH" and value.startswith("~"):
+    elif format_type(kind) == "PATH" and value.startswith("~"):
         try:
             return Path(value).expanduser()
         except RuntimeError:
-            raise ValueError(f"got {shown(value)}, but nobody of that name has a home") from None
+            raise ValueError(
+                f"got {short_repr(value)}, but nobody of that name has a home"
+            ) from None
     return value
 
 

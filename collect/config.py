@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.options import ModelDtype, settle
+from sparsecast.core.options import ModelDtype, validate_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,9 @@ class CollectConfig:
     """FATReLU threshold, for a model whose config has lost it."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=60, count_tokens=0, seq_len=2, batch_size=1, activation_threshold=0)
+        validate_fields(
+            self, tokens=60, count_tokens=0, seq_len=2, batch_size=1, activation_threshold=0
+        )
         if self.layers is not None:
             object.__setattr__(self, "layers", sorted(set(self.layers)))
         if self.device_map is not None and self.device != "auto":

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sparsecast.collect.output import finished_shards, partial_folder
 from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.writer import BUFFERS
-from sparsecast.core.disk import check_room, free, size
+from sparsecast.core.disk import check_disk_space, describe_space, format_bytes
 from sparsecast.core.messages import log
 from sparsecast.core.text.tokens import COUNTED
 
@@ -79,8 +79,8 @@ def check_needs(out: Path, needs: Needs) -> None:
     """
     kept = sum(path.stat().st_size for path in finished_shards(partial_folder(out)))
     log.info(
-        f"{out}: takes about {size(needs.store)} of disk, {size(free(out))} are free there; of "
-        f"memory {size(needs.model)} for the model and {size(needs.buffers)} for shards"
+        f"{out}: takes about {describe_space(out, needs.store)}; of memory "
+        f"{format_bytes(needs.model)} for the model and {format_bytes(needs.buffers)} for shards"
     )
     instead = ", fewer --tokens, fewer --layers or int8 inputs"
-    check_room(out, needs.store - kept, "the store", instead)
+    check_disk_space(out, needs.store - kept, "the store", instead)

@@ -11,10 +11,10 @@ from rich.table import Table
 from sparsecast.collect.store.stats import STATS
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.collect.store.units import shard_name
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
-from sparsecast.core.options import settle
-from sparsecast.core.progress import bar
+from sparsecast.core.options import validate_fields
+from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import COUNTED
 
@@ -35,7 +35,7 @@ class InspectConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        settle(self)
+        validate_fields(self)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def inspect(cfg: InspectConfig) -> Inspection:
         InputError: Not an activation store, or a manifest that says nothing.
     """
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     store = ActivationStore(cfg.path, checked=False)
     made = store.manifest
     damage = _damage(store, whole=cfg.check)
@@ -79,7 +79,7 @@ def inspect(cfg: InspectConfig) -> Inspection:
 
 def _damage(store: ActivationStore, *, whole: bool) -> list[str]:
     found = []
-    with bar("check", len(store.manifest.checksums)) as progress:
+    with progress_bar("check", len(store.manifest.checksums)) as progress:
         for _, what in store.damages(whole=whole):
             if what is not None:
                 found.append(what)

@@ -11,8 +11,8 @@ from pathlib import Path
 from sparsecast.collect.store.store import Manifest, read_manifest
 from sparsecast.core import lock
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_place
-from sparsecast.core.manifests import MANIFEST, write_sealed
+from sparsecast.core.files import check_writable_folder
+from sparsecast.core.manifests import MANIFEST, write_manifest
 from sparsecast.core.messages import log
 
 
@@ -28,7 +28,7 @@ def output_folder(out: Path) -> Path:
         return path
     if os.path.exists(path) and not os.path.isdir(path):
         raise InputError(f"{out}: is not a folder, expected one to write; choose another --out")
-    check_place(path)
+    check_writable_folder(path)
     if path.is_dir() and any(path.iterdir()):
         raise InputError(
             f"{out}: exists and holds other files, expected a new or empty folder; choose "
@@ -52,7 +52,7 @@ def locked(out: Path, work: str = "collection") -> Iterator[None]:
     Raises:
         InputError: Another run holds the lock, or has just finished the folder.
     """
-    with lock.locked(out, work):
+    with lock.lock_folder(out, work):
         if (out / MANIFEST).is_file():
             raise InputError(
                 f"{out}: another {work} has just finished it; run the command again to use it"
@@ -82,7 +82,7 @@ def begin_or_resume(out: Path, manifest: Manifest) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_sealed(partial, manifest)
+        write_manifest(partial, manifest)
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written ({error.strerror or error}); choose another --out"

@@ -14,10 +14,10 @@ from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.store import Manifest, read_manifest
 from sparsecast.collect.store.units import Tally, Unit, units
 from sparsecast.core.distributed import DistributedContext
-from sparsecast.core.interrupts import Stop
+from sparsecast.core.interrupts import StopFlag
 from sparsecast.core.models.loading import embedding_rows
 from sparsecast.core.text.corpus import Document
-from sparsecast.core.text.tokens import sequences
+from sparsecast.core.text.tokens import tokenize_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,9 @@ class CollectionPlan:
         threads = read_manifest(self.partial).threads
         return replace(self, manifest=replace(self.manifest, threads=threads))
 
-    def units(self, tally: Tally, stop: Stop) -> Iterator[Unit]:
+    def units(self, tally: Tally, stop: StopFlag) -> Iterator[Unit]:
         """The units of all ranks in order, until `stop`; `tally` counts their documents."""
-        rows = sequences(
+        rows = tokenize_documents(
             stop.until(self.documents),
             self.tokenizer,
             self.quotas,

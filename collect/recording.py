@@ -20,19 +20,19 @@ from sparsecast.collect.store.shard_reader import ShardFile
 from sparsecast.collect.store.store import ActivationStore, Manifest, seal
 from sparsecast.collect.store.units import ShardInfo, Tally, Unit
 from sparsecast.collect.store.writer import Writer, record_unit, to_folder
-from sparsecast.core.disk import full_disk, no_room
+from sparsecast.core.disk import full_disk_errno, full_disk_error
 from sparsecast.core.errors import InputError
-from sparsecast.core.interrupts import Stop, same_kind
+from sparsecast.core.interrupts import StopFlag, interrupt_like
 from sparsecast.core.messages import log
 from sparsecast.core.models.loading import input_device
 from sparsecast.core.models.recorder import Recorder
 from sparsecast.core.prefetch import prefetch
-from sparsecast.core.progress import Bar, bar
+from sparsecast.core.progress import Bar, progress_bar
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import TokenBatch
 
 
-def record(plan: CollectionPlan, stop: Stop) -> tuple[list[ShardInfo], Tally]:
+def record(plan: CollectionPlan, stop: StopFlag) -> tuple[list[ShardInfo], Tally]:
     """Write this rank's share of the shards; returns all shards, and the documents in them."""
     model, shape, ranks, tally = plan.model, plan.shape, plan.ranks, Tally()
     on_gpu = any(weight.is_cuda for weight in model.parameters())
@@ -42,7 +42,7 @@ def record(plan: CollectionPlan, stop: Stop) -> tuple[list[ShardInfo], Tally]:
     with (
         _threads(plan.manifest.threads),
         Writer(shape, capacity, to_folder(plan.partial), pinned=on_gpu) as writer,
-        bar("collect", sum(plan.quotas.values()), visible=ranks.leads) as progress,
+        progress_bar("collect", sum(plan.quotas.values()), visible=ranks.leads) as progress,
         torch.inference_mode(),
         Recorder(model, filler, filler.layers),
     ):
@@ -58,7 +58,7 @@ def record(plan: CollectionPlan, stop: Stop) -> tuple[list[ShardInfo], Tally]:
     return shards, tally
 
 
-def _forward(model: PreTrainedModel, stop: Stop, progress: Bar, batch: TokenBatch) -> None:
+def _forward(model: PreTrainedModel, stop: StopFlag, progress: Bar, batch: TokenBatch) -> None:
     stop.check()
     # Right padding: causal attention needs no mask to keep it out of real tokens.
     model.base_model(batch.to(input_device(model)).ids_BS, use_cache=False)
@@ -129,7 +129,7 @@ def complete(plan: CollectionPlan, shards: list[ShardInfo], tally: Tally) -> Man
 
 
 @contextmanager
-def keeping_shards(plan: CollectionPlan, stop: Stop) -> Iterator[None]:
+def keeping_shards(plan: CollectionPlan, stop: StopFlag) -> Iterator[None]:
     """If recording ends early, remove a useless partial folder and say what is kept."""
     fresh = not finished_shards(plan.partial)
     try:
@@ -145,7 +145,7 @@ def keeping_shards(plan: CollectionPlan, stop: Stop) -> Iterator[None]:
 
 
 def _with_outcome(
-    error: BaseException, plan: CollectionPlan, kept: int, stop: Stop
+    error: BaseException, plan: CollectionPlan, kept: int, stop: StopFlag
 ) -> BaseException:
     """An interrupt or a disk error that also says what is kept; any other error as it is."""
     left = (
@@ -153,8 +153,8 @@ def _with_outcome(
         if kept
         else "no shard was finished yet, nothing is left behind"
     )
-    if no_room(error) is not None:
-        return full_disk(error, plan.out, plan.store_bytes, "the store", left)
+    if full_disk_errno(error) is not None:
+        return full_disk_error(error, plan.out, plan.store_bytes, "the store", left)
     if isinstance(error, OSError):
         return OSError(f"{error.filename or plan.out}: {error.strerror or error}; {left}")
     if not isinstance(error, KeyboardInterrupt):
@@ -165,4 +165,4 @@ def _with_outcome(
         if by_torchrun
         else "interrupted"
     )
-    return same_kind(error, f"{plan.out}: {how}; {left}")
+    return interrupt_like(error, f"{plan.out}: {how}; {left}")

@@ -26,21 +26,21 @@ from sparsecast.collect.plan import CollectionPlan
 from sparsecast.collect.recording import complete, keeping_shards, record
 from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.store import ActivationStore, Manifest
-from sparsecast.core.disk import told_when_full
-from sparsecast.core.distributed import DistributedContext, team
+from sparsecast.core.disk import explain_full_disk
+from sparsecast.core.distributed import DistributedContext, distributed_context
 from sparsecast.core.errors import InputError
-from sparsecast.core.interrupts import stoppable
+from sparsecast.core.interrupts import stop_on_signal
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log
-from sparsecast.core.models.checkpoint import Checkpoint, effective
+from sparsecast.core.models.checkpoint import Checkpoint, result_fields
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.core.models.loading import check_length, load_model, pick_device, pick_dtype
+from sparsecast.core.models.loading import check_seq_len, load_model, pick_device, pick_dtype
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.models.shape import model_shape
-from sparsecast.core.text.corpus import begun, documents
-from sparsecast.core.text.corpus_files import is_stream, most_tokens
-from sparsecast.core.text.splits import SPLITS, assign
-from sparsecast.core.text.tokens import quotas
+from sparsecast.core.text.corpus import read_documents, start_reading
+from sparsecast.core.text.corpus_files import is_stream, max_tokens
+from sparsecast.core.text.splits import SPLITS, assign_splits
+from sparsecast.core.text.tokens import split_quotas
 from sparsecast.core.tokenizers.loading import load_tokenizer
 
 
@@ -66,7 +66,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
             does not fit its dtype.
         KeyboardInterrupt: After the current batch, at Ctrl-C or SIGTERM.
     """
-    with team() as ranks, stoppable() as stop, ExitStack() as held:
+    with distributed_context() as ranks, stop_on_signal() as stop, ExitStack() as held:
         with ranks.together():
             cfg = replace(cfg, out=output_folder(cfg.out), device=_device(cfg, ranks))
             checkpoint = Checkpoint(cfg.model)
@@ -82,7 +82,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
         ranks.wait()
         if ranks.leads:
             kept = "every shard is kept: make room, and the same command goes on from there"
-            with told_when_full(plan.out, plan.store_bytes, "the store", lambda: kept):
+            with explain_full_disk(plan.out, plan.store_bytes, "the store", lambda: kept):
                 manifest = complete(plan, shards, tally)
             _summarize(manifest, plan.out)
         ranks.wait()
@@ -112,7 +112,7 @@ def _plan(
     ranks: DistributedContext,
 ) -> CollectionPlan:
     """Resolve every option; all that needs no weights is checked before they are loaded."""
-    wanted = shares or quotas(cfg.tokens, cfg.count_tokens)
+    wanted = shares or split_quotas(cfg.tokens, cfg.count_tokens)
     activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
     dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, pick_device(cfg.device))
     checkpoint.check()
@@ -120,11 +120,11 @@ def _plan(
     shape = _shape(cfg, outline, dtype)
     batch_tokens = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
     largest_shard = max(shape.shard_tokens, batch_tokens)
-    most = most_tokens(cfg.corpus)
+    most = max_tokens(cfg.corpus)
     there = {split: count if most is None else min(count, most) for split, count in wanted.items()}
     needs = estimate(outline, dtype, shape, there, largest_shard)
     check_needs(cfg.out, needs)
-    docs = begun(cfg.corpus, assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
+    docs = start_reading(cfg.corpus, assign_splits(read_documents(cfg.corpus, seq_len=cfg.seq_len)))
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,
@@ -132,7 +132,7 @@ def _plan(
         activation_threshold=cfg.activation_threshold,
         device_map=cfg.device_map,
     )
-    check_length(cfg.seq_len, model, cfg.model)
+    check_seq_len(cfg.seq_len, model, cfg.model)
     return CollectionPlan(
         model=model,
         tokenizer=tokenizer,
@@ -204,7 +204,7 @@ def _identity(cfg: CollectConfig, checkpoint: Checkpoint, tokenizer: Tokenizer) 
     may_change = ("out", "model", "corpus", "device", "device_map")
     return {
         "fingerprint": checkpoint.fingerprint,
-        "config": effective(checkpoint.config),
+        "config": result_fields(checkpoint.config),
         "tokenizer": _tokenizer_id(tokenizer),
         "corpus": cfg.corpus,
         "options": {name: v for name, v in asdict(cfg).items() if name not in may_change},

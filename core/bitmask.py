@@ -38,7 +38,7 @@ def _spread(device: torch.device) -> Tensor:
     return bits.to(torch.uint8).contiguous().view(torch.int64)[:, 0].to(device)
 
 
-def per_token(mask_TF: Tensor) -> Tensor:
+def count_per_token(mask_TF: Tensor) -> Tensor:
     """(T, F) bool to (T,) int32: how many neurons fired."""
     words_TP = _words(mask_TF)
     n_tokens, width = words_TP.shape
@@ -47,7 +47,7 @@ def per_token(mask_TF: Tensor) -> Tensor:
     return lanes.view(torch.uint8).sum(1, dtype=torch.int32)
 
 
-def per_neuron(mask_TF: Tensor) -> Tensor:
+def count_per_neuron(mask_TF: Tensor) -> Tensor:
     """(T, F) bool to (F,) int32: on how many tokens each neuron fired."""
     words_TP = _words(mask_TF)
     full = len(words_TP) // LANE * LANE

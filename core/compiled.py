@@ -18,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def fused(function: Callable[P, R]) -> Callable[P, R]:
+def compile_when_large(function: Callable[P, R]) -> Callable[P, R]:
     """`function` through torch.compile for a large first argument on a GPU; as it stands otherwise,
     also where nothing can be compiled, such as without a C compiler. Results agree up to rounding.
 

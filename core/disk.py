@@ -18,7 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No room left: of the disk, of the user's quota, or for one file."""
 
 
-def size(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """A number of bytes as a person reads it, with three digits: 123 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5:
@@ -27,13 +27,18 @@ def size(nbytes: float) -> str:
     return f"{nbytes:,.3g} TB" if nbytes < 999.5 else f"{nbytes:,.0f} TB"
 
 
-def free(path: Path) -> int:
+def free_bytes(path: Path) -> int:
     """Bytes that may be written where `path` is or will be."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free
 
 
-def check_room(out: Path, need: int, what: str, instead: str = "") -> None:
+def describe_space(path: Path, need: float) -> str:
+    """State how much disk a stage needs and how much is free, for a message."""
+    return f"{format_bytes(need)} of disk, {format_bytes(free_bytes(path))} are free there"
+
+
+def check_disk_space(out: Path, need: int, what: str, instead: str = "") -> None:
     """Raises `InputError` where the disk cannot hold what a stage will write.
 
     Args:
@@ -41,15 +46,15 @@ def check_room(out: Path, need: int, what: str, instead: str = "") -> None:
         what: Names them.
         instead: What else would help.
     """
-    if need > (there := free(out)):
+    if need > (there := free_bytes(out)):
         raise InputError(
-            f"{out}: {what} needs {size(need)}, but only {size(there)} are free there; "
-            f"make room, choose another --out{instead}"
+            f"{out}: {what} needs {format_bytes(need)}, but only {format_bytes(there)} are free "
+            f"there; make room, choose another --out{instead}"
         )
 
 
 @contextmanager
-def told_when_full(out: Path, need: int, what: str, kept: Callable[[], str]) -> Iterator[None]:
+def explain_full_disk(out: Path, need: int, what: str, kept: Callable[[], str]) -> Iterator[None]:
     """Where a disk fills up all the same: the folder, what it needs, what is free, and what next.
 
     Args:
@@ -59,22 +64,23 @@ def told_when_full(out: Path, need: int, what: str, kept: Callable[[], str]) -> 
     try:
         yield
     except Exception as error:
-        if no_room(error) is None:
+        if full_disk_errno(error) is None:
             raise
-        raise full_disk(error, out, need, what, kept()) from error
+        raise full_disk_error(error, out, need, what, kept()) from error
 
 
-def full_disk(error: BaseException, out: Path, need: float, what: str, left: str) -> OSError:
-    """What `told_when_full` says; `error` is one that `no_room` knows."""
+def full_disk_error(error: BaseException, out: Path, need: float, what: str, left: str) -> OSError:
+    """What `explain_full_disk` says; `error` is one that `full_disk_errno` knows."""
     name = getattr(error, "filename", None)
     file = f"{Path(name).name}: " if isinstance(name, str) else ""
+    reason = os.strerror(full_disk_errno(error) or 0)
     return OSError(
-        f"{out}: cannot be written ({file}{os.strerror(no_room(error) or 0)}); {what} needs "
-        f"{size(need)} of disk, {size(free(out))} are free there now; {left}"
+        f"{out}: cannot be written ({file}{reason}); {what} needs {describe_space(out, need)} now; "
+        f"{left}"
     )
 
 
-def no_room(error: BaseException) -> int | None:
+def full_disk_errno(error: BaseException) -> int | None:
     """The error number of a full disk, quota or file, or None.
 
     torch and safetensors wrap it in errors of their own.

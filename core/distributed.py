@@ -18,7 +18,7 @@ from torch import distributed
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
-from sparsecast.core.options import shown
+from sparsecast.core.options import short_repr
 from sparsecast.core.progress import console
 
 
@@ -77,9 +77,9 @@ def _quiet_loss() -> Iterator[None]:
 
 
 @contextmanager
-def team() -> Iterator[DistributedContext]:
+def distributed_context() -> Iterator[DistributedContext]:
     """The ranks that torchrun has set up, or this process alone; one stage may run another."""
-    size = from_environment("WORLD_SIZE", 1, least=1)
+    size = int_from_environment("WORLD_SIZE", 1, least=1)
     if size == 1:
         yield DistributedContext()
         return
@@ -96,7 +96,7 @@ def team() -> Iterator[DistributedContext]:
         distributed.destroy_process_group()
 
 
-def from_environment(name: str, unset: int, *, least: int = 0, most: int = 2**31 - 1) -> int:
+def int_from_environment(name: str, unset: int, *, least: int = 0, most: int = 2**31 - 1) -> int:
     """A number that torchrun hands to its processes.
 
     Raises:
@@ -112,7 +112,7 @@ def from_environment(name: str, unset: int, *, least: int = 0, most: int = 2**31
 
 def _refused(name: str, text: str, expected: str) -> InputError:
     return InputError(
-        f"{name}={shown(text)} in the environment: expected {expected}; torchrun sets it for "
+        f"{name}={short_repr(text)} in the environment: expected {expected}; torchrun sets it for "
         f"several processes, `unset {name}` for one"
     )
 
@@ -125,12 +125,12 @@ def _check_launched(size: int) -> None:
                 f"WORLD_SIZE={size} in the environment, but no {name}: torchrun sets both for "
                 "several processes, `unset WORLD_SIZE` for one"
             )
-    from_environment("RANK", 0, most=size - 1)
-    from_environment("MASTER_PORT", 0, most=2**16 - 1)
-    from_environment("LOCAL_RANK", 0)
-    from_environment("LOCAL_WORLD_SIZE", size, least=1, most=size)
+    int_from_environment("RANK", 0, most=size - 1)
+    int_from_environment("MASTER_PORT", 0, most=2**16 - 1)
+    int_from_environment("LOCAL_RANK", 0)
+    int_from_environment("LOCAL_WORLD_SIZE", size, least=1, most=size)
 
 
 def _this() -> DistributedContext:
-    local_rank = from_environment("LOCAL_RANK", 0)
+    local_rank = int_from_environment("LOCAL_RANK", 0)
     return DistributedContext(distributed.get_rank(), distributed.get_world_size(), local_rank)

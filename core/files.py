@@ -17,12 +17,12 @@ from typing import Any
 from sparsecast.core.errors import InputError
 
 
-def check_new(
+def check_new_folder(
     path: Path, *, replaces: str | None = None, beside: tuple[str, ...] | None = None
 ) -> Path:
     """The folder that `new_folder` would make, refused where that would; before long work."""
     path = Path(os.path.realpath(path))  # a link stays one, and "." has a name
-    check_place(path)
+    check_writable_folder(path)
     if path.is_dir() and any(path.iterdir()):
         marks = [] if replaces is None else sorted(path.glob(replaces))
         known = {p for pattern in beside or ("*",) for p in path.glob(pattern)}
@@ -35,7 +35,7 @@ def check_new(
     return path
 
 
-def check_place(path: Path) -> None:
+def check_writable_folder(path: Path) -> None:
     """Raises `InputError` where no folder could be put under this name; before long work."""
     try:
         if path.is_symlink():
@@ -78,7 +78,7 @@ def new_folder(
         beside: Globs of what else such a folder may hold, with one file that marks it; unset:
             whatever is there goes with it.
     """
-    path = check_new(path, replaces=replaces, beside=beside)
+    path = check_new_folder(path, replaces=replaces, beside=beside)
     part = path.with_name(f".{path.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -138,7 +138,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-def refuse_unwritable(path: Path, option: str) -> None:
+def check_writable_file(path: Path, option: str) -> None:
     """An `InputError` before long work, where its result could not be written."""
     try:
         if path.is_dir():
@@ -168,7 +168,7 @@ def read_bytes(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise unreadable(path, error, what) from error
+        raise unreadable_error(path, error, what) from error
 
 
 def check_file(path: Path, what: str) -> None:
@@ -179,7 +179,7 @@ def check_file(path: Path, what: str) -> None:
             path.open("rb").close()
             return
     except OSError as error:
-        raise unreadable(path, error, what) from error
+        raise unreadable_error(path, error, what) from error
     raise InputError(f"{path}: is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, expected {what}")
 
 
@@ -192,7 +192,7 @@ _KINDS = {
 }
 
 
-def unreadable(path: Path, error: OSError, what: str) -> InputError:
+def unreadable_error(path: Path, error: OSError, what: str) -> InputError:
     """What to say of a file that could not be opened: missing is not the same as forbidden."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return InputError(f"{path}: no such file, expected {what}")

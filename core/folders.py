@@ -20,7 +20,7 @@ MANY = 100
 """Folders in a folder that are looked into."""
 
 
-def kind_of(folder: Path) -> str | None:
+def folder_kind(folder: Path) -> str | None:
     """What a folder holds, as a key of `KINDS` other than text; it need not be whole or sound."""
     if any(folder.glob("model_*.pt")):
         return "predictors"
@@ -42,16 +42,16 @@ def _keys(folder: Path, name: str) -> set[str]:
         return set()
 
 
-def refuse_other(path: Path, wanted: str) -> None:
+def check_folder_kind(path: Path, wanted: str) -> None:
     """Raises `InputError` where `path` holds another kind than `wanted`, or where its parent or a
     folder in it holds that kind. What is nothing of ours is left to the caller."""
-    if path.is_file() and kind_of(path.parent) == wanted:
+    if path.is_file() and folder_kind(path.parent) == wanted:
         raise InputError(f"{path}: is a file, expected its folder; give {path.parent}")
-    if (kind := kind_of(path)) not in (None, wanted):
+    if (kind := folder_kind(path)) not in (None, wanted):
         raise InputError(f"{path}: holds {KINDS[str(kind)]}; expected {KINDS[wanted]}")
     if kind is None:
         inner = sorted(islice((p for p in path.glob("[!.]*/") if p.is_dir()), MANY))
-        if (found := next((p for p in inner if kind_of(p) == wanted), None)) is not None:
+        if (found := next((p for p in inner if folder_kind(p) == wanted), None)) is not None:
             raise InputError(
                 f"{path}: holds none itself, expected {KINDS[wanted]}; give a folder in it, such "
                 f"as {found}"

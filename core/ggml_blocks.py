@@ -13,7 +13,7 @@ from torch import Tensor
 BLOCK = 32
 
 
-def scales_and_codes(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Of q8_0 or q4_0: scales (..., K / 32, 1) before their rounding to f16, and codes
     (..., K / 32, 32) with 0 for a weight of 0, both float32."""
     blocks = weight_NK.float().reshape(*weight_NK.shape[:-1], -1, BLOCK)
@@ -24,7 +24,7 @@ def scales_and_codes(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     return scale, (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15) - 8
 
 
-def q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Scales (N, K / 32) and codes (N, K / 32, 32) of the input of a product, both float32.
 
     Codes are x (127 / max), as the engine's vector code has it: the same codes at 5 million of 5
@@ -38,9 +38,9 @@ def q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     return (largest[..., 0] / 127).half().float(), codes
 
 
-def q8_0_values(x_NK: Tensor) -> Tensor:
+def round_to_q8_0(x_NK: Tensor) -> Tensor:
     """float32, of x's shape: what the codes of an input stand for."""
-    scale_NB, code_NBC = q8_0_input(x_NK)
+    scale_NB, code_NBC = quantize_q8_0_input(x_NK)
     return (code_NBC * scale_NB[..., None]).flatten(-2)
 
 

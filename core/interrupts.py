@@ -16,7 +16,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which takes the way of Ctrl-C."""
 
 
-def same_kind(error: BaseException | None, told: str = "") -> KeyboardInterrupt:
+def interrupt_like(error: BaseException | None, told: str = "") -> KeyboardInterrupt:
     """An interrupt by the signal that `error` is, or came of, with what there is to say of it.
 
     Args:
@@ -27,7 +27,7 @@ def same_kind(error: BaseException | None, told: str = "") -> KeyboardInterrupt:
     return Terminated(told) if isinstance(came_of, Terminated) else KeyboardInterrupt(told)
 
 
-class Stop:
+class StopFlag:
     """Whether somebody wants the work to end."""
 
     asked = False
@@ -48,9 +48,9 @@ class Stop:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def stop_on_signal() -> Iterator[StopFlag]:
     """The first signal sets the flag; a second one acts as it would have without us."""
-    stop = Stop()
+    stop = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -7,7 +7,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 
-def launcher() -> ClusterEnvironment:
+def cluster_environment() -> ClusterEnvironment:
     """For `Trainer(plugins=[launcher()])`: torchrun where it was used, else this process alone.
 
     Lightning would also find SLURM, LSF and MPI in the environment. Inside an allocation their

@@ -12,7 +12,7 @@ from sparsecast.core.errors import InputError
 
 
 @contextmanager
-def locked(out: Path, work: str) -> Iterator[None]:
+def lock_folder(out: Path, work: str) -> Iterator[None]:
     """Keep a second run out of the same folder; `work` names its kind.
 
     The lock is the system's, on a hidden file beside the folder: it ends with the process, however

@@ -22,22 +22,22 @@ DEEPEST = 50
 """Levels of lists and objects in a field; anything can walk through so many."""
 
 
-def write_sealed(folder: Path, manifest: Any) -> None:
+def write_manifest(folder: Path, manifest: Any) -> None:
     """Write a manifest with its own checksum."""
-    sums = {**manifest.checksums, MANIFEST: own_checksum(manifest)}
+    sums = {**manifest.checksums, MANIFEST: manifest_checksum(manifest)}
     write_json(folder / MANIFEST, asdict(replace(manifest, checksums=sums)))
 
 
-def own_checksum(manifest: Any) -> str:
+def manifest_checksum(manifest: Any) -> str:
     """xxh3_128 of a manifest's fields, without this checksum itself."""
     value = asdict(manifest)
     value["checksums"].pop(MANIFEST, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def edited(path: Path, manifest: Any, again: str) -> str | None:
+def find_edit(path: Path, manifest: Any, again: str) -> str | None:
     """What was changed since a manifest was written, by its own checksum; None if nothing was."""
-    states, found = manifest.checksums.get(MANIFEST, "none"), own_checksum(manifest)
+    states, found = manifest.checksums.get(MANIFEST, "none"), manifest_checksum(manifest)
     if states == found:
         return None
     return (

@@ -33,7 +33,7 @@ def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value in a message, cut where it is long."""
     return _short.repr(value)
 
@@ -54,7 +54,7 @@ def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def differing(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def compare_options(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What a finished or unfinished run was asked for that is asked for differently now."""
     return [
         f"{name} was {made.get(name)!r}, now {value!r}"
@@ -71,7 +71,7 @@ def without_none(kind: Any) -> Any:
     return Union[rest]  # noqa: UP007  # of types known at run time alone
 
 
-def settle(config: Any, **least: float) -> None:
+def validate_fields(config: Any, **least: float) -> None:
     """Give every field of a frozen configuration the type that it is annotated with.
 
     A str becomes a Path where the field is one, a numpy number a Python one.
@@ -87,7 +87,7 @@ def settle(config: Any, **least: float) -> None:
         if (value := getattr(config, name)) is None:
             continue
         try:
-            value = settled(without_none(kind), value)
+            value = convert_value(without_none(kind), value)
         except ValueError as error:
             raise InputError(f"{option_of(name)}: {error}") from error
         object.__setattr__(config, name, value)
@@ -96,18 +96,20 @@ def settle(config: Any, **least: float) -> None:
             most = LIMITS.get(name, MOST) if isinstance(number, int) else math.inf
             if isinstance(number, (int, float)) and not low <= number <= most:
                 end = f"least {low:,}" if number < low else f"most {most:,}"
-                raise InputError(f"{option_of(name)}: must be at {end}, got {shown(number)}")
+                raise InputError(f"{option_of(name)}: must be at {end}, got {short_repr(number)}")
 
 
-def between(config: Any, low: float, high: float, *names: str) -> None:
+def check_between(config: Any, low: float, high: float, *names: str) -> None:
     """Raises `InputError` where a field that is set is not above `low` and below `high`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not low < value < high:
-            raise InputError(f"{option_of(name)}: must be in ({low}, {high}), got {shown(value)}")
+            raise InputError(
+                f"{option_of(name)}: must be in ({low}, {high}), got {short_repr(value)}"
+            )
 
 
-def settled(kind: Any, value: Any) -> Any:
+def convert_value(kind: Any, value: Any) -> Any:
     """A value as its type has it.
 
     Raises:
@@ -119,13 +121,13 @@ def settled(kind: Any, value: Any) -> Any:
             raise _wrong(value, "a list")
         if not (value := list(value)):
             raise ValueError("is empty; name one, or leave it out")
-        return [settled(parts[0], item) for item in value]
+        return [convert_value(parts[0], item) for item in value]
     if get_origin(kind) is Literal:
         if value not in parts:
             raise _wrong(value, ", ".join(parts))
         return value
     if get_origin(kind) in (Union, UnionType):  # words, or a path
-        return value if value in get_args(parts[0]) else settled(parts[1], value)
+        return value if value in get_args(parts[0]) else convert_value(parts[1], value)
     convert, words = _PLAIN[kind]
     try:
         if isinstance(value, bool) != (kind is bool):
@@ -136,7 +138,7 @@ def settled(kind: Any, value: Any) -> Any:
 
 
 def _wrong(value: object, expected: str) -> ValueError:
-    return ValueError(f"got {shown(value)}, expected {expected}")
+    return ValueError(f"got {short_repr(value)}, expected {expected}")
 
 
 def _text(value: Any) -> str:

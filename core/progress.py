@@ -70,7 +70,7 @@ class LogBar(Bar):
 
 
 @contextmanager
-def bar(title: str, total: int | None, *, visible: bool = True) -> Iterator[Bar]:
+def progress_bar(title: str, total: int | None, *, visible: bool = True) -> Iterator[Bar]:
     """A bar on stderr for `total` units; unknown totals show a pulse."""
     visible = visible and os.environ.get("SPARSECAST_DISABLE_PROGRESS", "0") in ("", "0")
     if visible and not console.is_terminal:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from sparsecast.core.disk import no_room
+from sparsecast.core.disk import full_disk_errno
 
 
 def save_torch(value: Any, path: Path) -> None:
@@ -28,7 +28,7 @@ def save_torch(value: Any, path: Path) -> None:
             torch.save(value, file)
         os.replace(part, path)
     except RuntimeError as error:
-        if (code := no_room(error)) is None:
+        if (code := full_disk_errno(error)) is None:
             raise
         raise OSError(code, os.strerror(code), str(path)) from error
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sparsecast.core.progress import Bar, bar
+from sparsecast.core.progress import Bar, progress_bar
 
 NOTE_STEPS = 10
 """Between two looks at the loss, for which a GPU has to be waited for."""
@@ -25,7 +25,7 @@ class TrainingBar(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = int(trainer.estimated_stepping_batches)
-        self._bar = self._open.enter_context(bar(self._title, total))
+        self._bar = self._open.enter_context(progress_bar(self._title, total))
         self._advance(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_file, unreadable
-from sparsecast.core.folders import refuse_other
+from sparsecast.core.files import check_file, unreadable_error
+from sparsecast.core.folders import check_folder_kind
 
 SUFFIX = ".powerinfer.gguf"
 """Of the model's file."""
@@ -41,9 +41,9 @@ def bundle_file(bundle: Path) -> Path:
     try:
         found = sorted(name for name in os.listdir(bundle) if name.endswith(SUFFIX))
     except OSError as error:
-        raise unreadable(bundle, error, want) from error
+        raise unreadable_error(bundle, error, want) from error
     if len(found) != 1:
-        refuse_other(bundle, "bundle")
+        check_folder_kind(bundle, "bundle")
         raise InputError(
             f"{bundle}: holds {len(found)} files *{SUFFIX}, expected exactly one; give {want}"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.options import settle
+from sparsecast.core.options import validate_fields
 
 ExportDtype = Literal["f16", "f32", "q4_0"]
 
@@ -48,7 +48,7 @@ class ExportConfig:
     fit; the card says so."""
 
     def __post_init__(self) -> None:
-        settle(self, vram_context=1, activation_threshold=0)
+        validate_fields(self, vram_context=1, activation_threshold=0)
         if self.vram_budget is not None and not 0 < self.vram_budget < 2**20:
             raise InputError(
                 f"--vram-budget: got {self.vram_budget:g}, expected GiB of GPU memory, above 0"
@@ -90,4 +90,4 @@ class VerifyConfig:
     """Also write the result to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=256, activation_threshold=0, max_perplexity_increase=0)
+        validate_fields(self, tokens=256, activation_threshold=0, max_perplexity_increase=0)

@@ -13,7 +13,7 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import parse_json
 from sparsecast.core.manifests import MANIFEST
-from sparsecast.core.options import differing
+from sparsecast.core.options import compare_options
 from sparsecast.export.bundle import SUFFIX
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.read.reader import GGUFFile
@@ -51,7 +51,7 @@ def recipe_of(
     }
 
 
-def finished(out: Path, name: str, recipe: dict[str, Any]) -> Path | None:
+def find_finished(out: Path, name: str, recipe: dict[str, Any]) -> Path | None:
     """The file of a bundle that was made by `recipe`; None where there is no bundle.
 
     Args:
@@ -72,7 +72,7 @@ def finished(out: Path, name: str, recipe: dict[str, Any]) -> Path | None:
         raise InputError(f"{out}: holds a damaged bundle ({error}); {advice}") from error
     if not isinstance(made, dict):
         raise InputError(f"{out}: holds a bundle that does not say how it was made; {advice}")
-    changed = differing({**made, "name": found[0].name}, {**recipe, "name": name})
+    changed = compare_options({**made, "name": found[0].name}, {**recipe, "name": name})
     if changed:
         raise InputError(
             f"{out}: holds a finished bundle made differently ({'; '.join(changed)}); {advice}"

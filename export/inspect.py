@@ -11,13 +11,14 @@ from rich.table import Table
 
 from sparsecast.collect.inspect import InspectConfig, Inspection
 from sparsecast.collect.inspect import inspect as inspect_store
+from sparsecast.core.disk import format_bytes
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_file, refuse_unwritable, unreadable, write_json
-from sparsecast.core.folders import KINDS, kind_of
+from sparsecast.core.files import check_file, check_writable_file, unreadable_error, write_json
+from sparsecast.core.folders import KINDS, folder_kind
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
 from sparsecast.export.bundle import GPUIDX_SUFFIX, SUFFIX, bundle_file
-from sparsecast.export.read.inspect_file import file_values, plain, show_file, size
+from sparsecast.export.read.inspect_file import file_values, plain, show_file
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.manifest import SCORES
 from sparsecast.predictors.report.wording import both_sizes
@@ -33,7 +34,7 @@ def inspect(cfg: InspectConfig) -> Inspection:
     if (kind := _kind(path)) == "activations":
         return inspect_store(cfg)
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     if kind == "predictors":
         values = _predictor_values(path)
         _show_predictors(values)
@@ -56,14 +57,14 @@ def _kind(path: Path) -> str:
     try:
         names = os.listdir(path)
     except OSError as error:
-        raise unreadable(path, error, want) from error
+        raise unreadable_error(path, error, want) from error
     if any(fnmatch(name, "model_*.pt") for name in names):
         return "predictors"
     if any(name.endswith(SUFFIX) for name in names):
         return "bundle"
     if MANIFEST in names:
         return "activations"
-    what = KINDS.get(kind_of(path) or "", "none of ours")
+    what = KINDS.get(folder_kind(path) or "", "none of ours")
     raise InputError(f"{path}: holds {what}; expected {want}")
 
 
@@ -144,11 +145,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _cannot_list(error: OSError) -> None:
-    raise unreadable(Path(error.filename), error, "a folder of the bundle")
+    raise unreadable_error(Path(error.filename), error, "a folder of the bundle")
 
 
 def _show_bundle(values: dict[str, Any]) -> None:
-    total = size(sum(file["bytes"] for file in values["files"]))
+    total = format_bytes(sum(file["bytes"] for file in values["files"]))
     log.info(values["path"], extra={"style": "bold"})
     table = Table(title=f"{len(values['files'])} files, {total}", title_justify="left")
     table.add_column("file", overflow="fold")

@@ -8,19 +8,19 @@ import torch
 
 from sparsecast.collect.store.firing import check_firing
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.disk import check_room, free, size, told_when_full
+from sparsecast.core.disk import check_disk_space, describe_space, explain_full_disk
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_new, new_folder, write_text
-from sparsecast.core.lock import locked
+from sparsecast.core.files import check_new_folder, new_folder, write_text
+from sparsecast.core.lock import lock_folder
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.families import lost_threshold
-from sparsecast.core.progress import bar
+from sparsecast.core.models.families import lost_threshold_warning
+from sparsecast.core.progress import progress_bar
 from sparsecast.core.torch_files import save_torch
 from sparsecast.export.bundle import BESIDE, GPUIDX_SUFFIX, SUFFIX, file_name
 from sparsecast.export.card import foreign_note, model_card, relu_note, split_note, window_note
 from sparsecast.export.config import ExportConfig
-from sparsecast.export.finished import finished, recipe_of, recipe_text
+from sparsecast.export.finished import find_finished, recipe_of, recipe_text
 from sparsecast.export.plan import predictors_for
 from sparsecast.export.traffic import Traffic, traffic_of
 from sparsecast.export.write.convert import Planned
@@ -51,7 +51,7 @@ def export(cfg: ExportConfig) -> Path:
             that was made otherwise.
         OSError: The disk filled up meanwhile; nothing is left behind.
     """
-    with locked(check_new(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE), "export"):
+    with lock_folder(check_new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE), "export"):
         return _export(cfg)
 
 
@@ -63,7 +63,7 @@ def _export(cfg: ExportConfig) -> Path:
     counts = None if cfg.activations is None else _counts(cfg.activations, checkpoint, hyper)
     file = file_name(checkpoint.source)
     recipe = recipe_of(cfg, checkpoint.fingerprint, hyper, vocabulary, predictors)
-    if (there := finished(cfg.out, file, recipe)) is not None:
+    if (there := find_finished(cfg.out, file, recipe)) is not None:
         log.info(f"{cfg.out}: already exported")
         return there
     tensors = plan(checkpoint, hyper, predictors, cfg.dtype)
@@ -73,10 +73,10 @@ def _export(cfg: ExportConfig) -> Path:
     traffic = _traffic(tensors, predictors)
 
     with (
-        told_when_full(cfg.out, need, "the bundle", lambda: AFTER),
+        explain_full_disk(cfg.out, need, "the bundle", lambda: AFTER),
         new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE) as folder,
     ):
-        with bar("export", total) as progress:
+        with progress_bar("export", total) as progress:
             write_model(
                 folder / file,
                 tensors,
@@ -120,8 +120,8 @@ def _check_room(out: Path, total: int, predictors: PredictorSet) -> int:
     """Bytes of a bundle whose file holds `total` bytes of weights; refused where the disk has no
     room for them."""
     need = total + sum(w.numel() * w.element_size() for p in predictors.layers for w in p.weights)
-    check_room(out, need, "the bundle")
-    log.info(f"{out}: the bundle takes {size(need)} of disk, {size(free(out))} are free there")
+    check_disk_space(out, need, "the bundle")
+    log.info(f"{out}: the bundle takes {describe_space(out, need)}")
     return need
 
 
@@ -134,7 +134,7 @@ def _tell_notes(
 ) -> None:
     """Where the bundle is not what the model is, or may not be."""
     if cfg.activation_threshold is None:
-        lost = lost_threshold(checkpoint.config, checkpoint.source)
+        lost = lost_threshold_warning(checkpoint.config, checkpoint.source)
         if lost is not None:
             log.warning(lost)
     if foreign:

@@ -10,7 +10,7 @@ from rich.text import Text
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
@@ -86,7 +86,7 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
     """
     path = bundle_file(cfg.bundle)
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     if cfg.engine is not None:
         for name in ("perplexity", "server"):
             binary(cfg.engine, name)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import new_folder, read_json, unreadable, write_json
-from sparsecast.core.folders import refuse_other
+from sparsecast.core.files import new_folder, read_json, unreadable_error, write_json
+from sparsecast.core.folders import check_folder_kind
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.manifests import MANIFEST
-from sparsecast.core.options import shown
+from sparsecast.core.options import short_repr
 from sparsecast.core.torch_files import save_torch
 from sparsecast.predictors.formats import rounded
 from sparsecast.predictors.manifest import (
@@ -31,7 +31,7 @@ from sparsecast.predictors.manifest import (
     check_checksum,
     number,
     read_manifest,
-    write_manifest,
+    write_predictor_manifest,
 )
 from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.tensor_file import oddity, read_tensors
@@ -72,7 +72,7 @@ class PredictorSet:
         write_json(folder / CONFIG, {"sparse_threshold": self.threshold})
         if self.manifest is not None:
             names = [CONFIG, *(model_file(i) for i in range(len(self.layers)))]
-            write_manifest(folder, self.manifest, names)
+            write_predictor_manifest(folder, self.manifest, names)
 
 
 def load_predictors(folder: str | Path) -> PredictorSet:
@@ -120,13 +120,13 @@ def _layers(folder: Path) -> int:
         names = os.listdir(folder)
     except OSError as error:
         if isinstance(error, NotADirectoryError) and os.path.lexists(folder):
-            refuse_other(folder, "predictors")
+            check_folder_kind(folder, "predictors")
             raise InputError(f"{folder}: is no folder, expected {want}") from error
-        raise unreadable(folder, error, want) from error
+        raise unreadable_error(folder, error, want) from error
     pattern = re.compile(r"model_(0|[1-9][0-9]*)\.pt")
     found = {int(m[1]) for name in names if (m := pattern.fullmatch(name))}
     if not found:
-        refuse_other(folder, "predictors")
+        check_folder_kind(folder, "predictors")
         raise InputError(f"{folder}: no model_0.pt in it, expected {want}")
     missing = next((i for i in range(len(found)) if i not in found), None)
     if missing is not None:
@@ -142,8 +142,8 @@ def _threshold(path: Path, manifest: PredictorManifest | None) -> float:
     check_checksum(path, manifest)
     if (threshold := number(value)) is None:
         raise InputError(
-            f"{path}: sparse_threshold is {shown(value)}, expected a number that float32 holds, "
-            "as PowerInfer's file has it; correct it, or copy the folder again"
+            f"{path}: sparse_threshold is {short_repr(value)}, expected a number that float32 "
+            "holds, as PowerInfer's file has it; correct it, or copy the folder again"
         )
     return threshold
 
@@ -152,7 +152,7 @@ def _read(path: Path, dtype: str) -> Predictor:
     value = read_tensors(path, WANT)
     if not isinstance(value, dict) or set(value) != {"fc1.weight", "fc2.weight"}:
         keys = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise InputError(f"{path}: holds {shown(keys)}, expected {WANT}")
+        raise InputError(f"{path}: holds {short_repr(keys)}, expected {WANT}")
     for name in ("fc1.weight", "fc2.weight"):
         if (odd := oddity(value[name])) is not None:
             raise InputError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.options import ModelDtype, between, option_of, settle
+from sparsecast.core.options import ModelDtype, check_between, option_of, validate_fields
 from sparsecast.core.text.corpus_files import is_stream
 
 DEFAULT_RECALL = 0.95
@@ -104,8 +104,10 @@ class TrainConfig:
     of some of the layers."""
 
     def __post_init__(self) -> None:
-        settle(self, rank=5, epochs=1, batch_size=32, tokens=1, seq_len=2, activation_threshold=0)
-        between(self, 0, math.inf, "lr")
+        validate_fields(
+            self, rank=5, epochs=1, batch_size=32, tokens=1, seq_len=2, activation_threshold=0
+        )
+        check_between(self, 0, math.inf, "lr")
         self._check_objective()
         if self.clip_labels is not None:
             self._check_clipping(self.clip_labels)
@@ -173,7 +175,7 @@ class TrainConfig:
         options = [option_of(name) for name in given]
         if len(given) > 1:
             raise InputError(f"train: give {' or '.join(options)}, not both")
-        between(self, 0, 1, *names, "predictor_budget")
+        check_between(self, 0, 1, *names, "predictor_budget")
         fixed = [option_of(n) for n in ("predictor_budget",) if getattr(self, n)]
         if self.predictor_dtype not in (None, "f16"):
             fixed.append(f"--predictor-dtype {self.predictor_dtype}")
@@ -260,7 +262,7 @@ class ReportConfig:
     """Also write report.json to this file."""
 
     def __post_init__(self) -> None:
-        settle(self)
+        validate_fields(self)
         if self.model is None and "sign" in (self.against or []):
             raise InputError(
                 "--against sign: needs the model that was recorded; give --model, or ./sign for a "
@@ -304,4 +306,4 @@ class EvaluateConfig:
     """Also write the perplexities to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=2, seq_len=2, batch_size=1, activation_threshold=0)
+        validate_fields(self, tokens=2, seq_len=2, batch_size=1, activation_threshold=0)

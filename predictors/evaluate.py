@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -28,10 +28,10 @@ from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import embedding_rows, load_model, set_activation
 from sparsecast.core.models.perplexity import perplexity
 from sparsecast.core.models.shape import model_shape
-from sparsecast.core.progress import bar
-from sparsecast.core.text.corpus import begun, documents
-from sparsecast.core.text.splits import assign
-from sparsecast.core.text.tokens import TokenBatch, batches
+from sparsecast.core.progress import progress_bar
+from sparsecast.core.text.corpus import read_documents, start_reading
+from sparsecast.core.text.splits import assign_splits
+from sparsecast.core.text.tokens import TokenBatch, token_batches
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.compatibility import check_model, check_usage
 from sparsecast.predictors.config import EvaluateConfig
@@ -55,9 +55,9 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
             `documents`; no held-out text in the corpus.
     """
     if cfg.json is not None:
-        refuse_unwritable(Path(cfg.json), "--json")
+        check_writable_file(Path(cfg.json), "--json")
     predictors = load_predictors(cfg.predictors)
-    docs = begun(cfg.corpus, assign(documents(cfg.corpus, seq_len=cfg.seq_len)))
+    docs = start_reading(cfg.corpus, assign_splits(read_documents(cfg.corpus, seq_len=cfg.seq_len)))
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,
@@ -75,7 +75,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     convention = family_of(model.config, cfg.model).convention
     check_usage(predictors, str(cfg.predictors), rule, convention, cfg.model)
     data = list(
-        batches(
+        token_batches(
             docs,
             tokenizer,
             {"held-out": cfg.tokens},
@@ -107,7 +107,7 @@ def perplexities(
     """All four perplexities; leaves the model rounded to f16 with plain ReLU."""
     values = {}
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-    with bar("evaluate", len(MODES) * len(data)) as progress:
+    with progress_bar("evaluate", len(MODES) * len(data)) as progress:
         values["dense"] = perplexity(model, data, lambda _: progress.advance())
         with exact_ffn(model):
             values["exact"] = perplexity(model, data, lambda _: progress.advance())

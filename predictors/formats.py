@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsecast.core.compiled import fused
+from sparsecast.core.compiled import compile_when_large
 from sparsecast.core.errors import InputError
-from sparsecast.core.ggml_blocks import BLOCK, q8_0_values, scales_and_codes
+from sparsecast.core.ggml_blocks import BLOCK, quantize_blocks, round_to_q8_0
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 """Stored bits per weight."""
@@ -31,7 +31,7 @@ def rounded(weight_NK: Tensor, dtype: str) -> Tensor:
     """The values that a file of this format holds, float32."""
     if dtype == "f16":
         return weight_NK.half().float()
-    scale, code = scales_and_codes(weight_NK, dtype)
+    scale, code = quantize_blocks(weight_NK, dtype)
     values: Tensor = code * scale.half().float()
     return values.flatten(-2)
 
@@ -57,14 +57,14 @@ class _StraightThrough(torch.autograd.Function):
         return outer_NK.to(ctx.dtype), None
 
 
-_rounded = fused(rounded)
+_rounded = compile_when_large(rounded)
 
 
 def rounded_input(x_NK: Tensor, dtype: str) -> Tensor:
     """What the engine multiplies weights of this format by, float32; any leading shape."""
     if dtype == "f16":
         return x_NK.half().float()
-    return q8_0_values(x_NK)
+    return round_to_q8_0(x_NK)
 
 
 def check_widths(dtype: str, *, rank: int, hidden_size: int) -> None:

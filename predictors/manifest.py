@@ -15,15 +15,15 @@ from typing import Any
 import xxhash
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_file, read_json, unreadable
+from sparsecast.core.files import check_file, read_json, unreadable_error
 from sparsecast.core.manifests import (
     MANIFEST,
     check_keys,
     check_version,
-    edited,
+    find_edit,
     is_count,
     is_shallow,
-    write_sealed,
+    write_manifest,
 )
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.shape import ModelShape
@@ -75,10 +75,10 @@ class PredictorManifest:
         return ActivationRule(self.activation, self.activation_threshold)
 
 
-def write_manifest(folder: Path, manifest: PredictorManifest, names: list[str]) -> None:
+def write_predictor_manifest(folder: Path, manifest: PredictorManifest, names: list[str]) -> None:
     """Write the manifest with the checksums of the files that lie in the folder under `names`."""
     sums = {name: file_checksum(folder / name) for name in names}
-    write_sealed(folder, replace(manifest, checksums=sums))
+    write_manifest(folder, replace(manifest, checksums=sums))
 
 
 def file_checksum(path: Path) -> str:
@@ -89,7 +89,7 @@ def file_checksum(path: Path) -> str:
             while block := file.read(1 << 24):
                 digest.update(block)
     except OSError as error:
-        raise unreadable(path, error, "a file of a predictor folder") from error
+        raise unreadable_error(path, error, "a file of a predictor folder") from error
     return digest.hexdigest()
 
 
@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> PredictorManifest | None:
     manifest = PredictorManifest(**value)
     if (name := _senseless(manifest)) is not None:
         raise InputError(f"{path}: damaged, its {name} makes no sense; copy the folder again")
-    if (what := edited(path, manifest, AGAIN)) is not None:
+    if (what := find_edit(path, manifest, AGAIN)) is not None:
         raise InputError(what)
     return manifest
 

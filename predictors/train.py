@@ -13,14 +13,14 @@ import torch
 from sparsecast.collect.output import locked, output_folder
 from sparsecast.collect.store.firing import check_firing
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.disk import told_when_full
-from sparsecast.core.distributed import DistributedContext, team
+from sparsecast.core.disk import explain_full_disk
+from sparsecast.core.distributed import DistributedContext, distributed_context
 from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import pick_device
-from sparsecast.core.options import differing
+from sparsecast.core.options import compare_options
 from sparsecast.predictors.calibration.calibrate import Calibrated
 from sparsecast.predictors.calibration.rank_selection import check_traffic, default_dtype, ranks_for
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
@@ -67,7 +67,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
             unfinished run for `cfg.out` that was made with other options, a rank that the format
             cannot store, or an objective that cannot be met.
     """
-    with team() as processes, ExitStack() as held:
+    with distributed_context() as processes, ExitStack() as held:
         with processes.together():
             cfg = replace(cfg, out=output_folder(cfg.out), device=processes.device(cfg.device))
             device = pick_device(cfg.device)
@@ -82,7 +82,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
             source = running(cfg) if store is None else Recorded(store)
             with processes.together():
                 job, recipe, need = _prepare(cfg, source, device, processes)
-            with told_when_full(cfg.out, need, "training", lambda: _left(cfg, processes)):
+            with explain_full_disk(cfg.out, need, "training", lambda: _left(cfg, processes)):
                 calibrated = RECIPES[cfg.recipe](job)
                 with processes.together():
                     if calibrated is not None:
@@ -261,9 +261,9 @@ def _finished(
         assert cfg.model is not None
         fingerprint = Checkpoint(cfg.model).fingerprint
     recipe = _recipe(cfg, default_dtype(cfg, made.hidden_size), fingerprint, store, processes)
-    if not differing(made.recipe, recipe):  # ended between its last two steps
+    if not compare_options(made.recipe, recipe):  # ended between its last two steps
         finish_logs(work_folder(cfg.out), cfg.out)
-    changed = differing(made.recipe, {k: v for k, v in recipe.items() if k != "fingerprint"})
+    changed = compare_options(made.recipe, {k: v for k, v in recipe.items() if k != "fingerprint"})
     if made.fingerprint != fingerprint:
         changed.append(
             "the activations come from another model" if store else "--model is another one"

@@ -7,7 +7,7 @@ from math import inf
 from pathlib import Path
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.options import between, settle
+from sparsecast.core.options import check_between, validate_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +109,16 @@ class SparsifyConfig:
     """Of initialization and data order."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=1, seq_len=2, eval_tokens=2, pretrain_share=0, l1=0, shift_tolerance=0)
+        validate_fields(
+            self, tokens=1, seq_len=2, eval_tokens=2, pretrain_share=0, l1=0, shift_tolerance=0
+        )
         if (self.model is None) == (self.preset is None):
             raise InputError("sparsify: give either --model or --preset")
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"--preset: got {self.preset!r}, expected {' or '.join(PRESETS)}")
         if not self.pretrain_share < 1:
             raise InputError(f"--pretrain-share: must be below 1, got {self.pretrain_share}")
-        between(self, 0, inf, "lr")
+        check_between(self, 0, inf, "lr")
         if self.batch_tokens < self.seq_len:
             raise InputError(
                 f"--batch-tokens: got {self.batch_tokens}, expected at least one sequence of "

@@ -14,7 +14,7 @@ from sparsecast.core.models.families import family_of
 from sparsecast.core.models.loading import set_activation
 from sparsecast.core.models.perplexity import perplexity
 from sparsecast.core.models.recorder import Recorder
-from sparsecast.core.progress import bar
+from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.tokens import TokenBatch
 
 
@@ -89,7 +89,7 @@ def sweep(
     shares = torch.tensor([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6])
     candidates = [0.0, *gate_quantiles(model, batches[0], shares).tolist()]
     tried: list[tuple[float, Score]] = []
-    with bar("threshold sweep", len(candidates)) as progress:
+    with progress_bar("threshold sweep", len(candidates)) as progress:
         for threshold in candidates:
             set_activation(model, ActivationRule("fatrelu", threshold))
             tried.append((threshold, score(model, batches)))

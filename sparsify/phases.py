@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sparsecast.core.interrupts import Stop, same_kind, stoppable
-from sparsecast.core.launcher import launcher
+from sparsecast.core.interrupts import StopFlag, interrupt_like, stop_on_signal
+from sparsecast.core.launcher import cluster_environment
 from sparsecast.core.messages import log
 from sparsecast.core.models.families import family_of
 from sparsecast.core.quiet import quiet_lightning
@@ -124,7 +124,7 @@ def _fit(
     data = Batches(start.rows_NS, cfg.batch_size, cfg.seed, phase.start + step)
     module = SparsifyModule(start.model, phase, optimizer, compile=on_gpu and cfg.compile)
     try:
-        with stoppable() as stop, quiet_lightning():
+        with stop_on_signal() as stop, quiet_lightning():
             trainer = _trainer(phase, _Keep(last, phase, stop), start.device)
             trainer.fit(
                 module,
@@ -133,7 +133,7 @@ def _fit(
                 weights_only=True,
             )
     except SystemExit as ended:  # how Lightning ends at an interrupt
-        raise same_kind(ended) from ended
+        raise interrupt_like(ended) from ended
     finally:
         module.remove_hooks()
     start.model.to(start.device)
@@ -146,7 +146,7 @@ def _fit(
 class _Keep(Callback):
     """Put checkpoints in place, whole, and none of a model that has diverged."""
 
-    def __init__(self, last: Path, phase: Phase, stop: Stop) -> None:
+    def __init__(self, last: Path, phase: Phase, stop: StopFlag) -> None:
         self._last = last
         self._phase = phase
         self._stop = stop
@@ -184,5 +184,5 @@ def _trainer(phase: Phase, keep: _Keep, device: torch.device) -> L.Trainer:
         enable_model_summary=False,
         enable_progress_bar=False,
         callbacks=[TrainingBar(phase.name), keep],
-        plugins=[launcher(), StagedCheckpoints()],
+        plugins=[cluster_environment(), StagedCheckpoints()],
     )

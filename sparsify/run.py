@@ -20,13 +20,13 @@ import lightning as L
 import torch
 from transformers import GenerationConfig
 
-from sparsecast.core.distributed import from_environment
+from sparsecast.core.distributed import int_from_environment
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_new, new_folder, write_json
-from sparsecast.core.lock import locked
+from sparsecast.core.files import check_new_folder, new_folder, write_json
+from sparsecast.core.lock import lock_folder
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
-from sparsecast.core.models.loading import positions, set_activation
+from sparsecast.core.models.loading import max_positions, set_activation
 from sparsecast.sparsify.card import Sample, write_card
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score, sweep
@@ -37,9 +37,9 @@ from sparsecast.sparsify.work_folder import (
     FACTS,
     Work,
     is_finished,
-    name_of,
     options_of,
-    unfinished,
+    publishable_name,
+    unfinished_folder,
     work_folder,
 )
 
@@ -63,7 +63,7 @@ def sparsify(cfg: SparsifyConfig) -> Path:
             unfinished run under `cfg.out` that has other options, another run that is writing
             there, no room on the disk, or training that diverges.
     """
-    if (size := from_environment("WORLD_SIZE", 1, least=1)) > 1:
+    if (size := int_from_environment("WORLD_SIZE", 1, least=1)) > 1:
         raise InputError(
             f"sparsify runs in one process, but torchrun has started {size}; start it without"
         )
@@ -72,10 +72,10 @@ def sparsify(cfg: SparsifyConfig) -> Path:
     opened = open_source(cfg)
     options = options_of(cfg, opened and opened[0])
     if is_finished(cfg.out, options):
-        shutil.rmtree(unfinished(cfg.out), ignore_errors=True)
+        shutil.rmtree(unfinished_folder(cfg.out), ignore_errors=True)
         return cfg.out
-    check_new(cfg.out)
-    with locked(cfg.out, "sparsify run"):
+    check_new_folder(cfg.out)
+    with lock_folder(cfg.out, "sparsify run"):
         if not is_finished(cfg.out, options):
             with work_folder(cfg.out, options) as work:
                 _run(cfg, opened, options, work)
@@ -132,7 +132,7 @@ def _samples(cfg: SparsifyConfig, start: Start) -> list[Sample]:
     samples = []
     for ids_S, keep_S in zip(batch.ids_BS[:PROMPTS], batch.keep_BS[:PROMPTS], strict=True):
         prompt = ids_S[keep_S][:PROMPT_TOKENS]
-        room = min(SAMPLE_TOKENS, int(min(positions(start.model), cfg.seq_len)) - len(prompt))
+        room = min(SAMPLE_TOKENS, int(min(max_positions(start.model), cfg.seq_len)) - len(prompt))
         if room > 0:
             samples.append(_sample(cfg, start, prompt[None], room))
     return samples
@@ -171,7 +171,7 @@ def _facts(
         "parameters": sum(p.numel() for p in start.model.parameters()),
         "model_type": start.model.config.model_type,
         "tokens": cfg.steps * cfg.step_tokens,
-        "corpus": name_of(cfg.corpus),
+        "corpus": publishable_name(cfg.corpus),
         "corpus_tokens": start.rows_NS.numel(),
         "l1": cfg.last_l1,
         "lr": cfg.peak_lr,

@@ -49,7 +49,7 @@ def keep_files(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
         shutil.copyfile(path, copy)
 
 
-def say_activation(config: PreTrainedConfig, rule: ActivationRule) -> None:
+def set_config_activation(config: PreTrainedConfig, rule: ActivationRule) -> None:
     """Write the activation into a config, in the words of its family."""
     setattr(config, family_of(config, "model").act_key, rule.name)
     if rule.name == "fatrelu":
@@ -77,14 +77,14 @@ def check_kept(
     found, meant = (activation_rule(c, where) for c in (checkpoint.config, config))
     if found != meant:
         raise InputError(f"{where}: the sparse config would be read as {found}, not as {meant}")
-    if different := differences(tokenizer, load_tokenizer(checkpoint), texts):
+    if different := tokenizer_differences(tokenizer, load_tokenizer(checkpoint), texts):
         raise InputError(
             f"{where}: a copy of this tokenizer's files gives {different}; load it and save it "
             "with save_pretrained beside the weights first"
         )
 
 
-def differences(a: Tokenizer, b: Tokenizer, texts: Iterable[str]) -> str | None:
+def tokenizer_differences(a: Tokenizer, b: Tokenizer, texts: Iterable[str]) -> str | None:
     """The first thing in which two tokenizers differ."""
     pairs: dict[str, tuple[Any, Any]] = {
         "another number of tokens": (len(a), len(b)),
@@ -107,7 +107,7 @@ def differences(a: Tokenizer, b: Tokenizer, texts: Iterable[str]) -> str | None:
 
 def write_model(model: Any, rule: ActivationRule, kept: Path, folder: Path) -> None:
     """Save a model, in place in float16, beside the files that `keep_files` has kept."""
-    say_activation(model.config, rule)
+    set_config_activation(model.config, rule)
     # A published generation_config.json may be one that transformers refuses to write.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.half().save_pretrained(folder)
@@ -136,7 +136,7 @@ def check_saved(
         model, again = load_model(str(folder), device=device, dtype="float32")
     except InputError as error:
         raise RuntimeError(f"the saved model cannot be loaded again ({error})") from error
-    if different := differences(tokenizer, again, texts):
+    if different := tokenizer_differences(tokenizer, again, texts):
         raise RuntimeError(f"the saved tokenizer gives {different}")
     found = score(model, [batch])
     if not isclose(found.sparsity, expected.sparsity, abs_tol=1e-4) or not isclose(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.progress import bar
+from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import Document
 from sparsecast.core.text.tokens import encode, encode_document, with_bos
 
@@ -23,7 +23,7 @@ GROUP = 1024
 """Documents that are tokenized together."""
 
 
-def sequences(
+def pack_documents(
     docs: Iterable[Document],
     tokenizer: Any,
     seq_len: int,
@@ -47,7 +47,7 @@ def sequences(
     flat: list[Tensor] = []
     total = 0
     stream = iter(docs)
-    with bar("tokenize", None) as progress:
+    with progress_bar("tokenize", None) as progress:
         while total < limit and (group := list(islice(stream, GROUP))):
             for ids in _encoded(tokenizer, group):
                 flat.append(torch.tensor(ids, dtype=torch.int32))

@@ -22,21 +22,26 @@ from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import (
-    check_length,
-    open_checked,
+    build_model,
+    check_seq_len,
+    open_model,
     pick_device,
-    read_weights,
     set_activation,
 )
 from sparsecast.core.models.pretrained import empty_model
-from sparsecast.core.text.corpus import Document, documents
+from sparsecast.core.text.corpus import Document, read_documents
 from sparsecast.core.text.corpus_files import is_stream
-from sparsecast.core.text.splits import assign
-from sparsecast.core.text.tokens import TokenBatch, batches
+from sparsecast.core.text.splits import assign_splits
+from sparsecast.core.text.tokens import TokenBatch, token_batches
 from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
-from sparsecast.sparsify.save import check_kept, differences, keep_files, say_activation
-from sparsecast.sparsify.sequences import sequences
+from sparsecast.sparsify.save import (
+    check_kept,
+    keep_files,
+    set_config_activation,
+    tokenizer_differences,
+)
+from sparsecast.sparsify.sequences import pack_documents
 from sparsecast.sparsify.train_tokenizer import train_tokenizer
 from sparsecast.sparsify.work_folder import Work
 
@@ -82,8 +87,8 @@ def open_source(cfg: SparsifyConfig) -> Opened | None:
         )
     if cfg.model is None:
         return None
-    checkpoint, tokenizer = open_checked(cfg.model)
-    check_length(cfg.seq_len, empty_model(checkpoint.config), cfg.model)
+    checkpoint, tokenizer = open_model(cfg.model)
+    check_seq_len(cfg.seq_len, empty_model(checkpoint.config), cfg.model)
     if _name(checkpoint.config) in SPARSE:
         activation_rule(checkpoint.config, cfg.model)
     return checkpoint, tokenizer
@@ -113,7 +118,7 @@ def prepare(cfg: SparsifyConfig, opened: Opened | None, work: Work) -> Start:
         torch.manual_seed(cfg.seed)
         model: Any = LlamaForCausalLM(config)
     else:
-        model = read_weights(opened[0], torch.float32)
+        model = build_model(opened[0], torch.float32)
         if _name(config) in SPARSE:
             set_activation(model, activation_rule(config, opened[0].source))
     return Start(
@@ -137,7 +142,9 @@ def _keep(opened: Opened, rule: ActivationRule, kept: Path, texts: Iterable[str]
     """Put the tokenizer's files aside, or find those that this run has put aside before."""
     checkpoint, tokenizer = opened
     if (kept / "config.json").is_file():
-        if changed := differences(tokenizer, load_tokenizer(Checkpoint(str(kept))), texts):
+        if changed := tokenizer_differences(
+            tokenizer, load_tokenizer(Checkpoint(str(kept))), texts
+        ):
             raise InputError(
                 f"{checkpoint.source}: its tokenizer gives {changed} than it did when the run in "
                 f"{kept.parent} began; restore it, or remove that folder to begin again"
@@ -145,7 +152,7 @@ def _keep(opened: Opened, rule: ActivationRule, kept: Path, texts: Iterable[str]
         return
     keep_files(tokenizer, checkpoint.folder, kept)
     config = copy.deepcopy(checkpoint.config)
-    say_activation(config, rule if rule.on_up else ActivationRule("fatrelu", 0.5))
+    set_config_activation(config, rule if rule.on_up else ActivationRule("fatrelu", 0.5))
     check_kept(tokenizer, config, kept, texts)
 
 
@@ -190,8 +197,8 @@ def _evaluation(
 ) -> tuple[list[TokenBatch], list[TokenBatch]]:
     """The batches of the calibration and of the held-out split."""
     found = list(
-        batches(
-            assign(documents(cfg.corpus, seq_len=cfg.seq_len)),
+        token_batches(
+            assign_splits(read_documents(cfg.corpus, seq_len=cfg.seq_len)),
             tokenizer,
             {"calibration": cfg.eval_tokens, "held-out": cfg.eval_tokens},
             seq_len=cfg.seq_len,
@@ -216,7 +223,7 @@ def _rows(cfg: SparsifyConfig, work: Work, tokenizer: Tokenizer, vocabulary: int
     if path.is_file():
         return load_file(path)["rows"]
     limit = cfg.steps * cfg.step_tokens
-    rows_NS = sequences(_train_documents(cfg), tokenizer, cfg.seq_len, limit, vocabulary)
+    rows_NS = pack_documents(_train_documents(cfg), tokenizer, cfg.seq_len, limit, vocabulary)
     part = path.with_name(f".{path.name}.part")
     save_file({"rows": rows_NS}, part)
     part.replace(path)
@@ -224,5 +231,7 @@ def _rows(cfg: SparsifyConfig, work: Work, tokenizer: Tokenizer, vocabulary: int
 
 
 def _train_documents(cfg: SparsifyConfig) -> Iterator[Document]:
-    docs = assign(documents(cfg.corpus, workers=os.cpu_count() or 1, seq_len=cfg.seq_len))
+    docs = assign_splits(
+        read_documents(cfg.corpus, workers=os.cpu_count() or 1, seq_len=cfg.seq_len)
+    )
     return (doc for name, doc in docs if name == "train")

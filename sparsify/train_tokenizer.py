@@ -17,7 +17,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.models.pretrained import tokenizer_of
+from sparsecast.core.models.pretrained import load_pretrained_tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
             f"({reason_of(error)}); give more text or a smaller vocabulary"
         ) from error
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    backend = tokenizer_of(folder, LlamaTokenizer).backend_tokenizer
+    backend = load_pretrained_tokenizer(folder, LlamaTokenizer).backend_tokenizer
     # transformers' own pre-tokeniser adds no space before a text that starts with one.
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence(
@@ -73,5 +73,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     fast: Any = PreTrainedTokenizerFast
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     fast(tokenizer_object=backend, **special).save_pretrained(folder)
-    tokenizer: Tokenizer = tokenizer_of(folder)
+    tokenizer: Tokenizer = load_pretrained_tokenizer(folder)
     return tokenizer

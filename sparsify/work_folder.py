@@ -15,13 +15,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from sparsecast.core.disk import check_room, full_disk, no_room
+from sparsecast.core.disk import check_disk_space, full_disk_errno, full_disk_error
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
-from sparsecast.core.interrupts import same_kind
+from sparsecast.core.interrupts import interrupt_like
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.options import differing
+from sparsecast.core.options import compare_options
 from sparsecast.core.text.corpus_files import SUFFIXES
 from sparsecast.sparsify.config import SparsifyConfig
 
@@ -54,7 +54,7 @@ class Work:
         """
         self.needs = 12.0 * parameters * (phases + 1) + 4.0 * tokens + 2.0 * parameters
         there = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
-        check_room(self.path.parent, int(self.needs) - there, "the run")
+        check_disk_space(self.path.parent, int(self.needs) - there, "the run")
 
 
 def options_of(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def options_of(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, 
     free_to_change = ("out", "model", "tokens", "l1", "lr", "device", "compile")
     options = {k: v for k, v in asdict(cfg).items() if k not in free_to_change}
     return options | {
-        "corpus": name_of(cfg.corpus, "#" + _digest(cfg.corpus)),
+        "corpus": publishable_name(cfg.corpus, "#" + _digest(cfg.corpus)),
         "fingerprint": checkpoint.fingerprint if checkpoint else None,
         "steps": cfg.steps,
         "l1": cfg.last_l1,
@@ -70,7 +70,7 @@ def options_of(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, 
     }
 
 
-def name_of(corpus: str, mark: str = "") -> str:
+def publishable_name(corpus: str, mark: str = "") -> str:
     """A corpus as it may be published: of a path its last part, and `mark`."""
     path = Path(corpus).expanduser()
     local = corpus.startswith(("/", ".", "~")) or path.suffix.lower() in SUFFIXES or path.exists()
@@ -96,7 +96,7 @@ def is_finished(out: Path, options: dict[str, Any]) -> bool:
             f"{out}: holds a finished model whose options were not written down; choose another "
             "--out or remove the folder"
         )
-    if changed := differing(made, options):
+    if changed := compare_options(made, options):
         raise InputError(
             f"{out}: holds a model made with other options ({'; '.join(changed)}); choose another "
             "--out or remove the folder"
@@ -105,7 +105,7 @@ def is_finished(out: Path, options: dict[str, Any]) -> bool:
     return True
 
 
-def unfinished(out: Path) -> Path:
+def unfinished_folder(out: Path) -> Path:
     """Where a run lives until it is finished."""
     return out.with_name(f".{out.name}.work")
 
@@ -119,7 +119,7 @@ def work_folder(out: Path, options: dict[str, Any]) -> Iterator[Work]:
         OSError: No room on the disk: how much is needed, what was kept, how to go on.
         KeyboardInterrupt: With the same words.
     """
-    work = Work(unfinished(out))
+    work = Work(unfinished_folder(out))
     _begin(work, options)
     try:
         yield work
@@ -132,10 +132,10 @@ def work_folder(out: Path, options: dict[str, Any]) -> Iterator[Work]:
             else "nothing was trained yet, nothing is left behind"
         )
         if isinstance(error, KeyboardInterrupt):
-            raise same_kind(error, f"{out}: interrupted; {left}") from None
-        if no_room(error) is not None:
+            raise interrupt_like(error, f"{out}: interrupted; {left}") from None
+        if full_disk_errno(error) is not None:
             said = f"make room; {left}"
-            raise full_disk(error, work.path.parent, work.needs, "the run", said) from error
+            raise full_disk_error(error, work.path.parent, work.needs, "the run", said) from error
         raise
     shutil.rmtree(work.path, ignore_errors=True)
 
@@ -145,7 +145,7 @@ def _begin(work: Work, options: dict[str, Any]) -> None:
     options = json.loads(json.dumps(options))
     if not work.trained:
         shutil.rmtree(work.path, ignore_errors=True)
-    elif changed := differing(read_json(path, "the options of an unfinished run"), options):
+    elif changed := compare_options(read_json(path, "the options of an unfinished run"), options):
         raise InputError(
             f"{work.path}: holds an unfinished run with other options ({'; '.join(changed)}); "
             "repeat those options to go on with it, or remove the folder"

@@ -40,21 +40,21 @@ from sparsecast.collect.store.shard import Shape, ShardBuffer
 from sparsecast.collect.store.units import Unit, units
 from sparsecast.collect.store.writer import Writer, to_folder, to_memory
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import (
-    check_length,
+    check_seq_len,
     embedding_rows,
     load_model,
     pick_device,
     pick_dtype,
 )
 from sparsecast.core.models.shape import model_shape
-from sparsecast.core.options import ModelDtype, settle
-from sparsecast.core.progress import bar
-from sparsecast.core.text.corpus import documents
-from sparsecast.core.text.splits import assign
-from sparsecast.core.text.tokens import Sequence, sequences
+from sparsecast.core.options import ModelDtype, validate_fields
+from sparsecast.core.progress import progress_bar
+from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.splits import assign_splits
+from sparsecast.core.text.tokens import Sequence, tokenize_documents
 
 SHAPES = {
     "60m": (768, 2048, 8),
@@ -110,7 +110,7 @@ class BenchConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=1, seq_len=2, batch_size=1, rounds=1)
+        validate_fields(self, tokens=1, seq_len=2, batch_size=1, rounds=1)
         if self.corpus is not None and self.model is None:
             raise InputError(
                 "--corpus: is read for --model alone; a random model gets random tokens"
@@ -123,7 +123,7 @@ def bench(cfg: BenchConfig) -> dict[str, Any]:
     Memory beyond the model: as `collect`, and the recipe's files, about 2 GiB or one batch.
     """
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     if cfg.folder is not None and not (cfg.folder.is_dir() and os.access(cfg.folder, os.W_OK)):
         raise InputError(f"--folder: {cfg.folder} is not a folder that can be written")
     model, rows = _subject(cfg)
@@ -201,7 +201,7 @@ def _rounds(
     tokens = sum(unit.tokens for unit in plan)
     recipe_units, recipe_tokens = recipe_share(shape, plan)
     seconds: dict[str, list[float]] = {}
-    with bar("bench", 5 * (cfg.rounds + 1)) as progress, torch.inference_mode():
+    with progress_bar("bench", 5 * (cfg.rounds + 1)) as progress, torch.inference_mode():
         for number in range(cfg.rounds + 1):
             sink.clear()
             took = {"bare": timed(model, lambda: bare(model, plan)) / 2}
@@ -252,9 +252,9 @@ def _subject(cfg: BenchConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:
     """The model and the sequences to time."""
     if cfg.model is not None:
         model, tokenizer = load_model(cfg.model, device=cfg.device, dtype=cfg.dtype)
-        check_length(cfg.seq_len, model, cfg.model)
-        rows = sequences(
-            assign(documents(cfg.corpus or "builtin", seq_len=cfg.seq_len)),
+        check_seq_len(cfg.seq_len, model, cfg.model)
+        rows = tokenize_documents(
+            assign_splits(read_documents(cfg.corpus or "builtin", seq_len=cfg.seq_len)),
             tokenizer,
             {"train": cfg.tokens},
             cfg.seq_len,

@@ -22,14 +22,14 @@ from typing import Any
 from rich.table import Table
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
-from sparsecast.core.options import settle
-from sparsecast.core.progress import bar
+from sparsecast.core.options import validate_fields
+from sparsecast.core.progress import progress_bar
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.engine.dense import write_dense
-from sparsecast.export.engine.process import EngineError, binary, finished, last_words
+from sparsecast.export.engine.process import EngineError, binary, last_words, run_to_end
 from sparsecast.export.read.reader import GGUFFile
 
 TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
@@ -59,7 +59,7 @@ class BenchEngineConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=2, rounds=1, threads=1)
+        validate_fields(self, tokens=2, rounds=1, threads=1)
 
 
 def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
         EngineError: The engine failed.
     """
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     program = binary(cfg.engine, "main")
     file = GGUFFile(bundle_file(cfg.bundle))
     if not (metadata := check_metadata(file)).ok:
@@ -84,7 +84,7 @@ def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
             kinds["dense"] = (Path(scratch, "dense.gguf"), False)
             write_dense(file, kinds["dense"][0])
         rates: dict[str, list[float]] = {name: [] for name in kinds}
-        with bar("bench", cfg.rounds * len(kinds)) as progress:
+        with progress_bar("bench", cfg.rounds * len(kinds)) as progress:
             for _ in range(cfg.rounds):
                 for name, (model, all_active) in kinds.items():
                     command = _command(cfg, program, model)
@@ -116,7 +116,7 @@ def _command(cfg: BenchEngineConfig, program: Path, model: Path) -> list[str]:
 
 
 def _rate(command: list[str], scratch: str, *, all_active: bool) -> float:
-    code, _, err = finished(command, scratch, all_active=all_active)
+    code, _, err = run_to_end(command, scratch, all_active=all_active)
     found = TIMING.findall(err)
     if code or not found:
         raise EngineError(f"main gave no timing (exit {code}): {last_words(err)}")

@@ -27,11 +27,11 @@ from rich.table import Table
 from sparsecast.cli.bench.export_model import SHAPES, write_random
 from sparsecast.cli.bench.export_runs import check_converter, converted, copied, exported, files_of
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
-from sparsecast.core.models.location import resolve
-from sparsecast.core.options import settle
-from sparsecast.core.progress import bar
+from sparsecast.core.models.location import resolve_model
+from sparsecast.core.options import validate_fields
+from sparsecast.core.progress import progress_bar
 from sparsecast.export.bundle import SUFFIX
 from sparsecast.export.config import ExportDtype
 from sparsecast.export.read.reader import GGUFFile
@@ -71,7 +71,7 @@ class BenchExportConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, rounds=1)
+        validate_fields(self, rounds=1)
         if sys.platform != "linux":
             raise InputError("bench export: measures memory through /proc, which only Linux has")
         if (self.model is None) != (self.predictors is None):
@@ -89,7 +89,7 @@ def bench(cfg: BenchExportConfig) -> dict[str, Any]:
         BenchError: A run failed.
     """
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     command = [cfg.converter_python, str(cfg.convert)]
     if cfg.convert is not None:
         check_converter(command)
@@ -99,7 +99,7 @@ def bench(cfg: BenchExportConfig) -> dict[str, Any]:
         made = tempfile.TemporaryDirectory(prefix="sparsecast-bench-", dir=cfg.folder)
         scratch = Path(stack.enter_context(made))
         model, predictors = _subject(cfg, scratch)
-        progress = stack.enter_context(bar("bench", cfg.rounds))
+        progress = stack.enter_context(progress_bar("bench", cfg.rounds))
         for _ in range(cfg.rounds):
             ours = exported(str(model), predictors, scratch / "bundle", cfg.dtype)
             (file,) = (scratch / "bundle").glob(f"*{SUFFIX}")
@@ -138,7 +138,7 @@ def bench(cfg: BenchExportConfig) -> dict[str, Any]:
 def _subject(cfg: BenchExportConfig, scratch: Path) -> tuple[Path, Path]:
     """Folders of the model and its predictors."""
     if cfg.model is not None and cfg.predictors is not None:
-        model, predictors = resolve(cfg.model), cfg.predictors
+        model, predictors = resolve_model(cfg.model), cfg.predictors
         sources = sum(path.stat().st_size for path in (*files_of(model), *files_of(predictors)))
         _check_space(scratch, 3 * sources)
         return model, predictors
@@ -146,7 +146,7 @@ def _subject(cfg: BenchExportConfig, scratch: Path) -> tuple[Path, Path]:
     # Source, bundle and a copy of it; f32 takes twice the source.
     _check_space(scratch, (5 if cfg.dtype == "f32" else 3) * shape.nbytes)
     model, predictors = scratch / f"random-{cfg.shape}", scratch / "predictors"
-    with bar("model", shape.nbytes) as progress:
+    with progress_bar("model", shape.nbytes) as progress:
         write_random(shape, model, predictors, progress.advance)
     return model, predictors
 

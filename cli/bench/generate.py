@@ -24,11 +24,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import show
-from sparsecast.core.models.loading import load_model, positions
-from sparsecast.core.options import ModelDtype, settle
-from sparsecast.core.progress import bar
+from sparsecast.core.models.loading import load_model, max_positions
+from sparsecast.core.options import ModelDtype, validate_fields
+from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.tokens import encode
 from sparsecast.kernels.in_models.bundle import is_bundle
 from sparsecast.kernels.in_models.decode import Decoder
@@ -73,7 +73,7 @@ class BenchGenerateConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, tokens=2, rounds=1, activation_threshold=0)
+        validate_fields(self, tokens=2, rounds=1, activation_threshold=0)
 
 
 def bench(cfg: BenchGenerateConfig) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def bench(cfg: BenchGenerateConfig) -> dict[str, Any]:
             a bundle.
     """
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     if is_bundle(cfg.predictors):
         raise InputError(
             f"--predictors: {cfg.predictors} is a bundle, whose weights would replace the dense "
@@ -99,7 +99,7 @@ def bench(cfg: BenchGenerateConfig) -> dict[str, Any]:
     prompt_S = torch.tensor(encode(tokenizer, cfg.prompt, sys.maxsize), dtype=torch.int64)
     if not len(prompt_S):
         raise InputError("--prompt: is empty, and this tokenizer has no BOS; give some text")
-    most = positions(model)
+    most = max_positions(model)
     if len(prompt_S) + cfg.tokens > most:
         raise InputError(
             f"--tokens: got {cfg.tokens}, but {cfg.model} was made for {most:g} positions and the "
@@ -110,7 +110,7 @@ def bench(cfg: BenchGenerateConfig) -> dict[str, Any]:
     models |= {name: sparsify_model(_twin(model), cfg.predictors, name) for name in cfg.policies}
     rates: dict[str, list[float]] = {name: [] for name in models}
     tokens: dict[str, list[int]] = {}
-    with bar("bench", (cfg.rounds + 1) * len(models)) as progress:
+    with progress_bar("bench", (cfg.rounds + 1) * len(models)) as progress:
         decoders = {}
         for name, one in models.items():
             decoders[name] = Decoder(one, prompt_S, cfg.tokens)

@@ -15,10 +15,10 @@ from sparsecast.cli.bench.kernels_checks import Case
 from sparsecast.cli.bench.kernels_table import SHAPES, as_row, dense, steps
 from sparsecast.cli.bench.timing import copy_bandwidth
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
-from sparsecast.core.options import settle
-from sparsecast.core.progress import bar
+from sparsecast.core.options import validate_fields
+from sparsecast.core.progress import progress_bar
 from sparsecast.kernels.ops.launch import MAX_TOKENS
 
 Shape = Literal["30m", "1b", "7b", "13b", "70b", "opt-1.3b", "opt-6.7b"]
@@ -49,7 +49,7 @@ class BenchKernelsConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, rank=MAX_TOKENS)
+        validate_fields(self, rank=MAX_TOKENS)
         if not all(0 <= s <= 0.99 for s in self.sparsities):
             raise InputError(
                 f"--sparsities: got {self.sparsities}, expected numbers from 0 to 0.99; sparser "
@@ -62,12 +62,12 @@ class BenchKernelsConfig:
 def bench(cfg: BenchKernelsConfig) -> dict[str, Any]:
     """Run it. Takes up to 22 GiB of GPU memory at a sparsity of 0.99."""
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     device = _device()
     copy = copy_bandwidth(device)
     count = len(cfg.shapes) * len(cfg.batches) * len(cfg.sparsities)
     rows = []
-    with bar("bench", count) as progress:
+    with progress_bar("bench", count) as progress:
         for cases in _cases(cfg, device):
             against = dense(cases[0])
             for case in cases:

@@ -20,12 +20,12 @@ from rich.table import Table
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import pick_device
 from sparsecast.core.models.perplexity import perplexity
-from sparsecast.core.options import between, settle
+from sparsecast.core.options import check_between, validate_fields
 from sparsecast.predictors.calibration.bias import bias_of
 from sparsecast.predictors.calibration.calibrate import constant_of
 from sparsecast.predictors.calibration.operating_point import recorded_documents
@@ -78,8 +78,8 @@ class CompareConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, epochs=1, reference_epochs=1)
-        between(self, 0, 1, "perplexity")
+        validate_fields(self, epochs=1, reference_epochs=1)
+        check_between(self, 0, 1, "perplexity")
 
 
 def compare(cfg: CompareConfig) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     Memory: as `train`, then the model and one set of predictors.
     """
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     store = ActivationStore(cfg.activations)
     check_widths("q4_0", rank=BLOCK, hidden_size=store.manifest.hidden_size)
     base = TrainConfig(

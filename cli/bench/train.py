@@ -40,11 +40,11 @@ from sparsecast.collect.store.units import Unit
 from sparsecast.collect.store.writer import Writer, record_unit, to_folder
 from sparsecast.core.bitmask import unpack
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import refuse_unwritable, write_json
+from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import pick_device
-from sparsecast.core.options import settle
-from sparsecast.core.progress import bar
+from sparsecast.core.options import validate_fields
+from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import TokenBatch
 from sparsecast.predictors.baselines.public_recipe import FLOOR
@@ -89,7 +89,7 @@ class BenchTrainConfig:
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        settle(self, rank=5, batch_size=32, steps=1, rounds=1)
+        validate_fields(self, rank=5, batch_size=32, steps=1, rounds=1)
         if self.batch_size % 32:
             raise InputError(f"--batch-size: must be a multiple of 32, got {self.batch_size}")
 
@@ -101,7 +101,7 @@ def bench(cfg: BenchTrainConfig) -> dict[str, Any]:
     disk as many in a temporary store.
     """
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
+        check_writable_file(cfg.json, "--json")
     d, f, layers = SHAPES[cfg.shape]
     rank = cfg.rank or d // 4
     device = pick_device(cfg.device)
@@ -114,7 +114,7 @@ def bench(cfg: BenchTrainConfig) -> dict[str, Any]:
             "reference": _reference(cfg, store, rank, device),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-        with bar("bench", cfg.rounds * len(runs)) as progress:
+        with progress_bar("bench", cfg.rounds * len(runs)) as progress:
             for run in runs.values():
                 run(1)
             for _ in range(cfg.rounds):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sparsecast.collect.store.energy import encode
 from sparsecast.collect.store.shard import INPUT_DTYPES, Shape, ShardBuffer
 from sparsecast.collect.store.units import Unit
-from sparsecast.core.bitmask import pack, per_neuron, per_token
+from sparsecast.core.bitmask import count_per_neuron, count_per_token, pack
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.families import family_of
 from sparsecast.core.text.tokens import TokenBatch, to_device
@@ -162,10 +162,12 @@ class Filler:
         mask_NF = x1_NF != 0
         fired_LF, largest_L = self._counters(layer, mask_NF.device)
         index = self._index[layer]
-        fired_LF[index] += per_neuron(mask_NF)
+        fired_LF[index] += count_per_neuron(mask_NF)
         if self._padding is not None:
-            fired_LF[index] -= per_neuron(mask_NF.index_select(0, self._on(mask_NF.device)[1]))
-        self._put(f"layer.{layer}.active", self._kept(per_token(mask_NF)))
+            fired_LF[index] -= count_per_neuron(
+                mask_NF.index_select(0, self._on(mask_NF.device)[1])
+            )
+        self._put(f"layer.{layer}.active", self._kept(count_per_token(mask_NF)))
         x_TD = self._kept(x_ND)
         _raise_to(largest_L[index], x_TD)
         if index == len(self._index) - 1:

@@ -21,7 +21,7 @@ from torch import Tensor
 from sparsecast.collect.store.shard import CODES, Field, checksum
 from sparsecast.collect.store.units import shard_name
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_file, parse_json, unreadable
+from sparsecast.core.files import check_file, parse_json, unreadable_error
 
 AGAIN = "copy the folder again, or remove it and collect again"
 WHAT = "a shard of activations"
@@ -118,7 +118,7 @@ def read_header(path: Path, want: str | None = None) -> Header:
             raw = _raw_header(file)
             size = path.stat().st_size
     except OSError as error:
-        raise unreadable(path, error, WHAT) from error
+        raise unreadable_error(path, error, WHAT) from error
     except ValueError as error:
         raise InputError(f"{path}: damaged, {error}; {AGAIN}") from error
     found = xxhash.xxh3_128_hexdigest(raw)

@@ -31,15 +31,15 @@ from sparsecast.collect.store.units import ShardInfo, shard_name
 from sparsecast.core.bitmask import unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json
-from sparsecast.core.folders import refuse_other
+from sparsecast.core.folders import check_folder_kind
 from sparsecast.core.manifests import (
     MANIFEST,
     check_keys,
     check_version,
-    edited,
+    find_edit,
     is_count,
     is_shallow,
-    write_sealed,
+    write_manifest,
 )
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.shape import ModelShape
@@ -61,7 +61,7 @@ class Manifest:
     """Of the model's weights, see `Checkpoint.fingerprint`."""
     model_type: str
     config: dict[str, Any]
-    """The model's, as it ran; see `effective` in checkpoint.py."""
+    """The model's, as it ran; see `result_fields`."""
     dtype: str
     """The model's, while it ran."""
     threads: int
@@ -147,7 +147,7 @@ def seal(folder: Path, manifest: Manifest, shards: Iterable[ShardInfo]) -> Manif
     checksums = {shard.name: header_checksum(folder / shard.name) for shard in shards}
     checksums[STATS] = xxhash.xxh3_128_hexdigest((folder / STATS).read_bytes())
     done = replace(manifest, shard_tokens=tokens, checksums=checksums)
-    write_sealed(folder, done)
+    write_manifest(folder, done)
     return done
 
 
@@ -155,7 +155,7 @@ def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
     """The manifest of a store, finished or not.
 
     Args:
-        checked: Whether it must be as it was written; see `edited`.
+        checked: Whether it must be as it was written; see `find_edit`.
 
     Raises:
         InputError: None there, another kind of folder, another version, or no manifest that a
@@ -163,16 +163,16 @@ def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
     """
     path, again = folder / MANIFEST, "remove the folder and collect again"
     if not path.is_file() or folder.is_file():
-        refuse_other(folder, "activations")
+        check_folder_kind(folder, "activations")
     value = read_json(path, "the manifest of a `sparsecast collect` folder")
     if "shard_tokens" not in value:
-        refuse_other(folder, "activations")
+        check_folder_kind(folder, "activations")
     check_version(path, value, FORMAT_VERSION, again)
     check_keys(path, value, Manifest, again)
     manifest = Manifest(**value)
     if (name := _senseless(manifest)) is not None:
         raise InputError(f"{path}: damaged, its {name} makes no sense; {AGAIN}")
-    if checked and (what := edited(path, manifest, AGAIN)) is not None:
+    if checked and (what := find_edit(path, manifest, AGAIN)) is not None:
         raise InputError(what)
     return manifest
 
@@ -312,7 +312,7 @@ class ActivationStore:
                 except InputError as error:
                     what = str(error)
                 yield name, what
-        yield MANIFEST, edited(self.folder / MANIFEST, self.manifest, AGAIN)
+        yield MANIFEST, find_edit(self.folder / MANIFEST, self.manifest, AGAIN)
         try:
             self.stats()
             yield STATS, None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecast.core.text.tokens import COUNTED, Sequence, TokenBatch, by_length
+from sparsecast.core.text.tokens import COUNTED, Sequence, TokenBatch, batch_by_length
 
 
 class ShardInfo(NamedTuple):
@@ -98,7 +98,7 @@ def units(
         numbers[split], held[split] = number + 1, 0
         return Unit(split, number, open_.pop(split))
 
-    for batch in by_length(rows, seq_len=seq_len, batch_size=batch_size):
+    for batch in batch_by_length(rows, seq_len=seq_len, batch_size=batch_size):
         split = batch.split
         if split in open_ and held[split] + batch.tokens > shard_tokens:
             yield close(split)

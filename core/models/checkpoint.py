@@ -19,19 +19,19 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.files import read_json, unreadable
-from sparsecast.core.folders import refuse_other
-from sparsecast.core.models.config_checks import check_fields, check_shapes, check_tokens
-from sparsecast.core.models.families import unknown
-from sparsecast.core.models.location import resolve
+from sparsecast.core.files import read_json, unreadable_error
+from sparsecast.core.folders import check_folder_kind
+from sparsecast.core.models.config_checks import check_fields, check_pad_token, check_shapes
+from sparsecast.core.models.families import unknown_family_message
+from sparsecast.core.models.location import resolve_model
 from sparsecast.core.models.pretrained import build_config, without_code
 from sparsecast.core.models.remote_configs import REMAPPED, model_type_of
 from sparsecast.core.models.weight_files import (
     main_file,
     open_weights,
-    places,
-    refuse_pointer,
-    refuse_pointers,
+    refuse_lfs_pointer,
+    refuse_lfs_pointers,
+    tensor_files,
 )
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -46,14 +46,14 @@ class Checkpoint:
             InputError: No such model, an adapter beside its weights, or a config that is none.
         """
         self.source = source
-        self.folder = resolve(source)
+        self.folder = resolve_model(source)
         _refuse_adapter(self.folder)
         self.config = read_config(self.folder)
         self._pickled: tuple[Path, Any] | None = None
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
-        return places(self.folder)
+        return tensor_files(self.folder)
 
     @property
     def safetensors(self) -> bool:
@@ -73,8 +73,8 @@ class Checkpoint:
                 f"{self.folder}: its weights are quantized ({kind}), expected float32, float16 or "
                 "bfloat16; give the model they were made from"
             )
-        refuse_pointers(self.folder)
-        check_tokens(self.config, self.folder)
+        refuse_lfs_pointers(self.folder)
+        check_pad_token(self.config, self.folder)
         shapes = {}
         for path in sorted(set(self._file_of.values())):
             with self._open(path) as file:
@@ -143,7 +143,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def effective(config: PreTrainedConfig) -> dict[str, Any]:
+def result_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What of a config decides the numbers, as JSON has it: without names, versions and dtype, and
     without the activation, which is its own entry wherever this is compared."""
     value: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
@@ -175,20 +175,20 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         path.lstat()
     except FileNotFoundError as error:
-        refuse_other(folder, "model")
+        check_folder_kind(folder, "model")
         raise InputError(
             f"{folder}: no config.json in this folder, expected a model as save_pretrained writes "
             "it; give its folder or a Hugging Face id"
         ) from error
     except OSError as error:
-        raise unreadable(path, error, "the config of a causal language model") from error
-    refuse_pointer(path)
+        raise unreadable_error(path, error, "the config of a causal language model") from error
+    refuse_lfs_pointer(path)
     raw = read_json(path, "the config of a causal language model")
     check_fields(raw, path)
     if (kind := model_type_of(raw)) is None:
-        refuse_other(folder, "model")
+        check_folder_kind(folder, "model")
     if not isinstance(kind, str) or (kind not in REMAPPED and kind not in CONFIG_MAPPING):
-        raise InputError(unknown(kind, str(folder), brings_code="auto_map" in raw))
+        raise InputError(unknown_family_message(kind, str(folder), brings_code="auto_map" in raw))
     raw = without_code(raw | {"model_type": kind})
     try:
         config = REMAPPED[kind](raw, str(folder)) if kind in REMAPPED else build_config(raw)

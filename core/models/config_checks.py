@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.models.families import FAMILIES
 from sparsecast.core.models.pretrained import empty_model
-from sparsecast.core.options import shown
+from sparsecast.core.options import short_repr
 
 _SIZES = (
     "hidden_size",
@@ -110,7 +110,7 @@ def _whole(value: object) -> bool:
 
 def _wrong(path: Path, name: str, value: object, wanted: str) -> InputError:
     return InputError(
-        f"{path}: {name} is {shown(value)}, expected {wanted}; correct it, or download the "
+        f"{path}: {name} is {short_repr(value)}, expected {wanted}; correct it, or download the "
         "config again"
     )
 
@@ -153,11 +153,11 @@ def check_shapes(
             )
 
 
-def check_tokens(config: PreTrainedConfig, folder: Path) -> None:
+def check_pad_token(config: PreTrainedConfig, folder: Path) -> None:
     """Refuse a padding token that the embedding, which is built around it, has no row for."""
     pad, rows = getattr(config, "pad_token_id", None), config.vocab_size
     if pad is not None and not (_whole(pad) and -rows <= pad < rows):
         raise InputError(
-            f"{folder}: pad_token_id is {shown(pad)} in config.json, but the model has an "
+            f"{folder}: pad_token_id is {short_repr(pad)} in config.json, but the model has an "
             f"embedding for ids 0 to {rows - 1:,} (vocab_size); correct it, or set it to null"
         )

@@ -106,7 +106,7 @@ FAMILIES = {
 def family_of(config: PreTrainedConfig, where: str) -> Family:
     """The row for a model; `where` names the model in the error."""
     if config.model_type not in FAMILIES:
-        raise InputError(unknown(config.model_type, where))
+        raise InputError(unknown_family_message(config.model_type, where))
     if config.model_type == "opt" and not config.do_layer_norm_before:
         raise InputError(
             f"{where}: this OPT has its FFN norm behind the FFN (do_layer_norm_before is false), "
@@ -122,7 +122,7 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
     return FAMILIES[config.model_type]
 
 
-def unknown(model_type: object, where: str, *, brings_code: bool = False) -> str:
+def unknown_family_message(model_type: object, where: str, *, brings_code: bool = False) -> str:
     """The error for a model without a row."""
     known = ", ".join(sorted({*FAMILIES, *REMAPPED}, key=str.lower))
     code = "; the code that comes with it (auto_map) is never run" if brings_code else ""
@@ -171,7 +171,7 @@ def activation_rule(
     return ActivationRule("fatrelu", float(param))
 
 
-def lost_threshold(config: PreTrainedConfig, where: str) -> str | None:
+def lost_threshold_warning(config: PreTrainedConfig, where: str) -> str | None:
     """A warning where a config says relu but its other fields say that it was FATReLU once.
 
     MiniCPM-S in LLaMA format still lists MiniCPM's scales, and the conversion dropped 0.03.

@@ -14,8 +14,8 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.families import activation_rule, family_of, lost_threshold
-from sparsecast.core.models.pretrained import load_weights
+from sparsecast.core.models.families import activation_rule, family_of, lost_threshold_warning
+from sparsecast.core.models.pretrained import load_pretrained
 from sparsecast.core.tokenizers.loading import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -71,7 +71,7 @@ def load_model(
             overrides `device`.
 
     Raises:
-        InputError: See `open_checked`; an activation that leaves no exact zeros (SiLU, GELU).
+        InputError: See `open_model`; an activation that leaves no exact zeros (SiLU, GELU).
     """
     checkpoint = Checkpoint(source)
     family_of(checkpoint.config, source)
@@ -79,21 +79,23 @@ def load_model(
     where = pick_device(device)
     picked = pick_dtype(dtype, checkpoint.config.dtype, where)
     check_threshold(rule, picked, source)
-    tokenizer = check_model(checkpoint)
-    if activation_threshold is None and (warning := lost_threshold(checkpoint.config, source)):
+    tokenizer = check_checkpoint(checkpoint)
+    if activation_threshold is None and (
+        warning := lost_threshold_warning(checkpoint.config, source)
+    ):
         log.warning(warning)
-    model: Any = read_weights(checkpoint, picked, device_map)
+    model: Any = build_model(checkpoint, picked, device_map)
     if device_map is None:
         model.to(where)
     set_activation(model, rule)
     return model.eval(), tokenizer
 
 
-def open_checked(source: str) -> tuple[Checkpoint, Tokenizer]:
+def open_model(source: str) -> tuple[Checkpoint, Tokenizer]:
     """Every check of a model that needs no model built, before a corpus is read or a run begins.
 
     Whatever its activation: `load_model` demands ReLU beyond this, and `sparsify` makes it. Reads
-    headers, the config and the tokenizer; takes seconds for a model of any size. `read_weights`
+    headers, the config and the tokenizer; takes seconds for a model of any size. `build_model`
     loads the model from what this returns.
 
     Args:
@@ -106,11 +108,11 @@ def open_checked(source: str) -> tuple[Checkpoint, Tokenizer]:
             tokens beyond the embedding, or a padding token beyond it.
     """
     checkpoint = Checkpoint(source)
-    return checkpoint, check_model(checkpoint)
+    return checkpoint, check_checkpoint(checkpoint)
 
 
-def check_model(checkpoint: Checkpoint) -> Tokenizer:
-    """The checks of `open_checked` on an open checkpoint; its tokenizer."""
+def check_checkpoint(checkpoint: Checkpoint) -> Tokenizer:
+    """The checks of `open_model` on an open checkpoint; its tokenizer."""
     config, source = checkpoint.config, checkpoint.source
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "no architecture")
     if not any(str(name).endswith("ForCausalLM") for name in config.architectures or [default]):
@@ -121,11 +123,11 @@ def check_model(checkpoint: Checkpoint) -> Tokenizer:
     family_of(config, source)
     checkpoint.check()
     tokenizer = load_tokenizer(checkpoint)
-    check_vocabulary(tokenizer, config.vocab_size, checkpoint.folder)
+    check_token_ids(tokenizer, config.vocab_size, checkpoint.folder)
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, rows: int, where: object) -> None:
+def check_token_ids(tokenizer: Tokenizer, rows: int, where: object) -> None:
     """Refuse a tokenizer that text can take beyond the embedding's `rows`.
 
     Special tokens but BOS may lie beyond: many models have a padding token there that no text
@@ -157,7 +159,7 @@ def check_threshold(rule: ActivationRule, dtype: torch.dtype, where: str) -> Non
         )
 
 
-def read_weights(
+def build_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None = None
 ) -> PreTrainedModel:
     """The model that the config describes, every weight of it from the checkpoint.
@@ -165,7 +167,7 @@ def read_weights(
     transformers fills what is missing with random numbers; here that is an error. Tensors that
     the model has no place for are named and left out: TurboSparse keeps predictors there.
     """
-    model, found = load_weights(
+    model, found = load_pretrained(
         checkpoint.folder,
         checkpoint.config,
         safetensors=checkpoint.safetensors,
@@ -216,16 +218,16 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(embedding.num_embeddings)
 
 
-def check_length(seq_len: int, model: PreTrainedModel, name: str) -> None:
+def check_seq_len(seq_len: int, model: PreTrainedModel, name: str) -> None:
     """Raises `InputError` where sequences are longer than the model was made for."""
-    if seq_len > (limit := positions(model)):
+    if seq_len > (limit := max_positions(model)):
         raise InputError(
             f"--seq-len: got {seq_len}, but {name} was made for {limit} positions "
             "(max_position_embeddings); choose at most that"
         )
 
 
-def positions(model: PreTrainedModel) -> float:
+def max_positions(model: PreTrainedModel) -> float:
     """Tokens in a row that the model was made for.
 
     Linear and dynamic rope scaling stretch `max_position_embeddings`; with yarn and llama3 the

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.files import unreadable
+from sparsecast.core.files import unreadable_error
 from sparsecast.core.messages import log
 
 SHIPPED = Path(__file__).parents[2] / "sparsify" / "tiny-prosparse"
@@ -22,7 +22,7 @@ _GIVE = (
 )
 
 
-def resolve(source: str) -> Path:
+def resolve_model(source: str) -> Path:
     """The local folder of a model: `source` itself, the shipped one, or the snapshot of a hub id.
 
     A name that looks like a path never goes to the network: see `is_path`.
@@ -36,7 +36,7 @@ def resolve(source: str) -> Path:
     try:
         there = bool(source) and bool(path.lstat())
     except PermissionError as error:
-        raise unreadable(path, error, "a model's folder") from error
+        raise unreadable_error(path, error, "a model's folder") from error
     except (OSError, ValueError):  # not there, or no name that a file can have
         there = False
     if there:

@@ -45,7 +45,7 @@ def build_config(raw: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def load_weights(
+def load_pretrained(
     folder: Path,
     config: PreTrainedConfig,
     *,
@@ -87,7 +87,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def tokenizer_of(folder: Path, kind: Any = AutoTokenizer) -> Any:
+def load_pretrained_tokenizer(folder: Path, kind: Any = AutoTokenizer) -> Any:
     """transformers' tokenizer of a folder: of the class `kind`, or of the one that its files name.
 
     Raises whatever transformers meets in the files; `load_tokenizer` says it in one line.

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.files import check_file, read_json, unreadable
+from sparsecast.core.files import check_file, read_json, unreadable_error
 
 ORDER = (
     "model.safetensors",
@@ -62,7 +62,7 @@ def main_file(folder: Path) -> Path:
     )
 
 
-def places(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """Every tensor's name and the file that holds it, by the files' own headers.
 
     Raises:
@@ -92,7 +92,7 @@ def places(folder: Path) -> dict[str, Path]:
 
 def _index(path: Path) -> dict[str, str]:
     """A shard index's names of tensors and of files beside it."""
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     index = read_json(path, "the index of a sharded model").get("weight_map")
     if (
         not isinstance(index, dict)
@@ -133,7 +133,7 @@ def open_weights(path: Path) -> Any:
     Memory: a map of the file; of a .bin that torch wrote before 1.6, all of it.
     """
     check_file(path, "a model's weights")
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     if path.suffix == ".bin":
         return _Pickled(path)
     try:
@@ -144,14 +144,14 @@ def open_weights(path: Path) -> Any:
         ) from error
 
 
-def refuse_pointers(folder: Path) -> None:
-    """`refuse_pointer` on the small files beside the weights: configs, tokenizer, templates."""
+def refuse_lfs_pointers(folder: Path) -> None:
+    """`refuse_lfs_pointer` on the small files beside the weights: configs, tokenizer, templates."""
     for name in _names(folder):
         if name.endswith((".json", ".model", ".txt", ".jinja")) and name not in ORDER:
-            refuse_pointer(folder / name)
+            refuse_lfs_pointer(folder / name)
 
 
-def refuse_pointer(path: Path) -> None:
+def refuse_lfs_pointer(path: Path) -> None:
     """Raises `InputError` where Git LFS has left its note of a file in the file's place."""
     if not os.path.isfile(path):
         return
@@ -159,7 +159,7 @@ def refuse_pointer(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise unreadable(path, error, "a model's file") from error
+        raise unreadable_error(path, error, "a model's file") from error
     if head.startswith(_POINTER):
         size = re.search(rb"^size (\d{1,18})\s*$", head, re.M)
         real = f" of {int(size[1]):,} bytes" if size else ""

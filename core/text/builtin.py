@@ -34,7 +34,7 @@ PACKAGES = (
 )
 
 
-def builtin(workers: int) -> Iterator[tuple[str, str]]:
+def builtin_texts(workers: int) -> Iterator[tuple[str, str]]:
     """(key, text) pairs: of every source file its docstrings, which read as prose, and the whole.
 
     Files come in the order of a hash of their names, so that any prefix is a fair sample. The key
@@ -47,7 +47,7 @@ def builtin(workers: int) -> Iterator[tuple[str, str]]:
                 parts = path.relative_to(root).parts
                 if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(parts):
                     files[f"{name}/{'/'.join(parts)}"] = path
-    keys = sorted(files, key=key_of)
+    keys = sorted(files, key=hash_key)
     paths = (files[key] for key in keys)
     if workers == 1:
         for key, texts in zip(keys, map(_prose_and_source, paths), strict=True):
@@ -88,6 +88,6 @@ def _docstrings(source: str) -> str:
     return "\n\n".join(inspect.cleandoc(text) for text in found if text and len(text) > 60)
 
 
-def key_of(text: str) -> str:
+def hash_key(text: str) -> str:
     """16 hex digits."""
     return blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).hexdigest()

@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.files import unreadable
-from sparsecast.core.text.builtin import builtin, key_of
+from sparsecast.core.files import unreadable_error
+from sparsecast.core.text.builtin import builtin_texts, hash_key
 from sparsecast.core.text.corpus_files import SUFFIXES, is_stream, local_files
-from sparsecast.core.text.encoding import BLOCK, Utf8
+from sparsecast.core.text.encoding import BLOCK, Utf8Reader
 
 PIECE = 6000
 """Characters, about three times the default --seq-len in tokens."""
@@ -66,7 +66,7 @@ class Document:
     chat: Chat | None = None
 
 
-def documents(spec: str, workers: int = 1, seq_len: int = 0) -> Iterator[Document]:
+def read_documents(spec: str, workers: int = 1, seq_len: int = 0) -> Iterator[Document]:
     """Stream the documents of a corpus in an order that depends on the corpus alone.
 
     Args:
@@ -87,8 +87,8 @@ def documents(spec: str, workers: int = 1, seq_len: int = 0) -> Iterator[Documen
             docs = iter([Document(key, text, chat)] if text.strip() else [])
         else:
             blocks = [_sound(content)] if isinstance(content, str) else content
-            cut = pieces(blocks, max(PIECE, TOKEN * seq_len) if key else PIECE)
-            docs = (Document(key or key_of(piece), piece) for piece in cut)
+            cut = split_text(blocks, max(PIECE, TOKEN * seq_len) if key else PIECE)
+            docs = (Document(key or hash_key(piece), piece) for piece in cut)
         for doc in docs:
             empty = False
             yield doc
@@ -100,7 +100,7 @@ def documents(spec: str, workers: int = 1, seq_len: int = 0) -> Iterator[Documen
         )
 
 
-def pieces(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
+def split_text(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
     """Cut a text at line breaks into pieces of at most `size` characters; drops blank ones."""
     rest = ""
     for block in blocks:
@@ -126,7 +126,7 @@ def _sound(text: str) -> str:
     return text
 
 
-def begun(spec: str, items: Iterable[T]) -> Iterator[T]:
+def start_reading(spec: str, items: Iterable[T]) -> Iterator[T]:
     """What is read from a corpus, the first item now: before a model is loaded, say.
 
     Standard input and pipes are left alone, since their first item may be long in coming.
@@ -145,7 +145,7 @@ def _source(spec: str, workers: int) -> Iterator[tuple[str, Content]]:
             "name[:config][@split], or builtin"
         )
     if spec == "builtin":
-        return iter(builtin(workers))
+        return iter(builtin_texts(workers))
     if is_stream(spec):
         return _stream(*(_stdin() if spec == "-" else _pipe(Path(spec).expanduser())))
     files = local_files(spec)
@@ -159,7 +159,7 @@ def _local(files: list[Path]) -> Iterator[tuple[str, Content]]:
             yield from _rows("parquet", f"{path}", data_files=glob.escape(str(path)), split="train")
             continue
         with path.open("rb") as raw:
-            text = Utf8(raw, str(path))
+            text = Utf8Reader(raw, str(path))
             if suffix == ".jsonl":
                 yield from _json_lines(text.lines(), str(path))
             elif len(files) >= FEW_FILES and path.stat().st_size <= LONG_FILE:
@@ -186,11 +186,11 @@ def _pipe(path: Path) -> tuple[BufferedReader, str]:
     try:
         return path.open("rb"), str(path)
     except OSError as error:
-        raise unreadable(path, error, "the corpus") from error
+        raise unreadable_error(path, error, "the corpus") from error
 
 
 def _stream(raw: BufferedReader, where: str) -> Iterator[tuple[str, Content]]:
-    text = Utf8(raw, where)
+    text = Utf8Reader(raw, where)
     while (first := text.line(BLOCK)) and not first.strip():
         pass
     if first.lstrip("\ufeff \t").startswith("{"):
@@ -219,22 +219,22 @@ def _json_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, Content
 
 
 def _keyed(row: dict[str, Any], where: str) -> tuple[str, Content]:
-    content = content_of(row, where)
+    content = parse_row(row, where)
     if isinstance(content, str):
         return text_key(content), content
-    return key_of(repr([(role, _plain(said)) for role, said in content])), content
+    return hash_key(repr([(role, _plain(said)) for role, said in content])), content
 
 
 def text_key(text: str) -> str:
     """The key of a text, however its lines end and whatever white space stands around it."""
-    return key_of(_plain(text))
+    return hash_key(_plain(text))
 
 
 def _plain(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def content_of(row: dict[str, Any], where: str) -> str | Chat:
+def parse_row(row: dict[str, Any], where: str) -> str | Chat:
     """The text or the chat of a row of a dataset."""
     if isinstance(text := row.get("text"), str):
         return text

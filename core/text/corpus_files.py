@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_file, unreadable
-from sparsecast.core.folders import refuse_other
+from sparsecast.core.files import check_file, unreadable_error
+from sparsecast.core.folders import check_folder_kind
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _FILE = f"a file of text ({', '.join(SUFFIXES)})"
@@ -47,7 +47,7 @@ def local_files(spec: str) -> list[Path] | None:
     if mode is not None and stat.S_ISDIR(mode):
         files = sorted(_below(path))
         if not files:
-            refuse_other(path, "text")
+            check_folder_kind(path, "text")
             raise InputError(f"{spec}: no {', '.join(SUFFIXES)} file in this folder")
     elif mode is not None:
         files = [path]
@@ -66,7 +66,7 @@ def local_files(spec: str) -> list[Path] | None:
     return files
 
 
-def most_tokens(spec: str) -> int | None:
+def max_tokens(spec: str) -> int | None:
     """More tokens than a corpus has: the bytes of its text files; None where nobody knows.
 
     A token stands for a byte at least, and what a document or a turn of a chat adds is less than
@@ -85,7 +85,7 @@ def _mode(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise unreadable(path, error, "the corpus") from error
+        raise unreadable_error(path, error, "the corpus") from error
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -108,4 +108,4 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _refuse(error: OSError) -> None:
-    raise unreadable(Path(error.filename), error, "a folder of the corpus") from error
+    raise unreadable_error(Path(error.filename), error, "a folder of the corpus") from error

@@ -28,7 +28,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 _NEARBY = 2**12
 
 
-class Utf8:
+class Utf8Reader:
     """A stream of bytes as lines or as blocks of text, line ends as `\\n` in blocks.
 
     Memory: a block, or a line.

@@ -27,7 +27,7 @@ def split_of(key: str) -> str:
     return "train" if place < 0.90 else "calibration" if place < 0.95 else "held-out"
 
 
-def assign(docs: Iterable[Document]) -> Iterator[tuple[str, Document]]:
+def assign_splits(docs: Iterable[Document]) -> Iterator[tuple[str, Document]]:
     """Pair every document with its split, in order, streaming.
 
     Memory: the documents of the first `FEW` keys, at most `HEAD` characters.

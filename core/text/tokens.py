@@ -133,7 +133,7 @@ def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [bos, *ids[start:]]
 
 
-def quotas(tokens: int, counted: int = 0) -> dict[str, int]:
+def split_quotas(tokens: int, counted: int = 0) -> dict[str, int]:
     """Share `tokens` out over the splits, 90/5/5; `counted` more are for statistics alone."""
     small = max(1, round(0.05 * tokens))
     train = max(1, tokens - 2 * small)
@@ -141,7 +141,7 @@ def quotas(tokens: int, counted: int = 0) -> dict[str, int]:
     return {**shares, COUNTED: counted} if counted else shares
 
 
-def sequences(
+def tokenize_documents(
     docs: Iterable[tuple[str, Document]],
     tokenizer: Tokenizer,
     quota: Mapping[str, int],
@@ -151,7 +151,7 @@ def sequences(
     """Tokenize documents in corpus order until every quota is met.
 
     Args:
-        docs: (split, document) pairs, as `splits.assign` gives them.
+        docs: (split, document) pairs, as `splits.assign_splits` gives them.
         quota: Split to the number of tokens wanted from it; the document that would exceed it is
             cut. Splits that are not named are skipped.
         vocabulary: Rows of the model's embedding.
@@ -182,7 +182,7 @@ def sequences(
         yield Sequence(split, ids, len(whole) > seq_len)
 
 
-def batches(
+def token_batches(
     docs: Iterable[tuple[str, Document]],
     tokenizer: Tokenizer,
     quota: Mapping[str, int],
@@ -191,12 +191,14 @@ def batches(
     batch_size: int,
     vocabulary: float = float("inf"),
 ) -> Iterator[TokenBatch]:
-    """`sequences` in batches of one split; see `by_length`."""
-    rows = sequences(docs, tokenizer, quota, seq_len, vocabulary)
-    return by_length(rows, seq_len=seq_len, batch_size=batch_size)
+    """`tokenize_documents` in batches of one split; see `batch_by_length`."""
+    rows = tokenize_documents(docs, tokenizer, quota, seq_len, vocabulary)
+    return batch_by_length(rows, seq_len=seq_len, batch_size=batch_size)
 
 
-def by_length(rows: Iterable[Sequence], *, seq_len: int, batch_size: int) -> Iterator[TokenBatch]:
+def batch_by_length(
+    rows: Iterable[Sequence], *, seq_len: int, batch_size: int
+) -> Iterator[TokenBatch]:
     """Batch sequences of like length, at most `batch_size * seq_len` places in a batch.
 
     Within a window of `WINDOW` full batches of one split, the longest come first. The batches

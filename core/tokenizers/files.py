@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_file, read_bytes, read_json
-from sparsecast.core.models.weight_files import refuse_pointer
+from sparsecast.core.models.weight_files import refuse_lfs_pointer
 
 MODEL = "tokenizer.model"
 WHOLE = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.txt", "tekken.json")
@@ -27,7 +27,7 @@ def check_files(folder: Path) -> None:
     halves = [folder / name for name in PAIR if (folder / name).exists()]
     for path in [*found, *halves]:
         check_file(path, "a tokenizer")
-        refuse_pointer(path)
+        refuse_lfs_pointer(path)
         if not path.stat().st_size:
             raise InputError(f"{path}: is empty, expected a tokenizer; download it again")
     for name in SETTINGS:

@@ -22,16 +22,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.pretrained import tokenizer_of
+from sparsecast.core.models.pretrained import load_pretrained_tokenizer
 from sparsecast.core.tokenizers.files import check_files, sentencepiece_file, settings_of
 from sparsecast.core.tokenizers.sentencepiece_bpe import (
     NORMAL,
     SPACE,
     USER,
-    cut_otherwise,
+    adds_one_space,
+    find_mismatch,
     is_bpe,
     merges_by_score,
-    puts_one_space,
     read_model,
     scores_of,
 )
@@ -49,7 +49,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     path = sentencepiece_file(folder)
     model: Any = None if path is None else read_model(path)
     try:
-        tokenizer: Any = tokenizer_of(folder)
+        tokenizer: Any = load_pretrained_tokenizer(folder)
     except Exception as error:  # a damaged tokenizer file raises whatever it meets
         if "auto_map" in settings_of(folder):
             raise InputError(
@@ -67,7 +67,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             _as_written(backend, whole)
         if path is not None and is_bpe(model):
             _by_score(tokenizer, path, model)
-            if not whole.exists() and puts_one_space(model):
+            if not whole.exists() and adds_one_space(model):
                 whole_pieces = any(piece.type == USER for piece in model.pieces)
                 _put_space(backend, settings_of(folder), whole_pieces)
     if not tokenizer("a b", add_special_tokens=False, verbose=False)["input_ids"]:
@@ -104,7 +104,7 @@ def _by_score(tokenizer: Any, path: Path, model: Any) -> None:
     vocab: dict[str, int] = spec["vocab"]
     _check_same(path, vocab, model, tokenizer.added_tokens_decoder)
     merges = [(left, right) for left, right in spec["merges"]]
-    if cut_otherwise(vocab, merges, model) is None:
+    if find_mismatch(vocab, merges, model) is None:
         return
     scores = {text: score for text, score in scores_of(model).items() if text in vocab}
     merges = merges_by_score(scores)
@@ -112,7 +112,7 @@ def _by_score(tokenizer: Any, path: Path, model: Any) -> None:
     backend.model = BPE(
         vocab, merges, unk_token=spec["unk_token"], fuse_unk=True, byte_fallback=fallback
     )
-    if (text := cut_otherwise(vocab, merges, model)) is not None:
+    if (text := find_mismatch(vocab, merges, model)) is not None:
         log.warning(
             f"{path}: pieces share scores in a way that transformers' tokenizers cannot express, "
             f"so text such as {text!r} becomes other tokens than sentencepiece and PowerInfer make"

@@ -70,7 +70,7 @@ def is_bpe(model: Any) -> bool:
     return kind
 
 
-def puts_one_space(model: Any) -> bool:
+def adds_one_space(model: Any) -> bool:
     """Text is prepared as Llama's: one space in front, spaces as U+2581, nothing else."""
     rules = model.normalizer_spec
     spaces = rules.add_dummy_prefix and rules.escape_whitespaces
@@ -95,7 +95,7 @@ def _pairs(text: str, pieces: Mapping[str, float]) -> Iterator[Merge]:
             yield text[:at], text[at:]
 
 
-def cut_otherwise(vocab: Mapping[str, int], merges: list[Merge], model: Any) -> str | None:
+def find_mismatch(vocab: Mapping[str, int], merges: list[Merge], model: Any) -> str | None:
     """A text that `merges` in this order cut into other pieces than the sentencepiece model does.
 
     Args:

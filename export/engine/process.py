@@ -73,14 +73,16 @@ def engine_perplexity(
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "text.txt").write_text(text, encoding="utf-8", newline="")
         command += [*OPTIONS, "--chunks", str(chunks)]
-        code, out, err = finished(command, scratch, all_active=all_active)
+        code, out, err = run_to_end(command, scratch, all_active=all_active)
     found = re.search(r"PPL = (\S+)", out)
     if code or not found:
         raise EngineError(f"perplexity gave no estimate (exit {code}): {last_words(err)}")
     return float(found[1])
 
 
-def finished(command: list[str], folder: str, *, all_active: bool = False) -> tuple[int, str, str]:
+def run_to_end(
+    command: list[str], folder: str, *, all_active: bool = False
+) -> tuple[int, str, str]:
     """Run a binary in `folder` to its end: exit code, standard output and standard error.
 
     Raises:

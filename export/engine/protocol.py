@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.text.corpus import documents
-from sparsecast.core.text.splits import assign
+from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.splits import assign_splits
 from sparsecast.export.read.vocab import FileVocabulary
 
 CHUNK = 128
@@ -34,7 +34,7 @@ def held_out_documents(corpus: str, tokenizer: FileVocabulary, tokens: int) -> l
     """
     docs: list[str] = []
     count = 0
-    for split, doc in assign(documents(corpus)):
+    for split, doc in assign_splits(read_documents(corpus)):
         if split == "held-out":
             docs.append(doc.text.replace("\0", " "))
             count += len(tokenizer.encode(docs[-1]))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecast.core.ggml_blocks import q8_0_input
+from sparsecast.core.ggml_blocks import quantize_q8_0_input
 
 NEAR = 2.0**-20
 """Of the norms' product, which bounds the sum of the terms' sizes: 16 roundings of float32."""
@@ -32,7 +32,7 @@ def settled(
         hidden_TR: The input of fc2, float32, not yet rounded.
         scale_FB, code_FBK: fc2's blocks; scales float32, codes int8 (F, B, 32).
     """
-    scale_TB, code_TBK = q8_0_input(hidden_TR)
+    scale_TB, code_TBK = quantize_q8_0_input(hidden_TR)
     size_T = (scale_TB.square() * code_TBK.square().sum(-1)).sum(-1).sqrt()
     size_F = (scale_FB.square() * code_FBK.float().square().sum(-1)).sum(-1).sqrt()
     bound_TF = NEAR * size_T[:, None] * size_F

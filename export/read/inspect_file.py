@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from sparsecast.core.disk import format_bytes
 from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log, show
 from sparsecast.export.bundle import GPUIDX_SUFFIX
@@ -93,7 +94,7 @@ def show_file(values: dict[str, Any]) -> None:
     """A split by layer, any other file by keys and tensors."""
     log.info(values["path"], extra={"style": "bold"})
     head = f"{values['magic']} version {values['version']}, alignment {values['alignment']}"
-    log.info(f"  {head}, {size(values['bytes'])}")
+    log.info(f"  {head}, {format_bytes(values['bytes'])}")
     keys = Table(title="keys", title_justify="left", show_header=False)
     for key, value in list(values["keys"].items())[:SHOWN]:
         keys.add_row(plain(key), _told(value))
@@ -110,7 +111,7 @@ def _tell_more(count: int, what: str) -> None:
 
 def _tensor_table(values: dict[str, Any]) -> Table:
     tensors = values["tensors"]
-    total = size(sum(tensor["bytes"] for tensor in tensors))
+    total = format_bytes(sum(tensor["bytes"] for tensor in tensors))
     table = Table(title=f"{len(tensors)} tensors, {total}", title_justify="left")
     table.add_column("name", overflow="fold")
     for name in ("shape", "type", "bytes"):
@@ -143,7 +144,3 @@ def _told(value: Any) -> str:
 def plain(text: str) -> str:
     """Without control characters."""
     return text if text.isprintable() else repr(text)
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes:,} bytes" if nbytes < 2**20 else f"{nbytes / 2**20:,.1f} MiB"

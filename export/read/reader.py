@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_file, unreadable
+from sparsecast.core.files import check_file, unreadable_error
 from sparsecast.export.read.tensor_types import DECODED, TYPES, TensorType
 
 SCALARS = {
@@ -82,7 +82,7 @@ class GGUFFile:
         except ValueError as error:
             raise InputError(f"{path}: is empty, expected a GGUF file") from error
         except OSError as error:
-            raise unreadable(path, error, "a GGUF file") from error
+            raise unreadable_error(path, error, "a GGUF file") from error
         self._at = 0
         self.magic = self._take(4)
         if self.magic not in TYPES:

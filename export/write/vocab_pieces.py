@@ -19,10 +19,10 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from sparsecast.core.errors import InputError
 from sparsecast.core.tokenizers.sentencepiece_bpe import (
     SPACE,
-    cut_otherwise,
+    adds_one_space,
+    find_mismatch,
     is_bpe,
     merges_by_score,
-    puts_one_space,
     read_model,
 )
 from sparsecast.export.write.vocab_parts import (
@@ -55,7 +55,7 @@ def model_pieces(path: Path) -> Parts:
             f"{path}: is a unigram model, expected type BPE; the engine merges greedily by score "
             "and would cut text into other tokens than this model was trained on"
         )
-    if not puts_one_space(model):
+    if not adds_one_space(model):
         prepares = model.normalizer_spec
         name = prepares.name or "a rule of its own"
         raise InputError(
@@ -136,7 +136,7 @@ def _check_merges(
     split = next((pair for pair in merges_by_score(scores) if pair not in known), None)
     if split is not None:
         what = f"pieces {split[0]!r} and {split[1]!r} make a piece, but are no merge"
-    elif (text := cut_otherwise(ids, merges, _model(scores))) is not None:
+    elif (text := find_mismatch(ids, merges, _model(scores))) is not None:
         what = f"merges cut {text!r} as no scores do, the leftmost of equal ones first"
     else:
         return

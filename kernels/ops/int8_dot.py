@@ -28,7 +28,7 @@ _STRIDE = tl.constexpr(STRIDE)
 
 
 def codes(x_TK: Tensor, *, early: bool = False) -> Tensor:
-    """(T, B, STRIDE) int32: an input of any float dtype. See `q8_0_input` for the rule.
+    """(T, B, STRIDE) int32: an input of any float dtype. See `quantize_q8_0_input` for the rule.
 
     Args:
         early: Whether the next kernel may start before x is there (launch.py).

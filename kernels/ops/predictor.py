@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecast.core.ggml_blocks import q8_0_values
+from sparsecast.core.ggml_blocks import round_to_q8_0
 from sparsecast.kernels.ops.active_list import Selected, blank, room
 from sparsecast.kernels.ops.bitmask import WORD, words
 from sparsecast.kernels.ops.dot import products, rounded
@@ -46,7 +46,7 @@ def input_dtype(weight: Tensor | Quantized) -> torch.dtype:
 
 def rounded_input(x_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """The float32 values of an input after its rounding, see `input_dtype`."""
-    return q8_0_values(x_TK) if dtype == torch.int8 else x_TK.to(dtype).float()
+    return round_to_q8_0(x_TK) if dtype == torch.int8 else x_TK.to(dtype).float()
 
 
 def reference(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecast.core.ggml_blocks import BLOCK, scales_and_codes
+from sparsecast.core.ggml_blocks import BLOCK, quantize_blocks
 
 
 class Quantized(NamedTuple):
@@ -53,7 +53,7 @@ def quantized(weight_NK: Tensor, dtype: str) -> Quantized:
             f"weight: {dtype} stores rows in blocks of {BLOCK}, but its shape is "
             f"{tuple(weight_NK.shape)}; use f16 weights instead"
         )
-    scale_NB1, code_NB32 = scales_and_codes(weight_NK, dtype)
+    scale_NB1, code_NB32 = quantize_blocks(weight_NK, dtype)
     code_NBK = code_NB32.to(torch.int8)
     if dtype == "q4_0":
         low_NBK, high_NBK = code_NBK.chunk(2, -1)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.progress import bar
+from sparsecast.core.progress import progress_bar
 from sparsecast.predictors.baselines.svd import gate_of
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count
@@ -48,7 +48,7 @@ def score_sign(model: str, predictors: PredictorSet, store: ActivationStore) -> 
     """
     made, scores = store.manifest, []
     loaded = load_recorded(model, store, "cpu")
-    with bar("sign", len(made.layers)) as progress:
+    with progress_bar("sign", len(made.layers)) as progress:
         for layer in made.layers:
             sign_FD = gate_of(loaded, layer)[0].sign()
             recall = _recall(predictors.layers[layer], predictors.threshold, store, layer)

@@ -20,8 +20,8 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
 from sparsecast.core.models.perplexity import perplexity
-from sparsecast.core.progress import bar
-from sparsecast.core.text.tokens import Sequence, TokenBatch, by_length
+from sparsecast.core.progress import progress_bar
+from sparsecast.core.text.tokens import Sequence, TokenBatch, batch_by_length
 from sparsecast.predictors.calibration.bias import UncalibratedPredictor
 from sparsecast.predictors.calibration.calibrate import (
     SPLIT,
@@ -75,7 +75,7 @@ def _all(
 ) -> list[Calibrated]:
     """Memory: the predictors once more, as exported."""
     done = []
-    with bar("calibrate", len(uncut)) as progress:
+    with progress_bar("calibrate", len(uncut)) as progress:
         for layer, (predictor, cut) in enumerate(zip(uncut, cuts, strict=True)):
             done.append(calibrate(predictor, store, layer, cut, device))
             progress.advance()
@@ -177,4 +177,4 @@ def recorded_documents(store: ActivationStore, split: str = SPLIT) -> list[Token
         for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
             rows.append(Sequence(split, ids[start:stop].tolist(), False))
             longest = max(longest, stop - start)
-    return list(by_length(rows, seq_len=longest, batch_size=BATCH))
+    return list(batch_by_length(rows, seq_len=longest, batch_size=BATCH))

@@ -19,7 +19,7 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.messages import log
-from sparsecast.core.progress import bar
+from sparsecast.core.progress import progress_bar
 from sparsecast.predictors.calibration.bias import BiasUnits, bias_of, bias_units
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.formats import BITS
@@ -93,7 +93,7 @@ def _within(
     largest = min(2 * mean, max(1, store.manifest.hidden_size // BLOCK))
     tried = sorted({max(1, round(largest * (i + 1) / TRIED)) for i in range(TRIED)})
     gains = []
-    with bar("ranks", len(layers)) as progress:
+    with progress_bar("ranks", len(layers)) as progress:
         for layer in layers:
             m = moments(store, layer, device)
             skipped = [_sparsity(cfg, store, layer, m, n * BLOCK, dtype, device) for n in tried]

@@ -12,17 +12,17 @@ from typing import Any
 
 from sparsecast.collect.store.firing import check_firing
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.disk import told_when_full
+from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import (
-    check_new,
+    check_new_folder,
+    check_writable_file,
     json_text,
     new_folder,
     read_json,
-    refuse_unwritable,
     write_text,
 )
-from sparsecast.core.lock import locked
+from sparsecast.core.lock import lock_folder
 from sparsecast.core.options import command_of
 from sparsecast.predictors.baselines.sparseinfer import score_sign, sign_nbytes
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
@@ -61,10 +61,10 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
             another report.
         OSError: Writing failed all the same; the scores are on the screen.
     """
-    out = check_new(cfg.out, replaces="report.json", beside=_beside(cfg))
+    out = check_new_folder(cfg.out, replaces="report.json", beside=_beside(cfg))
     if cfg.json is not None:
-        refuse_unwritable(cfg.json, "--json")
-    with locked(out, "report"):
+        check_writable_file(cfg.json, "--json")
+    with lock_folder(out, "report"):
         return _report(cfg)
 
 
@@ -248,7 +248,7 @@ def _write(
     }
     need = sum(len(text.encode()) for text in files.values())
     with (
-        told_when_full(cfg.out, need, "the report", lambda: AFTER),
+        explain_full_disk(cfg.out, need, "the report", lambda: AFTER),
         new_folder(cfg.out, replaces="report.json", beside=_beside(cfg)) as folder,
     ):
         for name, text in files.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
-from sparsecast.core.progress import bar
+from sparsecast.core.progress import progress_bar
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.metrics import (
     Counts,
@@ -58,7 +58,7 @@ def score_layers(predictors: PredictorSet, store: ActivationStore, where: str) -
             f"are of layer {max(layers)} too; give the predictors of this model"
         )
     scores = []
-    with bar("report", len(layers)) as progress:
+    with progress_bar("report", len(layers)) as progress:
         for layer in layers:
             predictor = predictors.layers[layer]
             rule = _rule(predictor, predictors.threshold)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsecast.core.bitmask import unpack
-from sparsecast.core.compiled import fused
+from sparsecast.core.compiled import compile_when_large
 
 SHOWN = 64
 """Tokens of a batch whose loss is computed, to be shown."""
@@ -84,7 +84,7 @@ class _Weighted(torch.autograd.Function):
         return gradient(logits_LBF, mask_LBP, rate_L11, scale, ctx.counting), None, None, None
 
 
-@fused
+@compile_when_large
 def _on_gpu(
     logits_LBF: Tensor, mask_LBP: Tensor, rate_L11: Tensor, scale: Tensor, counting: bool
 ) -> Tensor:

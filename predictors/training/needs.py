@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecast.core.disk import check_room, free, size
+from sparsecast.core.disk import check_disk_space, describe_space, format_bytes
 from sparsecast.core.messages import log
 from sparsecast.predictors.calibration.bias import bias_units
 from sparsecast.predictors.config import TrainConfig
@@ -74,10 +74,12 @@ def tell_needs(
     matrices = 4 * shape[0] * sum(shape)
     batches = 4 * cfg.tokens_per_step * len(ranks) * (2 * shape[0] + shape[1] // 8)
     log.info(
-        f"{cfg.out}: takes up to {size(need)} of disk, {size(free(cfg.out))} are free there; and "
-        f"{size(memory + matrices + batches)} of memory"
+        f"{cfg.out}: takes up to {describe_space(cfg.out, need)}; and "
+        f"{format_bytes(memory + matrices + batches)} of memory"
     )
-    check_room(cfg.out, need - held, "training", ", a smaller --rank or --predictor-dtype f16")
+    check_disk_space(
+        cfg.out, need - held, "training", ", a smaller --rank or --predictor-dtype f16"
+    )
 
 
 def held_bytes(work: Path, pattern: str) -> int:

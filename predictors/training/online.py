@@ -29,14 +29,14 @@ from sparsecast.collect.store.shard import INPUT_DTYPES
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.bitmask import pack, unpack
 from sparsecast.core.errors import InputError
-from sparsecast.core.interrupts import same_kind
+from sparsecast.core.interrupts import interrupt_like
 from sparsecast.core.messages import log
 from sparsecast.core.models.loading import embedding_rows, input_device, load_model
 from sparsecast.core.models.recorder import Recorder
-from sparsecast.core.progress import bar
-from sparsecast.core.text.corpus import documents
-from sparsecast.core.text.splits import assign
-from sparsecast.core.text.tokens import TokenBatch, by_length, sequences
+from sparsecast.core.progress import progress_bar
+from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.splits import assign_splits
+from sparsecast.core.text.tokens import TokenBatch, batch_by_length, tokenize_documents
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.training.data import LayersBatch
 from sparsecast.predictors.training.trainer import work_folder
@@ -84,7 +84,7 @@ class Running:
         sums = [MomentSums(made.hidden_size, made.ffn_width, device) for _ in layers]
         wanted = min(self._cfg.train_tokens, max(WARM_TOKENS, 16 * made.hidden_size))
         done = 0
-        with bar("moments", wanted) as progress:
+        with progress_bar("moments", wanted) as progress:
             for text in self.text():
                 x_LTD, mask_LTP = self.forward(text, layers)
                 for total, x_TD, mask_TP in zip(sums, x_LTD, mask_LTP, strict=True):
@@ -101,15 +101,15 @@ class Running:
         cfg, made = self._cfg, self.store.manifest
         while True:
             read = 0
-            docs = assign(documents(made.corpus, seq_len=cfg.document_len))
-            rows = sequences(
+            docs = assign_splits(read_documents(made.corpus, seq_len=cfg.document_len))
+            rows = tokenize_documents(
                 docs,
                 self._tokenizer,
                 {"train": 1 << 62},
                 cfg.document_len,
                 vocabulary=embedding_rows(self._model),
             )
-            for batch in by_length(rows, seq_len=cfg.document_len, batch_size=DOCUMENTS):
+            for batch in batch_by_length(rows, seq_len=cfg.document_len, batch_size=DOCUMENTS):
                 read += batch.tokens
                 yield batch
             if not read:
@@ -229,7 +229,7 @@ def running(cfg: TrainConfig) -> Running:
         store = collect(asked, {"train": 2, "calibration": calibration, "held-out": 2})
     except KeyboardInterrupt as error:
         told = f"{cfg.out}: interrupted before training began, nothing is left behind"
-        raise same_kind(error, told) from None
+        raise interrupt_like(error, told) from None
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,

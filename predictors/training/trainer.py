@@ -26,13 +26,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from sparsecast.core.distributed import DistributedContext, from_environment
+from sparsecast.core.distributed import DistributedContext, int_from_environment
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
-from sparsecast.core.interrupts import same_kind
-from sparsecast.core.launcher import launcher
+from sparsecast.core.interrupts import interrupt_like
+from sparsecast.core.launcher import cluster_environment
 from sparsecast.core.messages import log
-from sparsecast.core.options import differing
+from sparsecast.core.options import compare_options
 from sparsecast.core.quiet import quiet_lightning
 from sparsecast.core.torch_files import StagedCheckpoints
 from sparsecast.core.training_bar import TrainingBar
@@ -120,7 +120,7 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
             if kept
             else "no epoch was finished yet, nothing is left behind"
         )
-        raise same_kind(stop, f"{cfg.out}: interrupted; {left}") from stop
+        raise interrupt_like(stop, f"{cfg.out}: interrupted; {left}") from stop
 
 
 def _trainer(cfg: TrainConfig, run: Run, callbacks: list[Callback]) -> L.Trainer:
@@ -142,7 +142,7 @@ def _trainer(cfg: TrainConfig, run: Run, callbacks: list[Callback]) -> L.Trainer
         enable_progress_bar=False,
         num_sanity_val_steps=0,
         callbacks=[*callbacks, *progress],
-        plugins=[launcher(), StagedCheckpoints()],
+        plugins=[cluster_environment(), StagedCheckpoints()],
         **_placed(run.device, team, cfg.data_parallel),
     )
 
@@ -180,7 +180,7 @@ def _placed(device: torch.device, team: DistributedContext, data_parallel: bool)
     on_gpu = device.type == "cuda"
     accelerator = "gpu" if on_gpu else "cpu"
     if team.size > 1 and data_parallel:
-        here = from_environment("LOCAL_WORLD_SIZE", team.size, least=1)
+        here = int_from_environment("LOCAL_WORLD_SIZE", team.size, least=1)
         group = None
         if on_gpu:  # the team itself talks on gloo
             torch.cuda.set_device(device)
@@ -207,7 +207,7 @@ def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
             f"{work}: holds an unfinished run of {was} processes, but there are {now}; start it "
             f"with torchrun --nproc-per-node {was} again, or remove that folder"
         )
-    if changed := differing(made, json.loads(json.dumps(recipe))):
+    if changed := compare_options(made, json.loads(json.dumps(recipe))):
         raise InputError(
             f"{work}: holds an unfinished run made differently ({'; '.join(changed)}); repeat "
             "the options it was started with, or remove that folder"

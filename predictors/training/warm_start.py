@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.progress import bar
+from sparsecast.core.progress import progress_bar
 from sparsecast.predictors.predictor import rms_normalized
 from sparsecast.predictors.training.data import layer_batches
 
@@ -73,7 +73,7 @@ def warm_start(of_layers: Iterable[Moments], free_units: Sequence[int], dtype: s
         dtype: The format the predictors are trained for.
     """
     starts = []
-    with bar("warm start", len(free_units)) as progress:
+    with progress_bar("warm start", len(free_units)) as progress:
         for m, free in zip(of_layers, free_units, strict=True):
             u_D, fc1_RD, fc2_FR, offset_F = (t.cpu() for t in reduced_rank(m, free))
             rate = m.rate_F.mean().clamp_min(LEAST_RATE).cpu()

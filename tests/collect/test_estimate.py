@@ -19,7 +19,7 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.models.shape import model_shape
-from sparsecast.core.text.tokens import quotas
+from sparsecast.core.text.tokens import split_quotas
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_estimate_is_within_a_tenth(asked, capfd, options):
 
 def test_the_default_of_a_7b_takes_what_the_documentation_says():
     shape = Shape(layers=range(32), hidden_size=4096, ffn_width=11008, x_dtype="float16")
-    assert store_bytes(shape, quotas(400_000)) == pytest.approx(123e9, rel=0.02)
+    assert store_bytes(shape, split_quotas(400_000)) == pytest.approx(123e9, rel=0.02)
 
 
 def test_the_outline_is_the_model_without_its_weights(model_folder):
@@ -74,7 +74,7 @@ def no_model(monkeypatch):
 
 
 def test_what_the_disk_cannot_hold_is_refused(asked, no_model, monkeypatch):
-    monkeypatch.setattr(disk, "free", lambda _: 2_000_000)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 2_000_000)
     with pytest.raises(InputError, match=r"the store needs 2\.\d+ MB, but only 2 MB are free"):
         collect(asked)
     assert not list(asked.out.parent.iterdir())
@@ -83,7 +83,7 @@ def test_what_the_disk_cannot_hold_is_refused(asked, no_model, monkeypatch):
 def test_a_resumed_run_needs_what_is_not_there_yet(asked, monkeypatch, capfd):
     collect(replace(asked, out=asked.out.with_name("whole")))
     asked.out.with_name("whole").rename(asked.out.with_name(".acts.part"))
-    monkeypatch.setattr(disk, "free", lambda _: 500_000)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 500_000)
     collect(asked)
     assert "resuming" in capfd.readouterr().err
 

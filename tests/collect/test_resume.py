@@ -20,7 +20,7 @@ from sparsecast.collect.run import collect
 from sparsecast.collect.store.store import ActivationStore, read_manifest
 from sparsecast.collect.store.writer import Writer
 from sparsecast.core.errors import InputError
-from sparsecast.core.manifests import write_sealed
+from sparsecast.core.manifests import write_manifest
 from sparsecast.core.text.splits import SPLITS
 
 SMALL_SHARDS = """
@@ -267,10 +267,10 @@ def test_other_weights_or_another_text_are_noticed(unfinished, corpus, tmp_path)
         (changed / path.name).write_text("x = 1\n" + path.read_text())
     part = unfinished.out.with_name(".acts.part")
     manifest = read_manifest(part)
-    write_sealed(part, replace(manifest, corpus=str(changed)))
+    write_manifest(part, replace(manifest, corpus=str(changed)))
     with pytest.raises(InputError, match="the corpus has changed since the collection began"):
         collect(replace(unfinished, corpus=str(changed)))
-    write_sealed(part, replace(manifest, fingerprint="0" * 16))
+    write_manifest(part, replace(manifest, fingerprint="0" * 16))
     with pytest.raises(InputError, match="the model's weights differ"):
         collect(unfinished)
 

@@ -22,10 +22,10 @@ from sparsecast.collect.run import collect
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.bitmask import pack, unpack
 from sparsecast.core.errors import InputError
-from sparsecast.core.models.loading import load_model, open_checked, positions
-from sparsecast.core.text.corpus import Document, documents
-from sparsecast.core.text.splits import SPLITS, assign
-from sparsecast.core.text.tokens import batches, quotas, sequences
+from sparsecast.core.models.loading import load_model, max_positions, open_model
+from sparsecast.core.text.corpus import Document, read_documents
+from sparsecast.core.text.splits import SPLITS, assign_splits
+from sparsecast.core.text.tokens import split_quotas, token_batches, tokenize_documents
 
 
 @given(st.integers(0, 5), st.integers(1, 40), st.integers(0, 2**31))
@@ -71,8 +71,8 @@ def test_recorded_tokens_are_those_of_a_dense_forward(acts, model_folder, corpus
     """Same order, no padding: layer 0's input follows from embedding and attention alone."""
     model, tokenizer = load_model(str(model_folder), device="cpu")
     want = []
-    docs = assign(documents(str(corpus)))
-    for batch in batches(docs, tokenizer, quotas(6_000), seq_len=256, batch_size=8):
+    docs = assign_splits(read_documents(str(corpus)))
+    for batch in token_batches(docs, tokenizer, split_quotas(6_000), seq_len=256, batch_size=8):
         if batch.split != "held-out":
             continue
         for ids, keep in zip(batch.ids_BS, batch.keep_BS, strict=True):
@@ -134,7 +134,7 @@ def test_more_tokens_in_a_row_than_the_model_was_made_for_are_refused(
 def test_rope_that_states_its_stretched_length_is_not_stretched_again(model_folder, kind, fits):
     model, _ = load_model(str(model_folder), device="cpu")
     model.config.rope_parameters = {"rope_type": kind, "factor": 4.0, "rope_theta": 5e4}
-    assert positions(model) == (1024 if fits else 256)
+    assert max_positions(model) == (1024 if fits else 256)
 
 
 def test_a_token_without_an_embedding_is_refused_before_it_runs(model_folder, corpus, tmp_path):
@@ -152,12 +152,12 @@ def test_a_token_without_an_embedding_is_refused_before_it_runs(model_folder, co
 
 
 def test_a_special_token_without_an_embedding_is_refused_where_a_text_gives_it(model_folder):
-    tokenizer = open_checked(str(model_folder))[1]
+    tokenizer = open_model(str(model_folder))[1]
     docs = [("train", Document("a", "import os"))]
     with pytest.raises(
         InputError, match=r"gives id \d+ \('.*'\), but the model has embeddings for"
     ):
-        list(sequences(docs, tokenizer, {"train": 9}, 9, vocabulary=50))
+        list(tokenize_documents(docs, tokenizer, {"train": 9}, 9, vocabulary=50))
 
 
 def test_out_may_be_a_link(model_folder, corpus, tmp_path):

@@ -25,7 +25,7 @@ from sparsecast.collect.store.stats import Stats
 from sparsecast.collect.store.store import ActivationStore, Manifest, seal
 from sparsecast.collect.store.units import Unit
 from sparsecast.collect.store.writer import Writer, record_unit, to_folder, to_memory
-from sparsecast.core.bitmask import pack, per_neuron, per_token, unpack
+from sparsecast.core.bitmask import count_per_neuron, count_per_token, pack, unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import TokenBatch
@@ -69,14 +69,14 @@ def test_bits_and_counts_are_numpys(n_tokens, width, seed):
     packed = pack(mask_TF)
     assert np.array_equal(packed.numpy(), np.packbits(mask, axis=1, bitorder="little"))
     assert np.array_equal(unpack(packed, width).numpy(), mask)
-    assert np.array_equal(per_token(mask_TF).numpy(), mask.sum(1))
-    assert np.array_equal(per_neuron(mask_TF).numpy(), mask.sum(0))
+    assert np.array_equal(count_per_token(mask_TF).numpy(), mask.sum(1))
+    assert np.array_equal(count_per_neuron(mask_TF).numpy(), mask.sum(0))
 
 
 def test_counts_do_not_overflow_where_everything_fires():
     mask_TF = torch.ones(1021, 2056, dtype=torch.bool)
-    assert torch.equal(per_neuron(mask_TF), torch.full((2056,), 1021, dtype=torch.int32))
-    assert torch.equal(per_token(mask_TF), torch.full((1021,), 2056, dtype=torch.int32))
+    assert torch.equal(count_per_neuron(mask_TF), torch.full((2056,), 1021, dtype=torch.int32))
+    assert torch.equal(count_per_token(mask_TF), torch.full((1021,), 2056, dtype=torch.int32))
 
 
 @given(st.floats(2**-18, 2**13.8), st.floats(0.1, 4))

@@ -24,7 +24,7 @@ from sparsecast.collect.store.shard_reader import ShardFile, header_checksum
 from sparsecast.collect.store.stats import STATS
 from sparsecast.collect.store.store import ActivationStore, Manifest, read_manifest
 from sparsecast.core.errors import InputError
-from sparsecast.core.manifests import MANIFEST, write_sealed
+from sparsecast.core.manifests import MANIFEST, write_manifest
 
 HELD = "held-out-00000.safetensors"
 
@@ -75,7 +75,7 @@ def reseal(folder: Path, **changes: object) -> None:
     """Forge: the manifest agrees with the files again."""
     made = read_manifest(folder, checked=False)
     sums = {p.name: header_checksum(p) for p in folder.glob("*-*.safetensors")}
-    write_sealed(folder, replace(made, **{"checksums": {**made.checksums, **sums}, **changes}))
+    write_manifest(folder, replace(made, **{"checksums": {**made.checksums, **sums}, **changes}))
 
 
 def place_of(path: Path, name: str) -> slice:
@@ -182,11 +182,11 @@ def test_a_shard_knows_its_place(pairs):
             if forged:
                 sums = pairs.manifest.checksums
                 sums = {**sums, one.name: sums[other.name]}
-                write_sealed(folder, replace(pairs.manifest, checksums=sums))
+                write_manifest(folder, replace(pairs.manifest, checksums=sums))
             with pytest.raises(InputError, match=f"{one.name}: {told}"):
                 ActivationStore(folder)
         one.write_bytes(kept)
-        write_sealed(folder, pairs.manifest)
+        write_manifest(folder, pairs.manifest)
     ActivationStore(folder)
 
 
@@ -242,7 +242,7 @@ def test_a_checksum_that_was_taken_out_is_missed(copied, name):
     with pytest.raises(InputError, match="damaged or edited"):
         ActivationStore(copied)
     if name != MANIFEST:  # by somebody who knows how to hash
-        write_sealed(copied, read_manifest(copied, checked=False))
+        write_manifest(copied, read_manifest(copied, checked=False))
         with pytest.raises(InputError, match=f"has no checksum of {name}"):
             ActivationStore(copied).stats()
     assert not inspect(InspectConfig(path=copied)).ok

@@ -20,10 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sparsecast.collect.output import output_folder
-from sparsecast.core.disk import check_room, free, no_room, size, told_when_full
+from sparsecast.core.disk import (
+    check_disk_space,
+    explain_full_disk,
+    format_bytes,
+    free_bytes,
+    full_disk_errno,
+)
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_new, refuse_unwritable, write_json
-from sparsecast.core.lock import locked
+from sparsecast.core.files import check_new_folder, check_writable_file, write_json
+from sparsecast.core.lock import lock_folder
 from sparsecast.core.torch_files import save_torch
 
 
@@ -43,15 +49,15 @@ def small_files(nbytes: int):
     [(0, "0 B"), (1234, "1.23 kB"), (123e9, "123 GB"), (999.4, "999 B"), (999.6, "1 kB")],
 )
 def test_sizes_in_words(nbytes, words):
-    assert size(nbytes) == words
+    assert format_bytes(nbytes) == words
 
 
 def test_more_than_the_disk_has_is_refused(tmp_path):
-    there = free(tmp_path / "not" / "yet")
+    there = free_bytes(tmp_path / "not" / "yet")
     assert there == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
-    check_room(tmp_path / "a", there // 2, "the store")
+    check_disk_space(tmp_path / "a", there // 2, "the store")
     with pytest.raises(InputError, match=r"the store needs .* free there; .*, or fewer --tokens$"):
-        check_room(tmp_path / "a", 10**18, "the store", ", or fewer --tokens")
+        check_disk_space(tmp_path / "a", 10**18, "the store", ", or fewer --tokens")
 
 
 VALUE = {"w": torch.zeros(2**20)}
@@ -61,21 +67,21 @@ VALUE = {"w": torch.zeros(2**20)}
 def test_a_full_disk_is_recognized_in_whatever_a_library_raises(tmp_path, write):
     with small_files(2**16), pytest.raises((OSError, SafetensorError)) as caught:
         write(VALUE, tmp_path / "x")
-    assert no_room(caught.value) == errno.EFBIG
+    assert full_disk_errno(caught.value) == errno.EFBIG
 
 
 @pytest.mark.parametrize(
     "error", [OSError(errno.EACCES, "no"), RuntimeError("os error 28"), KeyError()]
 )
 def test_other_errors_are_not_taken_for_a_full_disk(error):
-    assert no_room(error) is None
+    assert full_disk_errno(error) is None
 
 
 def test_a_full_disk_is_told_with_what_it_takes(tmp_path):
     with (
         pytest.raises(OSError, match="x.pt") as failed,
         small_files(2**16),
-        told_when_full(tmp_path / "out", 5_000_000, "the thing", lambda: "all is kept"),
+        explain_full_disk(tmp_path / "out", 5_000_000, "the thing", lambda: "all is kept"),
     ):
         save_torch(VALUE, tmp_path / "x.pt")
     said = str(failed.value)
@@ -84,12 +90,12 @@ def test_a_full_disk_is_told_with_what_it_takes(tmp_path):
     assert "are free there now; all is kept" in said
     with (
         pytest.raises(PermissionError),
-        told_when_full(tmp_path, 1, "it", lambda: pytest.fail("not full")),
+        explain_full_disk(tmp_path, 1, "it", lambda: pytest.fail("not full")),
     ):
         raise PermissionError(errno.EACCES, "no")
 
 
-CHECKS = [output_folder, check_new]
+CHECKS = [output_folder, check_new_folder]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -135,12 +141,12 @@ def test_json_that_cannot_be_written_is_refused_first(tmp_path, as_nobody):
     (tmp_path / "file").touch()
     for path in ("/proc/x.json", tmp_path, tmp_path / "file" / "x.json", "/dev/fd/999"):
         with pytest.raises(InputError, match="--json: .* cannot be written"):
-            refuse_unwritable(Path(path), "--json")
+            check_writable_file(Path(path), "--json")
     as_nobody.folder.chmod(0o755)
     with as_nobody(), pytest.raises(InputError, match="Permission denied"):
-        refuse_unwritable(as_nobody.folder / "x.json", "--json")
-    refuse_unwritable(tmp_path / "new" / "x.json", "--json")
-    refuse_unwritable(Path("/dev/null"), "--json")
+        check_writable_file(as_nobody.folder / "x.json", "--json")
+    check_writable_file(tmp_path / "new" / "x.json", "--json")
+    check_writable_file(Path("/dev/null"), "--json")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -149,7 +155,7 @@ def test_what_is_no_file_is_written_as_it_is(tmp_path):
     write_json(Path("/dev/null"), {})
     assert not Path("/dev/null").is_file()
     read, write = os.pipe()
-    refuse_unwritable(Path(f"/dev/fd/{write}"), "--json")
+    check_writable_file(Path(f"/dev/fd/{write}"), "--json")
     write_json(Path(f"/dev/fd/{write}"), {"a": 1})
     os.close(write)
     with os.fdopen(read) as file:
@@ -185,11 +191,14 @@ def test_a_second_run_is_refused_until_the_first_ends_or_is_killed(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(InputError, match="another export is writing it"), locked(out, "export"):
+    with (
+        pytest.raises(InputError, match="another export is writing it"),
+        lock_folder(out, "export"),
+    ):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with locked(out, "export"):
+    with lock_folder(out, "export"):
         pass
     assert list(out.parent.iterdir()) == []
 
@@ -208,7 +217,7 @@ def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_none(tmp_path, mon
     monkeypatch.setattr(FileLock, "acquire", late)
     with (
         pytest.raises(InputError, match="another export is writing it"),
-        locked(tmp_path / "out", "export"),
+        lock_folder(tmp_path / "out", "export"),
     ):
         pass
     assert len(list(tmp_path.iterdir())) == again

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsecast.core.distributed import DistributedContext, team
+from sparsecast.core.distributed import DistributedContext, distributed_context
 from sparsecast.core.errors import InputError
 
 LAUNCHED = {
@@ -28,7 +28,7 @@ def test_one_process_is_alone_whatever_its_rank(size, monkeypatch):
     monkeypatch.setenv("RANK", "x")
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
-    with team() as ranks:
+    with distributed_context() as ranks:
         assert ranks == DistributedContext()
 
 
@@ -52,7 +52,7 @@ def test_one_process_is_alone_whatever_its_rank(size, monkeypatch):
 def test_a_variable_that_is_no_number_is_named(name, value, expected, monkeypatch):
     for variable, text in (LAUNCHED | {name: value}).items():
         monkeypatch.setenv(variable, text)
-    with pytest.raises(InputError, match=f"^{name}=.* expected {expected}"), team():
+    with pytest.raises(InputError, match=f"^{name}=.* expected {expected}"), distributed_context():
         pass
 
 
@@ -61,5 +61,8 @@ def test_half_a_launch_is_none(name, monkeypatch):
     for variable, text in LAUNCHED.items():
         if variable != name:
             monkeypatch.setenv(variable, text)
-    with pytest.raises(InputError, match=f"WORLD_SIZE=2 in the environment, but no {name}"), team():
+    with (
+        pytest.raises(InputError, match=f"WORLD_SIZE=2 in the environment, but no {name}"),
+        distributed_context(),
+    ):
         pass

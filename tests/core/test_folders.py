@@ -8,7 +8,7 @@ import pytest
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
-from sparsecast.core.folders import KINDS, kind_of, refuse_other
+from sparsecast.core.folders import KINDS, check_folder_kind, folder_kind
 from sparsecast.core.models.checkpoint import read_config
 from sparsecast.core.text.corpus_files import local_files
 from sparsecast.export.bundle import bundle_file
@@ -42,7 +42,7 @@ def folders(tmp_path):
 @pytest.mark.parametrize("wanted", READERS)
 def test_every_reader_names_what_it_was_given(folders, wanted):
     for kind in set(FILES) - {wanted}:
-        assert kind_of(folders / kind) == kind
+        assert folder_kind(folders / kind) == kind
         with pytest.raises(InputError) as told:
             READERS[wanted](folders / kind)
         assert str(told.value) == (
@@ -55,13 +55,13 @@ def test_the_folder_around_one_and_a_file_in_it_are_led_there(folders, wanted):
     with pytest.raises(InputError, match=rf"holds none itself, .*such as {folders / wanted}$"):
         READERS[wanted](folders)
     with pytest.raises(InputError, match=rf"is a file, expected its folder; give .*/{wanted}$"):
-        refuse_other(folders / wanted / FILES[wanted][0], wanted)
+        check_folder_kind(folders / wanted / FILES[wanted][0], wanted)
 
 
 def test_what_is_nothing_of_ours_is_left_to_the_reader(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     (tmp_path / "config.json").write_text(json.dumps({"sparse_threshold": 0}))
     for wanted in KINDS:
-        refuse_other(tmp_path, wanted)
-        refuse_other(tmp_path / "nowhere", wanted)
-        refuse_other(tmp_path / "manifest.json", wanted)
+        check_folder_kind(tmp_path, wanted)
+        check_folder_kind(tmp_path / "nowhere", wanted)
+        check_folder_kind(tmp_path / "manifest.json", wanted)

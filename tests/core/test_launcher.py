@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from sparsecast.core.launcher import launcher
+from sparsecast.core.launcher import cluster_environment
 
 SRUN = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
 LSF = {
@@ -31,7 +31,7 @@ def test_an_allocation_does_not_multiply_a_process(monkeypatch, variables):
         monkeypatch.setenv(name, value)
 
     trainer = L.Trainer(
-        plugins=[launcher()], accelerator="cpu", devices=1, logger=False, barebones=True
+        plugins=[cluster_environment()], accelerator="cpu", devices=1, logger=False, barebones=True
     )
 
     assert (trainer.world_size, trainer.global_rank) == (1, 0)
@@ -42,6 +42,6 @@ def test_torchrun_inside_an_allocation_is_torchrun(monkeypatch):
     for name, value in {**SRUN, **TORCHRUN}.items():
         monkeypatch.setenv(name, value)
 
-    found = launcher()
+    found = cluster_environment()
 
     assert (found.world_size(), found.global_rank()) == (2, 1)

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparsecast.core import progress
-from sparsecast.core.progress import bar
+from sparsecast.core.progress import progress_bar
 from sparsecast.core.quiet import quiet_lightning
 from sparsecast.core.training_bar import TrainingBar
 
@@ -29,7 +29,7 @@ def screen(monkeypatch) -> io.StringIO:
 
 @pytest.mark.parametrize("total", [3_000_000_000, None])
 def test_a_log_gets_one_line_however_narrow_it_is(screen, total):
-    with bar("[bold]weights", total) as running:
+    with progress_bar("[bold]weights", total) as running:
         for _ in range(3):
             running.advance(1_000_000_000, "mean |x1| 0.25, [nll] 3.125, and much more to say")
     want = "100%, 3,000,000,000 of 3,000,000,000" if total else "3,000,000,000"
@@ -39,7 +39,7 @@ def test_a_log_gets_one_line_however_narrow_it_is(screen, total):
 
 def test_a_log_says_where_an_interrupt_came(screen):
     def interrupted() -> None:
-        with bar("check", 4) as running:
+        with progress_bar("check", 4) as running:
             running.advance()
             raise KeyboardInterrupt
 
@@ -51,7 +51,7 @@ def test_a_log_says_where_an_interrupt_came(screen):
 def test_a_long_run_writes_a_line_a_minute(screen, monkeypatch):
     seconds = iter(range(0, 1000, 25))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
-    with bar("check", 6) as running:
+    with progress_bar("check", 6) as running:
         for _ in range(6):
             running.advance()
     times = [line.rpartition(" in ")[2] for line in screen.getvalue().splitlines()]
@@ -59,7 +59,7 @@ def test_a_long_run_writes_a_line_a_minute(screen, monkeypatch):
 
 
 def test_an_invisible_bar_says_nothing(screen):
-    with bar("check", 4, visible=False) as running:
+    with progress_bar("check", 4, visible=False) as running:
         running.advance()
     assert screen.getvalue() == ""
 
@@ -87,7 +87,7 @@ class Broken(Callback):
 def test_training_shows_the_same_bar_and_lightning_nothing(
     screen, monkeypatch, capfd, caplog, tmp_path, broken
 ):
-    monkeypatch.setattr("sparsecast.core.training_bar.bar", bar)
+    monkeypatch.setattr("sparsecast.core.training_bar.progress_bar", progress_bar)
     callbacks = [TrainingBar("train"), *([Broken()] if broken else [])]
     level = logging.getLogger("lightning.pytorch").level
     with warnings.catch_warnings(record=True) as warned, quiet_lightning():
@@ -128,6 +128,6 @@ def test_brackets_are_text(capsys, name):
 
 def test_a_bar_can_be_switched_off(capsys, monkeypatch):
     monkeypatch.setenv("SPARSECAST_DISABLE_PROGRESS", "1")
-    with progress.bar("work", 3) as bar:
+    with progress.progress_bar("work", 3) as bar:
         bar.advance(3)
     assert capsys.readouterr() == ("", "")

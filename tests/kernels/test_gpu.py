@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsecast.cli.bench import kernels_problem
-from sparsecast.core.ggml_blocks import q8_0_input
+from sparsecast.core.ggml_blocks import quantize_q8_0_input
 from sparsecast.kernels.ops import predictor
 from sparsecast.kernels.ops.ffn import exact_ffn, predicted_ffn
 from sparsecast.kernels.ops.int8_dot import codes
@@ -78,7 +78,7 @@ def test_inputs_get_the_codes_that_torch_gives_them(dtype, device):
     x[3, :4096], x[4, :64] = 0, 1e-30
     x = x.to(dtype)
     got = codes(x)
-    scale, code = q8_0_input(x)
+    scale, code = quantize_q8_0_input(x)
     assert torch.equal(got[..., :8].contiguous().view(torch.int8).float(), code)
     assert torch.equal(got[..., 8].view(torch.float32), scale)
 

@@ -14,9 +14,9 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.perplexity import perplexity
-from sparsecast.core.text.corpus import documents
-from sparsecast.core.text.splits import assign
-from sparsecast.core.text.tokens import batches
+from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.splits import assign_splits
+from sparsecast.core.text.tokens import token_batches
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.evaluate import evaluate, perplexities
@@ -48,8 +48,8 @@ def all_active() -> PredictorSet:
 @pytest.fixture(scope="module")
 def data(model_folder, corpus):
     _, tokenizer = load_model(str(model_folder), device="cpu")
-    docs = assign(documents(str(corpus)))
-    return list(batches(docs, tokenizer, {"held-out": 400}, seq_len=150, batch_size=3))
+    docs = assign_splits(read_documents(str(corpus)))
+    return list(token_batches(docs, tokenizer, {"held-out": 400}, seq_len=150, batch_size=3))
 
 
 @pytest.fixture

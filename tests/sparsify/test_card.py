@@ -8,7 +8,7 @@ import pytest
 
 from sparsecast.sparsify.card import Sample, count, write_card
 from sparsecast.sparsify.measure import Score
-from sparsecast.sparsify.work_folder import name_of
+from sparsecast.sparsify.work_folder import publishable_name
 
 FACTS = {
     "parameters": 18_736,
@@ -42,7 +42,7 @@ def test_small_numbers_are_not_zero_millions(number, text):
     ],
 )
 def test_a_corpus_is_named_without_its_path(spec, name):
-    assert name_of(spec) == name
+    assert publishable_name(spec) == name
 
 
 def test_the_card_reads_well_and_holds_samples_in_their_fences(tmp_path):

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from sparsecast.core.models.loading import load_model
-from sparsecast.core.text.corpus import documents
-from sparsecast.core.text.splits import assign
-from sparsecast.core.text.tokens import batches
+from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.splits import assign_splits
+from sparsecast.core.text.tokens import token_batches
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import score
 from sparsecast.sparsify.run import sparsify
@@ -38,9 +38,9 @@ def test_l1_makes_a_sparser_model_and_the_card_tells_the_truth(corpus, tmp_path)
     assert sparsity == sorted(sparsity)
     assert sparsity[2] > sparsity[1] + 0.05
     model, tokenizer = load_model(str(cfg.out), device="cpu")
-    docs = assign(documents(cfg.corpus))
+    docs = assign_splits(read_documents(cfg.corpus))
     quota = {"held-out": cfg.eval_tokens}
-    data = list(batches(docs, tokenizer, quota, seq_len=cfg.seq_len, batch_size=32))
+    data = list(token_batches(docs, tokenizer, quota, seq_len=cfg.seq_len, batch_size=32))
     again, told = score(model, data), held_out["ProSparse after the shift"]
     assert again.perplexity == pytest.approx(told["perplexity"])
     assert again.sparsity == pytest.approx(told["sparsity"])

@@ -12,7 +12,7 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_tokenizer
 from sparsecast.core.text.corpus import Document
 from sparsecast.core.text.tokens import encode_document
-from sparsecast.sparsify.sequences import sequences
+from sparsecast.sparsify.sequences import pack_documents
 
 CHAT = (("user", "What is <s> for?"), ("assistant", "It begins\na text."))
 DOCS = [
@@ -34,7 +34,7 @@ def tokenizer(model_folder):
 def test_chats_go_through_the_template_and_texts_do_not(tokenizer):
     expected = [ids for doc in DOCS for ids in encode_document(tokenizer, doc, sys.maxsize)]
 
-    rows = sequences(DOCS, tokenizer, seq_len=2, limit=10**6)
+    rows = pack_documents(DOCS, tokenizer, seq_len=2, limit=10**6)
 
     kept = len(expected) - len(expected) % 2
     assert rows[:, 1].tolist() == expected[1:kept:2]
@@ -46,24 +46,24 @@ def test_a_chat_without_a_template_is_refused(tokenizer):
     tokenizer.chat_template = None
 
     with pytest.raises(InputError, match="no chat template"):
-        sequences(DOCS, tokenizer, seq_len=2, limit=10**6)
+        pack_documents(DOCS, tokenizer, seq_len=2, limit=10**6)
 
 
 def test_a_limit_in_tokenizer_json_does_not_cut_the_corpus(tokenizer):
-    whole = sequences(DOCS, tokenizer, seq_len=2, limit=10**6)
+    whole = pack_documents(DOCS, tokenizer, seq_len=2, limit=10**6)
     tokenizer.backend_tokenizer.enable_truncation(8)
     tokenizer.backend_tokenizer.enable_padding(length=64)
 
-    assert torch.equal(sequences(DOCS, tokenizer, seq_len=2, limit=10**6), whole)
+    assert torch.equal(pack_documents(DOCS, tokenizer, seq_len=2, limit=10**6), whole)
 
 
 def test_a_token_beyond_the_embedding_is_named(tokenizer):
     with pytest.raises(InputError, match=r"gives id \d+ .* embeddings for 300 ids alone"):
-        sequences(DOCS, tokenizer, seq_len=2, limit=10**6, vocabulary=300)
+        pack_documents(DOCS, tokenizer, seq_len=2, limit=10**6, vocabulary=300)
 
 
 def test_too_little_text_is_named(tokenizer):
     with pytest.raises(InputError, match="expected at least 4096"):
-        sequences(DOCS, tokenizer, seq_len=4096, limit=10**6)
+        pack_documents(DOCS, tokenizer, seq_len=4096, limit=10**6)
     with pytest.raises(InputError, match="has 0 tokens"):
-        sequences([], tokenizer, seq_len=2, limit=10)
+        pack_documents([], tokenizer, seq_len=2, limit=10)

@@ -170,7 +170,7 @@ def test_no_room_for_tokens_or_the_model_is_told_too(dense, options, tmp_path):
 def test_a_disk_that_cannot_hold_the_run_is_refused_before_training(
     dense, options, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(disk, "free", lambda folder: 1000)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1000)
 
     with pytest.raises(InputError, match=r"the run needs \d+ kB, but only 1 kB are free"):
         sparsify(options(model=str(dense())))

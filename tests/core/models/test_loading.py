@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.loading import load_model, open_checked, read_weights
-from sparsecast.core.models.location import SHIPPED, find_local, is_path, resolve
+from sparsecast.core.models.loading import build_model, load_model, open_model
+from sparsecast.core.models.location import SHIPPED, find_local, is_path, resolve_model
 from sparsecast.core.models.weight_files import ORDER
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ef16\nsize 4993300595\n"
@@ -52,7 +52,7 @@ def write_index(folder: Path, weight_map: dict) -> None:
 
 def refused(folder: Path, match: str) -> None:
     with pytest.raises(InputError, match=match) as caught:
-        open_checked(str(folder))
+        open_model(str(folder))
     assert "\n" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
 
@@ -135,10 +135,10 @@ def test_one_file_holds_the_weights_in_the_order_of_transformers(folder):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     seen = set()
     for offset, name in enumerate(ORDER):
-        checkpoint, _ = open_checked(str(folder))
+        checkpoint, _ = open_model(str(folder))
         ours = checkpoint.tensor(EMBEDDING)
         theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()[EMBEDDING]
-        recorded = read_weights(checkpoint, torch.float16).state_dict()[EMBEDDING]
+        recorded = build_model(checkpoint, torch.float16).state_dict()[EMBEDDING]
 
         assert torch.equal(ours, weights[EMBEDDING] + offset)
         assert torch.equal(ours, theirs)
@@ -151,7 +151,7 @@ def test_one_file_holds_the_weights_in_the_order_of_transformers(folder):
 
 def test_a_stale_index_beside_a_whole_file_is_not_read(folder):
     write_index(folder, {"gone.weight": "model-00001-of-00008.safetensors"})
-    open_checked(str(folder))
+    open_model(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_git_lfs_pointer_is_named(name, folder):
 
 def test_a_pointer_that_nobody_reads_is_left_alone(folder):
     (folder / "pytorch_model.bin").write_text(POINTER)
-    open_checked(str(folder))
+    open_model(str(folder))
 
 
 @pytest.mark.parametrize("odd", [torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), 3])
@@ -260,7 +260,7 @@ def test_weights_that_may_not_be_read_are_not_missing(model_folder, as_nobody):
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755)
     with as_nobody():
-        open_checked(str(folder))
+        open_model(str(folder))
     (folder / "model.safetensors").chmod(0)
     with as_nobody():
         refused(folder, r"model\.safetensors: may not be read \(Permission denied\)")
@@ -332,7 +332,7 @@ def test_text_must_not_reach_beyond_the_embedding(special, folder):
     added = json.loads(path.read_text())["added_tokens"]
     edit(path, added_tokens=[*added, token])
     if special:
-        open_checked(str(folder))
+        open_model(str(folder))
     else:
         refused(folder, "the tokenizer has 'import os' as id 512, but .* ids 0 to 511")
 
@@ -394,15 +394,15 @@ def test_what_looks_like_a_path_never_goes_to_the_network(name, tmp_path, monkey
 def test_a_file_is_no_model(tmp_path, no_network):
     (tmp_path / "m.gguf").touch()
     with pytest.raises(InputError, match=r"m\.gguf: is not a folder"):
-        resolve(str(tmp_path / "m.gguf"))
+        resolve_model(str(tmp_path / "m.gguf"))
 
 
 def test_the_shipped_model_has_a_name_of_its_own(tmp_path, monkeypatch, no_network):
     monkeypatch.chdir(tmp_path)
-    assert resolve("tiny-prosparse") == resolve("sparsify/tiny-prosparse") == SHIPPED
+    assert resolve_model("tiny-prosparse") == resolve_model("sparsify/tiny-prosparse") == SHIPPED
     assert (SHIPPED / "config.json").is_file()
     (tmp_path / "tiny-prosparse").mkdir()
-    assert resolve("tiny-prosparse") == Path("tiny-prosparse")
+    assert resolve_model("tiny-prosparse") == Path("tiny-prosparse")
     assert find_local("owner/name") is None
     assert not is_path("owner/name")
 
@@ -414,9 +414,9 @@ def test_a_hub_that_cannot_be_reached_is_said_and_its_cache_is_used(tmp_path, mo
     monkeypatch.setattr("sparsecast.core.models.location.HfApi.model_info", answer)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"owner/name: neither a local folder.*\(no route\)"):
-        resolve("owner/name")
+        resolve_model("owner/name")
     monkeypatch.setattr(
         "sparsecast.core.models.location.snapshot_download", lambda *_, **__: str(tmp_path)
     )
-    assert resolve("owner/name") == tmp_path
+    assert resolve_model("owner/name") == tmp_path
     assert "its copy in the cache is used" in " ".join(capfd.readouterr().err.split())

@@ -9,8 +9,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.text.corpus import PIECE, Document, documents
-from sparsecast.core.text.tokens import Sequence, by_length, encode_document, sequences
+from sparsecast.core.text.corpus import PIECE, Document, read_documents
+from sparsecast.core.text.tokens import (
+    Sequence,
+    batch_by_length,
+    encode_document,
+    tokenize_documents,
+)
 
 TURNS = [("user", "What is 1+1?"), ("assistant", "2")]
 CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -34,7 +39,7 @@ def tokenizer(model_folder):
 def test_every_form_of_a_chat_is_read(row, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    (doc,) = documents(str(path))
+    (doc,) = read_documents(str(path))
     assert doc.chat == tuple(TURNS)
 
 
@@ -82,36 +87,36 @@ def test_a_bad_row_is_named_with_its_line(row, match, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(InputError, match=match):
-        list(documents(str(path)))
+        list(read_documents(str(path)))
 
 
 def test_standard_input_is_text_or_json_lines(monkeypatch):
     text = "".join(f"line {i}\n" for i in range(3000))
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    docs = list(documents("-"))
+    docs = list(read_documents("-"))
     assert len(docs) > 3
     assert all(len(doc.text) <= PIECE + 20 for doc in docs)
     assert "".join(doc.text + "\n" for doc in docs) == text
     rows = [{"text": "a b"}, {"messages": [{"role": "user", "content": "c"}]}]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, rows))))
-    plain, chat = documents("-")
+    plain, chat = read_documents("-")
     assert plain.text == "a b"
     assert chat.chat == (("user", "c"),)
     marked = io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"text": "a b"}'), "ascii")
     monkeypatch.setattr("sys.stdin", marked)
-    assert [doc.text for doc in documents("-")] == ["a b"]
+    assert [doc.text for doc in read_documents("-")] == ["a b"]
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(InputError, match="standard input is closed"):
-        list(documents("-"))
+        list(read_documents("-"))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
     with pytest.raises(InputError, match="no text in this corpus"):
-        list(documents("-"))
+        list(read_documents("-"))
 
 
 def test_batches_hold_sequences_of_like_length_and_every_one_once(tokenizer):
     lengths = [2 + (i * 37) % 60 for i in range(300)]
     rows = [Sequence("train", [i] * n, truncated=False) for i, n in enumerate(lengths)]
-    batches = list(by_length(rows, seq_len=64, batch_size=4))
+    batches = list(batch_by_length(rows, seq_len=64, batch_size=4))
     seen = sorted(
         (int(ids[0]), int(keep.sum()))
         for batch in batches
@@ -125,6 +130,6 @@ def test_batches_hold_sequences_of_like_length_and_every_one_once(tokenizer):
 
 def test_documents_of_one_token_are_dropped_and_long_ones_say_so(tokenizer):
     docs = [("train", Document("a", "x" * 4000)), ("train", Document("b", ""))]
-    (row,) = sequences(docs, tokenizer, {"train": 1_000}, seq_len=32)
+    (row,) = tokenize_documents(docs, tokenizer, {"train": 1_000}, seq_len=32)
     assert len(row.ids) == 32
     assert row.truncated

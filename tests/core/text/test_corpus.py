@@ -15,27 +15,27 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.text.corpus import PIECE, Document, documents, pieces
-from sparsecast.core.text.splits import SPLITS, assign, split_of
-from sparsecast.core.text.tokens import batches, encode, quotas
+from sparsecast.core.text.corpus import PIECE, Document, read_documents, split_text
+from sparsecast.core.text.splits import SPLITS, assign_splits, split_of
+from sparsecast.core.text.tokens import encode, split_quotas, token_batches
 
 
 @given(st.text(alphabet="ab \n", max_size=4 * PIECE), st.integers(1, 3 * PIECE))
 def test_pieces_lose_nothing_but_space(text, block):
-    cut = list(pieces([text]))
-    assert cut == list(pieces(text[i : i + block] for i in range(0, len(text), block)))
+    cut = list(split_text([text]))
+    assert cut == list(split_text(text[i : i + block] for i in range(0, len(text), block)))
     assert "".join("".join(cut).split()) == "".join(text.split())
     assert all(0 < len(piece) <= PIECE for piece in cut)
 
 
 def test_builtin_is_the_same_twice_and_with_workers():
-    first = list(islice(documents("builtin"), 80))
-    assert first == list(islice(documents("builtin"), 80))
-    assert first == list(islice(documents("builtin", workers=2), 80))
+    first = list(islice(read_documents("builtin"), 80))
+    assert first == list(islice(read_documents("builtin"), 80))
+    assert first == list(islice(read_documents("builtin", workers=2), 80))
 
 
 def test_prose_and_source_of_a_file_share_a_split():
-    docs = list(islice(assign(documents("builtin")), 400))
+    docs = list(islice(assign_splits(read_documents("builtin")), 400))
     splits = {}
     for split, doc in docs:
         assert splits.setdefault(doc.key, split) == split
@@ -48,8 +48,8 @@ def test_every_kind_of_file(tmp_path):
     pq.write_table(pa.table({"text": ["parquet one"]}), tmp_path / "c.parquet")
     (tmp_path / "d.bin").write_text("not text")
     want = ["text one", "json one", "json two", "parquet one"]
-    assert [doc.text for doc in documents(str(tmp_path))] == want
-    assert [doc.text for doc in documents(str(tmp_path / "*.jsonl"))] == want[1:3]
+    assert [doc.text for doc in read_documents(str(tmp_path))] == want
+    assert [doc.text for doc in read_documents(str(tmp_path / "*.jsonl"))] == want[1:3]
 
 
 @pytest.mark.parametrize(
@@ -68,25 +68,25 @@ def test_every_kind_of_file(tmp_path):
 def test_bad_files_are_named(tmp_path, name, content, match):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=match):
-        list(documents(str(tmp_path / name)))
+        list(read_documents(str(tmp_path / name)))
 
 
 def test_rows_of_a_parquet_file_are_named_by_number(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["x", None]}), path)
     with pytest.raises(InputError, match=r"a\.parquet, row 2: .*found text"):
-        list(documents(str(path)))
+        list(read_documents(str(path)))
 
 
 def test_a_byte_order_mark_and_a_lone_surrogate_are_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two \\ud800 \\ud83e\\udd16"}')
-    assert [doc.text for doc in documents(str(tmp_path))] == ["one", "two \ufffd 🤖"]
+    assert [doc.text for doc in read_documents(str(tmp_path))] == ["one", "two \ufffd 🤖"]
 
 
 def test_text_that_is_not_utf8_is_read_with_a_warning(tmp_path, capfd):
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
-    (doc,) = documents(str(tmp_path / "a.txt"))
+    (doc,) = read_documents(str(tmp_path / "a.txt"))
     assert doc.text == "caf\ufffd"
     assert "a.txt: 1 characters are not UTF-8" in capfd.readouterr().err
 
@@ -94,19 +94,19 @@ def test_text_that_is_not_utf8_is_read_with_a_warning(tmp_path, capfd):
 def test_folders_named_like_files_and_suffixes_in_capitals(tmp_path):
     (tmp_path / "a.txt").mkdir()
     (tmp_path / "B.TXT").write_text("text")
-    assert [doc.text for doc in documents(str(tmp_path))] == ["text"]
-    assert [doc.text for doc in documents(str(tmp_path / "*"))] == ["text"]
+    assert [doc.text for doc in read_documents(str(tmp_path))] == ["text"]
+    assert [doc.text for doc in read_documents(str(tmp_path / "*"))] == ["text"]
 
 
 def test_a_source_with_a_key_gives_documents_that_fill_a_sequence(tmp_path):
     text = "word\n" * 8_000
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
-    assert max(len(doc.text) for doc in documents(str(tmp_path / "a.jsonl"))) <= PIECE
-    long = list(documents(str(tmp_path / "a.jsonl"), seq_len=2_000))
+    assert max(len(doc.text) for doc in read_documents(str(tmp_path / "a.jsonl"))) <= PIECE
+    long = list(read_documents(str(tmp_path / "a.jsonl"), seq_len=2_000))
     assert len(long[0].text) > 10_000
     assert len({doc.key for doc in long}) == 1
     (tmp_path / "b.txt").write_text(text)
-    cut = list(documents(str(tmp_path / "b.txt"), seq_len=2_000))
+    cut = list(read_documents(str(tmp_path / "b.txt"), seq_len=2_000))
     assert max(len(doc.text) for doc in cut) <= PIECE
 
 
@@ -114,7 +114,7 @@ def test_a_long_file_among_many_is_not_one_document(tmp_path):
     """It would fall into one split whole, and all of it would be held to find that out."""
     for i in range(25):
         (tmp_path / f"{i:02}.txt").write_text(f"file {i}\n" * (200_000 if i == 0 else 2_000))
-    docs = list(documents(str(tmp_path)))
+    docs = list(read_documents(str(tmp_path)))
     keys = [doc.key for doc in docs if doc.text.startswith("file 0")]
     assert len(set(keys)) == len(set(doc.text for doc in docs if doc.text.startswith("file 0")))
     assert len({doc.key for doc in docs if doc.text.startswith("file 7")}) == 1
@@ -126,7 +126,7 @@ def test_a_long_file_among_many_is_not_one_document(tmp_path):
 )
 def test_missing_corpora_are_named(spec, match):
     with pytest.raises(InputError, match=match):
-        list(documents(spec))
+        list(read_documents(spec))
 
 
 def test_splits_are_90_5_5():
@@ -140,12 +140,12 @@ def test_splits_are_90_5_5():
 @pytest.mark.parametrize("n", [3, 4, 10, 100])
 def test_small_corpora_fill_every_split(n):
     docs = [Document(str(i), "x") for i in range(n)]
-    assert {split for split, _ in assign(docs)} == set(SPLITS)
+    assert {split for split, _ in assign_splits(docs)} == set(SPLITS)
 
 
 def test_two_documents_are_too_few():
     with pytest.raises(InputError, match="2 different document"):
-        list(assign([Document("a", "x"), Document("b", "x"), Document("a", "y")]))
+        list(assign_splits([Document("a", "x"), Document("b", "x"), Document("a", "y")]))
 
 
 def test_few_keys_with_endless_text_are_not_held(monkeypatch):
@@ -157,14 +157,14 @@ def test_few_keys_with_endless_text_are_not_held(monkeypatch):
             read.append(i)
             yield Document(str(i % 3), "x" * 10)
 
-    next(assign(docs()))
+    next(assign_splits(docs()))
     assert len(read) == 100
 
 
 @given(st.lists(st.integers(0, 500), min_size=150, max_size=400))
 def test_a_large_corpus_splits_by_the_hash_alone(numbers):
     docs = [Document(str(i), "x") for i in range(101)] + [Document(str(n), "x") for n in numbers]
-    assert all(split == split_of(doc.key) for split, doc in assign(docs))
+    assert all(split == split_of(doc.key) for split, doc in assign_splits(docs))
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +182,10 @@ def test_ids_are_sentencepieces_behind_one_bos(tokenizer, model_folder, text):
 
 
 def test_quotas_are_met_exactly_and_padding_is_marked(tokenizer, corpus):
-    quota = quotas(3_000)
+    quota = split_quotas(3_000)
     seen = dict.fromkeys(SPLITS, 0)
-    docs = assign(documents(str(corpus)))
-    for batch in batches(docs, tokenizer, quota, seq_len=100, batch_size=4):
+    docs = assign_splits(read_documents(str(corpus)))
+    for batch in token_batches(docs, tokenizer, quota, seq_len=100, batch_size=4):
         seen[batch.split] += batch.tokens
         assert batch.ids_BS.shape == batch.keep_BS.shape
         assert batch.ids_BS.shape[1] <= 100
@@ -202,7 +202,7 @@ def test_quotas_are_met_exactly_and_padding_is_marked(tokenizer, corpus):
 def test_json_lines_need_no_trailing_newline(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"t{i}"}) for i in range(5)))
-    assert len(list(documents(str(path)))) == 5
+    assert len(list(read_documents(str(path)))) == 5
 
 
 def test_line_ends_and_outer_white_space_do_not_change_a_split(tmp_path):
@@ -212,14 +212,14 @@ def test_line_ends_and_outer_white_space_do_not_change_a_split(tmp_path):
     for number, form in enumerate(forms):
         path = tmp_path / f"{number}.jsonl"
         path.write_text("".join(json.dumps({"text": form(text)}) + "\n" for text in lines))
-        keys.append([doc.key for doc in documents(str(path))])
+        keys.append([doc.key for doc in read_documents(str(path))])
         folder = tmp_path / f"{number}"
         folder.mkdir()
         for i, text in enumerate(lines):
             (folder / f"{i:03}.txt").write_bytes(
                 b"\xef\xbb\xbf" * (number > 0) + form(text).encode()
             )
-        keys.append([doc.key for doc in documents(str(folder))])
+        keys.append([doc.key for doc in read_documents(str(folder))])
     assert len(set(keys[0])) == 120
     assert keys == [keys[0]] * 8
 
@@ -227,15 +227,15 @@ def test_line_ends_and_outer_white_space_do_not_change_a_split(tmp_path):
 def test_a_loop_of_links_is_read_once(tmp_path):
     (tmp_path / "a.txt").write_text("once")
     (tmp_path / "self").symlink_to(tmp_path)
-    assert [doc.text for doc in documents(str(tmp_path / "**" / "*.txt"))] == ["once"]
+    assert [doc.text for doc in read_documents(str(tmp_path / "**" / "*.txt"))] == ["once"]
 
 
 def test_a_parquet_file_may_be_named_like_a_pattern(tmp_path):
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a[1].parquet")
-    assert [doc.text for doc in documents(str(tmp_path / "a[1].parquet"))] == ["one"]
+    assert [doc.text for doc in read_documents(str(tmp_path / "a[1].parquet"))] == ["one"]
 
 
 def test_json_lines_that_are_not_utf8_are_read_with_a_warning(tmp_path, capfd):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    assert [doc.text for doc in documents(str(tmp_path / "a.jsonl"))] == ["caf\ufffd"]
+    assert [doc.text for doc in read_documents(str(tmp_path / "a.jsonl"))] == ["caf\ufffd"]
     assert "1 characters are not UTF-8" in " ".join(capfd.readouterr().err.split())

@@ -7,12 +7,12 @@ import os
 import pytest
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.text.corpus import begun, documents
+from sparsecast.core.text.corpus import read_documents, start_reading
 from sparsecast.core.text.corpus_files import is_stream
 
 
 def read(spec) -> list[str]:
-    return [doc.text for doc in documents(str(spec))]
+    return [doc.text for doc in read_documents(str(spec))]
 
 
 @pytest.mark.parametrize("spec", ["", " ", "\t"])
@@ -59,7 +59,7 @@ def test_a_file_that_may_not_be_read_is_named_before_the_others_are_read(closed)
     path.chmod(0)
     (closed.folder / "b").chmod(0o755)
     with closed(), pytest.raises(InputError, match=r"x\.jsonl: may not be read"):
-        next(documents(str(closed.folder)))
+        next(read_documents(str(closed.folder)))
 
 
 def test_links_to_nothing_and_fifos_are_not_left_out(tmp_path):
@@ -101,11 +101,11 @@ def test_the_first_item_is_read_at_once_but_for_streams():
             seen.append(i)
             yield i
 
-    stream = begun("-", items())
+    stream = start_reading("-", items())
     assert seen == []
     assert list(stream) == [0, 1, 2]
     seen.clear()
-    stream = begun("a.txt", items())
+    stream = start_reading("a.txt", items())
     assert seen == [0]
     assert list(stream) == [0, 1, 2]
-    assert list(begun("a.txt", [])) == []
+    assert list(start_reading("a.txt", [])) == []

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.text.corpus import documents
+from sparsecast.core.text.corpus import read_documents
 from sparsecast.core.text.encoding import BLOCK
 
 
 def texts(spec) -> list[str]:
-    return [doc.text for doc in documents(str(spec))]
+    return [doc.text for doc in read_documents(str(spec))]
 
 
 def told(capfd) -> str:
@@ -28,7 +28,7 @@ def test_the_first_bad_byte_is_told_before_the_end_of_the_file(tmp_path, capfd):
     """A token budget ends a run long before the file ends."""
     path = tmp_path / "long[1].txt"
     path.write_bytes(b"line\n" * 10 + "caf\xe9\n".encode("cp1252") + b"line\n" * BLOCK)
-    next(islice(documents(str(path)), 1))
+    next(islice(read_documents(str(path)), 1))
     said = told(capfd)
     assert "long[1].txt: the byte 0xe9 at offset 53 is not UTF-8" in said
     assert "looks like Windows-1252" in said
@@ -81,7 +81,7 @@ def test_utf_16_is_named(tmp_path, monkeypatch, name, encoding):
     if name == "-":
         monkeypatch.setattr("sys.stdin", type("In", (), {"fileno": _none, "buffer": BytesIO(data)}))
     with pytest.raises(InputError) as refused:
-        list(documents("-" if name == "-" else str(path)))
+        list(read_documents("-" if name == "-" else str(path)))
     said = str(refused.value)
     assert "iconv -f UTF-" in said
     assert ("standard input" if name == "-" else str(path)) in said
@@ -158,7 +158,7 @@ def test_a_fifo_is_read_once_and_in_order(tmp_path):
     os.mkfifo(path)
     end = os.open(path, os.O_RDWR)
     os.write(end, b'{"text": "a"}\n{"text": "b"}\n')
-    docs = documents(str(path))
+    docs = read_documents(str(path))
     assert next(docs).text == "a"
     os.close(end)
     assert [doc.text for doc in docs] == ["b"]

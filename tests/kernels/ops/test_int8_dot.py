@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecast.core.ggml_blocks import q8_0_input, q8_0_values
+from sparsecast.core.ggml_blocks import quantize_q8_0_input, round_to_q8_0
 from sparsecast.kernels.ops import predictor
 from sparsecast.kernels.ops.int8_dot import codes
 from sparsecast.kernels.ops.quantized import Quantized, dequantized, quantized
@@ -24,10 +24,10 @@ def test_inputs_are_rounded_as_torch_rounds_them(columns, dtype, banded, values)
 
     got = codes(x)
 
-    scale, code = q8_0_input(x)
+    scale, code = quantize_q8_0_input(x)
     assert torch.equal(got[..., :8].contiguous().view(torch.int8).float(), code)
     assert torch.equal(got[..., 8].view(torch.float32), scale)
-    assert torch.equal(values(got), q8_0_values(x))
+    assert torch.equal(values(got), round_to_q8_0(x))
     assert not values(got)[0, :32].any()
     fraction = (x[2, :32].float() * (127 / x[2, :32].float().abs().max())).frac().abs()
     assert (fraction == 0.5).sum() > 10

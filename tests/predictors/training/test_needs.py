@@ -55,7 +55,7 @@ def test_the_estimate_is_within_a_tenth(asked, fullest, capfd, options):
 
 
 def test_what_the_disk_cannot_hold_is_refused_before_training(asked, monkeypatch):
-    monkeypatch.setattr(disk, "free", lambda _: 100_000)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 100_000)
     monkeypatch.setattr(trainer.L, "Trainer", lambda **_: pytest.fail("training began"))
     with pytest.raises(InputError, match="training needs .*, but only 100 kB are free there"):
         train(asked)
