@@ -179,8 +179,8 @@ def test_a_file_that_could_not_be_written_is_named_and_leaves_nothing(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from sparsecast.core.lock import locked
-with locked(Path(sys.argv[1]), "export"):
+from sparsecast.core.lock import lock_folder
+with lock_folder(Path(sys.argv[1]), "export"):
     print("held", flush=True)
     time.sleep(60)
 """
