@@ -43,7 +43,7 @@ def partial_folder(out: Path) -> Path:
 
 
 @contextmanager
-def locked(out: Path, work: str = "collection") -> Iterator[None]:
+def lock_output(out: Path, work: str = "collection") -> Iterator[None]:
     """Hold the lock of an output folder.
 
     Args:

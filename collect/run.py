@@ -21,7 +21,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.estimate import check_needs, estimate
-from sparsecast.collect.output import begin_or_resume, locked, manifest_differences, output_folder
+from sparsecast.collect.output import (
+    begin_or_resume,
+    lock_output,
+    manifest_differences,
+    output_folder,
+)
 from sparsecast.collect.plan import CollectionPlan
 from sparsecast.collect.recording import complete, keeping_shards, record
 from sparsecast.collect.store.shard import Shape
@@ -74,7 +79,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
                 return _finished(cfg, checkpoint)
             plan = _plan(cfg, checkpoint, shares, ranks)
             if ranks.leads:
-                held.enter_context(locked(plan.out))
+                held.enter_context(lock_output(plan.out))
                 begin_or_resume(plan.out, plan.manifest)
         plan = plan.with_first_threads()
         with keeping_shards(plan, stop):

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from sparsecast.collect.output import locked, output_folder
+from sparsecast.collect.output import lock_output, output_folder
 from sparsecast.collect.store.firing import check_firing
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.disk import explain_full_disk
@@ -75,7 +75,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
             if (cfg.out / MANIFEST).is_file():
                 return _finished(cfg, store, processes)
             if processes.leads:
-                held.enter_context(locked(cfg.out, "training"))
+                held.enter_context(lock_output(cfg.out, "training"))
             if store is None:
                 _check_running(cfg, processes)
         try:

@@ -12,7 +12,7 @@ from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 import pytest
 import torch
 
-from sparsecast.collect.output import locked
+from sparsecast.collect.output import lock_output
 from sparsecast.core import disk, torch_files
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
@@ -109,7 +109,7 @@ def test_other_files_are_not_replaced(dense, options, tmp_path):
 
 def test_a_second_run_into_one_folder_is_told_so(dense, options, tmp_path):
     with (
-        locked(tmp_path / "out", "sparsify run"),
+        lock_output(tmp_path / "out", "sparsify run"),
         pytest.raises(InputError, match="another sparsify run is writing it"),
     ):
         sparsify(options(model=str(dense())))
