@@ -11,6 +11,7 @@ from rich.text import Text
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.core.messages import log, show
+from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.core.options import validate_fields
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.run import export
@@ -19,7 +20,6 @@ from sparsecast.predictors.config import EvaluateConfig, ReportConfig, TrainConf
 from sparsecast.predictors.evaluate import evaluate
 from sparsecast.predictors.report.run import report
 from sparsecast.predictors.train import train
-from sparsecast.sparsify.tiny import TINY_PROSPARSE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,29 @@
-"""torch files that appear whole or not at all, also Lightning's.
-
-Lightning stages its checkpoints in the system's temporary folder, which may be smaller than they
-are and on another disk. Here they are staged beside their final place.
-"""
+"""Read and write `.pt` and `.bin` files of torch, without running any code that a file names."""
 
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
 
 from sparsecast.core.disk import full_disk_errno
+from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.files import check_file
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_torch(value: Any, path: Path) -> None:
-    """`torch.save` in one step; a failed one leaves what was there before.
+    """Call `torch.save` and rename the file into place; a failure leaves the old file untouched.
 
     Raises:
-        OSError: The disk is full, in the system's words, which torch hides.
+        OSError: The disk is full. torch hides the system's error code, which is restored here.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -37,10 +40,57 @@ def save_torch(value: Any, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-class StagedCheckpoints(TorchCheckpointIO):
-    """For `Trainer(plugins=[StagedCheckpoints()])`."""
+def load_torch(path: Path, expected: str, advice: str) -> Any:
+    """Load a `torch.save` file of tensors onto the CPU.
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        save_torch(checkpoint, Path(path))
+    Files in torch's zip format are memory-mapped: a page is read when it is used. Files that
+    torch wrote before version 1.6 are read whole.
+
+    Args:
+        expected: What the file should be, for the message about a missing file.
+        advice: What the user can do, for the message about an unusable file.
+
+    Raises:
+        InputError: The file is missing, damaged, or holds more than tensors.
+    """
+    check_file(path, expected)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # advice that a reader cannot follow
+            return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        # torch's own text advises weights_only=False, which would run code from the file.
+        text = str(error)
+        foreign = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", text)
+        if foreign:
+            raise InputError(
+                f"{path}: holds more than tensors ({foreign[1] or foreign[2]}), and no code from "
+                f"a file is run; {advice}"
+            ) from None
+        damaged = "weights_only" in text
+        reason = "it is not a file of torch.save" if damaged else reason_of(error).split(". ")[0]
+        raise InputError(f"{path}: not a readable torch file ({reason}); {advice}") from None
+
+
+def describe_unless_dense(value: object) -> str | None:
+    """Describe a value that is not a dense CPU tensor; None for a dense tensor of any dtype."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.layout is not torch.strided or value.is_nested:
+        return f"a tensor of the layout {value.layout}"
+    if value.device.type != "cpu":
+        return f"a tensor without values (device {value.device})"
+    if value.is_quantized:
+        return f"a tensor of {value.dtype}"
+    return None
+
+
+def describe_unless_floats(value: object) -> str | None:
+    """Describe a value that is not a dense float tensor; None if every element is in the file."""
+    if (found := describe_unless_dense(value)) is not None:
+        return found
+    assert isinstance(value, Tensor)
+    if value.dtype not in FLOATS:
+        return f"a tensor of {value.dtype}"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return "a view that repeats its values"
+    return None

@@ -23,7 +23,7 @@ from sparsecast.core.folders import check_folder_kind
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.options import short_repr
-from sparsecast.core.torch_files import save_torch
+from sparsecast.core.torch_files import describe_unless_floats, load_torch, save_torch
 from sparsecast.predictors.formats import rounded
 from sparsecast.predictors.manifest import (
     CONFIG,
@@ -34,7 +34,6 @@ from sparsecast.predictors.manifest import (
     write_predictor_manifest,
 )
 from sparsecast.predictors.predictor import Predictor
-from sparsecast.predictors.tensor_file import oddity, read_tensors
 
 WANT = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'
 
@@ -149,12 +148,12 @@ def _threshold(path: Path, manifest: PredictorManifest | None) -> float:
 
 
 def _read(path: Path, dtype: str) -> Predictor:
-    value = read_tensors(path, WANT)
+    value = load_torch(path, f"a torch file with {WANT}", f"expected {WANT}")
     if not isinstance(value, dict) or set(value) != {"fc1.weight", "fc2.weight"}:
         keys = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
         raise InputError(f"{path}: holds {short_repr(keys)}, expected {WANT}")
     for name in ("fc1.weight", "fc2.weight"):
-        if (odd := oddity(value[name])) is not None:
+        if (odd := describe_unless_floats(value[name])) is not None:
             raise InputError(
                 f"{path}: {name} is {odd}, expected a dense tensor of f16, bf16, f32 or f64; save "
                 "it again as one, or train again"

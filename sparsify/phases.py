@@ -17,12 +17,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sparsecast.core.interrupts import StopFlag, interrupt_like, stop_on_signal
-from sparsecast.core.launcher import cluster_environment
+from sparsecast.core.lightning import (
+    StagedCheckpoints,
+    TrainingBar,
+    cluster_environment,
+    quiet_lightning,
+)
 from sparsecast.core.messages import log
 from sparsecast.core.models.families import family_of
-from sparsecast.core.quiet import quiet_lightning
-from sparsecast.core.torch_files import StagedCheckpoints, save_torch
-from sparsecast.core.training_bar import TrainingBar
+from sparsecast.core.torch_files import save_torch
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.lightning_module import Phase, SparsifyModule
 from sparsecast.sparsify.measure import Score, score

@@ -12,8 +12,8 @@ from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.files import unreadable_error
 from sparsecast.core.messages import log
 
-SHIPPED = Path(__file__).parents[2] / "sparsify" / "tiny-prosparse"
-"""The model that comes with the package."""
+TINY_PROSPARSE = Path(__file__).parents[2] / "sparsify" / "tiny-prosparse"
+"""The model that ships with the package: a FATReLU llama of 6.8M parameters."""
 HUB_SECONDS = 10.0
 """How long the hub may take to answer."""
 _GIVE = (
@@ -51,7 +51,8 @@ def find_local(source: str) -> Path | None:
     folder = os.path.expanduser(source)
     if source and os.path.isdir(folder):
         return Path(folder)
-    return SHIPPED if source in (SHIPPED.name, f"{SHIPPED.parent.name}/{SHIPPED.name}") else None
+    names = (TINY_PROSPARSE.name, f"sparsify/{TINY_PROSPARSE.name}")
+    return TINY_PROSPARSE if source in names else None
 
 
 def is_path(source: str) -> bool:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.files import check_file, read_json, unreadable_error
+from sparsecast.core.torch_files import describe_unless_dense, load_torch
 
 ORDER = (
     "model.safetensors",
@@ -173,9 +171,10 @@ class _Pickled:
     """A .bin file with the reading methods of `safe_open`."""
 
     def __init__(self, path: Path) -> None:
-        value = _unpickled(path)
+        value = load_torch(path, "a model's weights", f"give model.safetensors, or {_AGAIN}")
         if not isinstance(value, dict) or not all(
-            isinstance(name, str) and _plain(tensor) for name, tensor in value.items()
+            isinstance(name, str) and describe_unless_dense(tensor) is None
+            for name, tensor in value.items()
         ):
             raise InputError(
                 f"{path}: it does not hold a dict of tensors, as `torch.save(model.state_dict(), "
@@ -194,33 +193,3 @@ class _Pickled:
 
     def get_tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach()
-
-
-def _unpickled(path: Path) -> object:
-    try:
-        # torch maps zip files alone; its format before 1.6 is not one.
-        mapped = is_zipfile(path)
-        with warnings.catch_warnings(action="ignore"):  # of pickle versions, which say nothing here
-            value: object = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # what a damaged pickle raises is up to its bytes
-        told = str(error)
-        # torch's own text advises weights_only=False, which runs whatever the file says.
-        if foreign := re.search(r"GLOBAL ([\w.]+)", told):
-            raise InputError(
-                f"{path}: holds more than tensors ({foreign[1]}), and nothing that comes with a "
-                "model is run; give the weights as model.safetensors"
-            ) from None
-        none = "weights_only" in told
-        reason = "it is not a file of torch.save" if none else reason_of(error).split(". ")[0]
-        raise InputError(f"{path}: not a readable weights file ({reason}); {_AGAIN}") from None
-    return value
-
-
-def _plain(value: object) -> bool:
-    """Whether a tensor holds its numbers, one after the other."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not value.is_meta
-        and not value.is_quantized
-    )

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_file
+from sparsecast.core.torch_files import describe_unless_floats, load_torch
 from sparsecast.export.read.header import header_of
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.traffic import traffic_of
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.manifest import PredictorManifest
-from sparsecast.predictors.tensor_file import oddity, read_tensors
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,9 @@ def read_counts(path: Path, width: int) -> Tensor:
     Raises:
         InputError: The file is damaged, or holds something else.
     """
-    counts = read_tensors(path, f"a tensor of {width} counts")
-    odd = oddity(counts)
+    expected = f"a tensor of {width} counts"
+    counts = load_torch(path, f"a torch file with {expected}", f"expected {expected}")
+    odd = describe_unless_floats(counts)
     if odd is not None or counts.dtype not in (torch.float32, torch.float64):
         raise InputError(f"{path}: is no float32 or float64 tensor ({odd or counts.dtype})")
     if counts.shape != (width,):

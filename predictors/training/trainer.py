@@ -30,12 +30,14 @@ from sparsecast.core.distributed import DistributedContext, int_from_environment
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
 from sparsecast.core.interrupts import interrupt_like
-from sparsecast.core.launcher import cluster_environment
+from sparsecast.core.lightning import (
+    StagedCheckpoints,
+    TrainingBar,
+    cluster_environment,
+    quiet_lightning,
+)
 from sparsecast.core.messages import log
 from sparsecast.core.options import compare_options
-from sparsecast.core.quiet import quiet_lightning
-from sparsecast.core.torch_files import StagedCheckpoints
-from sparsecast.core.training_bar import TrainingBar
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.training.data import TokenBlocks
 from sparsecast.predictors.training.source import Batches, Source

@@ -15,9 +15,9 @@ import torch
 from sparsecast.cli.main import main
 from sparsecast.cli.parser import parse
 from sparsecast.cli.stages import STAGES, load
+from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.predictor import Predictor
-from sparsecast.sparsify.tiny import TINY_PROSPARSE
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

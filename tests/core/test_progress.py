@@ -15,9 +15,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparsecast.core import progress
+from sparsecast.core.lightning import TrainingBar, quiet_lightning
 from sparsecast.core.progress import progress_bar
-from sparsecast.core.quiet import quiet_lightning
-from sparsecast.core.training_bar import TrainingBar
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ class Broken(Callback):
 def test_training_shows_the_same_bar_and_lightning_nothing(
     screen, monkeypatch, capfd, caplog, tmp_path, broken
 ):
-    monkeypatch.setattr("sparsecast.core.training_bar.progress_bar", progress_bar)
+    monkeypatch.setattr("sparsecast.core.lightning.progress_bar", progress_bar)
     callbacks = [TrainingBar("train"), *([Broken()] if broken else [])]
     level = logging.getLogger("lightning.pytorch").level
     with warnings.catch_warnings(record=True) as warned, quiet_lightning():

@@ -12,7 +12,8 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from sparsecast.core.torch_files import StagedCheckpoints, save_torch
+from sparsecast.core.lightning import StagedCheckpoints
+from sparsecast.core.torch_files import save_torch
 
 VALUE = {"a": torch.zeros(2**18)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from sparsecast.sparsify.tiny import TINY_PROSPARSE
+from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.sparsify.train_tokenizer import train_tokenizer
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsecast.collect.output import lock_output
-from sparsecast.core import disk, torch_files
+from sparsecast.core import disk, lightning
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
 from sparsecast.sparsify import phases, run
@@ -135,14 +135,14 @@ def test_a_corpus_that_can_be_read_once_is_refused(dense, options, tmp_path, kin
 def test_a_full_disk_says_what_is_needed_kept_and_next(dense, options, tmp_path, monkeypatch):
     monkeypatch.setattr(phases, "CHECKPOINT_STEPS", 2)
     cfg = options(model=str(dense()))
-    save, calls = torch_files.save_torch, iter(range(9))
+    save, calls = lightning.save_torch, iter(range(9))
 
     def filling(value, path):
         with largest_file(2**12 if next(calls) else 2**30):  # at the second file
             save(value, path)
 
     monkeypatch.setattr(phases, "save_torch", filling)
-    monkeypatch.setattr(torch_files, "save_torch", filling)
+    monkeypatch.setattr(lightning, "save_torch", filling)
     with pytest.raises(
         OSError, match=r"\(ProSparse-before-the-shift.pt: File too large\)"
     ) as caught:

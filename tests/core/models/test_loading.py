@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import build_model, load_model, open_model
-from sparsecast.core.models.location import SHIPPED, find_local, is_path, resolve_model
+from sparsecast.core.models.location import TINY_PROSPARSE, find_local, is_path, resolve_model
 from sparsecast.core.models.weight_files import ORDER
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ef16\nsize 4993300595\n"
@@ -117,9 +117,9 @@ def test_a_pickle_with_more_than_tensors_is_refused_in_words_of_ours(folder, zip
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     torch.save({"x": Evil()}, path, _use_new_zipfile_serialization=zipped)
-    refused(folder, r"holds more than tensors \(posix\.system\).*give the weights as model\.safe")
+    refused(folder, r"holds more than tensors \(posix\.system\).*give model\.safe")
     path.write_bytes(pickle.dumps(3))
-    refused(folder, "pytorch_model.bin: not a readable weights file")
+    refused(folder, "pytorch_model.bin: not a readable torch file")
 
 
 # Which file.
@@ -399,8 +399,12 @@ def test_a_file_is_no_model(tmp_path, no_network):
 
 def test_the_shipped_model_has_a_name_of_its_own(tmp_path, monkeypatch, no_network):
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("tiny-prosparse") == resolve_model("sparsify/tiny-prosparse") == SHIPPED
-    assert (SHIPPED / "config.json").is_file()
+    assert (
+        resolve_model("tiny-prosparse")
+        == resolve_model("sparsify/tiny-prosparse")
+        == TINY_PROSPARSE
+    )
+    assert (TINY_PROSPARSE / "config.json").is_file()
     (tmp_path / "tiny-prosparse").mkdir()
     assert resolve_model("tiny-prosparse") == Path("tiny-prosparse")
     assert find_local("owner/name") is None

@@ -7,10 +7,10 @@ import torch
 from transformers import StaticCache
 
 from sparsecast.core.models.loading import load_model
+from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.kernels.in_models.decode import with_cache
 from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
 from sparsecast.kernels.in_models.sparsify import sparsify_model
-from sparsecast.sparsify.tiny import TINY_PROSPARSE
 
 TEXT = '''"""Read a file."""\n\nimport os\n\n\ndef read(path):\n    with open(path) as file:\n'''
 NEW = 128

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsecast.core import disk, torch_files
+from sparsecast.core import disk, lightning
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.train import train
@@ -65,7 +65,7 @@ def test_what_the_disk_cannot_hold_is_refused_before_training(asked, monkeypatch
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeypatch, epochs):
     """The second run goes on from it, and ends as one that was never stopped."""
-    done, save = [], torch_files.save_torch
+    done, save = [], lightning.save_torch
 
     def full(value: object, path: Path) -> None:
         assert path.parent == work_folder(asked.out)  # not the system's temporary folder
@@ -74,7 +74,7 @@ def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeyp
         done.append(path)
         save(value, path)
 
-    monkeypatch.setattr(torch_files, "save_torch", full)
+    monkeypatch.setattr(lightning, "save_torch", full)
     with pytest.raises(OSError, match="last.ckpt: No space left on device") as failed:
         train(asked)
     said = str(failed.value)
@@ -87,7 +87,7 @@ def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeyp
         return
     assert "the last finished epoch is kept: make room, and the same command goes on" in said
     assert [path.name for path in work.iterdir() if "last" in path.name] == ["last.ckpt"]
-    monkeypatch.setattr(torch_files, "save_torch", save)
+    monkeypatch.setattr(lightning, "save_torch", save)
     resumed = train(asked)
     whole = train(replace(asked, out=asked.out.with_name("whole")))
     for a, b in zip(resumed.layers, whole.layers, strict=True):
@@ -95,7 +95,7 @@ def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeyp
 
 
 def test_half_a_checkpoint_of_a_killed_run_goes_when_it_is_resumed(asked, monkeypatch):
-    save, part = torch_files.save_torch, work_folder(asked.out) / ".last.ckpt.part"
+    save, part = lightning.save_torch, work_folder(asked.out) / ".last.ckpt.part"
 
     def killed(value: object, path: Path) -> None:
         if (path.parent / "last.ckpt").is_file():
@@ -103,7 +103,7 @@ def test_half_a_checkpoint_of_a_killed_run_goes_when_it_is_resumed(asked, monkey
             raise KeyboardInterrupt
         save(value, path)
 
-    monkeypatch.setattr(torch_files, "save_torch", killed)
+    monkeypatch.setattr(lightning, "save_torch", killed)
     with pytest.raises(KeyboardInterrupt):
         train(asked)
     assert part.is_file()
@@ -113,7 +113,7 @@ def test_half_a_checkpoint_of_a_killed_run_goes_when_it_is_resumed(asked, monkey
         seen.append(part.exists())
         save(value, path)
 
-    monkeypatch.setattr(torch_files, "save_torch", look)
+    monkeypatch.setattr(lightning, "save_torch", look)
     train(asked)
     assert seen == [False]
 

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from sparsecast.core.launcher import cluster_environment
+from sparsecast.core.lightning import cluster_environment
 
 SRUN = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
 LSF = {
