@@ -19,9 +19,8 @@ from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
 from sparsecast.export.bundle import GPUIDX_SUFFIX, SUFFIX, bundle_file
 from sparsecast.export.read.inspect_file import file_values, plain, show_file
-from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
+from sparsecast.predictors.checkpoint import PredictorSet, load_predictors, sizes_on_disk
 from sparsecast.predictors.manifest import SCORES
-from sparsecast.predictors.report.wording import both_sizes
 
 
 def inspect(cfg: InspectConfig) -> Inspection:
@@ -103,7 +102,7 @@ def _show_predictors(values: dict[str, Any]) -> None:
     log.info(values["path"], extra={"style": "bold"})
     facts = {
         "threshold": f"{values['threshold']:g}",
-        "size": both_sizes(values["bytes"], Path(values["path"])),
+        "size": sizes_on_disk(values["bytes"], Path(values["path"])),
     }
     if values["model"] is not None:
         rule = f"{values['activation']} {values['activation_threshold']:g}"

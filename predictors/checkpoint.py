@@ -107,6 +107,18 @@ def load_predictors(folder: str | Path) -> PredictorSet:
     return PredictorSet(layers, threshold, manifest)
 
 
+def sizes_on_disk(nbytes: int, folder: Path) -> str:
+    """The size of predictors in PowerInfer's file and in their own folder, in words.
+
+    Args:
+        nbytes: See `PredictorSet.nbytes`.
+        folder: Holds model_<i>.pt, which keep quantized values in float32.
+    """
+    files = sum(path.stat().st_size for path in folder.glob("model_*.pt"))
+    exported, own = (f"{count / 2**20:,.2f} MiB" for count in (nbytes, files))
+    return f"{exported} in PowerInfer's file ({own} as model_<i>.pt)"
+
+
 def model_file(layer: int) -> str:
     """The name of a layer's file."""
     return f"model_{layer}.pt"

@@ -10,8 +10,17 @@ from typing import Literal
 from sparsecast.core.errors import InputError
 from sparsecast.core.options import ModelDtype, check_between, option_of, validate_fields
 from sparsecast.core.text.corpus_files import is_stream
+from sparsecast.predictors.calibration.objective import DEFAULT_RECALL, Objective
+from sparsecast.predictors.training.schedule import Schedule
 
-DEFAULT_RECALL = 0.95
+DEFAULT_TOKENS, DEFAULT_SEQ_LEN = 2_000_000, 512
+"""What --corpus is read with."""
+DEFAULT_SCHEDULES = {
+    "default": (6, 512, 3e-3),
+    "reference": (20, 1024, 1e-3),
+    "svd": (6, 512, 3e-3),
+}
+"""(epochs, tokens per batch, peak learning rate) of every recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +122,7 @@ class TrainConfig:
             self._check_clipping(self.clip_labels)
         if self.rank is not None and self.predictor_budget is not None:
             raise InputError("train: give --rank or --predictor-budget, not both")
-        if self.tokens_per_step % 32:
+        if self.schedule.batch_tokens % 32:
             raise InputError(
                 f"--batch-size: must be a multiple of 32, the tokens read together, got "
                 f"{self.batch_size}"
@@ -154,7 +163,7 @@ class TrainConfig:
                 f"{what}: needs recorded activations; run sparsecast collect, then give "
                 "--activations"
             )
-        self.steps_per_epoch(1)
+        self.steps_per_epoch()
 
     def _check_clipping(self, share: float) -> None:
         if not 0 < share <= 1:
@@ -191,47 +200,43 @@ class TrainConfig:
             )
 
     @property
-    def train_tokens(self) -> int:
-        """Of a running model."""
-        return 2_000_000 if self.tokens is None else self.tokens
+    def schedule(self) -> Schedule:
+        """--epochs, --batch-size and --lr, or the recipe's defaults."""
+        num_epochs, batch_tokens, peak_lr = DEFAULT_SCHEDULES[self.recipe]
+        return Schedule(
+            num_epochs=num_epochs if self.epochs is None else self.epochs,
+            batch_tokens=batch_tokens if self.batch_size is None else self.batch_size,
+            peak_lr=peak_lr if self.lr is None else self.lr,
+            seed=self.seed,
+        )
 
     @property
-    def document_len(self) -> int:
-        """Of a running model."""
-        return 512 if self.seq_len is None else self.seq_len
+    def objective(self) -> Objective:
+        """The --target or budget that was given, or the default recall."""
+        return Objective(
+            recall=self.target_recall or DEFAULT_RECALL,
+            sparsity=self.target_sparsity,
+            perplexity=self.target_perplexity,
+            traffic=self.traffic_budget,
+        )
 
-    def steps_per_epoch(self, processes: int) -> int:
-        """Of a running model, by every one of the processes that share batches."""
-        one = self.steps * self.tokens_per_step * processes
-        if self.train_tokens < one:
+    def steps_per_epoch(self, processes: int = 1) -> int:
+        """Optimizer steps per epoch on a running model.
+
+        Args:
+            processes: How many share the batches.
+
+        Raises:
+            InputError: --tokens do not fill one batch per epoch and process.
+        """
+        schedule, tokens = self.schedule, self.tokens or DEFAULT_TOKENS
+        least = schedule.num_epochs * schedule.batch_tokens * processes
+        if tokens < least:
             raise InputError(
-                f"--tokens: must be at least {one:,}, a batch in each of {self.steps} epochs"
-                f"{f' for {processes} processes' if processes > 1 else ''}, got "
-                f"{self.train_tokens:,}"
+                f"--tokens: must be at least {least:,}, a batch in each of {schedule.num_epochs} "
+                f"epochs{f' for {processes} processes' if processes > 1 else ''}, got {tokens:,}"
             )
-        return self.train_tokens // one
-
-    @property
-    def recall(self) -> float:
-        """The recall that best epochs are chosen for."""
-        return self.target_recall or DEFAULT_RECALL
-
-    @property
-    def steps(self) -> int:
-        """Epochs."""
-        return self.epochs if self.epochs is not None else 20 if self._reference else 6
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size if self.batch_size is not None else 1024 if self._reference else 512
-
-    @property
-    def peak_lr(self) -> float:
-        return self.lr if self.lr is not None else 1e-3 if self._reference else 3e-3
-
-    @property
-    def _reference(self) -> bool:
-        return self.recipe == "reference"
+        return tokens // least
 
 
 @dataclass(frozen=True, kw_only=True)

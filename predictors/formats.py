@@ -22,9 +22,16 @@ from torch import Tensor
 from sparsecast.core.compiled import compile_when_large
 from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK, quantize_blocks, round_to_q8_0
+from sparsecast.core.models.shape import ModelShape
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 """Stored bits per weight."""
+
+
+def share_of_ffn(rank: int, dtype: str, shape: ModelShape) -> float:
+    """Bytes of one predictor, relative to its layer's FFN in f16."""
+    d, f = shape.hidden_size, shape.ffn_width
+    return rank * (d + f) * BITS[dtype] / (shape.ffn_matrices * d * f * 16)
 
 
 def rounded(weight_NK: Tensor, dtype: str) -> Tensor:

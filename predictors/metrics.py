@@ -168,7 +168,7 @@ class ScoreHistogram:
         self.inactive += both[:BINS]
         self.active += both[BINS:]
 
-    def cut_for_recall(self, recall: float) -> float:
+    def threshold_for_recall(self, recall: float) -> float:
         """The largest cut at which at least `recall` of the active entries reach it; above all
         scores where nothing is active."""
         kept = self.active[::-1].cumsum()[::-1]
@@ -176,7 +176,7 @@ class ScoreHistogram:
             return _edge(1 + int(np.flatnonzero(self.inactive).max(initial=-1)))
         return _edge(int(np.flatnonzero(kept >= recall * kept[0])[-1]))
 
-    def cut_for_sparsity(self, sparsity: float) -> float:
+    def threshold_for_sparsity(self, sparsity: float) -> float:
         """The smallest cut below which at least `sparsity` of all entries stay."""
         below = np.concatenate([[0], (self.active + self.inactive).cumsum()])
         return _edge(int(np.flatnonzero(below >= sparsity * below[-1])[0]))

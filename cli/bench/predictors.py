@@ -27,16 +27,16 @@ from sparsecast.core.models.loading import pick_device
 from sparsecast.core.models.perplexity import perplexity
 from sparsecast.core.options import check_between, validate_fields
 from sparsecast.predictors.calibration.bias import bias_of
-from sparsecast.predictors.calibration.calibrate import constant_of
+from sparsecast.predictors.calibration.calibrate import constant_combination
 from sparsecast.predictors.calibration.operating_point import recorded_documents
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.formats import BITS, check_widths
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
 from sparsecast.predictors.model_in_loop import predicted_ffn
 from sparsecast.predictors.recorded_model import load_recorded
 from sparsecast.predictors.train import train
-from sparsecast.predictors.training.data import layer_batches
 
 HELD_OUT = "held-out"
 LOWEST, HIGHEST = -64.0, 16.0
@@ -140,11 +140,11 @@ def _misses(
     recalls = []
     for layer, theirs in enumerate(reference):
         predictor, histogram = predictors.layers[layer], ScoreHistogram()
-        constant_R = constant_of(predictor, store, layer)
+        constant_R = constant_combination(predictor, store, layer)
         for x_TD, active_TF in layer_batches(store, HELD_OUT, layer):
             score_TF = predictor.logits(x_TD) / bias_of(predictor, constant_R, x_TD)
             histogram.add(score_TF, active_TF)
-        recalls.append(histogram.at(histogram.cut_for_sparsity(theirs.predicted_sparsity))[0])
+        recalls.append(histogram.at(histogram.threshold_for_sparsity(theirs.predicted_sparsity))[0])
     ours = [1 - recall for recall in recalls]
     theirs_missed = [1 - counts.recall for counts in reference]
     return {

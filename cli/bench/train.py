@@ -48,9 +48,10 @@ from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import TokenBatch
 from sparsecast.predictors.baselines.public_recipe import FLOOR
-from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.calibration.objective import Objective
 from sparsecast.predictors.training.data import LayersBatch, TokenBlocks
 from sparsecast.predictors.training.lightning_module import PredictorModule
+from sparsecast.predictors.training.schedule import Schedule
 from sparsecast.predictors.training.warm_start import WarmStart
 
 T = TypeVar("T")
@@ -190,8 +191,10 @@ def _ours(
     resident: bool,
 ) -> Callable[[int], None]:
     d, f, layers = SHAPES[cfg.shape]
-    train = TrainConfig(activations=store.folder, out=store.folder, batch_size=cfg.batch_size)
-    module = PredictorModule(train, "f16", _random_start(d, f, layers, rank)).to(device)
+    schedule = Schedule(num_epochs=6, batch_tokens=cfg.batch_size, peak_lr=3e-3)
+    start = _random_start(d, f, layers, rank)
+    module = PredictorModule(start, dtype="f16", objective=Objective(), schedule=schedule)
+    module.to(device)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     blocks = _blocks(cfg, store, device)

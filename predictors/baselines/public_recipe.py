@@ -19,23 +19,23 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.bitmask import unpack
-from sparsecast.predictors.config import TrainConfig
+from sparsecast.core.models.shape import ModelShape
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.training.data import LayersBatch
+from sparsecast.predictors.training.schedule import Schedule
 
 FLOOR = 0.005
 PATIENCE = 5
 ENOUGH = 0.99
 
 
-class ReferenceModule(L.LightningModule):
-    """Stacked predictors of one rank; bests are buffers, so that a checkpoint has them.
+class PublicRecipeModule(L.LightningModule):
+    """Stacked predictors of one rank; the best weights are buffers, so a checkpoint has them.
 
     Args:
-        chosen: The layers to train; all of them unless given.
+        layers: Layers to train; each one's initial weights follow from its number and the seed.
     """
 
     best_recall_L: Tensor
@@ -45,27 +45,26 @@ class ReferenceModule(L.LightningModule):
 
     def __init__(
         self,
-        cfg: TrainConfig,
-        store: ActivationStore,
+        schedule: Schedule,
+        *,
+        layers: Sequence[int],
         rank: int,
-        chosen: Sequence[int] | None = None,
+        shape: ModelShape,
     ) -> None:
         super().__init__()
-        self.cfg = cfg
-        made = store.manifest
-        chosen = made.layers if chosen is None else chosen
-        layers, d, f = len(chosen), made.hidden_size, made.ffn_width
-        fc1_LRD, fc2_LFR = torch.empty(layers, rank, d), torch.empty(layers, f, rank)
-        for place, layer in enumerate(chosen):
-            generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + layer)
-            for weight in (fc1_LRD[place], fc2_LFR[place]):  # as nn.Linear starts
+        self.learning_rate = schedule.peak_lr
+        fc1_LRD = torch.empty(len(layers), rank, shape.hidden_size)
+        fc2_LFR = torch.empty(len(layers), shape.ffn_width, rank)
+        for place, layer in enumerate(layers):
+            generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + layer)
+            for weight in (fc1_LRD[place], fc2_LFR[place]):  # the initialization of nn.Linear
                 bound = weight.shape[-1] ** -0.5
                 nn.init.uniform_(weight, -bound, bound, generator=generator)
         self.fc1_LRD, self.fc2_LFR = nn.Parameter(fc1_LRD), nn.Parameter(fc2_LFR)
         self.register_buffer("best_fc1_LRD", fc1_LRD.clone())
         self.register_buffer("best_fc2_LFR", fc2_LFR.clone())
-        self.register_buffer("best_recall_L", torch.full((layers,), -1.0))
-        self.register_buffer("best_epoch_L", torch.zeros(layers, dtype=torch.int64))
+        self.register_buffer("best_recall_L", torch.full((len(layers),), -1.0))
+        self.register_buffer("best_epoch_L", torch.zeros(len(layers), dtype=torch.int64))
         self._counts: list[Counts] = []
 
     def forward(self, x_LBD: Tensor) -> Tensor:
@@ -113,9 +112,9 @@ class ReferenceModule(L.LightningModule):
         return bool(self.best_recall_L[layer] > ENOUGH) or since >= PATIENCE + (not after)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self.cfg.peak_lr, weight_decay=0.01)
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.01)
 
-    def predictors(self) -> list[Predictor]:
+    def best_predictors(self) -> list[Predictor]:
         """The best weights of every layer in f16."""
         return [
             Predictor(fc1_RD.cpu(), fc2_FR.cpu()).stored("f16")

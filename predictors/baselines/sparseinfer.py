@@ -17,17 +17,18 @@ Shape letters: T tokens, D hidden, F FFN width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.progress import progress_bar
 from sparsecast.predictors.baselines.svd import gate_of
 from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count
 from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.recorded_model import load_recorded
-from sparsecast.predictors.report.score import LayerScore, Rule, score_layer
-from sparsecast.predictors.training.data import layer_batches
 
 CALIBRATION = "calibration"
 
@@ -37,35 +38,30 @@ def sign_nbytes(store: ActivationStore) -> int:
     return store.manifest.hidden_size * store.manifest.ffn_width // 8
 
 
-def score_sign(model: str, predictors: PredictorSet, store: ActivationStore) -> list[LayerScore]:
-    """Score the rule on every recorded layer, each at the recall that its predictor of `predictors`
-    has on the calibration split.
+def sign_rules(
+    model: str, predictors: PredictorSet, store: ActivationStore
+) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """Calibrate the rule of every recorded layer to the recall that the layer's predictor has on
+    the calibration split.
 
-    Memory: the model, and what `score_layers` takes.
+    Memory: the model and one layer's gate.
+
+    Yields:
+        A function from raw inputs (T, D) to the predicted neurons (T, F) and their scores (T, F).
 
     Raises:
         InputError: See `load_model`.
     """
-    made, scores = store.manifest, []
     loaded = load_recorded(model, store, "cpu")
-    with progress_bar("sign", len(made.layers)) as progress:
-        for layer in made.layers:
-            sign_FD = gate_of(loaded, layer)[0].sign()
-            recall = _recall(predictors.layers[layer], predictors.threshold, store, layer)
-            rule = sign_rule(sign_FD, calibrated_cut(sign_FD, store, layer, recall))
-            scores.append(score_layer(rule, store, layer, rank=None, nbytes=sign_nbytes(store)))
-            progress.advance()
-    return scores
+    for layer in store.manifest.layers:
+        sign_FD = gate_of(loaded, layer)[0].sign()
+        recall = _recall(predictors.layers[layer], predictors.threshold, store, layer)
+        yield partial(_apply, sign_FD, calibrated_threshold(sign_FD, store, layer, recall))
 
 
-def sign_rule(sign_FD: Tensor, cut: float) -> Rule:
-    """From the signs of the gate, float32."""
-
-    def rule(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        score_TF = agreement(sign_FD, x_TD)
-        return score_TF >= cut, score_TF
-
-    return rule
+def _apply(sign_FD: Tensor, threshold: float, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    score_TF = agreement(sign_FD, x_TD)
+    return score_TF >= threshold, score_TF
 
 
 def agreement(sign_FD: Tensor, x_TD: Tensor) -> Tensor:
@@ -73,12 +69,14 @@ def agreement(sign_FD: Tensor, x_TD: Tensor) -> Tensor:
     return x_TD.float().sign() @ sign_FD.T
 
 
-def calibrated_cut(sign_FD: Tensor, store: ActivationStore, layer: int, recall: float) -> float:
-    """The largest cut that has at least this recall on the calibration split."""
+def calibrated_threshold(
+    sign_FD: Tensor, store: ActivationStore, layer: int, recall: float
+) -> float:
+    """The largest threshold that has at least this recall on the calibration split."""
     histogram = ScoreHistogram()
     for x_TD, active_TF in layer_batches(store, CALIBRATION, layer):
         histogram.add(agreement(sign_FD, x_TD), active_TF)
-    return histogram.cut_for_recall(recall)
+    return histogram.threshold_for_recall(recall)
 
 
 def _recall(predictor: Predictor, threshold: float, store: ActivationStore, layer: int) -> float:

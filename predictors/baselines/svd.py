@@ -24,27 +24,25 @@ from transformers import PreTrainedModel
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.models.families import family_of
 from sparsecast.predictors.calibration.bias import BiasUnits, UncalibratedPredictor, bias_units
-from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.recorded_model import load_recorded
 from sparsecast.predictors.training.warm_start import BIAS_SCALE, RIDGE, Moments, moments
 
 
-def svd(
-    cfg: TrainConfig, store: ActivationStore, dtype: str, ranks: list[int], device: torch.device
+def svd_predictors(
+    model: str, store: ActivationStore, dtype: str, ranks: list[int], device: torch.device
 ) -> list[UncalibratedPredictor]:
-    """Predictors of every layer, before their operating point is chosen.
+    """Compress the gate of every layer.
 
     Memory: the model, and one layer's (D, D) and (F, D) matrices in float32.
 
     Raises:
         InputError: See `load_model`.
     """
-    assert cfg.model is not None
-    model = load_recorded(cfg.model, store, device)
+    loaded = load_recorded(model, store, device)
     return [
         whitened(
             moments(store, layer, device),
-            *gate_of(model, layer),
+            *gate_of(loaded, layer),
             store.manifest.activation_threshold,
             (rank - bias_units(dtype)) // 2,
             rank - bias_units(dtype),

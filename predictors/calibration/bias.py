@@ -8,10 +8,10 @@ do,
 and c times the combination is taken off every row of fc2. This is exact for any such b; where
 b(x) / rms(x) is nearly constant over tokens, c is a bias.
 
-In f16 the least-squares combination of the hidden units that are there serves, and costs no rank
-(`Spread`). A quantized row would lose so small a change in its codes, so there two hidden units of
-their own have the weights +u and -u (`BiasUnits`): relu(u x) + relu(-u x) = |u x| = b(x), with u
-the direction along which the residual stream is most nearly constant.
+In f16, b is the least-squares combination of the existing hidden units, which costs no rank
+(`SpreadBias`). The codes of a quantized row would lose so small a change, so quantized predictors
+have two extra hidden units with weights +u and -u (`BiasUnits`): relu(u x) + relu(-u x) = |u x| =
+b(x), where u is the direction along which the residual stream is most nearly constant.
 
 A quantized column would round the offsets to a few codes, and they share their block's scale with
 30 other units. So q8_0 and q4_0 have a second such pair, scaled by 1 / `FINE`, whose column holds
@@ -42,7 +42,7 @@ def bias_units(dtype: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Spread:
+class SpreadBias:
     """A predictor in f16 before its operating point is chosen: its weights, and the combination of
     its hidden units that is 1 on RMS-normalized inputs, as nearly as can be."""
 
@@ -51,9 +51,9 @@ class Spread:
     constant_R: Tensor
     dtype: str = "f16"
 
-    def cut(self, c: float, near: float | None = None) -> Predictor:
-        """The predictor as its file holds it, active where p / b >= c."""
-        return Predictor(self.fc1_RD, self.fc2_FR - c * self.constant_R).stored()
+    def at_threshold(self, threshold: float, coarse: float | None = None) -> Predictor:
+        """The predictor as its file holds it, active where p / b >= threshold."""
+        return Predictor(self.fc1_RD, self.fc2_FR - threshold * self.constant_R).stored()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +73,18 @@ class BiasUnits:
         constant_R[:2] = 1
         return constant_R
 
-    def cut(self, c: float, near: float | None = None) -> Predictor:
-        """The predictor as its file holds it, active where p / b >= c.
+    def at_threshold(self, threshold: float, coarse: float | None = None) -> Predictor:
+        """The predictor as its file holds it, active where p / b >= threshold.
 
         Args:
-            near: Take all codes of a quantized predictor from a cut here, and go from there to `c`
-                by the second digit alone; a new first digit may move every code of its block.
+            coarse: Threshold for the first digit of quantized offsets; the second digit covers the
+                difference to `threshold`. A new first digit may change every code of its block.
         """
-        first_F = self.offset_F - (c if near is None else near)
+        first_F = self.offset_F - (threshold if coarse is None else coarse)
         fc1, fc2 = assembled(
             self.fc1_RD,
             self.fc2_FR,
-            self.offset_F - c,
+            self.offset_F - threshold,
             self.bias_D,
             self.dtype,
             first_F=first_F,
@@ -142,5 +142,5 @@ def bias_of(predictor: Predictor, constant_R: Tensor, x_TD: Tensor) -> Tensor:
     return (hidden_TR @ constant_R.to(hidden_TR).unsqueeze(1)).clamp_min(1e-6)
 
 
-UncalibratedPredictor = Spread | BiasUnits
+UncalibratedPredictor = SpreadBias | BiasUnits
 """A predictor before its operating point is chosen."""

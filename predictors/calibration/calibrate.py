@@ -14,20 +14,21 @@ from torch import Tensor
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.calibration.bias import UncalibratedPredictor, bias_of
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count
 from sparsecast.predictors.predictor import Predictor, rms
-from sparsecast.predictors.training.data import layer_batches
 
 SPLIT = "calibration"
 CLOSE = 2e-4
-"""A cut this near to the objective, in predicted sparsity, is not moved again."""
+"""A threshold this near to the objective, in predicted sparsity, is final."""
 NEAR = 1e-2
+"""A threshold this near to the objective moves by second digits only."""
 ROUNDS = 8
 RIDGE = 1e-4
 """Relative to the mean square of a hidden unit."""
 
-Cut = Callable[[ScoreHistogram], float]
-"""From the scores p / b of one layer to where to cut them."""
+Threshold = Callable[[ScoreHistogram], float]
+"""Maps the scores p / b of one layer to a threshold for them."""
 
 
 class Calibrated(NamedTuple):
@@ -35,50 +36,48 @@ class Calibrated(NamedTuple):
 
     predictor: Predictor
     counts: Counts
-    cut: float
 
 
-def recall_cut(recall: float) -> Cut:
-    return lambda histogram: histogram.cut_for_recall(recall)
+def for_recall(recall: float) -> Threshold:
+    return lambda histogram: histogram.threshold_for_recall(recall)
 
 
-def sparsity_cut(sparsity: float) -> Cut:
-    return lambda histogram: histogram.cut_for_sparsity(sparsity)
+def for_sparsity(sparsity: float) -> Threshold:
+    return lambda histogram: histogram.threshold_for_sparsity(sparsity)
 
 
-def calibrate(
-    uncut: UncalibratedPredictor,
+def calibrate_layer(
+    uncalibrated: UncalibratedPredictor,
     store: ActivationStore,
     layer: int,
-    cut: Cut,
+    threshold_for: Threshold,
     device: torch.device | str = "cpu",
 ) -> Calibrated:
-    """Cut one layer's predictor at the objective and round it to its format.
+    """Fold the threshold that meets the objective into one layer's predictor, as stored.
 
-    A moved cut is rounded anew, which moves decisions a little, so the scores are taken again until
-    the cut stays where it is; once it is near only second digits move (bias.py). The cut that came
-    closest counts.
+    Folding a threshold rounds the weights again, which changes a few decisions, so the threshold is
+    corrected until it stays put, and the closest one is kept. Near the objective only second digits
+    move (bias.py).
     """
-    at = near = 0.0
+    threshold = coarse = 0.0
     best, distance, off = None, float("inf"), float("inf")
     for turn in range(ROUNDS):
-        near = at if turn < 2 or off > NEAR else near
-        predictor = uncut.cut(at, near)
+        coarse = threshold if turn < 2 or off > NEAR else coarse
+        predictor = uncalibrated.at_threshold(threshold, coarse)
         if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
             raise InputError(
-                f"layer {layer}: its predictor has weights that {uncut.dtype} cannot hold; train "
-                "with a smaller --lr, or choose another --rank"
+                f"layer {layer}: its predictor has weights that {uncalibrated.dtype} cannot hold; "
+                "train with a smaller --lr, or choose another --rank"
             )
         on_device = predictor.to(torch.device(device))
-        histogram, total = scores(on_device, uncut.constant_R, store, layer)
-        step = cut(histogram)
-        # What the objective wants beside what the file gives, as shares of all entries.
+        histogram, total = scores(on_device, uncalibrated.constant_R, store, layer)
+        step = threshold_for(histogram)
         wanted = histogram.at(step)[1]
         if (off := abs(total.predicted_sparsity - wanted)) < distance:
-            best, distance = Calibrated(predictor, total, at), off
+            best, distance = Calibrated(predictor, total), off
         if off < CLOSE:
             break
-        at += step
+        threshold += step
     assert best is not None
     return best
 
@@ -96,7 +95,7 @@ def scores(
     return histogram, total
 
 
-def constant_of(predictor: Predictor, store: ActivationStore, layer: int) -> Tensor:
+def constant_combination(predictor: Predictor, store: ActivationStore, layer: int) -> Tensor:
     """(R,) float32: the combination of hidden units that is nearest to rms(x), by least squares on
     the calibration split."""
     device = predictor.fc1_RD.device
@@ -112,11 +111,11 @@ def constant_of(predictor: Predictor, store: ActivationStore, layer: int) -> Ten
     return constant_R
 
 
-def at_zero(
+def without_calibration(
     predictor: Predictor, store: ActivationStore, layer: int, device: torch.device
 ) -> Calibrated:
-    """A predictor that is not cut: its counts at threshold 0."""
+    """Leave a predictor as it is and count its decisions at threshold 0."""
     total, on_device = Counts(0, 0, 0, 0), predictor.to(device)
     for x_TD, active_TF in layer_batches(store, SPLIT, layer, device=device):
         total = total.plus(count(on_device.logits(x_TD) >= 0, active_TF))
-    return Calibrated(predictor, total, 0.0)
+    return Calibrated(predictor, total)

@@ -26,15 +26,15 @@ from sparsecast.predictors.calibration.bias import UncalibratedPredictor
 from sparsecast.predictors.calibration.calibrate import (
     SPLIT,
     Calibrated,
-    Cut,
-    calibrate,
-    recall_cut,
+    Threshold,
+    calibrate_layer,
+    for_recall,
+    for_sparsity,
     scores,
-    sparsity_cut,
 )
-from sparsecast.predictors.calibration.rank_selection import share_of_ffn
+from sparsecast.predictors.calibration.objective import Objective
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.formats import share_of_ffn
 from sparsecast.predictors.model_in_loop import predicted_ffn
 from sparsecast.predictors.recorded_model import load_recorded
 
@@ -45,52 +45,63 @@ BATCH = 8
 """Documents per forward pass."""
 
 
-def operate(
-    cfg: TrainConfig,
-    uncut: list[UncalibratedPredictor],
+def calibrate_layers(
+    objective: Objective,
+    predictors: list[UncalibratedPredictor],
     store: ActivationStore,
     device: torch.device,
+    model: str | None,
 ) -> list[Calibrated]:
-    """Cut every layer at the objective of `cfg`.
+    """Choose the operating point of every layer.
+
+    Args:
+        model: The recorded model, for a perplexity objective.
+
+    Memory: the predictors once more, as exported; for a perplexity objective also the model.
 
     Raises:
         InputError: The objective cannot be met; says how close it came, and what would meet it.
     """
-    if cfg.target_perplexity is not None:
-        return _for_perplexity(cfg, uncut, store, device)
-    if cfg.traffic_budget is not None:
-        cuts = _for_traffic(cfg.traffic_budget, uncut, store, device)
-    elif cfg.target_sparsity is not None:
-        cuts = [sparsity_cut(cfg.target_sparsity)] * len(uncut)
+    if objective.perplexity is not None:
+        assert model is not None
+        loaded = load_recorded(model, store, device)
+        return _meet_perplexity(objective.perplexity, predictors, store, device, loaded)
+    if objective.traffic is not None:
+        thresholds = _meet_traffic(objective.traffic, predictors, store, device)
+    elif objective.sparsity is not None:
+        thresholds = [for_sparsity(objective.sparsity)] * len(predictors)
     else:
-        cuts = [recall_cut(cfg.recall)] * len(uncut)
-    return _all(uncut, store, cuts, device)
+        thresholds = [for_recall(objective.recall)] * len(predictors)
+    return _calibrate_each(predictors, thresholds, store, device)
 
 
-def _all(
-    uncut: list[UncalibratedPredictor],
+def _calibrate_each(
+    predictors: list[UncalibratedPredictor],
+    thresholds: list[Threshold],
     store: ActivationStore,
-    cuts: list[Cut],
     device: torch.device,
 ) -> list[Calibrated]:
-    """Memory: the predictors once more, as exported."""
     done = []
-    with progress_bar("calibrate", len(uncut)) as progress:
-        for layer, (predictor, cut) in enumerate(zip(uncut, cuts, strict=True)):
-            done.append(calibrate(predictor, store, layer, cut, device))
+    with progress_bar("calibrate", len(predictors)) as progress:
+        for layer, (predictor, threshold) in enumerate(zip(predictors, thresholds, strict=True)):
+            done.append(calibrate_layer(predictor, store, layer, threshold, device))
             progress.advance()
     return done
 
 
-def _for_traffic(
-    budget: float, uncut: list[UncalibratedPredictor], store: ActivationStore, device: torch.device
-) -> list[Cut]:
-    sizes = [share_of_ffn(predictor.cut(0.0).rank, store, predictor.dtype) for predictor in uncut]
-    load = budget - sum(sizes) / len(sizes)
-    curves = []
-    for layer, predictor in enumerate(uncut):
-        histogram, _ = scores(predictor.cut(0.0).to(device), predictor.constant_R, store, layer)
+def _meet_traffic(
+    budget: float,
+    predictors: list[UncalibratedPredictor],
+    store: ActivationStore,
+    device: torch.device,
+) -> list[Threshold]:
+    sizes, curves = [], []
+    for layer, uncalibrated in enumerate(predictors):
+        predictor = uncalibrated.at_threshold(0.0)
+        sizes.append(share_of_ffn(predictor.rank, predictor.dtype, store.manifest.model_shape))
+        histogram, _ = scores(predictor.to(device), uncalibrated.constant_R, store, layer)
         curves.append(np.array(histogram.curve(2000)))
+    load = budget - sum(sizes) / len(sizes)
     low, high = 0.0, 1e3
     for _ in range(60):
         price = (low + high) / 2
@@ -98,7 +109,7 @@ def _for_traffic(
             low = price
         else:
             high = price
-    return [sparsity_cut(_sparsity_at(curve, high)) for curve in curves]
+    return [for_sparsity(_sparsity_at(curve, high)) for curve in curves]
 
 
 def _sparsity_at(curve: np.ndarray, price: float) -> float:
@@ -111,22 +122,20 @@ def _mean_load(curves: list[np.ndarray], price: float) -> float:
     return float(np.mean([1 - _sparsity_at(curve, price) for curve in curves]))
 
 
-def _for_perplexity(
-    cfg: TrainConfig,
-    uncut: list[UncalibratedPredictor],
+def _meet_perplexity(
+    target: float,
+    predictors: list[UncalibratedPredictor],
     store: ActivationStore,
     device: torch.device,
+    model: PreTrainedModel,
 ) -> list[Calibrated]:
-    target = cfg.target_perplexity
-    assert cfg.model is not None
-    assert target is not None
-    model = load_recorded(cfg.model, store, device)
     data = recorded_documents(store)
     dense = perplexity(model, data)
     kept: list[list[Calibrated]] = []
 
     def change(misses: float) -> float:
-        done = _all(uncut, store, [recall_cut(1 - misses)] * len(uncut), device)
+        thresholds = [for_recall(1 - misses)] * len(predictors)
+        done = _calibrate_each(predictors, thresholds, store, device)
         value = perplexity_with(model, done, data) / dense - 1
         log.info(f"recall {1 - misses:.4f}: perplexity {value:+.3%}")
         if value <= target:

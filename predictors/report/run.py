@@ -24,7 +24,7 @@ from sparsecast.core.files import (
 )
 from sparsecast.core.lock import lock_folder
 from sparsecast.core.options import command_of
-from sparsecast.predictors.baselines.sparseinfer import score_sign, sign_nbytes
+from sparsecast.predictors.baselines.sparseinfer import sign_nbytes
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.compatibility import check_model
 from sparsecast.predictors.config import ReportConfig
@@ -36,7 +36,7 @@ from sparsecast.predictors.report.plots import (
     recall_and_sparsity,
     traffic_bars,
 )
-from sparsecast.predictors.report.score import SPLIT, LayerScore, means, score_layers
+from sparsecast.predictors.report.score import SPLIT, LayerScore, means, score_layers, score_sign
 from sparsecast.predictors.report.text import (
     data_rows,
     layer_rows,

@@ -15,7 +15,9 @@ from torch import Tensor
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.core.progress import progress_bar
+from sparsecast.predictors.baselines.sparseinfer import sign_nbytes, sign_rules
 from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.layer_data import layer_batches, layer_energies
 from sparsecast.predictors.metrics import (
     Counts,
     ScoreHistogram,
@@ -24,7 +26,6 @@ from sparsecast.predictors.metrics import (
     traffic_beside,
 )
 from sparsecast.predictors.predictor import Predictor, rms
-from sparsecast.predictors.training.data import layer_batches, layer_energies
 
 SPLIT = "held-out"
 BATCH = 1024
@@ -65,6 +66,16 @@ def score_layers(predictors: PredictorSet, store: ActivationStore, where: str) -
             scores.append(
                 score_layer(rule, store, layer, rank=predictor.rank, nbytes=predictor.nbytes)
             )
+            progress.advance()
+    return scores
+
+
+def score_sign(model: str, predictors: PredictorSet, store: ActivationStore) -> list[LayerScore]:
+    """Score SparseInfer's rule on every recorded layer; see `sign_rules`."""
+    layers, scores = store.manifest.layers, []
+    with progress_bar("sign", len(layers)) as progress:
+        for layer, rule in zip(layers, sign_rules(model, predictors, store), strict=True):
+            scores.append(score_layer(rule, store, layer, rank=None, nbytes=sign_nbytes(store)))
             progress.advance()
     return scores
 

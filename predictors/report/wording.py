@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 TERMS = {
@@ -19,18 +18,6 @@ TERMS = {
 }
 EARNS = 0.9
 """A predictor is worth its misses below this share of the exact path's traffic."""
-
-
-def both_sizes(nbytes: int, folder: Path) -> str:
-    """What predictors take in PowerInfer's file, and what their own files take.
-
-    Args:
-        nbytes: Of `Predictor.nbytes`.
-        folder: Of model_<i>.pt, which hold quantized values in float32.
-    """
-    files = sum(path.stat().st_size for path in folder.glob("model_*.pt"))
-    stored, here = (f"{count / 2**20:,.2f} MiB" for count in (nbytes, files))
-    return f"{stored} in PowerInfer's file ({here} as model_<i>.pt)"
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.bitmask import unpack
 from sparsecast.core.prefetch import prefetch
 
 BLOCK = 32
@@ -115,31 +114,3 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         for _ in pool.map(read, range(len(self._layers))):
             pass
         return LayersBatch(x_LBD, mask_LBP)
-
-
-def layer_batches(
-    store: ActivationStore,
-    split: str,
-    layer: int,
-    size: int = 1024,
-    device: torch.device | str = "cpu",
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x (T, D), active (T, F)) of one layer, at most `size` tokens at a time, on `device`."""
-    for shard, start, stop in _runs(store, split, size):
-        rows = store.rows(split, shard, layer, start, stop)
-        yield rows.x_TD.to(device), unpack(rows.mask_TP.to(device), store.manifest.ffn_width)
-
-
-def layer_energies(
-    store: ActivationStore, split: str, layer: int, size: int = 1024
-) -> Iterator[Tensor | None]:
-    """Energies (T, F) float32 beside `layer_batches`; None where the store has none."""
-    for shard, start, stop in _runs(store, split, size):
-        yield store.energies(split, shard, layer, start, stop)
-
-
-def _runs(store: ActivationStore, split: str, size: int) -> Iterator[tuple[int, int, int]]:
-    """(shard, first token, token behind the last)."""
-    for shard, tokens in enumerate(store.shards(split)):
-        for start in range(0, tokens, size):
-            yield shard, start, min(start + size, tokens)

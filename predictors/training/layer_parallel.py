@@ -18,49 +18,50 @@ import torch
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.core.torch_files import save_torch
-from sparsecast.predictors.calibration.bias import BiasUnits, Spread, UncalibratedPredictor
+from sparsecast.predictors.calibration.bias import BiasUnits, SpreadBias, UncalibratedPredictor
 from sparsecast.predictors.predictor import Predictor
+from sparsecast.predictors.training.plan import TrainingPlan
 
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (BiasUnits, Spread, Predictor)}
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (BiasUnits, SpreadBias, Predictor)}
 
 Trained = TypeVar("Trained", UncalibratedPredictor, Predictor)
 
 
-def share_of(layers: Sequence[int], team: DistributedContext, data_parallel: bool) -> list[int]:
+def layers_of_process(
+    layers: Sequence[int], context: DistributedContext, data_parallel: bool
+) -> list[int]:
     """The layers that this process trains.
 
     Raises:
         InputError: More processes than layers.
     """
-    if data_parallel or team.size == 1:
+    if data_parallel or context.size == 1:
         return list(layers)
-    if team.size > len(layers):
+    if context.size > len(layers):
         raise InputError(
-            f"train: {team.size} processes share {len(layers)} layers, so some would have none; "
+            f"train: {context.size} processes share {len(layers)} layers, so some would have none; "
             "start fewer, or split batches over them with --data-parallel true"
         )
-    return list(layers[team.rank :: team.size])
+    return list(layers[context.rank :: context.size])
 
 
-def gathered(
-    mine: dict[int, Trained],
-    layers: Sequence[int],
-    work: Path,
-    team: DistributedContext,
-    data_parallel: bool,
-) -> list[Trained] | None:
-    """The trained `layers` of all processes, in order; None but on the leading one.
+def gather_layers(plan: TrainingPlan, own: dict[int, Trained]) -> list[Trained] | None:
+    """The trained layers of all processes, in order, on the leading one; None on the others.
+
+    Args:
+        own: The layers that this process trained.
 
     Raises:
         InputError: A layer has not come, because the processes do not share the folder.
     """
-    if data_parallel or team.size == 1:
-        return [mine[layer] for layer in layers] if team.leads else None
-    for layer, trained in mine.items():
+    context, work, layers = plan.context, plan.work, range(len(plan.ranks))
+    if plan.data_parallel or context.size == 1:
+        return [own[layer] for layer in layers] if context.leads else None
+    for layer, trained in own.items():
         state = {field.name: getattr(trained, field.name) for field in fields(trained)}
         save_torch({"kind": type(trained).__name__, **state}, _file(work, layer))
-    team.wait()
-    if not team.leads:
+    context.wait()
+    if not context.leads:
         return None
     if absent := [layer for layer in layers if not _file(work, layer).is_file()]:
         raise InputError(

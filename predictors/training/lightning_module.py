@@ -21,38 +21,41 @@ Shape letters: L layers, B batch, D hidden, F FFN width, R free hidden units, P 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from sparsecast.core.bitmask import unpack
-from sparsecast.predictors.calibration.bias import (
-    BiasUnits,
-    Spread,
-    UncalibratedPredictor,
-    assembled,
-    unit_rows,
-)
-from sparsecast.predictors.config import DEFAULT_RECALL, TrainConfig
+from sparsecast.predictors.calibration.bias import assembled
+from sparsecast.predictors.calibration.objective import DEFAULT_RECALL, Objective
 from sparsecast.predictors.formats import straight_through
 from sparsecast.predictors.metrics import ScoreHistogram
-from sparsecast.predictors.predictor import Predictor, rms_normalized
+from sparsecast.predictors.predictor import rms_normalized
 from sparsecast.predictors.training.data import LayersBatch
 from sparsecast.predictors.training.loss import weighted_loss
+from sparsecast.predictors.training.schedule import Schedule
 from sparsecast.predictors.training.warm_start import WarmStart
+
+
+class TrainedWeights(NamedTuple):
+    """One layer's weights on the CPU; in f16 without bias and offset."""
+
+    fc1_RD: Tensor
+    fc2_FR: Tensor
+    offset_F: Tensor | None
+    bias_D: Tensor | None
 
 
 class PredictorModule(L.LightningModule):
     """Stacked predictors; every layer keeps the weights of its own best epoch.
 
     Args:
-        cfg: Objective and learning rate.
+        start: Initial weights and, for quantized formats, bias direction and offsets.
         dtype: The format that is trained for.
-        start: Initial weights, the share of active entries and, unless in f16, the bias direction
-            u and an offset per neuron of every layer.
+        objective: Decides which epoch of a layer is its best.
     """
 
     bias_LD: Tensor | None
@@ -63,14 +66,18 @@ class PredictorModule(L.LightningModule):
     best_fc2_LFR: Tensor
     best_offset_LF: Tensor | None
 
-    def __init__(self, cfg: TrainConfig, dtype: str, start: WarmStart) -> None:
+    def __init__(
+        self, start: WarmStart, *, dtype: str, objective: Objective, schedule: Schedule
+    ) -> None:
         super().__init__()
-        self.cfg = cfg
-        self.stored_as = dtype
+        self.stored_dtype = dtype
+        self.objective = objective
+        self.peak_lr = schedule.peak_lr
         self.register_buffer("bias_LD", start.bias_LD)
         self.register_buffer("rate_L", start.rate_L)
-        counts = dtype == "f16" and cfg.recall <= DEFAULT_RECALL
-        self._counting_from = max(1, -(-cfg.steps // 2)) if counts else cfg.steps
+        counts = dtype == "f16" and objective.recall <= DEFAULT_RECALL
+        num_epochs = schedule.num_epochs
+        self._counting_from = max(1, -(-num_epochs // 2)) if counts else num_epochs
         self.fc1_LRD = nn.Parameter(start.fc1_LRD)
         self.fc2_LFR = nn.Parameter(start.fc2_LFR)
         self.offset_LF = None if start.offset_LF is None else nn.Parameter(start.offset_LF)
@@ -87,7 +94,7 @@ class PredictorModule(L.LightningModule):
             hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
             return torch.bmm(hidden_LBR, self.fc2_LFR.transpose(1, 2)), x_LBD.new_ones(1, 1, 1)
         fc1, fc2 = assembled(
-            self.fc1_LRD, self.fc2_LFR, self.offset_LF, self.bias_LD, self.stored_as
+            self.fc1_LRD, self.fc2_LFR, self.offset_LF, self.bias_LD, self.stored_dtype
         )
         hidden_LBR = torch.bmm(straight_through(x_LBD, "q8_0"), fc1.transpose(1, 2)).relu()
         hidden_LBR = straight_through(hidden_LBR, "q8_0")
@@ -112,7 +119,7 @@ class PredictorModule(L.LightningModule):
             histogram.add(ratio[layer], fired_LBF[layer])
 
     def on_validation_epoch_end(self) -> None:
-        scores = [self._objective(histogram) for histogram in self._histograms]
+        scores = [self.objective.epoch_score(histogram) for histogram in self._histograms]
         for layer, score in enumerate(scores):
             if score > self.best_score_L[layer]:
                 self.best_score_L[layer] = score
@@ -120,45 +127,35 @@ class PredictorModule(L.LightningModule):
                 self.best_fc2_LFR[layer] = self.fc2_LFR[layer].detach()
                 if self.best_offset_LF is not None and self.offset_LF is not None:
                     self.best_offset_LF[layer] = self.offset_LF[layer].detach()
-        name = "sparsity at target" if self.cfg.target_sparsity is None else "recall at target"
+        name = "sparsity at target" if self.objective.sparsity is None else "recall at target"
         self.log(name, sum(scores) / len(scores), prog_bar=True)
-
-    def _objective(self, histogram: ScoreHistogram) -> float:
-        """The predicted sparsity at the stated recall, or the recall at the stated sparsity."""
-        if self.cfg.target_sparsity is not None:
-            return histogram.at(histogram.cut_for_sparsity(self.cfg.target_sparsity))[0]
-        return histogram.at(histogram.cut_for_recall(self.cfg.recall))[1]
 
     def configure_optimizers(self) -> Any:
         groups = [{"params": [self.fc1_LRD, self.fc2_LFR], "weight_decay": 0.01}]
         if self.offset_LF is not None:
             groups.append({"params": [self.offset_LF], "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, lr=self.cfg.peak_lr, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.peak_lr, fused=True)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.cfg.peak_lr, total_steps=total, pct_start=0.1
+            optimizer, self.peak_lr, total_steps=total, pct_start=0.1
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def uncut(
-        self, free_units: list[int], constant_of: Callable[[int, Predictor], Tensor]
-    ) -> list[UncalibratedPredictor]:
-        """The best weights of every layer, without the padding behind its free units.
+    def best_weights(self, free_units: Sequence[int]) -> list[TrainedWeights]:
+        """Each layer's weights of its best epoch.
 
         Args:
-            constant_of: From a layer and its predictor in f16 to the `Spread.constant_R`.
+            free_units: Hidden units of each layer; the padding behind them is dropped.
         """
-        done: list[UncalibratedPredictor] = []
-        for layer, free in enumerate(free_units):
-            fc1_RD = self.best_fc1_LRD[layer, :free].cpu()
-            fc2_FR = self.best_fc2_LFR[layer, :, :free].cpu()
-            if self.best_offset_LF is None or self.bias_LD is None:
-                weights = unit_rows(fc1_RD, fc2_FR)
-                done.append(Spread(*weights, constant_of(layer, Predictor(*weights).stored())))
-            else:
-                offset_F, u_D = self.best_offset_LF[layer].cpu(), self.bias_LD[layer].cpu()
-                done.append(BiasUnits(fc1_RD, fc2_FR, offset_F, u_D, self.stored_as))
-        return done
+        return [
+            TrainedWeights(
+                self.best_fc1_LRD[layer, :units].cpu(),
+                self.best_fc2_LFR[layer, :, :units].cpu(),
+                None if self.best_offset_LF is None else self.best_offset_LF[layer].cpu(),
+                None if self.bias_LD is None else self.bias_LD[layer].cpu(),
+            )
+            for layer, units in enumerate(free_units)
+        ]

@@ -1,86 +1,76 @@
-"""What training takes of disk and memory, before it begins.
+"""Disk and memory that a training run takes.
 
-    checkpoint   float32 weights, those of the best epoch, and two AdamW moments: 16 bytes a weight
-    disk         two checkpoints while one replaces the other; at the end one, and the predictors
-    memory       20 bytes a weight, with gradients; rounding to a quantized format another 8
-
-Shape letters: D hidden, F FFN width, R rank.
+checkpoint   weights, best weights and two AdamW moments, all float32: 16 bytes a weight
+disk         two checkpoints while one replaces the other; at the end one, and the predictors
+memory       20 bytes a weight, gradients included; rounding to a quantized format takes 8 more
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sparsecast.core.disk import check_disk_space, describe_space, format_bytes
 from sparsecast.core.messages import log
-from sparsecast.predictors.calibration.bias import bias_units
-from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.training.plan import TrainingPlan
+from sparsecast.predictors.training.trainer import LAST
 
-KEPT = 16
-"""Bytes a weight in a checkpoint."""
-HELD = 20
-"""Bytes a weight in memory."""
-ROUNDING = 8
-"""Bytes a weight in memory on top, while a quantized format is rounded to."""
-
-
-def trained_weights(dtype: str, ranks: Sequence[int], hidden_size: int, ffn_width: int) -> int:
-    """Weights of layers that are trained together; each takes as many as the largest."""
-    units = max(ranks) - (0 if dtype == "f16" else bias_units(dtype))
-    offsets = 0 if dtype == "f16" else ffn_width
-    return len(ranks) * (units * (hidden_size + ffn_width) + offsets)
+CHECKPOINT_BYTES = 16
+"""Per weight."""
+MEMORY_BYTES = 20
+"""Per weight."""
+ROUNDING_BYTES = 8
+"""Extra memory per weight of a quantized format."""
 
 
-def predictor_bytes(dtype: str, ranks: Sequence[int], hidden_size: int, ffn_width: int) -> int:
-    """Size of the files: f16, or float32 that holds the values of a quantized format."""
-    return sum(ranks) * (hidden_size + ffn_width) * (2 if dtype == "f16" else 4)
+def disk_bytes(plan: TrainingPlan) -> int:
+    """The most bytes that all processes of a run have on the disk at any moment."""
+    predictors = _predictor_bytes(plan)
+    if plan.recipe == "svd":
+        return predictors
+    layers = range(len(plan.ranks))
+    weights = _trained_weights(plan, layers)
+    checkpoint = CHECKPOINT_BYTES * weights
+    handed_over = 4 * weights if len(plan.own_layers) < len(layers) else 0
+    checkpoints = 2 if plan.schedule.num_epochs > 1 else 1
+    return max(checkpoints * checkpoint, checkpoint + handed_over + predictors)
 
 
-def disk_bytes(
-    cfg: TrainConfig, dtype: str, ranks: Sequence[int], shape: tuple[int, int], *, split: bool
-) -> int:
-    """The most that a run has on its disk at any moment.
+def check_needs(plan: TrainingPlan) -> None:
+    """Report the disk and memory that a run takes.
 
-    Args:
-        shape: (D, F).
-        split: Whether processes hand each other their layers in files.
+    Raises:
+        InputError: The disk has too little room, what an interrupted run has written included.
     """
-    done = predictor_bytes(dtype, ranks, *shape)
-    if cfg.recipe == "svd":
-        return done
-    weights = trained_weights(dtype, ranks, *shape)
-    last = KEPT * weights
-    return max((2 if cfg.steps > 1 else 1) * last, last + (4 * weights if split else 0) + done)
-
-
-def tell_needs(
-    cfg: TrainConfig,
-    need: int,
-    held: int,
-    dtype: str,
-    ranks: Sequence[int],
-    shape: tuple[int, int],
-) -> None:
-    """Say what a run takes, and refuse what the disk cannot hold.
-
-    Args:
-        need: See `disk_bytes`.
-        held: Bytes of it that an interrupted run has written.
-        ranks: Of the layers that this process trains.
-    """
-    each = HELD + (0 if dtype == "f16" else ROUNDING)
-    memory = each * trained_weights(dtype, ranks, *shape)
-    matrices = 4 * shape[0] * sum(shape)
-    batches = 4 * cfg.tokens_per_step * len(ranks) * (2 * shape[0] + shape[1] // 8)
+    need = disk_bytes(plan)
     log.info(
-        f"{cfg.out}: takes up to {describe_space(cfg.out, need)}; and "
-        f"{format_bytes(memory + matrices + batches)} of memory"
+        f"{plan.out}: takes up to {describe_space(plan.out, need)}; and "
+        f"{format_bytes(_memory_bytes(plan))} of memory"
     )
+    held = sum(path.stat().st_size for path in plan.work.glob(LAST))
     check_disk_space(
-        cfg.out, need - held, "training", ", a smaller --rank or --predictor-dtype f16"
+        plan.out, need - held, "training", ", a smaller --rank or --predictor-dtype f16"
     )
 
 
-def held_bytes(work: Path, pattern: str) -> int:
-    return sum(path.stat().st_size for path in work.glob(pattern))
+def _memory_bytes(plan: TrainingPlan) -> int:
+    """Memory of this process: weights, the matrices of the warm start and four batches."""
+    d, f = plan.shape.hidden_size, plan.shape.ffn_width
+    per_weight = MEMORY_BYTES + (0 if plan.dtype == "f16" else ROUNDING_BYTES)
+    weights = per_weight * _trained_weights(plan, plan.own_layers)
+    matrices = 4 * d * (d + f)
+    batches = 4 * plan.schedule.batch_tokens * len(plan.own_layers) * (2 * d + f // 8)
+    return weights + matrices + batches
+
+
+def _trained_weights(plan: TrainingPlan, layers: Sequence[int]) -> int:
+    """Weights of layers that are trained together, each padded to the largest rank among them."""
+    d, f = plan.shape.hidden_size, plan.shape.ffn_width
+    units = max(plan.free_units[layer] for layer in layers)
+    offsets = 0 if plan.dtype == "f16" else f
+    return len(layers) * (units * (d + f) + offsets)
+
+
+def _predictor_bytes(plan: TrainingPlan) -> int:
+    """Size of the model_<i>.pt: f16, or float32 that holds the values of a quantized format."""
+    per_weight = 2 if plan.dtype == "f16" else 4
+    return sum(plan.ranks) * (plan.shape.hidden_size + plan.shape.ffn_width) * per_weight

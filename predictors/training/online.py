@@ -17,6 +17,8 @@ Shape letters: L layers, N places of a batch, T tokens, D hidden, F FFN width, P
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,13 +35,13 @@ from sparsecast.core.interrupts import interrupt_like
 from sparsecast.core.messages import log
 from sparsecast.core.models.loading import embedding_rows, input_device, load_model
 from sparsecast.core.models.recorder import Recorder
+from sparsecast.core.options import ModelDtype
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import read_documents
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import TokenBatch, batch_by_length, tokenize_documents
-from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.training.data import LayersBatch
-from sparsecast.predictors.training.trainer import work_folder
+from sparsecast.predictors.training.plan import TrainingPlan, work_folder
 from sparsecast.predictors.training.warm_start import Moments, MomentSums
 
 POOL = 16
@@ -52,7 +54,24 @@ DOCUMENTS = 8
 STORE = "calibration"
 
 
-class Running:
+@dataclass(frozen=True, kw_only=True)
+class TrainingText:
+    """The model that runs during training, and the text that it reads."""
+
+    model: str
+    corpus: str
+    tokens: int
+    """Training tokens."""
+    seq_len: int
+    """Documents are truncated to this many tokens."""
+    dtype: ModelDtype
+    device: str
+    activation_threshold: float | None
+    out: Path
+    """Folder for the predictors."""
+
+
+class OnlineSource:
     """The training split of a corpus, read by a model."""
 
     def __init__(
@@ -60,29 +79,22 @@ class Running:
         store: ActivationStore,
         model: PreTrainedModel,
         tokenizer: Tokenizer,
-        cfg: TrainConfig,
+        training_text: TrainingText,
     ) -> None:
         self.store = store
         self._model = model
         self._tokenizer = tokenizer
-        self._cfg = cfg
+        self._training_text = training_text
         self._told = False
         self._x_dtype = INPUT_DTYPES[store.manifest.x_dtype]
 
-    def batches(
-        self,
-        cfg: TrainConfig,
-        layers: Sequence[int],
-        device: torch.device,
-        share: tuple[int, int],
-    ) -> ModelBatches:
-        per_epoch = cfg.steps_per_epoch(share[1])
-        return ModelBatches(self, per_epoch, cfg.tokens_per_step, cfg.seed, layers, share)
+    def batches(self, plan: TrainingPlan) -> ModelBatches:
+        return ModelBatches(self, plan)
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
         made = self.store.manifest
         sums = [MomentSums(made.hidden_size, made.ffn_width, device) for _ in layers]
-        wanted = min(self._cfg.train_tokens, max(WARM_TOKENS, 16 * made.hidden_size))
+        wanted = min(self._training_text.tokens, max(WARM_TOKENS, 16 * made.hidden_size))
         done = 0
         with progress_bar("moments", wanted) as progress:
             for text in self.text():
@@ -98,27 +110,27 @@ class Running:
 
     def text(self) -> Iterator[TokenBatch]:
         """Batches of training documents, without an end."""
-        cfg, made = self._cfg, self.store.manifest
+        corpus, seq_len = self.store.manifest.corpus, self._training_text.seq_len
         while True:
             read = 0
-            docs = assign_splits(read_documents(made.corpus, seq_len=cfg.document_len))
+            docs = assign_splits(read_documents(corpus, seq_len=seq_len))
             rows = tokenize_documents(
                 docs,
                 self._tokenizer,
                 {"train": 1 << 62},
-                cfg.document_len,
+                seq_len,
                 vocabulary=embedding_rows(self._model),
             )
-            for batch in batch_by_length(rows, seq_len=cfg.document_len, batch_size=DOCUMENTS):
+            for batch in batch_by_length(rows, seq_len=seq_len, batch_size=DOCUMENTS):
                 read += batch.tokens
                 yield batch
             if not read:
-                raise InputError(f"{made.corpus}: no training document; give more text")
+                raise InputError(f"{corpus}: no training document; give more text")
             if not self._told:
                 self._told = True
                 log.warning(
-                    f"{made.corpus}: has {read:,} training tokens, fewer than --tokens "
-                    f"{cfg.train_tokens:,}, so it is read again"
+                    f"{corpus}: has {read:,} training tokens, fewer than --tokens "
+                    f"{self._training_text.tokens:,}, so it is read again"
                 )
 
     def forward(self, text: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -146,29 +158,22 @@ class Running:
 
 
 class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
-    """`per_epoch` batches of the documents that follow those of the epoch before."""
+    """`plan.steps_per_epoch` batches of the documents that follow those of the epoch before."""
 
-    def __init__(
-        self,
-        running: Running,
-        per_epoch: int,
-        batch_size: int,
-        seed: int,
-        layers: Sequence[int],
-        share: tuple[int, int],
-    ) -> None:
-        self._running = running
-        self._per_epoch = per_epoch
-        self._batch_size = batch_size
-        self._seed = seed
-        self._layers = layers
-        self._share = share
+    def __init__(self, source: OnlineSource, plan: TrainingPlan) -> None:
+        assert plan.steps_per_epoch is not None
+        self._source = source
+        self._steps_per_epoch = plan.steps_per_epoch
+        self._batch_tokens = plan.schedule.batch_tokens
+        self._seed = plan.schedule.seed
+        self._layers = plan.own_layers
+        self._share = plan.batch_share
         self._text: Iterator[TokenBatch] = iter(())
         self._next: int | None = None
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self._per_epoch
+        return self._steps_per_epoch
 
     def __iter__(self) -> Iterator[LayersBatch]:
         if self._next != self.epoch:
@@ -176,65 +181,63 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
         self._next = None
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
         pooled: list[tuple[Tensor, Tensor]] = []
-        left = self._per_epoch
+        left = self._steps_per_epoch
         while left:
             held = sum(mask_LTP.shape[1] for _, mask_LTP in pooled)
-            if held < min(POOL, left) * self._batch_size:
-                pooled.append(self._running.forward(next(self._text), self._layers))
+            if held < min(POOL, left) * self._batch_tokens:
+                pooled.append(self._source.forward(next(self._text), self._layers))
                 continue
             x_LTD, mask_LTP = (torch.cat(parts, dim=1) for parts in zip(*pooled, strict=True))
             pooled.clear()
             order = torch.randperm(held, generator=generator).to(mask_LTP.device)
-            steps = min(left, held // self._batch_size)
+            steps = min(left, held // self._batch_tokens)
             for step in range(steps):
-                rows = order[step * self._batch_size : (step + 1) * self._batch_size]
+                rows = order[step * self._batch_tokens : (step + 1) * self._batch_tokens]
                 left -= 1
                 if not left:  # nobody need ask for what comes after the last one
                     self._next = self.epoch + 1
                 yield LayersBatch(x_LTD[:, rows], mask_LTP[:, rows])
-            rest = order[steps * self._batch_size :]
+            rest = order[steps * self._batch_tokens :]
             pooled.append((x_LTD[:, rest], mask_LTP[:, rest]))
 
     def _rewind(self) -> None:
         """Pass over the text of the epochs before this one."""
         place, of = self._share
-        self._text = (text for i, text in enumerate(self._running.text()) if i % of == place)
+        self._text = (text for i, text in enumerate(self._source.text()) if i % of == place)
         for _ in range(self.epoch):
             held = 0
-            while held < self._per_epoch * self._batch_size:
+            while held < self._steps_per_epoch * self._batch_tokens:
                 held += next(self._text).tokens
 
 
-def running(cfg: TrainConfig) -> Running:
+def open_online_source(text: TrainingText) -> OnlineSource:
     """Record the calibration documents, and load the model.
 
     Raises:
         InputError: See `collect`.
         KeyboardInterrupt: At Ctrl-C.
     """
-    assert cfg.model is not None
-    assert cfg.corpus is not None
-    calibration = max(60, min(CALIBRATION_TOKENS, cfg.train_tokens // 10))
-    asked = CollectConfig(
-        model=cfg.model,
-        corpus=cfg.corpus,
-        out=work_folder(cfg.out) / STORE,
+    calibration = max(60, min(CALIBRATION_TOKENS, text.tokens // 10))
+    collection = CollectConfig(
+        model=text.model,
+        corpus=text.corpus,
+        out=work_folder(text.out) / STORE,
         tokens=calibration,
-        seq_len=cfg.document_len,
-        device=cfg.device,
-        dtype=cfg.dtype,
-        activation_threshold=cfg.activation_threshold,
+        seq_len=text.seq_len,
+        device=text.device,
+        dtype=text.dtype,
+        activation_threshold=text.activation_threshold,
     )
     try:
-        store = collect(asked, {"train": 2, "calibration": calibration, "held-out": 2})
+        store = collect(collection, {"train": 2, "calibration": calibration, "held-out": 2})
     except KeyboardInterrupt as error:
-        told = f"{cfg.out}: interrupted before training began, nothing is left behind"
+        told = f"{text.out}: interrupted before training began, nothing is left behind"
         raise interrupt_like(error, told) from None
     model, tokenizer = load_model(
-        cfg.model,
-        device=cfg.device,
-        dtype=cfg.dtype,
-        activation_threshold=cfg.activation_threshold,
+        text.model,
+        device=text.device,
+        dtype=text.dtype,
+        activation_threshold=text.activation_threshold,
     )
-    log.info(f"training on {cfg.train_tokens:,} tokens of {cfg.corpus}, none of them stored")
-    return Running(store, model, tokenizer, cfg)
+    log.info(f"training on {text.tokens:,} tokens of {text.corpus}, none of them stored")
+    return OnlineSource(store, model, tokenizer, text)

@@ -1,7 +1,6 @@
-"""Where training batches come from: an activation store, whole.
+"""Sources of training batches: recorded activations here, a running model in online.py.
 
-`online.Running` is the other source, a model that is running. Both have a store; that of a running
-model holds the calibration documents alone.
+Both have an activation store; that of a running model holds only the calibration documents.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.training.data import LayersBatch, TokenBlocks
+from sparsecast.predictors.training.plan import TrainingPlan
 from sparsecast.predictors.training.warm_start import Moments, moments
 
 
@@ -34,40 +33,28 @@ class Source(Protocol):
     def store(self) -> ActivationStore:
         """At least the calibration split, and the manifest."""
 
-    def batches(
-        self,
-        cfg: TrainConfig,
-        layers: Sequence[int],
-        device: torch.device,
-        share: tuple[int, int],
-    ) -> Batches:
-        """Shuffled training batches of `layers` for `device`, the i-th of every n of them."""
+    def batches(self, plan: TrainingPlan) -> Batches:
+        """Shuffled training batches of `plan.own_layers`: this process's share of them."""
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
         """Of the training tokens of each layer, in order."""
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedSource:
     """The training split of a store."""
 
     store: ActivationStore
 
-    def batches(
-        self,
-        cfg: TrainConfig,
-        layers: Sequence[int],
-        device: torch.device,
-        share: tuple[int, int],
-    ) -> Any:
+    def batches(self, plan: TrainingPlan) -> Any:
         return TokenBlocks(
             self.store,
             "train",
-            cfg.tokens_per_step,
-            cfg.seed,
-            layers=layers,
-            for_gpu=device.type == "cuda",
-            share=share,
+            plan.schedule.batch_tokens,
+            plan.schedule.seed,
+            layers=plan.own_layers,
+            for_gpu=plan.device.type == "cuda",
+            share=plan.batch_share,
         )
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from sparsecast.core.distributed import DistributedContext, int_from_environment
+from sparsecast.core.distributed import int_from_environment
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
 from sparsecast.core.interrupts import interrupt_like
@@ -38,29 +38,13 @@ from sparsecast.core.lightning import (
 )
 from sparsecast.core.messages import log
 from sparsecast.core.options import compare_options
-from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.training.data import TokenBlocks
+from sparsecast.predictors.training.plan import TrainingPlan, work_folder
 from sparsecast.predictors.training.source import Batches, Source
 
 RECIPE = "recipe.json"
 LOGS = "logs"
 LAST = "last*.ckpt"
-
-
-class Run(NamedTuple):
-    """Where a recipe runs, and with whom."""
-
-    layers: list[int]
-    """That this process trains."""
-    device: torch.device
-    team: DistributedContext
-    shared: dict[str, Any]
-    """What a resumed run must share."""
-
-
-def work_folder(out: Path) -> Path:
-    """Where an unfinished run lives."""
-    return out.with_name(f".{out.name}.train")
 
 
 class _Epochs(Callback):
@@ -82,32 +66,32 @@ class _Epochs(Callback):
         trainer.save_checkpoint(self._path)
 
 
-def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -> None:
-    """Train `module`, the predictors of `run.layers`, in place, from its last checkpoint where
-    `cfg.out` has an unfinished run.
+def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
+    """Train `module`, the predictors of `plan.own_layers`, in place; resume from its checkpoint if
+    there is one.
 
     Raises:
         InputError: An unfinished run that was begun with another recipe.
         KeyboardInterrupt: At Ctrl-C; the checkpoint stays.
     """
-    team, device = run.team, run.device
-    work = work_folder(cfg.out)
-    with team.together():
-        if team.leads:
-            _begin(work, run.shared)
-    last = checkpoint_of(cfg, run)
+    with plan.context.together():
+        if plan.context.leads:
+            _begin(plan.work, plan.resume_options)
+    last = plan.checkpoint
     resume = last if last.is_file() else None
-    on_gpu = device.type == "cuda"
-    share = (team.rank, team.size) if cfg.data_parallel else (0, 1)
-    train_data: Any = source.batches(cfg, run.layers, device, share)
+    train_data: Any = source.batches(plan)
     calibration_data = TokenBlocks(
-        source.store, "calibration", cfg.tokens_per_step, layers=run.layers, for_gpu=on_gpu
+        source.store,
+        "calibration",
+        plan.schedule.batch_tokens,
+        layers=plan.own_layers,
+        for_gpu=plan.device.type == "cuda",
     )
     callbacks: list[Callback] = [_Epochs(train_data, last)]
     handler = signal.getsignal(signal.SIGINT)
     try:
         with quiet_lightning(), _quiet_threads():
-            _trainer(cfg, run, callbacks).fit(
+            _trainer(plan, callbacks).fit(
                 module,
                 DataLoader(train_data, batch_size=None),
                 DataLoader(calibration_data, batch_size=None),
@@ -122,22 +106,22 @@ def fit(cfg: TrainConfig, source: Source, module: L.LightningModule, run: Run) -
             if kept
             else "no epoch was finished yet, nothing is left behind"
         )
-        raise interrupt_like(stop, f"{cfg.out}: interrupted; {left}") from stop
+        raise interrupt_like(stop, f"{plan.out}: interrupted; {left}") from stop
 
 
-def _trainer(cfg: TrainConfig, run: Run, callbacks: list[Callback]) -> L.Trainer:
-    """The leading process shows a bar and keeps the logs, one version for every start."""
-    team, work = run.team, work_folder(cfg.out)
-    start = len(list((work / LOGS).glob("version_*")))
+def _trainer(plan: TrainingPlan, callbacks: list[Callback]) -> L.Trainer:
+    """Only the leading process shows a bar and writes logs, a new version for every start."""
+    start = len(list((plan.work / LOGS).glob("version_*")))
     loggers: Any = [
-        CSVLogger(work, name=LOGS, version=start),
-        TensorBoardLogger(work, name=LOGS, version=start),
+        CSVLogger(plan.work, name=LOGS, version=start),
+        TensorBoardLogger(plan.work, name=LOGS, version=start),
     ]
-    progress = [TrainingBar("train")] if team.leads else []
+    leads = plan.context.leads
+    progress = [TrainingBar("train")] if leads else []
     return L.Trainer(
-        max_epochs=cfg.steps,
-        precision="bf16-mixed" if run.device.type == "cuda" else "32-true",
-        logger=loggers if team.leads else False,
+        max_epochs=plan.schedule.num_epochs,
+        precision="bf16-mixed" if plan.device.type == "cuda" else "32-true",
+        logger=loggers if leads else False,
         log_every_n_steps=10,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -145,7 +129,7 @@ def _trainer(cfg: TrainConfig, run: Run, callbacks: list[Callback]) -> L.Trainer
         num_sanity_val_steps=0,
         callbacks=[*callbacks, *progress],
         plugins=[cluster_environment(), StagedCheckpoints()],
-        **_placed(run.device, team, cfg.data_parallel),
+        **_placement(plan),
     )
 
 
@@ -165,33 +149,28 @@ def _quiet_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def checkpoint_of(cfg: TrainConfig, run: Run) -> Path:
-    """Where this process puts its last epoch."""
-    split = run.team.size > 1 and not cfg.data_parallel
-    return work_folder(cfg.out) / (f"last-{run.team.rank}.ckpt" if split else "last.ckpt")
-
-
 def clear_unfinished(out: Path) -> None:
     """Remove what a run has left that has not finished an epoch."""
     if not any(work_folder(out).glob(LAST)):
         shutil.rmtree(work_folder(out), ignore_errors=True)
 
 
-def _placed(device: torch.device, team: DistributedContext, data_parallel: bool) -> dict[str, Any]:
+def _placement(plan: TrainingPlan) -> dict[str, Any]:
     """Trainer arguments: one device, or all processes on shares of the same batches."""
+    device, context = plan.device, plan.context
     on_gpu = device.type == "cuda"
     accelerator = "gpu" if on_gpu else "cpu"
-    if team.size > 1 and data_parallel:
-        here = int_from_environment("LOCAL_WORLD_SIZE", team.size, least=1)
+    if context.size > 1 and plan.data_parallel:
+        here = int_from_environment("LOCAL_WORLD_SIZE", context.size, least=1)
         group = None
-        if on_gpu:  # the team itself talks on gloo
+        if on_gpu:  # barriers between processes use gloo
             torch.cuda.set_device(device)
             group = torch.distributed.new_group(backend="nccl")
         return {
             "accelerator": accelerator,
             "strategy": DDPStrategy(process_group=group),
             "devices": here,
-            "num_nodes": team.size // here,
+            "num_nodes": context.size // here,
         }
     if on_gpu:
         return {"accelerator": accelerator, "devices": [device.index or 0]}

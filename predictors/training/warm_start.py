@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.models.shape import ModelShape
 from sparsecast.core.progress import progress_bar
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.predictor import rms_normalized
-from sparsecast.predictors.training.data import layer_batches
 
 RIDGE = 1e-3
 """Relative to the mean variance of an input."""
@@ -95,8 +96,9 @@ def warm_start(of_layers: Iterable[Moments], free_units: Sequence[int], dtype: s
     return start._replace(bias_LD=None, offset_LF=None) if dtype == "f16" else start
 
 
-def no_start(hidden_size: int, ffn_width: int, free_units: Sequence[int], dtype: str) -> WarmStart:
+def no_start(shape: ModelShape, free_units: Sequence[int], dtype: str) -> WarmStart:
     """Zeros where a checkpoint has the weights."""
+    hidden_size, ffn_width = shape.hidden_size, shape.ffn_width
     layers, units, quantized = len(free_units), max(free_units), dtype != "f16"
     return WarmStart(
         torch.zeros(layers, hidden_size) if quantized else None,

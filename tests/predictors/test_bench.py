@@ -12,7 +12,8 @@ import torch
 from sparsecast.cli.bench.predictors import CompareConfig, compare
 from sparsecast.cli.bench.train import ACTIVE, BenchTrainConfig, _Rows, bench, random_store
 from sparsecast.core.errors import InputError
-from sparsecast.predictors.training.data import TokenBlocks, layer_batches
+from sparsecast.predictors.layer_data import layer_batches
+from sparsecast.predictors.training.data import TokenBlocks
 
 
 def test_the_random_store_is_a_store(tmp_path):
@@ -85,7 +86,5 @@ def test_the_comparison_counts_ours_at_the_references_sparsity(
     assert at["traffic_ratio"] == pytest.approx(at["ours"]["traffic"] / at["reference"]["traffic"])
     assert at["reference"]["threshold"] != 0
     # Everything is kept: a second run trains nothing.
-    monkeypatch.setattr(
-        "sparsecast.predictors.training.recipes.fit", lambda *_: pytest.fail("trained")
-    )
+    monkeypatch.setattr("sparsecast.predictors.recipes.fit", lambda *_: pytest.fail("trained"))
     assert compare(cfg)["same_bytes"] == same

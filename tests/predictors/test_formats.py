@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.calibration.bias import (
     BiasUnits,
-    Spread,
+    SpreadBias,
     UncalibratedPredictor,
     assembled,
     bias_of,
@@ -110,7 +110,7 @@ def uncut(dtype: str) -> tuple[UncalibratedPredictor, torch.Tensor]:
     mean = x.mean(0) / x.mean(0).norm()
     fc1, fc2 = unit_rows(torch.randn(64, 96) / 96**0.5 + mean, torch.randn(200, 64) / 8)
     hidden = (rms_normalized(x) @ fc1.T).relu()
-    return Spread(fc1, fc2, torch.linalg.lstsq(hidden, torch.ones(50, 1)).solution[:, 0]), x
+    return SpreadBias(fc1, fc2, torch.linalg.lstsq(hidden, torch.ones(50, 1)).solution[:, 0]), x
 
 
 @pytest.mark.parametrize("cut", [-1.7, 0.0, 2.5])
@@ -140,7 +140,7 @@ def test_offsets_have_two_digits(dtype):
 @pytest.mark.parametrize("dtype", BITS)
 def test_a_cut_predictor_is_what_its_file_holds(dtype):
     made, x = uncut(dtype)
-    predictor = made.cut(0.7)
+    predictor = made.at_threshold(0.7)
     again = Predictor(*predictor.weights, dtype).stored()
     for one, two in zip(predictor.weights, again.weights, strict=True):
         assert torch.equal(one, two)
@@ -154,10 +154,10 @@ def test_a_cut_predictor_is_what_its_file_holds(dtype):
 def test_moving_the_cut_moves_decisions_where_it_says(dtype):
     """p / b of the uncut file against c, and the sign of the file cut at c."""
     made, x = uncut(dtype)
-    base = made.cut(0.0)
+    base = made.at_threshold(0.0)
     ratio = base.logits(x) / bias_of(base, made.constant_R, x)
     for c in (-1.0, 0.5):
-        moved = made.cut(c).logits(x) >= 0
+        moved = made.at_threshold(c).logits(x) >= 0
         sure = (ratio - c).abs() > {"f16": 0.01, "q8_0": 0.05, "q4_0": 0.4}[dtype]
         assert torch.equal(moved[sure], (ratio >= c)[sure])
         assert sure.float().mean() > 0.5

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sparsecast.core.bitmask import pack
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.train import train
-from sparsecast.predictors.training.data import TokenBlocks, layer_batches
+from sparsecast.predictors.training.data import TokenBlocks
 from sparsecast.predictors.training.loss import weighted_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

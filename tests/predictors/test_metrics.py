@@ -51,7 +51,7 @@ def test_a_lower_cut_never_loses_recall(seed, a, b):
     logits = torch.randn(7, 30, generator=generator)
     active = torch.rand(7, 30, generator=generator) < 0.2
 
-    loose, strict = (count(logits >= cut, active) for cut in (min(a, b), max(a, b)))
+    loose, strict = (count(logits >= threshold, active) for threshold in (min(a, b), max(a, b)))
 
     assert loose.recall >= strict.recall
     assert loose.predicted_sparsity <= strict.predicted_sparsity
@@ -112,26 +112,26 @@ def test_auc_and_average_precision_are_absent_where_a_class_is(active):
 
 
 @given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=30), st.integers(0, 2**31))
-def test_a_cut_between_ties_decides_as_its_histogram_counted(scores, seed):
-    """A cut is the lowest score of its bin, so >= splits no bin, on either side of 0."""
+def test_a_threshold_between_ties_decides_as_its_histogram_counted(scores, seed):
+    """A threshold is the lowest score of its bin, so >= splits no bin, on either side of 0."""
     score = torch.tensor([scores])
     active = torch.rand(score.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     histogram = ScoreHistogram()
     histogram.add(score, active)
-    for cut in (histogram.cut_for_recall(0.7), histogram.cut_for_sparsity(0.4)):
-        got = count(score >= cut, active)
-        assert histogram.at(cut) == pytest.approx((got.recall, got.predicted_sparsity))
+    for threshold in (histogram.threshold_for_recall(0.7), histogram.threshold_for_sparsity(0.4)):
+        got = count(score >= threshold, active)
+        assert histogram.at(threshold) == pytest.approx((got.recall, got.predicted_sparsity))
 
 
-def test_the_cut_where_nothing_is_active_skips_everything():
-    """Any recall is reached there, so the largest cut is above all scores."""
+def test_the_threshold_where_nothing_is_active_skips_everything():
+    """Any recall is reached there, so the largest threshold is above all scores."""
     score = torch.tensor([[-3.0, 2.0]])
     histogram = ScoreHistogram()
     histogram.add(score, torch.zeros(1, 2, dtype=torch.bool))
-    cut = histogram.cut_for_recall(0.9)
-    assert cut == pytest.approx(2, abs=0.01)
-    assert (score < cut).all()
-    assert histogram.at(cut) == (1.0, 1.0)
+    threshold = histogram.threshold_for_recall(0.9)
+    assert threshold == pytest.approx(2, abs=0.01)
+    assert (score < threshold).all()
+    assert histogram.at(threshold) == (1.0, 1.0)
 
 
 @given(sizes, rates, rates, st.integers(0, 2**31))
@@ -152,31 +152,33 @@ def test_token_recalls_are_the_percentiles_of_single_tokens(size, fired, kept, s
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 0.95])
 @pytest.mark.parametrize("center", [-6.0, 0.0, 6.0])
-def test_the_cut_for_a_recall_is_the_quantile(recall, center):
+def test_the_threshold_for_a_recall_is_the_quantile(recall, center):
     score = torch.randn(200, 100) + center
     active = torch.rand(200, 100) < 0.2
     histogram = ScoreHistogram()
     histogram.add(score, active)
 
-    got = count(score >= histogram.cut_for_recall(recall), active).recall
+    got = count(score >= histogram.threshold_for_recall(recall), active).recall
 
     assert recall - 1e-6 <= got <= recall + 2e-3
-    assert histogram.at(histogram.cut_for_recall(recall))[0] == pytest.approx(got, abs=1e-4)
+    assert histogram.at(histogram.threshold_for_recall(recall))[0] == pytest.approx(got, abs=1e-4)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.75, 0.9])
-def test_the_cut_for_a_sparsity_is_the_quantile(sparsity):
+def test_the_threshold_for_a_sparsity_is_the_quantile(sparsity):
     score, active = torch.randn(200, 100), torch.rand(200, 100) < 0.2
     histogram = ScoreHistogram()
     histogram.add(score, active)
 
-    got = count(score >= histogram.cut_for_sparsity(sparsity), active).predicted_sparsity
+    got = count(score >= histogram.threshold_for_sparsity(sparsity), active).predicted_sparsity
 
     assert got == pytest.approx(sparsity, abs=2e-3)
-    assert histogram.at(histogram.cut_for_sparsity(sparsity))[1] == pytest.approx(got, abs=1e-4)
+    assert histogram.at(histogram.threshold_for_sparsity(sparsity))[1] == pytest.approx(
+        got, abs=1e-4
+    )
 
 
-def test_the_curve_passes_through_every_cut():
+def test_the_curve_passes_through_every_threshold():
     score, active = torch.randn(100, 60), torch.rand(100, 60) < 0.2
     histogram = ScoreHistogram()
     histogram.add(score, active)
@@ -184,7 +186,7 @@ def test_the_curve_passes_through_every_cut():
 
     assert [r for r, _ in curve] == sorted((r for r, _ in curve), reverse=True)
     assert [p for _, p in curve] == sorted(p for _, p in curve)
-    at = count(score >= histogram.cut_for_recall(0.9), active)
+    at = count(score >= histogram.threshold_for_recall(0.9), active)
     assert np.interp(at.predicted_sparsity, [p for _, p in curve], [r for r, _ in curve]) == (
         pytest.approx(0.9, abs=0.01)
     )

@@ -28,12 +28,12 @@ from sparsecast.cli.stages import STAGES, load
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.core.errors import InputError
-from sparsecast.predictors.baselines.sparseinfer import agreement, calibrated_cut
+from sparsecast.predictors.baselines.sparseinfer import agreement, calibrated_threshold
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import ReportConfig
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.report.run import report
-from sparsecast.predictors.training.data import layer_batches
 
 LAYERS, HIDDEN, FFN = 3, 64, 1280
 THRESHOLD = -0.3
@@ -101,7 +101,7 @@ def recall_wanted(recorded, layer) -> float:
     return recall_score(active.ravel(), (logits >= THRESHOLD).ravel())
 
 
-def oracle_cut(recorded, layer) -> int:
+def oracle_threshold(recorded, layer) -> int:
     """The largest whole number that keeps the recall, tried one by one from the top."""
     score, active = oracle_scores(recorded, "calibration", layer)
     wanted, cut = recall_wanted(recorded, layer), HIDDEN
@@ -118,7 +118,7 @@ def test_its_scores_are_those_of_sign_products_written_out(recorded, cfg):
     rows = []
     for layer in range(LAYERS):
         score, active = oracle_scores(recorded, "held-out", layer)
-        predicted = score >= oracle_cut(recorded, layer)
+        predicted = score >= oracle_threshold(recorded, layer)
         recall = recall_score(active.ravel(), predicted.ravel())
         load, fired = predicted.mean(), active.mean()
         bits = 1 / (3 * 16)  # of the gate's weights, over three matrices of 16
@@ -150,7 +150,7 @@ def test_the_cut_is_the_last_to_keep_the_recall_on_the_calibration_split(recorde
     norm = recorded.weights[prefix + "post_attention_layernorm.weight"].float()
     gate = recorded.weights[prefix + "mlp.gate_proj.weight"].float()
 
-    cut = calibrated_cut((gate * norm).sign(), recorded.store, layer, wanted)
+    cut = calibrated_threshold((gate * norm).sign(), recorded.store, layer, wanted)
 
     assert (score[active] >= cut).mean() >= wanted
     above = score[score >= cut].min() + 1

@@ -18,13 +18,13 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.config import ReportConfig
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.report.plots import curves
 from sparsecast.predictors.report.run import by_train_tokens, report
 from sparsecast.predictors.report.score import score_layers
 from sparsecast.predictors.report.wording import TERMS, verdict
-from sparsecast.predictors.training.data import layer_batches
 
 LAYER_KEYS = {
     "layer",

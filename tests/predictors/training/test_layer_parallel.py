@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.predictor import Predictor
-from sparsecast.predictors.training.data import TokenBlocks, layer_batches
-from sparsecast.predictors.training.layer_parallel import gathered, share_of
+from sparsecast.predictors.training.data import TokenBlocks
+from sparsecast.predictors.training.layer_parallel import gather_layers, layers_of_process
 
 
 def arguments(cfg) -> list[str]:
@@ -121,12 +123,18 @@ def test_shares_are_equally_long_and_together_the_whole(synthetic):
 
 def test_a_layer_that_has_not_come_is_named(tmp_path):
     """As on two machines that do not share a disk."""
-    mine = {i: Predictor(torch.ones(5, 8), torch.ones(9, 5)) for i in (0, 2)}
-    team = type("T", (), {"size": 2, "leads": True, "wait": lambda self: None})()
-    with pytest.raises(InputError, match=r"has nothing of layers \[1\]"):
-        gathered(mine, [0, 1, 2], tmp_path, team, False)
-    done = gathered(mine, [0, 2], tmp_path, team, False)
-    assert torch.equal(done[1].fc2_FR, mine[2].fc2_FR)
+    own = {layer: Predictor(torch.ones(5, 8), torch.rand(9, 5)) for layer in (0, 1)}
+    context = type("C", (), {"size": 2, "leads": True, "wait": lambda self: None})()
+
+    def plan(layers: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            context=context, work=tmp_path, ranks=[5] * layers, data_parallel=False
+        )
+
+    with pytest.raises(InputError, match=r"has nothing of layers \[2\]"):
+        gather_layers(plan(3), own)
+    done = gather_layers(plan(2), own)
+    assert torch.equal(done[1].fc2_FR, own[1].fc2_FR)
 
 
 def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corpus, tmp_path, run):
@@ -146,10 +154,10 @@ def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corp
 
 def test_every_layer_has_one_process():
     layers = list(range(7))
-    shares = [share_of(layers, DistributedContext(rank, 3), False) for rank in range(3)]
+    shares = [layers_of_process(layers, DistributedContext(rank, 3), False) for rank in range(3)]
     assert sorted(layer for share in shares for layer in share) == layers
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert share_of(layers, DistributedContext(2, 3), True) == layers
+    assert layers_of_process(layers, DistributedContext(2, 3), True) == layers
 
 
 def test_more_processes_than_layers_are_refused(recipe, tmp_path, run):

@@ -15,7 +15,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.train import train
 from sparsecast.predictors.training import trainer
-from sparsecast.predictors.training.trainer import work_folder
+from sparsecast.predictors.training.plan import work_folder
 
 RANK = 32
 

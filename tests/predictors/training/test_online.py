@@ -11,14 +11,15 @@ import torch
 
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
+from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
+from sparsecast.predictors.planning import make_plan, open_source, resolve
 from sparsecast.predictors.train import train
 from sparsecast.predictors.training import online
-from sparsecast.predictors.training.data import layer_batches
 from sparsecast.predictors.training.lightning_module import PredictorModule
-from sparsecast.predictors.training.online import running
 from sparsecast.predictors.training.warm_start import moments
 
 CPU = torch.device("cpu")
@@ -55,6 +56,13 @@ def whole(model_folder, corpus, tmp_path_factory):
     )
 
 
+def opened(cfg: TrainConfig):
+    """The source and the plan of a process that trains alone."""
+    request = resolve(cfg, DistributedContext())
+    source = open_source(request)
+    return source, make_plan(request, source)
+
+
 def rows_of(store, layer: int) -> set[bytes]:
     kept = set()
     for shard in range(len(store.shards("train"))):
@@ -65,9 +73,9 @@ def rows_of(store, layer: int) -> set[bytes]:
 
 
 def test_batches_are_tokens_that_collect_would_have_stored(cfg, whole):
-    source = running(cfg)
+    source, plan = opened(cfg)
     layers = source.store.manifest.layers
-    batches = source.batches(cfg, layers, CPU, (0, 1))
+    batches = source.batches(plan)
     assert len(batches) == 4_000 // (2 * 128)
     known = {layer: rows_of(whole, layer) for layer in layers}
     seen: dict[int, list[bytes]] = {layer: [] for layer in layers}
@@ -89,13 +97,13 @@ def test_batches_are_tokens_that_collect_would_have_stored(cfg, whole):
 
 
 def test_an_epoch_is_the_same_after_a_restart(cfg):
-    source = running(cfg)
-    layers = source.store.manifest.layers[:1]
-    straight = source.batches(cfg, layers, CPU, (0, 1))
+    source, plan = opened(cfg)
+    plan = replace(plan, own_layers=[0])
+    straight = source.batches(plan)
     first = list(straight)
     straight.epoch = 1
     second = list(straight)
-    fresh = source.batches(cfg, layers, CPU, (0, 1))
+    fresh = source.batches(plan)
     fresh.epoch = 1
     for one, two in zip(second, fresh, strict=True):
         assert torch.equal(one.x_LBD, two.x_LBD)
@@ -104,11 +112,12 @@ def test_an_epoch_is_the_same_after_a_restart(cfg):
 
 
 def test_shares_of_the_text_are_disjoint(cfg):
-    source = running(cfg)
-    layers = source.store.manifest.layers[:1]
+    source, _ = opened(cfg)
     seen = []
     for place in range(2):
-        share = source.batches(cfg, layers, CPU, (place, 2))
+        request = resolve(replace(cfg, data_parallel=True), DistributedContext(place, 2))
+        plan = make_plan(request, source)
+        share = source.batches(replace(plan, own_layers=[0]))
         assert len(share) == 4_000 // (2 * 128 * 2)
         seen.append({row.numpy().tobytes() for batch in share for row in batch.x_LBD[0]})
     assert len(seen[0] & seen[1]) < 0.03 * len(seen[0])  # BOS looks alike everywhere
@@ -117,13 +126,13 @@ def test_shares_of_the_text_are_disjoint(cfg):
 def test_text_is_read_from_its_beginning_once(cfg, monkeypatch):
     """Nobody asks a generator for more than the batches it has announced."""
     begun = []
-    text = online.Running.text
+    text = online.OnlineSource.text
 
     def counted(self):
         begun.append(1)
         return text(self)
 
-    monkeypatch.setattr(online.Running, "text", counted)
+    monkeypatch.setattr(online.OnlineSource, "text", counted)
     train(replace(cfg, epochs=4))
     assert len(begun) == 2  # for the moments, and for all epochs
 
@@ -137,7 +146,7 @@ def test_a_refused_run_leaves_nothing_and_does_not_bind_the_next(cfg, tmp_path, 
         raise InputError("refused late")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparsecast.predictors.training.recipes.warm_start", fail)
+        patch.setattr("sparsecast.predictors.recipes.warm_start", fail)
         with pytest.raises(InputError, match="refused late"):
             train(cfg)
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +155,7 @@ def test_a_refused_run_leaves_nothing_and_does_not_bind_the_next(cfg, tmp_path, 
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparsecast.predictors.training.recipes.warm_start", killed)
+        patch.setattr("sparsecast.predictors.recipes.warm_start", killed)
         patch.setattr("sparsecast.predictors.train.clear_unfinished", lambda _: None)
         with pytest.raises(RuntimeError, match="killed"):
             train(cfg)
@@ -174,7 +183,7 @@ def test_an_interrupt_before_training_leaves_nothing(cfg, tmp_path, monkeypatch)
 
 
 def test_a_corpus_that_ends_begins_again(cfg, whole, capsys):
-    source = running(cfg)
+    source, _ = opened(cfg)
     text = source.text()
     tokens = whole.manifest.tokens("train")
     first = next(text)
@@ -188,7 +197,8 @@ def test_a_corpus_that_ends_begins_again(cfg, whole, capsys):
 
 
 def test_moments_are_those_of_the_store(cfg, whole, monkeypatch):
-    source = running(replace(cfg, tokens=whole.manifest.tokens("train")))
+    cfg = replace(cfg, tokens=whole.manifest.tokens("train"))
+    source, _ = opened(cfg)
     monkeypatch.setattr(online, "WARM_TOKENS", 1 << 40)
     layers = source.store.manifest.layers
     for layer, got in zip(layers, source.moments(layers, CPU), strict=True):

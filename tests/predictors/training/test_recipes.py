@@ -14,19 +14,19 @@ from safetensors.torch import load_file, save_file
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.perplexity import perplexity
-from sparsecast.predictors.baselines.public_recipe import ReferenceModule
+from sparsecast.predictors.baselines.public_recipe import PublicRecipeModule
 from sparsecast.predictors.baselines.svd import gate_of, whitened
 from sparsecast.predictors.calibration.bias import bias_of
-from sparsecast.predictors.calibration.calibrate import constant_of
 from sparsecast.predictors.calibration.operating_point import RATIO, most_misses, recorded_documents
-from sparsecast.predictors.calibration.rank_selection import _spend
 from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count, traffic
 from sparsecast.predictors.model_in_loop import predicted_ffn
 from sparsecast.predictors.predictor import rms_normalized
+from sparsecast.predictors.recipes import uncalibrated
 from sparsecast.predictors.train import train
-from sparsecast.predictors.training.data import layer_batches
 from sparsecast.predictors.training.lightning_module import PredictorModule
+from sparsecast.predictors.training.rank_selection import _spend
 from sparsecast.predictors.training.warm_start import moments, warm_start
 
 CPU = torch.device("cpu")
@@ -34,6 +34,16 @@ CPU = torch.device("cpu")
 
 def start(store, free_units: list[int], dtype: str):
     return warm_start((moments(store, layer, CPU) for layer in (0, 1)), free_units, dtype)
+
+
+def predictor_module(cfg: TrainConfig, dtype: str, weights) -> PredictorModule:
+    return PredictorModule(weights, dtype=dtype, objective=cfg.objective, schedule=cfg.schedule)
+
+
+def public_module(cfg: TrainConfig, store, rank: int) -> PublicRecipeModule:
+    return PublicRecipeModule(
+        cfg.schedule, layers=[0, 1], rank=rank, shape=store.manifest.model_shape
+    )
 
 
 def recount(predictor, store, split: str, layer: int) -> Counts:
@@ -70,18 +80,19 @@ def test_a_module_computes_what_the_file_will(synthetic, recipe):
     """Logits in training, rounded straight through, are those of the exported predictor."""
     for dtype in ("f16", "q8_0", "q4_0"):
         free = 32 - (0 if dtype == "f16" else 4)
-        module = PredictorModule(recipe, dtype, start(synthetic, [free] * 2, dtype))
+        module = predictor_module(recipe, dtype, start(synthetic, [free] * 2, dtype))
         x_TD = synthetic.rows("calibration", 0, 1).x_TD
         x_LBD = rms_normalized(x_TD)[None].expand(2, -1, -1)
         logits_LBF, bias_LB1 = module(x_LBD)
-        uncut = module.uncut([free] * 2, lambda i, p: constant_of(p, synthetic, i))[1]
-        predictor = uncut.cut(0.0)
+        weights = module.best_weights([free] * 2)[1]
+        before = uncalibrated(weights, dtype, synthetic, 1, CPU)
+        predictor = before.at_threshold(0.0)
         want = predictor.logits(x_LBD[1])
         scale = want.abs().max().item()
         tolerance = 2e-3 * scale if dtype == "f16" else 1e-4 * scale
         assert (logits_LBF[1] - want).abs().max().item() < tolerance
         # f16 takes b for 1, which it is as far as least squares can make it.
-        b_T1 = bias_of(predictor, uncut.constant_R, x_LBD[1])
+        b_T1 = bias_of(predictor, before.constant_R, x_LBD[1])
         tolerance = 0.25 if dtype == "f16" else 2e-3
         torch.testing.assert_close(
             bias_LB1[0].expand_as(b_T1) if dtype == "f16" else bias_LB1[1],
@@ -94,7 +105,7 @@ def test_a_module_computes_what_the_file_will(synthetic, recipe):
 def test_padding_of_smaller_ranks_stays_nothing(synthetic, recipe):
     made = start(synthetic, [28, 12], "q4_0")
     assert not made.fc1_LRD[1, 12:].any()
-    module = PredictorModule(recipe, "q4_0", made)
+    module = predictor_module(recipe, "q4_0", made)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     x_LBD = torch.stack([synthetic.rows("train", 0, layer).x_TD[:64] for layer in (0, 1)])
     for _ in range(3):
@@ -110,9 +121,10 @@ def test_padding_of_smaller_ranks_stays_nothing(synthetic, recipe):
 def test_the_reference_is_the_public_recipe(synthetic, recipe, monkeypatch):
     """One step against AdamW on a loss written out for each layer alone."""
     cfg = TrainConfig(activations=recipe.activations, out=recipe.out, recipe="reference")
-    assert (cfg.tokens_per_step, cfg.peak_lr, cfg.steps) == (1024, 1e-3, 20)
+    schedule = cfg.schedule
+    assert (schedule.batch_tokens, schedule.peak_lr, schedule.num_epochs) == (1024, 1e-3, 20)
     torch.manual_seed(5)
-    module = ReferenceModule(cfg, synthetic, 16)
+    module = public_module(cfg, synthetic, rank=16)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     both = (module.fc1_LRD.data, module.fc2_LFR.data)
     before = [(a.clone(), b.clone()) for a, b in zip(*both, strict=True)]
@@ -141,11 +153,13 @@ def test_the_reference_is_the_public_recipe(synthetic, recipe, monkeypatch):
 
 
 def test_the_reference_keeps_best_recalls_and_stops_each_layer(recipe, synthetic, monkeypatch):
-    module = ReferenceModule(replace(recipe, target_recall=None, recipe="reference"), synthetic, 8)
+    module = public_module(replace(recipe, target_recall=None, recipe="reference"), synthetic, 8)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     trainer = type("T", (), {"should_stop": False, "current_epoch": 0})()
-    monkeypatch.setattr(ReferenceModule, "current_epoch", property(lambda _: trainer.current_epoch))
-    monkeypatch.setattr(ReferenceModule, "trainer", trainer)
+    monkeypatch.setattr(
+        PublicRecipeModule, "current_epoch", property(lambda _: trainer.current_epoch)
+    )
+    monkeypatch.setattr(PublicRecipeModule, "trainer", trainer)
     # Layer 0 is best at epoch 2 and ends after 7; layer 1 gets a better one at epoch 6.
     recalls = [(0.5, 0.5), (0.6, 0.7), (0.8, 0.6)] + [(0.7, 0.6)] * 3 + [(0.7, 0.75)]
     recalls += [(0.1, 0.1), (0.9, 0.1), (0.9, 0.1), (0.9, 0.1), (0.9, 0.1)]
@@ -168,8 +182,8 @@ def test_the_svd_at_full_rank_is_the_gate_itself(model_folder, acts):
     torch.testing.assert_close(
         rms_normalized(x_TD) @ weight_FD.T + constant_F, gate_TF, rtol=1e-3, atol=1e-3
     )
-    uncut = whitened(moments(acts, 1, CPU), weight_FD, constant_F, 0.2, 64, 130, "f16")
-    linear = (rms_normalized(x_TD) @ uncut.fc1_RD.T).relu() @ uncut.fc2_FR.T
+    linear_gate = whitened(moments(acts, 1, CPU), weight_FD, constant_F, 0.2, 64, 130, "f16")
+    linear = (rms_normalized(x_TD) @ linear_gate.fc1_RD.T).relu() @ linear_gate.fc2_FR.T
     scale_F = linear.square().mean(0).sqrt() / gate_TF.square().mean(0).sqrt()
     torch.testing.assert_close(linear / scale_F, gate_TF, rtol=2e-2, atol=2e-2)
 

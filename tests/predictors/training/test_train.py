@@ -14,12 +14,13 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.core.bitmask import pack
 from sparsecast.core.errors import InputError
-from sparsecast.predictors.baselines.public_recipe import ReferenceModule
+from sparsecast.predictors.baselines.public_recipe import PublicRecipeModule
 from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.predictor import Predictor, rms_normalized
 from sparsecast.predictors.train import train
-from sparsecast.predictors.training.data import BLOCK, TokenBlocks, layer_batches
+from sparsecast.predictors.training.data import BLOCK, TokenBlocks
 from sparsecast.predictors.training.lightning_module import PredictorModule
 from sparsecast.predictors.training.loss import weighted_loss
 from sparsecast.predictors.training.warm_start import moments, warm_start
@@ -226,7 +227,7 @@ def test_a_run_killed_in_an_epoch_ends_as_an_uninterrupted_one(
 ):
     cfg = replace(recipe, out=tmp_path / "whole", batch_size=512, **changes)
     whole = train(cfg)
-    module = ReferenceModule if changes.get("recipe") else PredictorModule
+    module = PublicRecipeModule if changes.get("recipe") else PredictorModule
     validate, seen = module.on_validation_epoch_end, []
 
     def die_in_the_third(self) -> None:
@@ -258,10 +259,12 @@ def test_a_run_killed_in_an_epoch_ends_as_an_uninterrupted_one(
 @pytest.mark.parametrize("objective", [{"target_recall": 0.9}, {"target_sparsity": 0.7}])
 def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monkeypatch):
     """Layer 0 gets worse after the first epoch, layer 1 better; both keep the better weights."""
+    cfg = replace(recipe, **{"target_recall": None, **objective})
     module = PredictorModule(
-        replace(recipe, **{"target_recall": None, **objective}),
-        "q8_0",
         start(synthetic, 28, "q8_0"),
+        dtype="q8_0",
+        objective=cfg.objective,
+        schedule=cfg.schedule,
     )
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
 
@@ -281,8 +284,8 @@ def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monk
     # Recall at a sparsity of 0.7 is nearly 1; no sparsity can be, with 12 % active.
     for score in module.best_score_L.tolist():
         assert (score > 0.92) == ("target_sparsity" in objective)
-    for layer, uncut in enumerate(module.uncut([28, 28], lambda *_: pytest.fail("not in q8_0"))):
-        assert torch.equal(uncut.fc2_FR, good[layer])
+    for layer, weights in enumerate(module.best_weights([28, 28])):
+        assert torch.equal(weights.fc2_FR, good[layer])
 
 
 def test_a_run_that_cannot_be_written_keeps_its_training(recipe, tmp_path, monkeypatch):

@@ -19,71 +19,57 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.messages import log
+from sparsecast.core.models.shape import ModelShape
 from sparsecast.core.progress import progress_bar
 from sparsecast.predictors.calibration.bias import BiasUnits, bias_of, bias_units
-from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.formats import BITS
+from sparsecast.predictors.formats import share_of_ffn
+from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import ScoreHistogram
-from sparsecast.predictors.training.data import layer_batches
 from sparsecast.predictors.training.warm_start import Moments, moments, reduced_rank
 
 SHARE = {"f16": 3 / 8, "q8_0": 3 / 8, "q4_0": 5 / 8}
-"""Of the hidden size, where no rank is given."""
+"""Default rank of each format, relative to the hidden size."""
+PUBLIC_SHARE = 1 / 4
+"""Default rank of the public recipe."""
 TRIED = 6
 """Ranks that are scored per layer."""
 
 
-def default_dtype(cfg: TrainConfig, hidden_size: int) -> str:
-    """The format asked for, or the smallest that fits."""
-    if cfg.predictor_dtype is not None:
-        return cfg.predictor_dtype
-    return "f16" if cfg.recipe == "reference" or hidden_size % BLOCK else "q4_0"
+def default_dtype(recipe: str, hidden_size: int) -> str:
+    """The smallest format that the recipe and the hidden size allow."""
+    return "f16" if recipe == "reference" or hidden_size % BLOCK else "q4_0"
 
 
-def ranks_for(
-    cfg: TrainConfig, store: ActivationStore, dtype: str, device: torch.device
-) -> list[int]:
-    """The rank of every layer, bias units included."""
-    made = store.manifest
-    if cfg.predictor_budget is not None:
-        return _within(cfg, store, dtype, device)
-    if cfg.rank is not None and cfg.rank > (most := 2 * made.hidden_size):
-        raise InputError(
-            f"--rank: got {cfg.rank}, expected at most twice the hidden size, {most}: more units "
-            "than that have nothing to start from"
-        )
-    if cfg.rank is not None:
-        return [cfg.rank] * len(made.layers)
-    share = 1 / 4 if cfg.recipe == "reference" else SHARE[dtype]
-    rank = max(BLOCK, round(made.hidden_size * share / BLOCK) * BLOCK)
-    return [rank] * len(made.layers)
+def default_rank(recipe: str, dtype: str, hidden_size: int) -> int:
+    """A share of the hidden size, in whole blocks."""
+    share = PUBLIC_SHARE if recipe == "reference" else SHARE[dtype]
+    return max(BLOCK, round(hidden_size * share / BLOCK) * BLOCK)
 
 
-def check_traffic(cfg: TrainConfig, store: ActivationStore, dtype: str, ranks: list[int]) -> None:
+def check_traffic_budget(budget: float, shape: ModelShape, dtype: str, ranks: list[int]) -> None:
     """Refuse a traffic budget that predictors of these ranks alone exceed."""
-    if cfg.traffic_budget is None:
-        return
-    share = sum(share_of_ffn(rank, store, dtype) for rank in ranks) / len(ranks)
-    if share >= cfg.traffic_budget:
+    share = sum(share_of_ffn(rank, dtype, shape) for rank in ranks) / len(ranks)
+    if share >= budget:
         raise InputError(
-            f"--traffic-budget: {cfg.traffic_budget}, but the predictors alone are {share:.4f} of "
-            "the FFN; allow more, or choose a smaller --rank or --predictor-dtype q4_0"
+            f"--traffic-budget: {budget}, but the predictors alone are {share:.4f} of the FFN; "
+            "allow more, or choose a smaller --rank or --predictor-dtype q4_0"
         )
 
 
-def share_of_ffn(rank: int, store: ActivationStore, dtype: str) -> float:
-    """Bytes of one predictor over those of its layer's FFN in f16."""
-    d, f, m = store.manifest.hidden_size, store.manifest.ffn_width, store.manifest.ffn_matrices
-    return rank * (d + f) * BITS[dtype] / (m * d * f * 16)
-
-
-def _within(
-    cfg: TrainConfig, store: ActivationStore, dtype: str, device: torch.device
+def ranks_within_budget(
+    budget: float, recall: float, store: ActivationStore, dtype: str, device: torch.device
 ) -> list[int]:
-    budget = cfg.predictor_budget
-    assert budget is not None
+    """Choose the rank of every layer, bias units included.
+
+    Args:
+        budget: Bytes of all predictors over those of the FFN in f16.
+        recall: The recall at which ranks are compared.
+
+    Raises:
+        InputError: The budget does not hold the smallest predictors.
+    """
     layers = store.manifest.layers
-    unit = share_of_ffn(BLOCK, store, dtype)
+    unit = share_of_ffn(BLOCK, dtype, store.manifest.model_shape)
     if unit > budget:
         raise InputError(
             f"--predictor-budget: {budget} is less than the smallest predictors take, rank {BLOCK} "
@@ -96,7 +82,7 @@ def _within(
     with progress_bar("ranks", len(layers)) as progress:
         for layer in layers:
             m = moments(store, layer, device)
-            skipped = [_sparsity(cfg, store, layer, m, n * BLOCK, dtype, device) for n in tried]
+            skipped = [_sparsity(recall, store, layer, m, n * BLOCK, dtype, device) for n in tried]
             gains.append(skipped)
             progress.advance()
     blocks = _spend(gains, tried, mean * len(layers), unit)
@@ -126,7 +112,7 @@ def _spend(gains: list[list[float]], tried: list[int], total: int, unit: float) 
 
 
 def _sparsity(
-    cfg: TrainConfig,
+    recall: float,
     store: ActivationStore,
     layer: int,
     m: Moments,
@@ -136,10 +122,10 @@ def _sparsity(
 ) -> float:
     """Predicted sparsity of the untrained start at the objective's recall, on calibration."""
     u_D, fc1_RD, fc2_FR, offset_F = reduced_rank(m, rank - bias_units(dtype))
-    uncut = BiasUnits(fc1_RD, fc2_FR, offset_F, u_D, "f16")
-    predictor = uncut.cut(0.0).to(device)
+    uncalibrated = BiasUnits(fc1_RD, fc2_FR, offset_F, u_D, "f16")
+    predictor = uncalibrated.at_threshold(0.0).to(device)
     histogram = ScoreHistogram()
     for x_TD, active_TF in layer_batches(store, "calibration", layer, device=device):
-        score_TF = predictor.logits(x_TD) / bias_of(predictor, uncut.constant_R, x_TD)
+        score_TF = predictor.logits(x_TD) / bias_of(predictor, uncalibrated.constant_R, x_TD)
         histogram.add(score_TF, active_TF)
-    return histogram.at(histogram.cut_for_recall(cfg.recall))[1]
+    return histogram.at(histogram.threshold_for_recall(recall))[1]

@@ -1,0 +1,228 @@
+"""Resolve the options of `sparsecast train` into one plan, and refuse what cannot be trained.
+
+Only this module and train.py see `TrainConfig`; everything below reads the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecast.collect.output import output_folder
+from sparsecast.collect.store.firing import check_firing
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.distributed import DistributedContext
+from sparsecast.core.errors import InputError
+from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import pick_device
+from sparsecast.predictors.config import DEFAULT_SEQ_LEN, DEFAULT_TOKENS, TrainConfig
+from sparsecast.predictors.formats import check_widths
+from sparsecast.predictors.recorded_model import check_recorded
+from sparsecast.predictors.training.layer_parallel import layers_of_process
+from sparsecast.predictors.training.online import TrainingText, open_online_source
+from sparsecast.predictors.training.plan import TrainingPlan, resume_options, work_folder
+from sparsecast.predictors.training.rank_selection import (
+    check_traffic_budget,
+    default_dtype,
+    default_rank,
+    ranks_within_budget,
+)
+from sparsecast.predictors.training.source import RecordedSource, Source
+from sparsecast.predictors.training.trainer import check_unfinished
+
+SPLITS_READ = ("train", "calibration")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest:
+    """The options of one command, its inputs opened; known before a running model records text."""
+
+    cfg: TrainConfig
+    out: Path
+    """--out with links followed."""
+    device: torch.device
+    context: DistributedContext
+    finished: bool
+    """Whether an earlier run has finished --out."""
+    store: ActivationStore | None
+    """Recorded activations; None for a running model."""
+    fingerprint: str
+    num_layers: int
+    hidden_size: int
+
+    @property
+    def dtype(self) -> str:
+        """Stored format of the predictors."""
+        return self.cfg.predictor_dtype or default_dtype(self.cfg.recipe, self.hidden_size)
+
+    @property
+    def processes_per_batch(self) -> int:
+        """Processes that share the batches of one step."""
+        return self.context.size if self.cfg.data_parallel else 1
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """What two runs must share to train the same predictors, as manifest.json records it."""
+        options = asdict(self.cfg)
+        for name in ("activations", "out", "device", "model", "tokens", "seq_len"):
+            options.pop(name)
+        schedule, sharing = self.cfg.schedule, self.processes_per_batch
+        options |= {
+            "predictor_dtype": self.dtype,
+            "epochs": schedule.num_epochs,
+            "batch_size": schedule.batch_tokens,
+            "lr": schedule.peak_lr,
+            "fingerprint": self.fingerprint,
+        }
+        if self.store is None:
+            steps = self.cfg.steps_per_epoch(sharing) * schedule.num_epochs
+            seq_len = self.cfg.seq_len or DEFAULT_SEQ_LEN
+            tokens = steps * schedule.batch_tokens * sharing
+            return options | {"train_tokens": tokens, "seq_len": seq_len}
+        recorded = self.store.manifest
+        return options | {
+            "calibration_tokens": recorded.tokens("calibration"),
+            "activations": self.store.checksum,
+            "corpus": recorded.corpus,
+            "train_tokens": recorded.tokens("train"),
+        }
+
+
+def resolve(cfg: TrainConfig, context: DistributedContext) -> TrainingRequest:
+    """Open the inputs, follow links in --out and pick the device of this process.
+
+    Raises:
+        InputError: --out or --device cannot be used, no finished store, a store that lacks a layer,
+            or a model that cannot be read.
+    """
+    out = output_folder(cfg.out)
+    finished = (out / MANIFEST).is_file()
+    device = pick_device(context.device(cfg.device))
+    if cfg.activations is not None:
+        store = ActivationStore(cfg.activations)
+        recorded = store.manifest
+        num_layers = len(recorded.layers)
+        if recorded.layers != list(range(num_layers)):
+            raise InputError(
+                f"{cfg.activations}: holds layers {recorded.layers}, but PowerInfer needs every "
+                "layer from 0 on; collect without --layers"
+            )
+        fingerprint, hidden_size = recorded.fingerprint, recorded.hidden_size
+    else:
+        assert cfg.model is not None
+        store, checkpoint = None, Checkpoint(cfg.model)
+        if not finished:
+            checkpoint.check()
+        config: Any = checkpoint.config
+        fingerprint = checkpoint.fingerprint
+        num_layers, hidden_size = config.num_hidden_layers, config.hidden_size
+    return TrainingRequest(
+        cfg=cfg,
+        out=out,
+        device=device,
+        context=context,
+        finished=finished,
+        store=store,
+        fingerprint=fingerprint,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+    )
+
+
+def check_before_recording(request: TrainingRequest) -> None:
+    """Refuse what can be refused before a running model records its calibration documents."""
+    cfg = request.cfg
+    if cfg.rank is not None:
+        check_widths(request.dtype, rank=cfg.rank, hidden_size=request.hidden_size)
+    layers_of_process(range(request.num_layers), request.context, cfg.data_parallel)
+    resumed = resume_options(request.options, request.context)
+    check_unfinished(work_folder(request.out), resumed)
+
+
+def open_source(request: TrainingRequest) -> Source:
+    """Open the source of training batches; a running model records its calibration documents."""
+    if request.store is not None:
+        return RecordedSource(request.store)
+    cfg = request.cfg
+    assert cfg.model is not None
+    assert cfg.corpus is not None
+    text = TrainingText(
+        model=cfg.model,
+        corpus=cfg.corpus,
+        tokens=cfg.tokens or DEFAULT_TOKENS,
+        seq_len=cfg.seq_len or DEFAULT_SEQ_LEN,
+        dtype=cfg.dtype,
+        device=str(request.device),
+        activation_threshold=cfg.activation_threshold,
+        out=request.out,
+    )
+    return open_online_source(text)
+
+
+def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
+    """Resolve every option, and refuse what can be refused before training.
+
+    Memory: one (D, D) and one (F, D) matrix if ranks are chosen under a budget.
+
+    Raises:
+        InputError: An unfinished run with other options, another model than the recorded one,
+            damaged or silent activations, or a rank, format or budget that cannot be met.
+    """
+    cfg, context, store = request.cfg, request.context, source.store
+    recorded, options = store.manifest, request.options
+    if request.store is None:
+        options = options | {"calibration_tokens": recorded.tokens("calibration")}
+    check_unfinished(work_folder(request.out), resume_options(options, context))
+    if request.store is not None:
+        if cfg.model is not None:
+            check_recorded(cfg.model, store)
+        if context.leads:
+            check_firing(store.stats(), recorded.layers, str(cfg.activations), SPLITS_READ)
+            store.check("calibration")  # damage there would end the first epoch
+    every_layer = cfg.data_parallel or cfg.recipe == "svd"
+    own_layers = layers_of_process(recorded.layers, context, every_layer)
+    steps = None if request.store else cfg.steps_per_epoch(request.processes_per_batch)
+    return TrainingPlan(
+        out=request.out,
+        recipe=cfg.recipe,
+        shape=recorded.model_shape,
+        dtype=request.dtype,
+        ranks=_ranks(request, store),
+        schedule=cfg.schedule,
+        steps_per_epoch=steps,
+        objective=cfg.objective,
+        model=cfg.model,
+        clip_labels=cfg.clip_labels,
+        own_layers=own_layers,
+        device=request.device,
+        context=context,
+        data_parallel=cfg.data_parallel,
+        options=options,
+    )
+
+
+def _ranks(request: TrainingRequest, store: ActivationStore) -> list[int]:
+    """The rank of every layer, bias units included."""
+    cfg, dtype, hidden_size = request.cfg, request.dtype, request.hidden_size
+    if cfg.predictor_budget is not None:
+        budget, recall = cfg.predictor_budget, cfg.objective.recall
+        ranks = ranks_within_budget(budget, recall, store, dtype, request.device)
+    elif cfg.rank is None:
+        ranks = [default_rank(cfg.recipe, dtype, hidden_size)] * request.num_layers
+    elif cfg.rank > (most := 2 * hidden_size):
+        raise InputError(
+            f"--rank: got {cfg.rank}, expected at most twice the hidden size, {most}: more units "
+            "than that have nothing to start from"
+        )
+    else:
+        ranks = [cfg.rank] * request.num_layers
+    for rank in set(ranks):
+        check_widths(dtype, rank=rank, hidden_size=hidden_size)
+    if cfg.traffic_budget is not None:
+        check_traffic_budget(cfg.traffic_budget, store.manifest.model_shape, dtype, ranks)
+    return ranks

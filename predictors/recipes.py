@@ -1,0 +1,125 @@
+"""The recipes of `sparsecast train`: train, gather the layers of all processes, calibrate.
+
+To add a recipe, add a function to `RECIPES`. Under torchrun every process runs it; the leading one
+returns the predictors of all layers, the others None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.predictors.baselines.label_clipping import ClippedStore
+from sparsecast.predictors.baselines.public_recipe import PublicRecipeModule
+from sparsecast.predictors.baselines.svd import svd_predictors
+from sparsecast.predictors.calibration.bias import (
+    BiasUnits,
+    SpreadBias,
+    UncalibratedPredictor,
+    unit_rows,
+)
+from sparsecast.predictors.calibration.calibrate import (
+    Calibrated,
+    constant_combination,
+    without_calibration,
+)
+from sparsecast.predictors.calibration.operating_point import calibrate_layers
+from sparsecast.predictors.predictor import Predictor
+from sparsecast.predictors.recorded_model import load_recorded
+from sparsecast.predictors.training.layer_parallel import gather_layers
+from sparsecast.predictors.training.lightning_module import PredictorModule, TrainedWeights
+from sparsecast.predictors.training.plan import TrainingPlan
+from sparsecast.predictors.training.source import RecordedSource, Source
+from sparsecast.predictors.training.trainer import fit
+from sparsecast.predictors.training.warm_start import WarmStart, no_start, warm_start
+
+Recipe = Callable[[TrainingPlan, Source], list[Calibrated] | None]
+
+
+def default(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
+    """Start from reduced-rank regression, train for the stored format, calibrate."""
+    free_units = [plan.free_units[layer] for layer in plan.own_layers]
+    module = PredictorModule(
+        initial_weights(plan, source, free_units),
+        dtype=plan.dtype,
+        objective=plan.objective,
+        schedule=plan.schedule,
+    )
+    fit(plan, source, module)
+    own = {
+        layer: uncalibrated(weights, plan.dtype, source.store, layer, plan.device)
+        for layer, weights in zip(plan.own_layers, module.best_weights(free_units), strict=True)
+    }
+    predictors = gather_layers(plan, own)
+    return None if predictors is None else _calibrate(plan, source.store, predictors)
+
+
+def public_recipe(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
+    """Train as the public recipe does, on clipped labels if asked for, and keep threshold 0."""
+    store = source.store
+    if plan.clip_labels is not None:
+        assert plan.model is not None
+        model = load_recorded(plan.model, store, "cpu")
+        source = RecordedSource(ClippedStore(store, model, plan.clip_labels))
+    module = PublicRecipeModule(
+        plan.schedule,
+        layers=plan.own_layers,
+        rank=plan.ranks[0],
+        shape=plan.shape,
+    )
+    fit(plan, source, module)
+    own = dict(zip(plan.own_layers, module.best_predictors(), strict=True))
+    predictors = gather_layers(plan, own)
+    if predictors is None:
+        return None
+    return [
+        without_calibration(predictor, store, layer, plan.device)
+        for layer, predictor in enumerate(predictors)
+    ]
+
+
+def svd(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
+    """Compress the gate by a whitened truncated SVD, without training, and calibrate."""
+    if not plan.context.leads:
+        return None
+    assert plan.model is not None
+    predictors = svd_predictors(plan.model, source.store, plan.dtype, plan.ranks, plan.device)
+    return _calibrate(plan, source.store, predictors)
+
+
+RECIPES: dict[str, Recipe] = {
+    "default": default,
+    "reference": public_recipe,
+    "svd": svd,
+}
+
+
+def initial_weights(plan: TrainingPlan, source: Source, free_units: list[int]) -> WarmStart:
+    """The warm start, or zeros if a checkpoint will replace them."""
+    if plan.checkpoint.is_file():
+        return no_start(plan.shape, free_units, plan.dtype)
+    return warm_start(source.moments(plan.own_layers, plan.device), free_units, plan.dtype)
+
+
+def uncalibrated(
+    weights: TrainedWeights,
+    dtype: str,
+    store: ActivationStore,
+    layer: int,
+    device: torch.device,
+) -> UncalibratedPredictor:
+    """Attach a bias to one layer's trained weights: bias units, or in f16 a combination of hidden
+    units that is fitted on the calibration split."""
+    if weights.offset_F is not None and weights.bias_D is not None:
+        return BiasUnits(weights.fc1_RD, weights.fc2_FR, weights.offset_F, weights.bias_D, dtype)
+    fc1_RD, fc2_FR = unit_rows(weights.fc1_RD, weights.fc2_FR)
+    predictor = Predictor(fc1_RD, fc2_FR).stored().to(device)
+    return SpreadBias(fc1_RD, fc2_FR, constant_combination(predictor, store, layer).cpu())
+
+
+def _calibrate(
+    plan: TrainingPlan, store: ActivationStore, predictors: list[UncalibratedPredictor]
+) -> list[Calibrated]:
+    return calibrate_layers(plan.objective, predictors, store, plan.device, plan.model)

@@ -1,0 +1,87 @@
+"""The plan of one training run: every option resolved, once, before training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecast.core.distributed import DistributedContext
+from sparsecast.core.models.shape import ModelShape
+from sparsecast.predictors.calibration.bias import bias_units
+from sparsecast.predictors.calibration.objective import Objective
+from sparsecast.predictors.training.schedule import Schedule
+
+FREE_TO_CHANGE = ("target_perplexity", "traffic_budget")
+"""Options that a resumed run may change: they take effect only after training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What the recipes, the trainer and the calibration of one run read."""
+
+    out: Path
+    """Folder for the predictors; it appears when complete."""
+    recipe: str
+    """Key of `recipes.RECIPES`."""
+    shape: ModelShape
+    dtype: str
+    """Stored format of the predictors: f16, q8_0 or q4_0."""
+    ranks: list[int]
+    """Rank of every layer's predictor, bias units included."""
+    schedule: Schedule
+    steps_per_epoch: int | None
+    """Optimizer steps per epoch on a running model; None on recorded activations, which are read
+    to their end."""
+    objective: Objective
+    model: str | None
+    """The recorded model, for recipes and objectives that need it."""
+    clip_labels: float | None
+    own_layers: list[int]
+    """Layers that this process trains."""
+    device: torch.device
+    context: DistributedContext
+    data_parallel: bool
+    """Whether processes share batches rather than layers."""
+    options: Mapping[str, Any]
+    """The options as manifest.json records them under `recipe`."""
+
+    @property
+    def work(self) -> Path:
+        """Folder of the unfinished run."""
+        return work_folder(self.out)
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of this process's last finished epoch."""
+        split = self.context.size > 1 and not self.data_parallel
+        return self.work / (f"last-{self.context.rank}.ckpt" if split else "last.ckpt")
+
+    @property
+    def resume_options(self) -> dict[str, Any]:
+        return resume_options(self.options, self.context)
+
+    @property
+    def batch_share(self) -> tuple[int, int]:
+        """(i, n): this process trains on the i-th of every n batches."""
+        return (self.context.rank, self.context.size) if self.data_parallel else (0, 1)
+
+    @property
+    def free_units(self) -> list[int]:
+        """Trained hidden units of every layer: its rank without bias units, which f16 lacks."""
+        reserved = 0 if self.dtype == "f16" else bias_units(self.dtype)
+        return [rank - reserved for rank in self.ranks]
+
+
+def work_folder(out: Path) -> Path:
+    """Folder of an unfinished run."""
+    return out.with_name(f".{out.name}.train")
+
+
+def resume_options(options: Mapping[str, Any], context: DistributedContext) -> dict[str, Any]:
+    """Options that a resumed run must share with the interrupted one."""
+    bound = {name: value for name, value in options.items() if name not in FREE_TO_CHANGE}
+    return {**bound, "processes": context.size}
