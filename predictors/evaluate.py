@@ -12,7 +12,7 @@ FATReLU models, whose threshold PowerInfer does not know.
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from sparsecast.core.text.tokens import TokenBatch, token_batches
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.compatibility import check_model, check_usage
 from sparsecast.predictors.config import EvaluateConfig
-from sparsecast.predictors.model_in_loop import exact_ffn, predicted_ffn
+from sparsecast.predictors.model_in_loop import exact_in_loop, predictors_in_loop
 
 MODES = {
     "dense": "the model as it is",
@@ -45,60 +45,74 @@ MODES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """One evaluation, its model loaded and its documents tokenized."""
+
+    model: PreTrainedModel
+    predictors: PredictorSet
+    batches: list[TokenBatch]
+    """Held-out documents of the corpus."""
+
+
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
-    """Perplexities and their change against dense; written to `cfg.json` where asked.
+    """Measure the four perplexities and their change against dense; write them to `cfg.json`.
 
     Memory beyond the model: one batch's logits and one layer's mask.
 
+    Returns:
+        What --json writes.
+
     Raises:
         InputError: See `load_model`, `load_predictors`, `check_model`, `check_usage` and
-            `documents`; no held-out text in the corpus.
+            `read_documents`; no held-out text in the corpus.
     """
     if cfg.json is not None:
-        check_writable_file(Path(cfg.json), "--json")
+        check_writable_file(cfg.json, "--json")
+    plan = _resolve(cfg)
+    values = perplexities(plan.model, plan.predictors, plan.batches)
+    dense = values["dense"]
+    result = {
+        "model": cfg.model,
+        "corpus": cfg.corpus,
+        "tokens": sum(batch.tokens for batch in plan.batches),
+        "perplexity": values,
+        "change": {name: value / dense - 1 for name, value in values.items() if name != "dense"},
+    }
+    _show(result)
+    if cfg.json is not None:
+        write_json(cfg.json, result)
+    return result
+
+
+def _resolve(cfg: EvaluateConfig) -> EvaluationPlan:
+    """Open the inputs, and refuse predictors of another model, input or activation."""
     predictors = load_predictors(cfg.predictors)
-    docs = start_reading(cfg.corpus, assign_splits(read_documents(cfg.corpus, seq_len=cfg.seq_len)))
+    documents = assign_splits(read_documents(cfg.corpus, seq_len=cfg.seq_len))
+    started = start_reading(cfg.corpus, documents)  # refuses a corpus before the model is loaded
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,
         dtype=cfg.dtype,
         activation_threshold=cfg.activation_threshold,
     )
-    check_model(
-        predictors,
-        str(cfg.predictors),
-        model_shape(model),
-        fingerprint=Checkpoint(cfg.model).fingerprint,
-        model=cfg.model,
-    )
+    folder = str(cfg.predictors)
+    fingerprint = Checkpoint(cfg.model).fingerprint
+    check_model(predictors, folder, model_shape(model), fingerprint=fingerprint, model=cfg.model)
     rule = activation_rule(model.config, cfg.model)
     convention = family_of(model.config, cfg.model).convention
-    check_usage(predictors, str(cfg.predictors), rule, convention, cfg.model)
-    data = list(
-        token_batches(
-            docs,
-            tokenizer,
-            {"held-out": cfg.tokens},
-            seq_len=cfg.seq_len,
-            batch_size=cfg.batch_size,
-            vocabulary=embedding_rows(model),
-        )
+    check_usage(predictors, folder, rule, convention, cfg.model)
+    held_out = token_batches(
+        started,
+        tokenizer,
+        {"held-out": cfg.tokens},
+        seq_len=cfg.seq_len,
+        batch_size=cfg.batch_size,
+        vocabulary=embedding_rows(model),
     )
-    if not data:
+    if not (batches := list(held_out)):
         raise InputError(f"{cfg.corpus}: no held-out token; give more text, in more files")
-    values = perplexities(model, predictors, data)
-    dense = values["dense"]
-    result = {
-        "model": cfg.model,
-        "corpus": cfg.corpus,
-        "tokens": sum(batch.tokens for batch in data),
-        "perplexity": values,
-        "change": {name: value / dense - 1 for name, value in values.items() if name != "dense"},
-    }
-    _show(result)
-    if cfg.json is not None:
-        write_json(Path(cfg.json), result)
-    return result
+    return EvaluationPlan(model=model, predictors=predictors, batches=batches)
 
 
 def perplexities(
@@ -109,16 +123,16 @@ def perplexities(
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
     with progress_bar("evaluate", len(MODES) * len(data)) as progress:
         values["dense"] = perplexity(model, data, lambda _: progress.advance())
-        with exact_ffn(model):
+        with exact_in_loop(model):
             values["exact"] = perplexity(model, data, lambda _: progress.advance())
-        with predicted_ffn(model, predictors):
+        with predictors_in_loop(model, predictors):
             values["predicted"] = perplexity(model, data, lambda _: progress.advance())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.half())
         if not activation_rule(model.config, "model").on_up:
             set_activation(model, ActivationRule("relu"))
-        with predicted_ffn(model, predictors):
+        with predictors_in_loop(model, predictors):
             values["bundle"] = perplexity(model, data, lambda _: progress.advance())
     return values
 

@@ -19,7 +19,7 @@ from sparsecast.predictors.predictor import Predictor
 
 
 @contextmanager
-def predicted_ffn(model: PreTrainedModel, predictors: PredictorSet) -> Iterator[None]:
+def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iterator[None]:
     """Zero what the predictors do not predict, decided on the inputs PowerInfer would see."""
     family = family_of(model.config, "model")
     handles = []
@@ -48,7 +48,7 @@ def predicted_ffn(model: PreTrainedModel, predictors: PredictorSet) -> Iterator[
 
 
 @contextmanager
-def exact_ffn(model: PreTrainedModel) -> Iterator[None]:
+def exact_in_loop(model: PreTrainedModel) -> Iterator[None]:
     """Run every FFN sparsely: its first projection dense, the others only where it fired."""
     family = family_of(model.config, "model")
     layers = family.decoder_layers(model)

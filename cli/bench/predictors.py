@@ -34,7 +34,7 @@ from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.formats import BITS, check_widths
 from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count, traffic
-from sparsecast.predictors.model_in_loop import predicted_ffn
+from sparsecast.predictors.model_in_loop import predictors_in_loop
 from sparsecast.predictors.recorded_model import load_recorded
 from sparsecast.predictors.train import train
 
@@ -170,7 +170,7 @@ def _perplexity(
     limit = (1 + cfg.perplexity) * perplexity(model, chosen)
 
     def fits(threshold: float) -> bool:
-        with predicted_ffn(model, replace(reference, threshold=threshold)):
+        with predictors_in_loop(model, replace(reference, threshold=threshold)):
             return perplexity(model, chosen) <= limit
 
     if not fits(LOWEST):
@@ -187,7 +187,7 @@ def _perplexity(
     result: dict[str, Any] = {"limit": cfg.perplexity}
     for name, predictors in (("reference", swept), ("ours", ours)):
         counts = [_reference_counts(predictors, store, layer) for layer in store.manifest.layers]
-        with predicted_ffn(model, predictors):
+        with predictors_in_loop(model, predictors):
             change = perplexity(model, held) / dense - 1
         result[name] = {
             "dtype": predictors.layers[0].dtype,

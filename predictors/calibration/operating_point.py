@@ -35,7 +35,7 @@ from sparsecast.predictors.calibration.calibrate import (
 from sparsecast.predictors.calibration.objective import Objective
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.formats import share_of_ffn
-from sparsecast.predictors.model_in_loop import predicted_ffn
+from sparsecast.predictors.model_in_loop import predictors_in_loop
 from sparsecast.predictors.recorded_model import load_recorded
 
 MOST_MISSES, FEWEST_MISSES = 0.3, 1e-4
@@ -173,7 +173,7 @@ def perplexity_with(
 ) -> float:
     """With the mask of the predictors and the model's own activation."""
     predictors = PredictorSet([layer.predictor for layer in layers], 0.0, None)
-    with predicted_ffn(model, predictors):
+    with predictors_in_loop(model, predictors):
         return perplexity(model, data)
 
 

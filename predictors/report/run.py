@@ -1,14 +1,12 @@
-"""The stage: held-out scores as JSON, Markdown, one HTML page, and a table on the screen."""
+"""`sparsecast report`: score predictors on held-out tokens, and write JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparsecast.collect.store.firing import check_firing
 from sparsecast.collect.store.store import ActivationStore
@@ -19,12 +17,10 @@ from sparsecast.core.files import (
     check_writable_file,
     json_text,
     new_folder,
-    read_json,
     write_text,
 )
 from sparsecast.core.lock import lock_folder
 from sparsecast.core.options import command_of
-from sparsecast.predictors.baselines.sparseinfer import sign_nbytes
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.compatibility import check_model
 from sparsecast.predictors.config import ReportConfig
@@ -36,7 +32,14 @@ from sparsecast.predictors.report.plots import (
     recall_and_sparsity,
     traffic_bars,
 )
-from sparsecast.predictors.report.score import SPLIT, LayerScore, means, score_layers, score_sign
+from sparsecast.predictors.report.result import (
+    by_train_tokens,
+    folder_entry,
+    read_evaluation,
+    sign_entry,
+    summarize,
+)
+from sparsecast.predictors.report.score import SPLIT, means, score_layers, score_sign
 from sparsecast.predictors.report.text import (
     data_rows,
     layer_rows,
@@ -46,32 +49,75 @@ from sparsecast.predictors.report.text import (
 )
 from sparsecast.predictors.report.wording import verdict
 
+Other = Path | Literal["sign"]
+"""What predictors are compared with: a predictor folder, or SparseInfer's rule."""
 AFTER = "the scores are on the screen; make room and run the same command again"
 
 
-def report(cfg: ReportConfig) -> dict[str, Any]:
-    """Score and write; an earlier report under `cfg.out` is replaced.
+@dataclass(frozen=True, kw_only=True)
+class ReportPlan:
+    """One report, its inputs opened and checked against each other."""
 
-    Memory: see `score_layers`, and the predictors of `cfg.predictors` and of one other folder; for
-    sign, see `score_sign`.
+    out: Path
+    json: Path | None
+    store: ActivationStore
+    folder: Path
+    """Folder of `predictors`."""
+    predictors: PredictorSet
+    others: list[Other] | None
+    """None if no comparison was asked for."""
+    model: str | None
+    """The recorded model, for SparseInfer's rule."""
+    evaluation: dict[str, Any]
+    """See `read_evaluation`."""
+    command: str
+    """The command line that repeats this report."""
+
+
+def report(cfg: ReportConfig) -> dict[str, Any]:
+    """Score predictors and write the report; an earlier one under `cfg.out` is replaced.
+
+    Memory: see `score_layers`; the predictors of `cfg.predictors` and of one other folder at a
+    time; for sign, see `sign_rules`.
+
+    Returns:
+        What report.json holds.
 
     Raises:
         InputError: No predictors, activations or model there, or they belong to different models;
             `cfg.out` holds other files than a report's, cannot be written, or is being written by
             another report.
-        OSError: Writing failed all the same; the scores are on the screen.
+        OSError: The report could not be written; its scores are on the screen.
     """
-    out = check_new_folder(cfg.out, replaces="report.json", beside=_beside(cfg))
+    out = check_new_folder(
+        cfg.out, replaces="report.json", beside=_earlier_files(cfg.out, cfg.json)
+    )
     if cfg.json is not None:
         check_writable_file(cfg.json, "--json")
     with lock_folder(out, "report"):
-        return _report(cfg)
+        plan = _resolve(cfg)
+        scores = score_layers(plan.predictors, plan.store, str(plan.folder))
+        result = summarize(scores, plan.predictors, plan.store) | plan.evaluation
+        result |= {
+            "corpus": plan.store.manifest.corpus,
+            "date": today(),
+            "version": version("sparsecast"),
+            "command": plan.command,
+            "verdict": verdict(result),
+        }
+        if plan.others is not None:
+            own = folder_entry(plan.folder, plan.predictors, result["mean"])
+            result["against"] = [own, *(_score_other(plan, other) for other in plan.others)]
+        show_report(result)
+        _write(plan, result, [score.curve for score in scores])
+    return result
 
 
-def _report(cfg: ReportConfig) -> dict[str, Any]:
+def _resolve(cfg: ReportConfig) -> ReportPlan:
+    """Open the inputs, and refuse those that do not belong together."""
     store = ActivationStore(cfg.activations)
     check_firing(store.stats(), store.manifest.layers, str(cfg.activations), [SPLIT])
-    predictors = _predictors(cfg.predictors, store)
+    predictors = _load_matching(cfg.predictors, store)
     others = {item if item == "sign" else item.resolve(): item for item in cfg.against or []}
     others.pop(cfg.predictors.resolve(), None)
     for item in others.values():
@@ -79,167 +125,80 @@ def _report(cfg: ReportConfig) -> dict[str, Any]:
             assert cfg.model is not None
             check_recorded(cfg.model, store)
         else:
-            _predictors(item, store, layers=len(predictors.layers))
-    evaluated = _evaluated(cfg.evaluation)
-    scores = score_layers(predictors, store, str(cfg.predictors))
-    result = summarize(scores, predictors, store) | evaluated
-    result |= {
-        "corpus": store.manifest.corpus,
-        "date": today(),
-        "version": version("sparsecast"),
-        "command": command_of("report", cfg),
-        "verdict": verdict(result),
-    }
-    if cfg.against is not None:
-        result["against"] = [_entry(cfg.predictors, predictors, result["mean"])]
-        for item in others.values():
-            if item == "sign":
-                entry = _sign_entry(cfg, predictors, store)
-            else:
-                other = _predictors(item, store)
-                entry = _entry(item, other, means(score_layers(other, store, str(item))))
-            result["against"].append(entry)
-    show_report(result)
-    _write(cfg, result, [score.curve for score in scores])
-    return result
+            _load_matching(item, store, layers=len(predictors.layers))
+    return ReportPlan(
+        out=cfg.out,
+        json=cfg.json,
+        store=store,
+        folder=cfg.predictors,
+        predictors=predictors,
+        others=None if cfg.against is None else list(others.values()),
+        model=cfg.model,
+        evaluation=read_evaluation(cfg.evaluation),
+        command=command_of("report", cfg),
+    )
 
 
-def _predictors(path: Path, store: ActivationStore, layers: int | None = None) -> PredictorSet:
-    predictors, made = load_predictors(path), store.manifest
+def _load_matching(path: Path, store: ActivationStore, layers: int | None = None) -> PredictorSet:
+    """Load predictors, and refuse those of another model, input or activation than the store's.
+
+    Args:
+        layers: How many there must be; any number unless given.
+    """
+    predictors, recorded = load_predictors(path), store.manifest
     check_model(
         predictors,
         str(path),
-        replace(made.model_shape, layers=layers or len(predictors.layers)),
-        fingerprint=made.fingerprint,
-        model=f"{store.folder} ({made.model})",
+        replace(recorded.model_shape, layers=layers or len(predictors.layers)),
+        fingerprint=recorded.fingerprint,
+        model=f"{store.folder} ({recorded.model})",
     )
     if (manifest := predictors.manifest) is not None:
         pairs = {
-            "input": (manifest.convention, made.convention),
-            "activation": (str(manifest.rule), str(made.rule)),
-            "number of FFN matrices": (manifest.ffn_matrices, made.ffn_matrices),
+            "input": (manifest.convention, recorded.convention),
+            "activation": (str(manifest.rule), str(recorded.rule)),
+            "number of FFN matrices": (manifest.ffn_matrices, recorded.ffn_matrices),
         }
-        if odd := [f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if a != b]:
+        if wrong := [f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if a != b]:
             raise InputError(
                 f"{path}: was trained for another use than {store.folder} was recorded for: "
-                f"{'; '.join(odd)}; give activations that were recorded alike"
+                f"{'; '.join(wrong)}; give activations that were recorded alike"
             )
     return predictors
 
 
-def summarize(
-    scores: list[LayerScore], predictors: PredictorSet, store: ActivationStore
-) -> dict[str, Any]:
-    """What the report's JSON says of the scores, compared with no others."""
-    return {
-        "layers": [score.values for score in scores],
-        "mean": means(scores),
-        "tokens": store.manifest.tokens(SPLIT),
-        "predictor_bytes": predictors.nbytes,
-        "model": store.manifest.model,
-        "predictor_dtype": _dtype(predictors),
-        "threshold": predictors.threshold,
-        "against": [],
-    }
-
-
-def _entry(path: Path, predictors: PredictorSet, mean: dict[str, Any]) -> dict[str, Any]:
-    """One of the folders that stand side by side."""
-    made = predictors.manifest
-    return {
-        "name": path.resolve().name,
-        "recipe": made.recipe.get("recipe", "default") if made else None,
-        "rank": mean["rank"],
-        "dtype": _dtype(predictors),
-        "train_tokens": made.recipe.get("train_tokens") if made else None,
-        "predictor_bytes": predictors.nbytes,
-        "mean": mean,
-    }
-
-
-def _sign_entry(
-    cfg: ReportConfig, predictors: PredictorSet, store: ActivationStore
-) -> dict[str, Any]:
-    """The rule that no folder can hold."""
-    assert cfg.model is not None
-    return {
-        "name": "sign",
-        "recipe": "sign",
-        "rank": None,
-        "dtype": "1 bit",
-        "train_tokens": None,
-        "predictor_bytes": len(predictors.layers) * sign_nbytes(store),
-        "mean": means(score_sign(cfg.model, predictors, store)),
-    }
-
-
-def _dtype(predictors: PredictorSet) -> str:
-    dtypes = {layer.dtype for layer in predictors.layers}
-    return dtypes.pop() if len(dtypes) == 1 else "mixed"
-
-
-def by_train_tokens(against: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Entries that differ in training tokens alone, fewest first, under what they share."""
-    groups = defaultdict(list)
-    for entry in against:
-        if entry["train_tokens"] is not None:
-            groups[f"{entry['recipe']}, rank {entry['rank']:g}, {entry['dtype']}"].append(entry)
-    return {
-        shared: sorted(entries, key=lambda entry: entry["train_tokens"])
-        for shared, entries in groups.items()
-        if len({entry["train_tokens"] for entry in entries}) > 1
-    }
+def _score_other(plan: ReportPlan, other: Other) -> dict[str, Any]:
+    """Score one of the entries that stand beside the report's own predictors."""
+    if other == "sign":
+        assert plan.model is not None
+        return sign_entry(score_sign(plan.model, plan.predictors, plan.store), plan.store)
+    predictors = _load_matching(other, plan.store)
+    return folder_entry(other, predictors, means(score_layers(predictors, plan.store, str(other))))
 
 
 def today() -> str:
-    """The date that a report bears."""
+    """Date of the report, in UTC."""
     return datetime.now(UTC).date().isoformat()
 
 
-def _evaluated(path: Path | None) -> dict[str, Any]:
-    """The changes in perplexity that `sparsecast evaluate` found, and on which text."""
-    if path is None:
-        return {"perplexity_change": None, "bundle_perplexity_change": None, "evaluated_on": None}
-    value = read_json(path, "the JSON of `sparsecast evaluate`")
-    found = value.get("change", {})
-    changes = {
-        name: change if _is_change(change := found.get(name)) else None
-        for name in ("predicted", "bundle")
-        if isinstance(found, dict)
-    }
-    if changes.get("predicted") is None:
-        raise InputError(
-            f"{path}: has no number under change.predicted; write it with "
-            "`sparsecast evaluate --json`"
-        )
-    tokens, corpus = value.get("tokens"), value.get("corpus")
-    count = f"{tokens:,} held-out tokens" if isinstance(tokens, int) else "held-out tokens"
-    return {
-        "perplexity_change": changes["predicted"],
-        "bundle_perplexity_change": changes["bundle"],
-        "evaluated_on": f"{count} of {corpus if isinstance(corpus, str) else 'an unnamed text'}",
-    }
-
-
-def _is_change(value: object) -> bool:
-    """Of a perplexity, which is above 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > -1
-
-
 def _write(
-    cfg: ReportConfig, result: dict[str, Any], points: list[list[tuple[float, float]]]
+    plan: ReportPlan, result: dict[str, Any], curves_of_layers: list[list[tuple[float, float]]]
 ) -> None:
-    """Every file, from the JSON and each layer's curve."""
+    """Write every file in one step.
+
+    Args:
+        curves_of_layers: (recall, predicted sparsity) of each layer as its threshold rises.
+    """
     layers, against = result["layers"], result["against"]
-    needed = by_train_tokens(against)
+    groups = by_train_tokens(against)
     rows, side = layer_rows(result), side_rows(against)
-    data = {shared: data_rows(entries) for shared, entries in needed.items()}
+    data = {shared: data_rows(entries) for shared, entries in groups.items()}
     html = page(
         result,
-        [recall_and_sparsity(layers), curves(layers, points), traffic_bars(layers)],
+        [recall_and_sparsity(layers), curves(layers, curves_of_layers), traffic_bars(layers)],
         rows,
         side,
-        {shared: (data_needed(entries), data[shared]) for shared, entries in needed.items()},
+        {shared: (data_needed(entries), data[shared]) for shared, entries in groups.items()},
     )
     files = {
         "report.json": json_text(result),
@@ -247,17 +206,18 @@ def _write(
         "report.html": html,
     }
     need = sum(len(text.encode()) for text in files.values())
+    earlier = _earlier_files(plan.out, plan.json)
     with (
-        explain_full_disk(cfg.out, need, "the report", lambda: AFTER),
-        new_folder(cfg.out, replaces="report.json", beside=_beside(cfg)) as folder,
+        explain_full_disk(plan.out, need, "the report", lambda: AFTER),
+        new_folder(plan.out, replaces="report.json", beside=earlier) as folder,
     ):
         for name, text in files.items():
             write_text(folder / name, text)
-    if cfg.json is not None:
-        write_text(cfg.json, files["report.json"])
+    if plan.json is not None:
+        write_text(plan.json, files["report.json"])
 
 
-def _beside(cfg: ReportConfig) -> tuple[str, ...]:
-    """What an earlier report may have left there."""
-    own = cfg.json is not None and cfg.json.resolve().parent == cfg.out.resolve()
-    return ("report.md", "report.html", *([cfg.json.name] if cfg.json and own else []))
+def _earlier_files(out: Path, json: Path | None) -> tuple[str, ...]:
+    """Files beside report.json that an earlier report may have left in `out`."""
+    inside = json is not None and json.resolve().parent == out.resolve()
+    return ("report.md", "report.html", *([json.name] if json and inside else []))

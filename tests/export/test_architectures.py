@@ -29,7 +29,7 @@ from sparsecast.export.run import export
 from sparsecast.export.verify import verify
 from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.model_in_loop import predicted_ffn
+from sparsecast.predictors.model_in_loop import predictors_in_loop
 from sparsecast.predictors.train import train
 
 NAMES = (
@@ -82,7 +82,7 @@ def test_our_evaluation_is_transformers_with_the_mask_put_in_by_hooks(exported, 
     emulator = Emulator(GGUFFile(bundle_file(bundle)))
     model = with_relu(load_model(str(zoo(name)), device="cpu", dtype="float32")[0])
     dense_NSV = model_logits(model, ids_NS)
-    with predicted_ffn(model, load_predictors(bundle / "predictor")):
+    with predictors_in_loop(model, load_predictors(bundle / "predictor")):
         masked_NSV = model_logits(model, ids_NS)
     spread = dense_NSV.std()
 

@@ -20,7 +20,7 @@ from sparsecast.core.text.tokens import token_batches
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.evaluate import evaluate, perplexities
-from sparsecast.predictors.model_in_loop import exact_ffn, predicted_ffn
+from sparsecast.predictors.model_in_loop import exact_in_loop, predictors_in_loop
 from sparsecast.predictors.predictor import Predictor
 
 LAYERS, HIDDEN, FFN = 3, 64, 1280
@@ -99,7 +99,7 @@ def independent_mask(predictors: PredictorSet):
 def test_the_mask_in_the_loop_is_the_one_computed_by_hand(model, data, threshold):
     predictors = random_set(threshold=threshold)
     ids = data[0].ids_BS[0][data[0].keep_BS[0]]
-    with predicted_ffn(model, predictors), torch.inference_mode():
+    with predictors_in_loop(model, predictors), torch.inference_mode():
         got = model(ids[None]).logits[0]
     want = by_hand(model, ids, independent_mask(predictors), 0.2)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -110,7 +110,7 @@ def test_the_mask_in_the_loop_is_the_one_computed_by_hand(model, data, threshold
 def test_exact_equals_dense(model, data):
     """But for a gate on the very threshold, which products of other shapes may round over it."""
     dense = perplexity(model, data)
-    with exact_ffn(model):
+    with exact_in_loop(model):
         exact = perplexity(model, data)
     assert exact == pytest.approx(dense, rel=1e-4)
     assert perplexity(model, data) == dense
@@ -118,7 +118,7 @@ def test_exact_equals_dense(model, data):
 
 def test_an_all_active_predictor_changes_nothing(model, data):
     dense = perplexity(model, data)
-    with predicted_ffn(model, all_active()):
+    with predictors_in_loop(model, all_active()):
         assert perplexity(model, data) == pytest.approx(dense, rel=1e-6)
 
 

@@ -23,7 +23,7 @@ from sparsecast.collect.run import collect
 from sparsecast.core.bitmask import unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
-from sparsecast.predictors.model_in_loop import exact_ffn
+from sparsecast.predictors.model_in_loop import exact_in_loop
 
 NAMES = [
     "llama",
@@ -340,7 +340,7 @@ def test_the_exact_sparse_ffn_is_the_dense_one(name, family_folder):
     ids = torch.randint(3, 512, (2, 30))
     with torch.inference_mode():
         dense = model(ids).logits
-        with exact_ffn(model):
+        with exact_in_loop(model):
             exact = model(ids).logits
         again = model(ids).logits
     torch.testing.assert_close(exact, dense, rtol=1e-4, atol=1e-4)

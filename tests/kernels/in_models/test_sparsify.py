@@ -13,7 +13,7 @@ from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import load_model, set_activation
 from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
 from sparsecast.kernels.in_models.sparsify import sparsify_model
-from sparsecast.predictors.model_in_loop import predicted_ffn
+from sparsecast.predictors.model_in_loop import predictors_in_loop
 
 FAMILIES = ["llama", "prosparse", "mistral", "bamboo", "opt", "falcon-7b", "falcon-40b"]
 SHAPES = [(1, 1), (2, 3), (2, 11)]
@@ -41,7 +41,7 @@ def test_predicted_is_the_model_with_masks(family, dtype, make, predictors, ids,
 
     assert all(layer.predicts for layer in sparse_layers(sparse))
     for shape in SHAPES:
-        with predicted_ffn(dense, predicted):
+        with predictors_in_loop(dense, predicted):
             want = logits(dense, ids(*shape))
         near(logits(sparse, ids(*shape)), want)
     assert (want - logits(dense, ids(*shape))).abs().max() > 0.1 * want.abs().max()
@@ -56,7 +56,7 @@ def test_the_kernels_in_a_model(policy, family, make, predictors, ids, logits, n
 
     want = logits(dense, ids(1, 2))
     if policy == "predicted":
-        with predicted_ffn(dense, predicted):
+        with predictors_in_loop(dense, predicted):
             want = logits(dense, ids(1, 2))
     near(logits(sparse, ids(1, 2)), want, 5e-3)
 

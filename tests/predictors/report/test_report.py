@@ -22,7 +22,8 @@ from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.report.plots import curves
-from sparsecast.predictors.report.run import by_train_tokens, report
+from sparsecast.predictors.report.result import by_train_tokens
+from sparsecast.predictors.report.run import report
 from sparsecast.predictors.report.score import score_layers
 from sparsecast.predictors.report.wording import TERMS, verdict
 

@@ -21,7 +21,7 @@ from sparsecast.predictors.calibration.operating_point import RATIO, most_misses
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count, traffic
-from sparsecast.predictors.model_in_loop import predicted_ffn
+from sparsecast.predictors.model_in_loop import predictors_in_loop
 from sparsecast.predictors.predictor import rms_normalized
 from sparsecast.predictors.recipes import uncalibrated
 from sparsecast.predictors.train import train
@@ -241,7 +241,7 @@ def test_a_perplexity_is_kept_on_the_calibration_documents(
     model, _ = load_model(str(model_folder), device="cpu")
     data = recorded_documents(acts)
     dense = perplexity(model, data)
-    with predicted_ffn(model, predictors):
+    with predictors_in_loop(model, predictors):
         assert perplexity(model, data) <= dense * 1.01
     recalls = [layer["recall"] for layer in predictors.manifest.calibration]
     assert max(recalls) - min(recalls) < 0.01
