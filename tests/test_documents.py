@@ -14,8 +14,8 @@ import pytest
 from sparsecast.cli.main import main
 from sparsecast.cli.parser import parse
 from sparsecast.cli.stages import STAGES, load
+from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.core.options import option_of
-from sparsecast.sparsify.tiny import TINY_PROSPARSE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
