@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sparsecast.collect.store.store import Manifest, read_manifest
 from sparsecast.core import lock
+from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_writable_folder
+from sparsecast.core.files import check_writable_folder, hidden_sibling
 from sparsecast.core.manifests import MANIFEST, write_manifest
 from sparsecast.core.messages import log
 
@@ -39,7 +41,7 @@ def output_folder(out: Path) -> Path:
 
 def partial_folder(out: Path) -> Path:
     """The hidden folder beside `out` that holds the shards until the collection is complete."""
-    return out.with_name(f".{out.name}.part")
+    return hidden_sibling(out, "part")
 
 
 @contextmanager
@@ -69,12 +71,8 @@ def begin_or_resume(out: Path, manifest: Manifest) -> None:
     partial = partial_folder(out)
     finished = finished_shards(partial)
     if finished and (partial / MANIFEST).is_file():
-        if changed := manifest_differences(read_manifest(partial), manifest):
-            raise InputError(
-                f"{partial}: holds an unfinished collection made differently "
-                f"({'; '.join(changed)}); repeat the options it was started with, or remove that "
-                "folder"
-            )
+        changes = manifest_differences(read_manifest(partial), manifest)
+        check_unchanged(partial, "an unfinished collection", changes, finished=False)
         for leftover in partial.glob("*.part"):
             leftover.unlink()
         log.info(f"resuming: {len(finished)} finished shards are kept")
@@ -95,25 +93,21 @@ def finished_shards(folder: Path) -> list[Path]:
 
 
 def manifest_differences(earlier: Manifest, now: Manifest) -> list[str]:
-    """How two manifests differ in all but counts, in words."""
-    changed = []
-    if earlier.fingerprint != now.fingerprint:
-        changed.append("the model's weights differ")
-    for name in sorted({*earlier.config, *now.config}):
-        was, is_now = earlier.config.get(name), now.config.get(name)
-        if was != is_now:
-            changed.append(f"the model's {name} was {was!r}, now {is_now!r}")
-    pairs = {
-        "corpus": (earlier.corpus, now.corpus),
-        "tokenizer": (earlier.tokenizer, now.tokenizer),
-        "the model's dtype": (earlier.dtype, now.dtype),
-        "input dtype": (earlier.x_dtype, now.x_dtype),
-        "activation threshold": (earlier.activation_threshold, now.activation_threshold),
-        "activation": (earlier.activation, now.activation),
-        **{
-            name: (earlier.options.get(name), now.options.get(name))
-            for name in sorted({*earlier.options, *now.options})
-        },
+    """Describe how two manifests differ in anything but counts."""
+    before = _options(earlier)
+    return compare_options(before, dict.fromkeys(before) | _options(now))
+
+
+def _options(manifest: Manifest) -> dict[str, Any]:
+    """Everything that decides the content of a store."""
+    return {
+        "the fingerprint of the model's weights": manifest.fingerprint,
+        **{f"the model's {name}": value for name, value in sorted(manifest.config.items())},
+        "corpus": manifest.corpus,
+        "tokenizer": manifest.tokenizer,
+        "the model's dtype": manifest.dtype,
+        "input dtype": manifest.x_dtype,
+        "activation threshold": manifest.activation_threshold,
+        "activation": manifest.activation,
+        **manifest.options,
     }
-    changed += [f"{name} was {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b]
-    return changed

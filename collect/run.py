@@ -33,6 +33,7 @@ from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.distributed import DistributedContext, distributed_context
+from sparsecast.core.earlier_runs import check_unchanged
 from sparsecast.core.errors import InputError
 from sparsecast.core.interrupts import stop_on_signal
 from sparsecast.core.manifests import MANIFEST
@@ -235,11 +236,8 @@ def _finished(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
     store = ActivationStore(cfg.out)
     manifest = store.manifest
     now = replace(manifest, **_identity(cfg, checkpoint, load_tokenizer(checkpoint)))
-    if changed := manifest_differences(manifest, now):
-        raise InputError(
-            f"{cfg.out}: holds a finished store made differently ({'; '.join(changed)}); choose "
-            "another --out or remove the folder"
-        )
+    changes = manifest_differences(manifest, now)
+    check_unchanged(cfg.out, "a finished store", changes, finished=True)
     tokens = manifest.tokens()
     log.info(f"{cfg.out}: already collected, {tokens:,} tokens; the corpus was not read again")
     return store

@@ -65,6 +65,11 @@ def _try_to_write(folder: Path) -> None:
     TemporaryFile(dir=there).close()
 
 
+def hidden_sibling(path: Path, suffix: str) -> Path:
+    """Return `.<name>.<suffix>` beside `path`: where an output lives until it is complete."""
+    return path.with_name(f".{path.name}.{suffix}")
+
+
 @contextmanager
 def new_folder(
     path: Path, *, replaces: str | None = None, beside: tuple[str, ...] | None = None
@@ -79,7 +84,7 @@ def new_folder(
             whatever is there goes with it.
     """
     path = check_new_folder(path, replaces=replaces, beside=beside)
-    part = path.with_name(f".{path.name}.part")
+    part = hidden_sibling(path, "part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -106,7 +111,7 @@ def write_text(path: Path, text: str) -> None:
                 file.write(text)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = hidden_sibling(path, f"{os.getpid()}.part")
         try:
             part.write_text(text, encoding="utf-8")
             os.replace(part, path)

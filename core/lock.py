@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.files import hidden_sibling
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def lock_folder(out: Path, work: str) -> Iterator[None]:
     Raises:
         InputError: Another run holds it, or no file can be written there.
     """
-    path = out.with_name(f".{out.name}.lock")
+    path = hidden_sibling(out, "lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

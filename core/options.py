@@ -54,15 +54,6 @@ def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def compare_options(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What a finished or unfinished run was asked for that is asked for differently now."""
-    return [
-        f"{name} was {made.get(name)!r}, now {value!r}"
-        for name, value in asked.items()
-        if made.get(name) != value
-    ]
-
-
 def without_none(kind: Any) -> Any:
     """`T` of `T | None`; any other type is returned as it is."""
     if get_origin(kind) not in (Union, UnionType):

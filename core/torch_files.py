@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsecast.core.disk import full_disk_errno
 from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.files import check_file
+from sparsecast.core.files import check_file, hidden_sibling
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,7 +25,7 @@ def save_torch(value: Any, path: Path) -> None:
     Raises:
         OSError: The disk is full. torch hides the system's error code, which is restored here.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = hidden_sibling(path, "part")
     try:
         with part.open("wb") as file:
             torch.save(value, file)

@@ -10,10 +10,10 @@ from typing import Any
 import xxhash
 
 from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import parse_json
 from sparsecast.core.manifests import MANIFEST
-from sparsecast.core.options import compare_options
 from sparsecast.export.bundle import SUFFIX
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.read.reader import GGUFFile
@@ -73,10 +73,7 @@ def find_finished(out: Path, name: str, recipe: dict[str, Any]) -> Path | None:
     if not isinstance(made, dict):
         raise InputError(f"{out}: holds a bundle that does not say how it was made; {advice}")
     changed = compare_options({**made, "name": found[0].name}, {**recipe, "name": name})
-    if changed:
-        raise InputError(
-            f"{out}: holds a finished bundle made differently ({'; '.join(changed)}); {advice}"
-        )
+    check_unchanged(out, "a finished bundle", changed, finished=True)
     return found[0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sparsecast.core.files import check_file, check_writable_file, unreadable_er
 from sparsecast.core.folders import KINDS, folder_kind
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
-from sparsecast.export.bundle import GPUIDX_SUFFIX, SUFFIX, bundle_file
+from sparsecast.export.bundle import GPUIDX_SUFFIX, bundle_file
 from sparsecast.export.read.inspect_file import file_values, plain, show_file
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors, sizes_on_disk
 from sparsecast.predictors.manifest import SCORES
@@ -57,14 +56,13 @@ def _kind(path: Path) -> str:
         names = os.listdir(path)
     except OSError as error:
         raise unreadable_error(path, error, want) from error
-    if any(fnmatch(name, "model_*.pt") for name in names):
-        return "predictors"
-    if any(name.endswith(SUFFIX) for name in names):
-        return "bundle"
-    if MANIFEST in names:
-        return "activations"
-    what = KINDS.get(folder_kind(path) or "", "none of ours")
-    raise InputError(f"{path}: holds {what}; expected {want}")
+    kind = folder_kind(path)
+    if kind is None and MANIFEST in names:
+        return "activations"  # damaged ones, which `inspect_store` describes
+    if kind not in ("activations", "predictors", "bundle"):
+        what = KINDS.get(kind or "", "none of ours")
+        raise InputError(f"{path}: holds {what}; expected {want}")
+    return kind
 
 
 def _predictor_values(path: Path) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from sparsecast.collect.output import lock_output
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.distributed import DistributedContext, distributed_context
-from sparsecast.core.errors import InputError
+from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.messages import log
-from sparsecast.core.options import compare_options
 from sparsecast.predictors.calibration.calibrate import Calibrated
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors, sizes_on_disk
 from sparsecast.predictors.config import TrainConfig
@@ -178,11 +177,7 @@ def _finished(request: TrainingRequest) -> PredictorSet:
         changed.append(
             "the activations come from another model" if request.store else "--model is another one"
         )
-    if changed:
-        raise InputError(
-            f"{out}: holds finished predictors made differently ({'; '.join(changed)}); choose "
-            "another --out or remove the folder"
-        )
+    check_unchanged(out, "finished predictors", changed, finished=True)
     unread = "" if request.store is not None else "; the corpus was not read again"
     log.info(f"{out}: already trained, {len(predictors.layers)} layers{unread}")
     return predictors

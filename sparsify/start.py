@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.files import hidden_sibling
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -224,7 +225,7 @@ def _rows(cfg: SparsifyConfig, work: Work, tokenizer: Tokenizer, vocabulary: int
         return load_file(path)["rows"]
     limit = cfg.steps * cfg.step_tokens
     rows_NS = pack_documents(_train_documents(cfg), tokenizer, cfg.seq_len, limit, vocabulary)
-    part = path.with_name(f".{path.name}.part")
+    part = hidden_sibling(path, "part")
     save_file({"rows": rows_NS}, part)
     part.replace(path)
     return rows_NS

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsecast.core.disk import check_disk_space, full_disk_errno, full_disk_error
+from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import read_json, write_json
+from sparsecast.core.files import hidden_sibling, read_json, write_json
 from sparsecast.core.interrupts import interrupt_like
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.options import compare_options
 from sparsecast.core.text.corpus_files import SUFFIXES
 from sparsecast.sparsify.config import SparsifyConfig
 
@@ -96,18 +96,14 @@ def is_finished(out: Path, options: dict[str, Any]) -> bool:
             f"{out}: holds a finished model whose options were not written down; choose another "
             "--out or remove the folder"
         )
-    if changed := compare_options(made, options):
-        raise InputError(
-            f"{out}: holds a model made with other options ({'; '.join(changed)}); choose another "
-            "--out or remove the folder"
-        )
+    check_unchanged(out, "a finished model", compare_options(made, options), finished=True)
     log.info(f"{out}: already sparsified with these options")
     return True
 
 
 def unfinished_folder(out: Path) -> Path:
     """Where a run lives until it is finished."""
-    return out.with_name(f".{out.name}.work")
+    return hidden_sibling(out, "work")
 
 
 @contextmanager
@@ -145,11 +141,10 @@ def _begin(work: Work, options: dict[str, Any]) -> None:
     options = json.loads(json.dumps(options))
     if not work.trained:
         shutil.rmtree(work.path, ignore_errors=True)
-    elif changed := compare_options(read_json(path, "the options of an unfinished run"), options):
-        raise InputError(
-            f"{work.path}: holds an unfinished run with other options ({'; '.join(changed)}); "
-            "repeat those options to go on with it, or remove the folder"
-        )
+    else:
+        earlier = read_json(path, "the options of an unfinished run")
+        changes = compare_options(earlier, options)
+        check_unchanged(work.path, "an unfinished run", changes, finished=False)
     for leftover in work.path.glob(".*.part"):
         leftover.unlink()
     try:

@@ -34,6 +34,7 @@ from gguf import (
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.files import hidden_sibling
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.export.write.convert import Planned, one_thread, slabs
@@ -152,7 +153,7 @@ def write_model(
         InputError: A value that its tensor's format cannot hold.
         OSError: The disk is full, or `path` cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = hidden_sibling(path, "part")
     writer = GGUFWriter(part, hyper.arch)
     try:
         _add_header(writer, hyper, vocabulary, name, threshold, dtype)

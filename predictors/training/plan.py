@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsecast.core.distributed import DistributedContext
+from sparsecast.core.files import hidden_sibling
 from sparsecast.core.models.shape import ModelShape
 from sparsecast.predictors.calibration.bias import bias_units
 from sparsecast.predictors.calibration.objective import Objective
@@ -78,7 +79,7 @@ class TrainingPlan:
 
 def work_folder(out: Path) -> Path:
     """Folder of an unfinished run."""
-    return out.with_name(f".{out.name}.train")
+    return hidden_sibling(out, "train")
 
 
 def resume_options(options: Mapping[str, Any], context: DistributedContext) -> dict[str, Any]:

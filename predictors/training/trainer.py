@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from sparsecast.core.distributed import int_from_environment
+from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
 from sparsecast.core.interrupts import interrupt_like
@@ -37,7 +38,6 @@ from sparsecast.core.lightning import (
     quiet_lightning,
 )
 from sparsecast.core.messages import log
-from sparsecast.core.options import compare_options
 from sparsecast.predictors.training.data import TokenBlocks
 from sparsecast.predictors.training.plan import TrainingPlan, work_folder
 from sparsecast.predictors.training.source import Batches, Source
@@ -188,11 +188,8 @@ def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
             f"{work}: holds an unfinished run of {was} processes, but there are {now}; start it "
             f"with torchrun --nproc-per-node {was} again, or remove that folder"
         )
-    if changed := compare_options(made, json.loads(json.dumps(recipe))):
-        raise InputError(
-            f"{work}: holds an unfinished run made differently ({'; '.join(changed)}); repeat "
-            "the options it was started with, or remove that folder"
-        )
+    changes = compare_options(made, json.loads(json.dumps(recipe)))
+    check_unchanged(work, "an unfinished run", changes, finished=False)
     return True
 
 

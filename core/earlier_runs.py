@@ -1,0 +1,40 @@
+"""Compare the options of an earlier run with those of the present one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsecast.core.errors import InputError
+
+
+def compare_options(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Describe every option of `current` that an earlier run had with another value."""
+    return [
+        f"{name} was {earlier.get(name)!r}, now {value!r}"
+        for name, value in current.items()
+        if earlier.get(name) != value
+    ]
+
+
+def check_unchanged(folder: Path, content: str, changes: list[str], *, finished: bool) -> None:
+    """Refuse to reuse or resume an earlier run that had other options.
+
+    Args:
+        folder: Output folder of a finished run, hidden work folder of an unfinished one.
+        content: What the folder holds, such as "an unfinished run".
+        changes: Result of `compare_options`.
+
+    Raises:
+        InputError: There are changes.
+    """
+    if changes:
+        advice = (
+            "choose another --out or remove the folder"
+            if finished
+            else "repeat the options it was started with, or remove that folder"
+        )
+        raise InputError(
+            f"{folder}: holds {content} made differently ({'; '.join(changes)}); {advice}"
+        )
