@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import forkserver
@@ -17,6 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import xxhash
+from filelock import FileLock
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
@@ -213,6 +215,26 @@ def manifest_of():
         return replace(manifest, **fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, worker_id):
+    """Build a folder once for all processes of pytest-xdist: (name, build(folder)) to the folder,
+    which is not to be written to."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+
+    def folder(name: str, build: Callable[[Path], object]) -> Path:
+        path, done = root / "once" / name, root / "once" / f"{name}.done"
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(path.with_name(f"{name}.lock")):
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                build(path)
+                done.touch()
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,6 @@ from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.predictor import Predictor
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sparsecast.cli.main", *args]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_help_lists_every_stage_and_imports_no_torch():
     code = "import sys; from sparsecast.cli.main import main; main(['--help']); "
     done = subprocess.run(
@@ -177,12 +172,12 @@ def test_a_failure_exits_with_1_and_no_traceback(monkeypatch, capsys, tmp_path, 
     assert not (tmp_path / "p").exists()
 
 
-def test_an_interrupt_before_the_first_shard_leaves_nothing(model_folder, tmp_path):
-    out = tmp_path / "acts"
-    command = [sys.executable, "-m", "sparsecast.cli.main", "collect", "--model", str(model_folder)]
-    command += ["--corpus", "builtin", "--out", str(out), "--tokens", "50000000"]
-    command += ["--seq-len", "128"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_an_interrupt_before_the_first_shard_leaves_nothing(
+    model_folder, tmp_path, sparsecast_forked
+):
+    args = ["collect", "--model", str(model_folder), "--corpus", "builtin"]
+    args += ["--out", str(tmp_path / "acts"), "--tokens", "50000000", "--seq-len", "128"]
+    process = sparsecast_forked(args)
     part = tmp_path / ".acts.part"
     deadline = time.monotonic() + 60
     while not part.exists() and time.monotonic() < deadline:
@@ -201,27 +196,21 @@ def test_an_interrupt_before_the_first_shard_leaves_nothing(model_folder, tmp_pa
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_a_signal_leaves_no_part_of_a_bundle(number, tmp_path):
-    code = """
-import os, sys
-from sparsecast.cli.main import main
+def test_a_signal_leaves_no_part_of_a_bundle(number, tmp_path, sparsecast_forked):
+    code = f"""
 import sparsecast.export.run as run
 def write(*args, **options):
-    os.kill(os.getpid(), int(sys.argv[1]))
+    os.kill(os.getpid(), {int(number)})
 run.write_model = write
-main(["export", *sys.argv[2:]])
 """
     args = ["--model", str(TINY_PROSPARSE), "--predictors", str(tmp_path / "pred")]
     _predictors().save(tmp_path / "pred")
 
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(int(number)), *args, "--out", str(tmp_path / "b")],
-        capture_output=True,
-        text=True,
-    )
+    done = sparsecast_forked(["export", *args, "--out", str(tmp_path / "b")], code)
+    _, error = done.communicate()
 
     assert done.returncode == 128 + number
-    assert "interrupted; nothing half-written is left behind" in done.stderr
+    assert "interrupted; nothing half-written is left behind" in error
     assert [path.name for path in tmp_path.iterdir()] == ["pred"]
 
 

@@ -118,17 +118,11 @@ def kill_until_done(cfg: CollectConfig, start, kills: int, seed: int) -> int:
 @pytest.fixture(scope="session")
 def uninterrupted(model_folder, corpus, tmp_path_factory, start):
     """The bytes of a run that nobody disturbed."""
-    tmp_path = tmp_path_factory.mktemp("whole")
-    whole = CollectConfig(
-        model=str(model_folder),
-        corpus=str(corpus),
-        out=tmp_path / "acts",
-        **OPTIONS,
-    )
-    process = start(whole)
+    out = tmp_path_factory.mktemp("whole") / "acts"
+    process = start(CollectConfig(model=str(model_folder), corpus=str(corpus), out=out, **OPTIONS))
     _, error = process.communicate()
     assert process.returncode == 0, error
-    files = content(whole.out)
+    files = content(out)
     assert len(files) > 30
     return files
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,7 +203,7 @@ def test_damaged_stores_are_named(acts, tmp_path):
         ActivationStore(tmp_path).rows("train", 0, 0)
 
 
-def test_the_command_line_exits_with_2_and_one_line(tmp_path):
+def test_the_command_line_exits_with_2_and_one_line(tmp_path, sparsecast_forked):
     args = [
         "collect",
         "--model",
@@ -215,10 +213,9 @@ def test_the_command_line_exits_with_2_and_one_line(tmp_path):
         "--out",
         str(tmp_path / "o"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "sparsecast.cli.main", *args], capture_output=True, text=True
-    )
+    done = sparsecast_forked(args)
+    _, error = done.communicate()
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "no config.json" in done.stderr
+    assert error.count("\n") == 1
+    assert "no config.json" in error
     assert not (tmp_path / "o").exists()

@@ -134,16 +134,13 @@ def random_predictors(
 
 
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory, model_folder, corpus):
+def zoo(once, model_folder, corpus):
     """Name to a saved model of `ZOO`, trained until the FFN matters, with norms and biases that a
     lost tensor would not look like. The tokenizer is that of `model_folder`; after a name that ends
     in -bytes a byte-level one."""
-    root = tmp_path_factory.mktemp("zoo")
 
-    def folder(name: str) -> Path:
-        path = root / name
-        if path.exists():
-            return path
+    def build(path: Path) -> None:
+        name = path.name
         if name.endswith("-bytes"):
             save_byte_tokenizer(path, corpus, 500)
         else:
@@ -164,9 +161,8 @@ def zoo(tmp_path_factory, model_folder, corpus):
             config |= {"model_type": "bamboo", "hidden_act": "relu"}
             config |= {"architectures": ["BambooForCausalLM"], "sliding_window": 4096}
             (path / "config.json").write_text(json.dumps(config))
-        return path
 
-    return folder
+    return lambda name: once(name, build)
 
 
 def _tokens(folder: Path, corpus: Path) -> torch.Tensor:

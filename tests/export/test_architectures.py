@@ -46,18 +46,20 @@ NAMES = (
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory, zoo, random_predictors):
+def exported(once, zoo, random_predictors):
     """(architecture, dtype, predictors) to a bundle's folder; not to be written to."""
 
     def bundle(name: str, dtype: str, kind: str = "f16") -> Path:
-        root = tmp_path_factory.getbasetemp() / "architectures"
-        out = root / f"{name}-{dtype}-{kind}"
-        if not out.exists():
-            predictors = root / f"{name}-{kind}"
-            if not predictors.exists():
-                random_predictors(predictors, str(zoo(name)), dtypes=(kind,) * 3)
-            export(ExportConfig(model=str(zoo(name)), predictors=predictors, out=out, dtype=dtype))
-        return out
+        model = str(zoo(name))
+        predictors = once(
+            f"predictors-{name}-{kind}",
+            lambda folder: random_predictors(folder, model, dtypes=(kind,) * 3),
+        )
+
+        def build(out: Path) -> None:
+            export(ExportConfig(model=model, predictors=predictors, out=out, dtype=dtype))
+
+        return once(f"{name}-{dtype}-{kind}", build)
 
     return bundle
 

@@ -7,13 +7,16 @@ as well.
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from sparsecast.kernels.ops import gate, gate_up, predictor
-from sparsecast.kernels.ops.launch import rounded_threshold
+from sparsecast.kernels.ops.launch import INTERPRETED, rounded_threshold
 
 BAND = 64
 """Elements on either side."""
@@ -35,6 +38,27 @@ def is_poison(tensor: torch.Tensor) -> bool:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter():
+    """Triton's interpreter searches triton.language for its builtins at every call of a function,
+    which takes longer than the call. They are always the same, so find them once."""
+    places = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    builtins = {
+        place: [(name, m) for name, m in inspect.getmembers(place) if tl.core.is_builtin(m)]
+        for place in places
+    }
+
+    def patch_builtin(place, *options):
+        for name, member in builtins[place]:
+            if getattr(place, name) is member:  # not yet replaced
+                interpreter._patch_attr(place, name, member, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch.setattr(interpreter, "_patch_builtin", patch_builtin)
+        yield
 
 
 @pytest.fixture(autouse=True)

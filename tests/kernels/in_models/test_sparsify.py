@@ -47,8 +47,17 @@ def test_predicted_is_the_model_with_masks(family, dtype, make, predictors, ids,
     assert (want - logits(dense, ids(*shape))).abs().max() > 0.1 * want.abs().max()
 
 
-@pytest.mark.parametrize("family", ["prosparse", "bamboo", "opt"])
-@pytest.mark.parametrize("policy", ["exact", "predicted"])
+@pytest.mark.parametrize(
+    ("policy", "family"),
+    [
+        ("exact", "prosparse"),
+        ("predicted", "bamboo"),
+        ("predicted", "opt"),
+        pytest.param("predicted", "prosparse", marks=pytest.mark.slow),
+        pytest.param("exact", "bamboo", marks=pytest.mark.slow),
+        pytest.param("exact", "opt", marks=pytest.mark.slow),
+    ],
+)
 def test_the_kernels_in_a_model(policy, family, make, predictors, ids, logits, near):
     """16-bit models take the kernels, in Triton's interpreter here."""
     dense, predicted = make(family, torch.float16), predictors("q8_0")
@@ -155,8 +164,15 @@ def test_a_threshold_set_on_the_module_goes_before_the_configs(make, ids, logits
         assert torch.allclose(logits(sparse, ids(1, 4)), logits(dense, ids(1, 4)), atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["exact", "predicted"])
-@pytest.mark.parametrize("family", ["opt", "falcon-7b"])
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        ("opt", "predicted"),
+        ("falcon-7b", "exact"),
+        pytest.param("opt", "exact", marks=pytest.mark.slow),
+        pytest.param("falcon-7b", "predicted", marks=pytest.mark.slow),
+    ],
+)
 def test_it_compiles_as_one_graph(family, policy, make, predictors, ids, logits):
     model = sparsify_model(make(family), predictors(), policy)
     torch.compiler.reset()
@@ -167,6 +183,7 @@ def test_it_compiles_as_one_graph(family, policy, make, predictors, ids, logits)
     assert all(layer._seen is None for layer in sparse_layers(model))
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_as_one_graph(make, predictors, ids, logits):
     model = sparsify_model(make("prosparse", torch.bfloat16), predictors("q4_0"), "predicted")
     torch.compiler.reset()

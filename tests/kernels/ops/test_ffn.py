@@ -19,6 +19,17 @@ D, F, R = 96, 77, 32
 ACTS = ["relu", "fatrelu", "drelu", "plain"]
 
 
+def cases(*first):
+    """All of (one of `first`, 1 or 4 tokens, an activation); those that are not slow have every
+    pair of them."""
+    return [
+        pytest.param(x, tokens, act, marks=() if (i + j + k) % 2 == 0 else pytest.mark.slow)
+        for i, x in enumerate(first)
+        for j, tokens in enumerate((1, 4))
+        for k, act in enumerate(ACTS)
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """Most of the usual number would find nothing to do here, and the interpreter is slow."""
@@ -48,9 +59,7 @@ def predictor(matrix, banded):
     return make
 
 
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "tokens", "act"), cases(torch.float16, torch.bfloat16), ids=str)
 def test_exact_is_the_dense_ffn(dtype, tokens, act, ffn, banded, decided, near):
     weights, x = ffn(act, dtype), banded(torch.randn(tokens, D).to(dtype))
 
@@ -63,9 +72,7 @@ def test_exact_is_the_dense_ffn(dtype, tokens, act, ffn, banded, decided, near):
     assert union == want_union
 
 
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize("stored", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize(("stored", "tokens", "act"), cases("f16", "q8_0", "q4_0"), ids=str)
 def test_predicted_is_the_ffn_of_what_the_predictor_names(
     stored, tokens, act, ffn, predictor, banded, decided, near
 ):

@@ -26,15 +26,22 @@ def weights(matrix, banded):
 SMALL = [((96, 64, 130), 0.25), ((32, 32, 17), 0.0), ((32, 64, 21), -0.1), ((1312, 32, 16), 0.25)]
 TILES = [((64, 288, 20), 0.25), ((2112, 32, 16), 0.25), ((4128, 32, 16), 0.25)]
 """Several tiles of codes, the last of them not full."""
-CASES = [
-    (*case, dtype, tokens)
-    for case in SMALL
-    for dtype in ("f16", "bf16", "q8_0", "q4_0")
-    for tokens in (1, 3, 5, 16)
-]
-CASES += [
-    (*case, dtype, tokens) for case in TILES for dtype in ("q8_0", "q4_0") for tokens in (1, 3, 5)
-]
+
+
+def cases(shapes, dtypes, counts):
+    """All of (shape, threshold, dtype, tokens); those that are not slow have every pair of them."""
+    return [
+        pytest.param(
+            *shape, dtype, tokens, marks=() if (i + j + k) % len(dtypes) == 0 else pytest.mark.slow
+        )
+        for i, shape in enumerate(shapes)
+        for j, dtype in enumerate(dtypes)
+        for k, tokens in enumerate(counts)
+    ]
+
+
+CASES = cases(SMALL, ("f16", "bf16", "q8_0", "q4_0"), (1, 3, 5, 16))
+CASES += cases(TILES, ("q8_0", "q4_0"), (1, 3, 5))
 
 
 @pytest.mark.parametrize(("shape", "threshold", "dtype", "tokens"), CASES, ids=str)
