@@ -1,8 +1,15 @@
-"""What the header of PowerInfer's file says about a model, checked against the model's tensors."""
+"""The hyperparameters of PowerInfer's file, read from a model's config and checked.
+
+The engine loads many models without complaint and computes something else, or fails with
+"basic_string: construction from null is not valid". Such models are refused here, with the reason.
+(PowerInfer's llama.cpp at d3ebd7c: `llm_load_hparams`, `build_llama_variants`, `build_falcon`,
+`build_opt`.)
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,19 +17,31 @@ from torch import Tensor
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.shape import ModelShape
 from sparsecast.export.write.tensor_map import model_rows
 
 SMALLEST_FFN = 1001
-"""At 1000 neurons or fewer the engine takes a kernel that ignores the threshold."""
+"""Up to 1000 neurons the engine uses a kernel that ignores the threshold."""
+OPT_POSITIONS = 2048
+"""The engine's OPT always has 2050 position rows, two of them for padding."""
+REASONS = {
+    "qwen2": "its attention has biases, which the engine's llama has no place for",
+    "qwen3": "it normalizes q and k, which the engine's llama does not",
+    "granite": (
+        "it scales embeddings, residuals and logits as MiniCPM does, which the engine's llama does "
+        "not; convert it to LLaMA format, where the scales are part of the weights"
+    ),
+}
+"""Families that collect and train support, but that the engine cannot run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HParams:
-    """What the file's header says about the model."""
+    """The file's header, as far as it describes the model."""
 
     arch: str
-    """One of `names.ARCHITECTURES`."""
+    """One of `tensor_map.ARCHITECTURES`."""
     layers: int
     hidden: int
     ffn: int
@@ -31,17 +50,17 @@ class HParams:
     vocab: int
     context: int
     eps: float
-    """Of every norm; the engine's opt does not read it and takes 0."""
+    """Epsilon of every norm. The engine's opt does not read it and takes 0."""
     rope_base: float = 10_000.0
     rope_factor: float = 1.0
-    """Linear position interpolation: positions are divided by it; 1 is none."""
+    """Linear position interpolation divides positions by this factor; 1 leaves them as they are."""
     window: int | None = None
-    """Tokens back that the model attends to; the engine attends to all."""
+    """Length of the model's sliding attention window. The engine attends to all tokens."""
     norms: int = 2
-    """Of a layer."""
+    """Norms of a layer."""
     tied: bool
     activation: ActivationRule
-    """The model's own; the engine computes ReLU."""
+    """The model's own activation; the engine computes ReLU."""
 
     @property
     def model_shape(self) -> ModelShape:
@@ -49,7 +68,7 @@ class HParams:
             layers=self.layers,
             hidden_size=self.hidden,
             ffn_width=self.ffn,
-            ffn_matrices=3 if self.arch in ("llama", "bamboo") else 2,
+            ffn_matrices=3 if self.gated else 2,
         )
 
     @property
@@ -57,17 +76,22 @@ class HParams:
         return self.hidden // self.heads
 
     @property
-    def rms_norm(self) -> bool:
-        """Norms divide by the root mean square, without a bias; others are LayerNorms with one."""
+    def gated(self) -> bool:
+        """Whether the FFN has a gate."""
         return self.arch in ("llama", "bamboo")
 
     @property
-    def rotates(self) -> bool:
-        """Positions turn q and k; an OPT adds an embedding of them instead."""
+    def rms_norm(self) -> bool:
+        """Whether norms are RMS norms, which have no bias. The others are LayerNorms with one."""
+        return self.arch in ("llama", "bamboo")
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions rotate q and k. An OPT adds a position embedding instead."""
         return self.arch != "opt"
 
     def shape(self, letters: str) -> tuple[int, ...]:
-        """Shape letters of `names.py` to sizes."""
+        """Turn the shape letters of tensor_map.py into sizes."""
         kv_width = self.kv_heads * self.head_dim
         sizes = {
             "V": self.vocab,
@@ -80,35 +104,170 @@ class HParams:
         return tuple(sizes[letter] for letter in letters)
 
 
-def check_shape(hyper: HParams, head_dim: int | None, where: str) -> None:
-    """Refuse sizes that the engine computes otherwise.
+def read_hparams(checkpoint: Checkpoint, activation_threshold: float | None = None) -> HParams:
+    """Read a checkpoint's config; check it and the names and shapes of the tensors.
 
     Args:
-        head_dim: As the config has it.
+        activation_threshold: See `activation_rule`.
+
+    Raises:
+        InputError: An architecture or option that PowerInfer does not support.
     """
-    if hyper.hidden % hyper.heads or (head_dim or hyper.head_dim) != hyper.head_dim:
+    config: Any = checkpoint.config
+    where = checkpoint.source
+    family_of(config, where)
+    if config.model_type in REASONS:
         raise InputError(
-            f"{where}: head_dim is {head_dim}, but the engine takes hidden size / heads = "
-            f"{hyper.hidden / hyper.heads:g} for every model; such a model cannot be exported"
+            f"{where}: model_type is {config.model_type!r}: {REASONS[config.model_type]}"
         )
-    if hyper.head_dim % 2 or hyper.heads % hyper.kv_heads:
+    rule = activation_rule(config, where, activation_threshold)
+    read = {"falcon": _falcon, "opt": _opt}.get(config.model_type, _llama)
+    hparams = read(config, rule, where)
+    check_shape(hparams, getattr(config, "head_dim", None), where)
+    checkpoint.check()
+    check_tensors(checkpoint, hparams)
+    return hparams
+
+
+def _llama(config: Any, rule: ActivationRule, where: str) -> HParams:
+    """Read a Llama or Mistral; with ReLU on gate and up it is the engine's bamboo."""
+    for field in ("attention_bias", "mlp_bias"):
+        if getattr(config, field, False):
+            raise InputError(
+                f"{where}: {field} is true, but the engine's llama has no biases; such a model "
+                "cannot be exported"
+            )
+    base, factor = _rope(config, where)
+    window = getattr(config, "sliding_window", None)
+    context = config.max_position_embeddings
+    return HParams(
+        arch="bamboo" if rule.on_up else "llama",
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        vocab=config.vocab_size,
+        context=context,
+        eps=config.rms_norm_eps,
+        rope_base=base,
+        rope_factor=factor,
+        window=window if window is not None and window < context else None,
+        tied=config.tie_word_embeddings,
+        activation=rule,
+    )
+
+
+def _falcon(config: Any, rule: ActivationRule, where: str) -> HParams:
+    if config.alibi or config.bias:
+        found = "alibi" if config.alibi else "bias"
         raise InputError(
-            f"{where}: {hyper.heads} heads of size {hyper.head_dim} over {hyper.kv_heads} "
-            "key/value heads; the engine wants an even head size, and heads divisible by key/value "
+            f"{where}: {found} is true, but the engine's falcon rotates q and k by position and "
+            "has no biases except in norms; such a model cannot be exported"
+        )
+    base, factor = _rope(config, where)
+    if factor != 1.0:
+        raise InputError(
+            f"{where}: rope type is 'linear', but the engine's falcon divides positions by the "
+            "factor twice; such a model cannot be exported"
+        )
+    grouped = config.new_decoder_architecture
+    ungrouped = 1 if config.multi_query else config.num_attention_heads
+    norms = config.num_ln_in_parallel_attn or 2
+    return HParams(
+        arch="falcon",
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.ffn_hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_kv_heads if grouped else ungrouped,
+        vocab=config.vocab_size,
+        context=config.max_position_embeddings,
+        eps=config.layer_norm_epsilon,
+        rope_base=base,
+        norms=norms if grouped else 1,
+        tied=config.tie_word_embeddings,
+        activation=rule,
+    )
+
+
+def _opt(config: Any, rule: ActivationRule, where: str) -> HParams:
+    wanted = {
+        "max_position_embeddings": OPT_POSITIONS,
+        "word_embed_proj_dim": config.hidden_size,
+        "tie_word_embeddings": True,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "_remove_final_layer_norm": False,
+    }
+    for field, want in wanted.items():
+        if (value := getattr(config, field, want)) != want:
+            raise InputError(
+                f"{where}: {field} is {value}, but the engine's opt supports only {want}; such a "
+                "model cannot be exported"
+            )
+    return HParams(
+        arch="opt",
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.ffn_dim,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        vocab=config.vocab_size,
+        context=OPT_POSITIONS,
+        eps=1e-5,  # torch's own, the config has no field
+        tied=True,
+        activation=rule,
+    )
+
+
+def _rope(config: Any, where: str) -> tuple[float, float]:
+    """Read (base, linear factor) from transformers 5's rope_parameters or the older fields."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    base = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear"):
+        raise InputError(
+            f"{where}: rope type is {kind!r}, but the engine supports only 'default' and "
+            "'linear'; export a model with one of these"
+        )
+    if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise InputError(
+            f"{where}: rope rotates {part:g} of each head, but the engine rotates whole heads; "
+            "such a model cannot be exported"
+        )
+    return float(base), float(rope.get("factor", 1.0)) if kind == "linear" else 1.0
+
+
+def check_shape(hparams: HParams, head_dim: int | None, where: str) -> None:
+    """Refuse sizes that the engine would compute wrongly.
+
+    Args:
+        head_dim: The config's, or None.
+    """
+    if hparams.hidden % hparams.heads or (head_dim or hparams.head_dim) != hparams.head_dim:
+        raise InputError(
+            f"{where}: head_dim is {head_dim}, but the engine uses hidden size / heads = "
+            f"{hparams.hidden / hparams.heads:g} for every model; such a model cannot be exported"
+        )
+    if hparams.head_dim % 2 or hparams.heads % hparams.kv_heads:
+        raise InputError(
+            f"{where}: {hparams.heads} heads of size {hparams.head_dim} over {hparams.kv_heads} "
+            "key/value heads; the engine needs an even head size, and heads divisible by key/value "
             "heads"
         )
-    if hyper.ffn < SMALLEST_FFN:
+    if hparams.ffn < SMALLEST_FFN:
         raise InputError(
-            f"{where}: the FFN is {hyper.ffn} wide, expected more than 1000; below, the engine "
-            "takes a kernel that ignores the threshold and drops blocks of 128 neurons"
+            f"{where}: the FFN is {hparams.ffn} wide, expected more than 1000; for fewer, the "
+            "engine uses a kernel that ignores the threshold and drops blocks of 128 neurons"
         )
 
 
-def check_tensors(checkpoint: Checkpoint, hyper: HParams) -> None:
-    """Refuse a checkpoint that lacks a tensor of the architecture, or has one more."""
+def check_tensors(checkpoint: Checkpoint, hparams: HParams) -> None:
+    """Refuse a checkpoint that lacks a tensor of the architecture or has an extra one."""
     rows = {
         checkpoint.stored_name(row.source): row
-        for row in model_rows(hyper.arch, hyper.layers, tied=hyper.tied, norms=hyper.norms)
+        for row in model_rows(hparams.arch, hparams.layers, tied=hparams.tied, norms=hparams.norms)
     }
     missing = set(rows)
     for name, tensor in checkpoint.tensors():
@@ -117,20 +276,20 @@ def check_tensors(checkpoint: Checkpoint, hyper: HParams) -> None:
             continue
         if ".predictor." in name:
             continue
-        if hyper.tied and name == "lm_head.weight":
+        if hparams.tied and name == "lm_head.weight":
             _check_tied(checkpoint, tensor, next(iter(rows)))
             continue
         if name not in rows:
-            kind = "biases there" if name.endswith(".bias") else "tensor of that name"
+            kind = "bias there" if name.endswith(".bias") else "tensor of that name"
             raise InputError(
-                f"{checkpoint.folder}: holds {name}, but the engine's {hyper.arch} knows no "
+                f"{checkpoint.folder}: holds {name}, but the engine's {hparams.arch} has no "
                 f"{kind}; such a model cannot be exported"
             )
         missing.discard(name)
-        want = hyper.shape(rows[name].shape)
+        want = hparams.shape(rows[name].shape)
         if tuple(tensor.shape) != want:
             raise InputError(
-                f"{checkpoint.folder}: {name} is {tuple(tensor.shape)}, config.json makes it "
+                f"{checkpoint.folder}: {name} is {tuple(tensor.shape)}, config.json implies "
                 f"{want}; save the model again with its own config"
             )
     if missing:
@@ -140,12 +299,14 @@ def check_tensors(checkpoint: Checkpoint, hyper: HParams) -> None:
 
 
 def _check_tied(checkpoint: Checkpoint, output: Tensor, embedding: str) -> None:
-    """Refuse an output matrix of its own under a config that ties it: transformers runs such a
-    model untied, with a warning."""
+    """Refuse a tied config beside an output matrix that differs from the embedding.
+
+    transformers runs such a model untied, with a warning.
+    """
     shared = checkpoint.tensor(embedding)
     if not torch.equal(output.to(shared.dtype), shared):
         raise InputError(
             f"{checkpoint.folder}: lm_head.weight is not {embedding}, but config.json ties the two "
-            "(tie_word_embeddings, which falcon and opt have unless told otherwise); set it to "
-            "false there, or leave out lm_head.weight"
+            "(tie_word_embeddings, the default of falcon and opt); set it to false there, or "
+            "remove lm_head.weight"
         )

@@ -1,31 +1,16 @@
-"""The vocabulary as PowerInfer's engine reads it: one token per row of the embedding.
+"""The vocabulary of PowerInfer's file: one token per row of the embedding.
 
-The engine knows two kinds. "llama" merges greedily by score, which is sentencepiece's BPE type;
-"gpt2" merges the bytes of words by a list of merges. A unigram model would get other tokens from
-either. Types: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte. (PowerInfer's
-llama.cpp at d3ebd7c, llm_load_vocab and its tokenizers.)
+The engine knows two kinds. "llama" merges greedily by score, as sentencepiece's BPE does; "gpt2"
+merges the bytes of words by a list of merges. Token types: 1 normal, 2 unknown, 3 control, 4 user
+defined, 5 unused, 6 byte. (PowerInfer's llama.cpp at d3ebd7c, llm_load_vocab and its tokenizers.)
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
-
-from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.tokenizers.files import sentencepiece_file
-from sparsecast.core.tokenizers.loading import load_tokenizer
-from sparsecast.export.write.vocab_bytes import byte_vocabulary, is_byte_level
-from sparsecast.export.write.vocab_parts import CONTROL, UNUSED, USER, Parts
-from sparsecast.export.write.vocab_pieces import json_pieces, model_pieces, space_notes
-
-MODEL_NOTE = (
-    "The model's tokenizer does not prepare text as tokenizer.model says and the engine does, with "
-    "one space in front and nothing else."
-)
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 class Vocabulary(NamedTuple):
@@ -40,125 +25,32 @@ class Vocabulary(NamedTuple):
     merges: list[str]
     """"left right", first merged first; empty for llama."""
     special: dict[str, int]
-    """bos and eos, and unk and pad as far as the tokenizer has them."""
+    """Ids of bos and eos, and of unk and pad where the tokenizer has them."""
     notes: list[str]
-    """What the engine does otherwise with text, in sentences."""
+    """Sentences on how the engine treats text differently from the tokenizer."""
 
 
-def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
-    """The tokenizer's own tokens, its added tokens, then padding up to `size`.
+@dataclass
+class Parts:
+    """A tokenizer's own tokens by id, before added tokens and padding; ids may have gaps."""
 
-    Raises:
-        InputError: A tokenizer of another kind, or one that the engine would misread.
-    """
-    tokenizer: Any = load_tokenizer(checkpoint)
-    path = sentencepiece_file(checkpoint.folder)
-    if path is not None:
-        parts = model_pieces(path)
-        _, spec = _spec(checkpoint.folder, tokenizer)
-        notes = [] if spec is None else space_notes(spec)
-        parts.notes += [MODEL_NOTE] if notes is None else notes
-    else:
-        path, spec = _spec(checkpoint.folder, tokenizer)
-        parts = _from_spec(path, spec)
-    if (largest := max(parts.tokens, default=0)) >= size:
-        raise InputError(
-            f"{path}: has {largest + 1} pieces, but the model's embedding has {size} rows; give "
-            "the tokenizer of this model"
-        )
-    tokens, types = _rows(parts, tokenizer, size)
-    _check_unique(path, tokens)
-    special = _special(path, parts, tokenizer, checkpoint.config, size)
-    if parts.model == "gpt2" and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
-        parts.notes.append(
-            f"The engine puts no BOS before a text, the tokenizer puts {tokenizer.bos_token}: "
-            "begin prompts with it."
-        )
-    user = [token for token, kind in zip(tokens, types, strict=True) if kind == USER]
-    if user and parts.model == "llama":
-        parts.notes.append(
-            f"The tokenizer finds {len(user)} user-defined tokens whole in a text, {user[0]!r} "
-            "first; the engine may cut them into other tokens."
-        )
-    scores = [parts.scores.get(i, 0.0) for i in range(size)] if parts.model == "llama" else []
-    return Vocabulary(parts.model, tokens, scores, types, parts.merges, special, parts.notes)
+    model: str
+    """llama or gpt2."""
+    tokens: dict[int, str]
+    types: dict[int, int]
+    scores: dict[int, float] = field(default_factory=dict)
+    merges: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-def _spec(folder: Path, tokenizer: Any) -> tuple[Path, Any]:
-    """tokenizer.json in the tokenizers library's present spelling, whatever it was written in; what
-    transformers makes of vocab.json and merges.txt, or of tokenizer.model, where there is none."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            return path, json.loads(Tokenizer.from_file(str(path)).to_str())
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(
-                f"{path}: not a tokenizer ({reason_of(error)}); copy the model's own "
-                "tokenizer.json here"
-            ) from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    spec = None if backend is None else json.loads(backend.to_str())
-    named = folder / "vocab.json"
-    return named if named.is_file() else folder, spec
+def steps_of(spec: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """List the steps of a tokenizer's `normalizer` or `pre_tokenizer`, sequences flattened."""
+    return _flat(spec[name], {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}[name])
 
 
-def _from_spec(path: Path, spec: Any) -> Parts:
-    kind = None if spec is None else spec["model"].get("type")
-    if kind == "BPE" and is_byte_level(spec):
-        return byte_vocabulary(path, spec)
-    if kind == "BPE" and spec["model"]["byte_fallback"]:
-        return json_pieces(path, spec)
-    if kind == "Unigram":
-        raise InputError(
-            f"{path}: is a unigram model, expected BPE; the engine merges greedily and would cut "
-            "text into other tokens than this model was trained on"
-        )
-    found = f"a {kind} model" if kind != "BPE" else "BPE of characters without byte_fallback"
-    raise InputError(
-        f"{path}: is {found}, expected sentencepiece BPE or the byte-level BPE of GPT-2; the "
-        "engine has no other tokenizer, so this model cannot run there"
-    )
-
-
-def _rows(parts: Parts, tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
-    added = tokenizer.added_tokens_decoder
-    tokens, types = [], []
-    for i in range(size):
-        token = added.get(i)
-        named = None if token is None else CONTROL if token.special else USER
-        tokens.append(parts.tokens.get(i) or (token.content if token else f"<unused_{i}>"))
-        types.append(parts.types.get(i) or named or UNUSED)
-    return tokens, types
-
-
-def _special(path: Path, parts: Parts, tokenizer: Any, config: Any, size: int) -> dict[str, int]:
-    """For what a file does not name the engine takes 1 and 2, or 11 in a gpt2 vocabulary."""
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    for name in ("bos", "eos"):
-        configured = getattr(config, f"{name}_token_id", None)
-        first = configured[0] if isinstance(configured, list) and configured else configured
-        token = tokenizer.added_tokens_decoder.get(first)
-        # Config classes have defaults of their own, which may be any token of this tokenizer.
-        if ids[name] is None and token is not None and token.special:
-            ids[name] = first
-    special = {name: i for name, i in ids.items() if i is not None and 0 <= i < size}
-    if "eos" in special and "bos" not in special and parts.model == "gpt2":
-        special["bos"] = special["eos"]  # which the engine then puts nowhere
-    for name in ("bos", "eos"):
-        if name not in special:
-            raise InputError(
-                f"{path.parent}: the tokenizer has no {name}_token within the embedding, and the "
-                "engine would take an ordinary token for it; name it in tokenizer_config.json"
-            )
-    return special
-
-
-def _check_unique(path: Path, tokens: list[str]) -> None:
-    seen: set[str] = set()
-    for token in tokens:
-        if not token or token in seen:
-            raise InputError(
-                f"{path}: token {token!r} is empty or stands twice, which the engine refuses; "
-                "give every row of the embedding its own text"
-            )
-        seen.add(token)
+def _flat(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    if step is None:
+        return []
+    if step["type"] != "Sequence":
+        return [step]
+    return [flat for part in step[inner] for flat in _flat(part, inner)]

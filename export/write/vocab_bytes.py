@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 
 from sparsecast.core.errors import InputError
-from sparsecast.export.write.vocab_parts import NORMAL, Parts, steps_of
+from sparsecast.export.write.vocab import NORMAL, Parts, steps_of
 
 ALPHABET = frozenset(ByteLevel.alphabet())
 _HIGH = (*range(0xC0, 0xC2), *range(0xF1, 0xF3), *range(0xF5, 0x100))

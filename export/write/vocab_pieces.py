@@ -25,7 +25,7 @@ from sparsecast.core.tokenizers.sentencepiece_bpe import (
     merges_by_score,
     read_model,
 )
-from sparsecast.export.write.vocab_parts import (
+from sparsecast.export.write.vocab import (
     BYTE,
     CONTROL,
     NORMAL,

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsecast.export.write.convert import Planned
 from sparsecast.export.write.hparams import HParams
+from sparsecast.export.write.tensor_plan import PlannedTensor
 
 BEFORE = (
     "attn_norm",
@@ -71,7 +71,9 @@ class Budget:
         return room
 
 
-def budget_for(gib: float, context: int, tensors: Sequence[Planned], hyper: HParams) -> Budget:
+def budget_for(
+    gib: float, context: int, tensors: Sequence[PlannedTensor], hparams: HParams
+) -> Budget:
     """The budget of a model file.
 
     Args:
@@ -82,12 +84,12 @@ def budget_for(gib: float, context: int, tensors: Sequence[Planned], hyper: HPar
     return Budget(
         given=int(torch.tensor(gib, dtype=torch.float32).item() * 2**30),
         before=sum(t.nbytes for t in tensors if _kind(t) in BEFORE),
-        half_cache=2 * hyper.layers * context * hyper.shape("K")[0],
+        half_cache=2 * hparams.layers * context * hparams.shape("K")[0],
         # The exporter's types do not change from layer to layer.
         neuron=sum(t.nbytes // t.shape[0] for t in rows) + LIST_BYTES,
     )
 
 
-def _kind(tensor: Planned) -> str:
+def _kind(tensor: PlannedTensor) -> str:
     """attn_q of blk.3.attn_q.weight or .bias, output of output.weight."""
     return tensor.name.rpartition(".")[0].rpartition(".")[2]

@@ -165,7 +165,10 @@ def test_a_published_repository_is_taken_as_it_is(model_folder, corpus, tmp_path
 
     card = exported(model_folder, repository, tmp_path / "b")
 
-    assert "They came without a manifest: for which model they were trained" in card
+    assert (
+        "They came without a manifest: their model, their input and their scores are unknown"
+        in card
+    )
     assert "Ranks [24, 24, 24]" in card
     assert f"sparsecast verify . --model {model_folder}" in card
     file = GGUFFile(bundle_file(tmp_path / "b"))

@@ -183,8 +183,8 @@ def wrong_shape(weights):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (bias, "q_proj.bias, but the engine's llama knows no biases there"),
-        (q_norm, "q_norm.weight, but the engine's llama knows no tensor of that name"),
+        (bias, "q_proj.bias, but the engine's llama has no bias there"),
+        (q_norm, "q_norm.weight, but the engine's llama has no tensor of that name"),
         (infinite, r"blk\.1\.ffn_up\.weight: holds 70000"),
         (lose, r"layers\.2\.mlp\.up_proj\.weight is missing"),
         (wrong_shape, r"model\.norm\.weight is \[63\], but config.json describes \[64\]"),
@@ -326,7 +326,7 @@ def test_activations_in_which_nothing_fires_are_refused(model, predictors, acts,
 def test_activations_at_another_threshold_are_refused(model, predictors, acts, edit_store):
     other = edit_store(acts, model.parent / "acts", lambda _: None, activation_threshold=0.3)
     with pytest.raises(
-        InputError, match=r"with fatrelu\(0\.3\), but the file is of fatrelu\(0\.2\)"
+        InputError, match=r"with fatrelu\(0\.3\), but the export uses fatrelu\(0\.2\)"
     ):
         run(model, predictors, activations=other.folder)
 

@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 from sparsecast.core.errors import InputError
+from sparsecast.export import plan as planning
 from sparsecast.export import run as stage
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.run import export
@@ -59,7 +60,7 @@ def test_the_lock_of_a_killed_export_holds_nobody_up(asked):
 
 @pytest.mark.parametrize("out", ["/proc/bundle", "/dev/null/bundle"])
 def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_read(asked, monkeypatch, out):
-    monkeypatch.setattr(stage, "Checkpoint", lambda _: pytest.fail("the model was read"))
+    monkeypatch.setattr(planning, "Checkpoint", lambda _: pytest.fail("the model was read"))
     with pytest.raises(InputError, match=f"{out}: cannot be written"):
         export(ExportConfig(**{**vars(asked), "out": Path(out)}))
 

@@ -27,7 +27,7 @@ from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify
 from sparsecast.export.write.convert import slabs
-from sparsecast.export.write.writer import _predictor_part
+from sparsecast.export.write.tensor_plan import predictor_tensors
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.predictor import Predictor
 
@@ -54,7 +54,7 @@ def raw(file: GGUFFile, name: str) -> np.ndarray:
 
 
 def plan(*layers: Predictor):
-    return list(_predictor_part(PredictorSet(list(layers), 0.0, None)))
+    return list(predictor_tensors(PredictorSet(list(layers), 0.0, None)))
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
@@ -95,7 +95,7 @@ def test_what_a_predictor_holds_is_written_without_another_loss(dtype, size):
     kept.fc1_RD[3] = 0
 
     for planned, want in zip(plan(kept), kept.weights, strict=True):
-        got = dequantize(np.concatenate(list(slabs(planned))).view(np.uint8), planned.kind)
+        got = dequantize(np.concatenate(list(slabs(planned))).view(np.uint8), planned.type)
         assert np.array_equal(got.reshape(want.shape), want.float().numpy())
 
 

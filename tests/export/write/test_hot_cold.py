@@ -15,7 +15,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import GPUIDX_SUFFIX, bundle_file
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.run import EXACT, _write_counts, export
+from sparsecast.export.run import FLOAT32_EXACT, export, write_counts
 from sparsecast.export.write.gpuidx import write_gpuidx
 from sparsecast.export.write.hot_cold import BLOCK, Split, blocks_per_layer, hottest, split_for
 from sparsecast.export.write.vram import Budget
@@ -75,11 +75,11 @@ def test_no_choice_of_blocks_has_a_greater_total(problem, n):
 
 def test_counts_beyond_the_exact_range_of_float32_keep_their_order(tmp_path):
     """Neighbors above 2^24 are one float32; the hotter must still be chosen."""
-    count_F = torch.full((2 * BLOCK,), EXACT)
+    count_F = torch.full((2 * BLOCK,), FLOAT32_EXACT)
     count_F[1::2] += 1
 
     (hot_K,) = split_for(Budget(BLOCK * 10, 0, GIB, 10), [count_F]).hot
-    _write_counts(tmp_path / "a", [count_F, count_F.clamp(max=EXACT)])
+    write_counts(tmp_path / "a", [count_F, count_F.clamp(max=FLOAT32_EXACT)])
 
     assert torch.equal(hot_K, torch.arange(1, 2 * BLOCK, 2))
     stored = [torch.load(tmp_path / "a" / f"activation_{i}.pt", weights_only=True) for i in (0, 1)]
@@ -202,7 +202,7 @@ def test_a_budget_for_no_block_says_what_it_takes(exported, given, capsys):
     told = " ".join(capsys.readouterr().err.split())
     need = (BEFORE + 16 * HALF_CACHE + BLOCK * NEURON) / GIB
     assert f"it takes a --vram-budget of {need:.3g}, {given / GIB:.3g} were given" in told
-    assert "On the GPU: no neuron, the FFN stays on the CPU" in told
+    assert "On the GPU: no neuron; the FFN stays on the CPU" in told
     assert "no neuron" in made.card
 
 

@@ -26,9 +26,9 @@ from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify
 from sparsecast.export.write import convert as stored_module
-from sparsecast.export.write.convert import Planned, one_thread, slabs
-from sparsecast.export.write.model_config import read_hyper
-from sparsecast.export.write.writer import plan
+from sparsecast.export.write.convert import one_thread, slabs
+from sparsecast.export.write.hparams import read_hparams
+from sparsecast.export.write.tensor_plan import PlannedTensor, plan_tensors
 from sparsecast.predictors import formats
 from sparsecast.predictors.checkpoint import load_predictors
 
@@ -100,13 +100,13 @@ def test_bytes_are_those_of_the_gguf_package(q4_0, model_folder, name, source, k
 def test_slabs_leave_no_seam(monkeypatch, kind, dtype):
     """Of rows that are columns of the source, as those of ffn_down_t are."""
     weight = torch.randn(64, 100).to(dtype).T
-    planned = Planned("w", (100, 64), GGMLQuantizationType[kind], lambda: weight)
+    planned = PlannedTensor("w", (100, 64), GGMLQuantizationType[kind], lambda: weight)
     monkeypatch.setattr(stored_module, "SLAB", 7 * 64)
 
     written = list(slabs(planned))
 
     assert [len(rows) for rows in written] == [7] * 14 + [2]
-    want = quantize(weight.float().contiguous().numpy(), planned.kind)
+    want = quantize(weight.float().contiguous().numpy(), planned.type)
     assert b"".join(rows.data for rows in written) == want.tobytes()
 
 
@@ -126,7 +126,7 @@ def test_threads_are_given_back():
 )
 def test_a_scale_beyond_f16_is_refused(kind, largest):
     weight = torch.zeros(2, 32)
-    planned = Planned("w", (2, 32), GGMLQuantizationType[kind], lambda: weight)
+    planned = PlannedTensor("w", (2, 32), GGMLQuantizationType[kind], lambda: weight)
     weight[1, 3] = -largest
     list(slabs(planned))
 
@@ -147,12 +147,12 @@ def test_a_scale_beyond_f16_is_refused(kind, largest):
 )
 def test_sizes_that_are_no_whole_blocks_are_refused(model_folder, predictors, change, reason):
     checkpoint = Checkpoint(str(model_folder))
-    hyper = replace(read_hyper(checkpoint), **change)
+    hparams = replace(read_hparams(checkpoint), **change)
     made = load_predictors(predictors)
-    plan(checkpoint, hyper, made, "f16")
+    plan_tensors(checkpoint, hparams, made, "f16")
 
     with pytest.raises(InputError, match=f"--dtype q4_0: .*{reason}, .*; export in f16"):
-        plan(checkpoint, hyper, made, "q4_0")
+        plan_tensors(checkpoint, hparams, made, "q4_0")
 
 
 def test_another_dtype_is_refused():

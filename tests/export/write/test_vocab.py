@@ -24,7 +24,7 @@ from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import alphabet, tokenizer_of
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify
-from sparsecast.export.write.vocab import read_vocabulary
+from sparsecast.export.write.vocab_reader import read_vocabulary
 
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 FALCON = {

@@ -16,7 +16,8 @@ from transformers import LlamaConfig
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.export.write.vocab import Vocabulary, read_vocabulary
+from sparsecast.export.write.vocab import Vocabulary
+from sparsecast.export.write.vocab_reader import read_vocabulary
 
 ROOT = Path(__file__).parents[3]
 SHARED = Path(os.environ.get("SPARSECAST_SHARED", ROOT / "../shared"))

@@ -1,0 +1,141 @@
+"""Read a checkpoint's tokenizer as the vocabulary of PowerInfer's file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.tokenizers.files import sentencepiece_file
+from sparsecast.core.tokenizers.loading import load_tokenizer
+from sparsecast.export.write.vocab import CONTROL, UNUSED, USER, Parts, Vocabulary
+from sparsecast.export.write.vocab_bytes import byte_vocabulary, is_byte_level
+from sparsecast.export.write.vocab_pieces import json_pieces, model_pieces, space_notes
+
+MODEL_NOTE = (
+    "The model's tokenizer does not prepare text as tokenizer.model says and the engine does, with "
+    "one space in front and nothing else."
+)
+
+
+def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
+    """The tokenizer's own tokens, its added tokens, then padding up to `size`.
+
+    Raises:
+        InputError: A tokenizer of another kind, or one that the engine would misread.
+    """
+    tokenizer: Any = load_tokenizer(checkpoint)
+    path = sentencepiece_file(checkpoint.folder)
+    if path is not None:
+        parts = model_pieces(path)
+        _, spec = _spec(checkpoint.folder, tokenizer)
+        notes = [] if spec is None else space_notes(spec)
+        parts.notes += [MODEL_NOTE] if notes is None else notes
+    else:
+        path, spec = _spec(checkpoint.folder, tokenizer)
+        parts = _from_spec(path, spec)
+    if (largest := max(parts.tokens, default=0)) >= size:
+        raise InputError(
+            f"{path}: has {largest + 1} pieces, but the model's embedding has {size} rows; give "
+            "the tokenizer of this model"
+        )
+    tokens, types = _rows(parts, tokenizer, size)
+    _check_unique(path, tokens)
+    special = _special(path, parts, tokenizer, checkpoint.config, size)
+    if parts.model == "gpt2" and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
+        parts.notes.append(
+            f"The engine puts no BOS before a text, the tokenizer puts {tokenizer.bos_token}: "
+            "begin prompts with it."
+        )
+    user = [token for token, kind in zip(tokens, types, strict=True) if kind == USER]
+    if user and parts.model == "llama":
+        parts.notes.append(
+            f"The tokenizer finds {len(user)} user-defined tokens whole in a text, {user[0]!r} "
+            "first; the engine may cut them into other tokens."
+        )
+    scores = [parts.scores.get(i, 0.0) for i in range(size)] if parts.model == "llama" else []
+    return Vocabulary(parts.model, tokens, scores, types, parts.merges, special, parts.notes)
+
+
+def _spec(folder: Path, tokenizer: Any) -> tuple[Path, Any]:
+    """tokenizer.json in the tokenizers library's present spelling, whatever it was written in; what
+    transformers makes of vocab.json and merges.txt, or of tokenizer.model, where there is none."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return path, json.loads(Tokenizer.from_file(str(path)).to_str())
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"{path}: not a tokenizer ({reason_of(error)}); copy the model's own "
+                "tokenizer.json here"
+            ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spec = None if backend is None else json.loads(backend.to_str())
+    named = folder / "vocab.json"
+    return named if named.is_file() else folder, spec
+
+
+def _from_spec(path: Path, spec: Any) -> Parts:
+    kind = None if spec is None else spec["model"].get("type")
+    if kind == "BPE" and is_byte_level(spec):
+        return byte_vocabulary(path, spec)
+    if kind == "BPE" and spec["model"]["byte_fallback"]:
+        return json_pieces(path, spec)
+    if kind == "Unigram":
+        raise InputError(
+            f"{path}: is a unigram model, expected BPE; the engine merges greedily and would cut "
+            "text into other tokens than this model was trained on"
+        )
+    found = f"a {kind} model" if kind != "BPE" else "BPE of characters without byte_fallback"
+    raise InputError(
+        f"{path}: is {found}, expected sentencepiece BPE or the byte-level BPE of GPT-2; the "
+        "engine has no other tokenizer, so this model cannot run there"
+    )
+
+
+def _rows(parts: Parts, tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
+    added = tokenizer.added_tokens_decoder
+    tokens, types = [], []
+    for i in range(size):
+        token = added.get(i)
+        named = None if token is None else CONTROL if token.special else USER
+        tokens.append(parts.tokens.get(i) or (token.content if token else f"<unused_{i}>"))
+        types.append(parts.types.get(i) or named or UNUSED)
+    return tokens, types
+
+
+def _special(path: Path, parts: Parts, tokenizer: Any, config: Any, size: int) -> dict[str, int]:
+    """For what a file does not name the engine takes 1 and 2, or 11 in a gpt2 vocabulary."""
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    for name in ("bos", "eos"):
+        configured = getattr(config, f"{name}_token_id", None)
+        first = configured[0] if isinstance(configured, list) and configured else configured
+        token = tokenizer.added_tokens_decoder.get(first)
+        # Config classes have defaults of their own, which may be any token of this tokenizer.
+        if ids[name] is None and token is not None and token.special:
+            ids[name] = first
+    special = {name: i for name, i in ids.items() if i is not None and 0 <= i < size}
+    if "eos" in special and "bos" not in special and parts.model == "gpt2":
+        special["bos"] = special["eos"]  # which the engine then puts nowhere
+    for name in ("bos", "eos"):
+        if name not in special:
+            raise InputError(
+                f"{path.parent}: the tokenizer has no {name}_token within the embedding, and the "
+                "engine would take an ordinary token for it; name it in tokenizer_config.json"
+            )
+    return special
+
+
+def _check_unique(path: Path, tokens: list[str]) -> None:
+    seen: set[str] = set()
+    for token in tokens:
+        if not token or token in seen:
+            raise InputError(
+                f"{path}: token {token!r} is empty or stands twice, which the engine refuses; "
+                "give every row of the embedding its own text"
+            )
+        seen.add(token)
