@@ -28,9 +28,9 @@ from sparsecast.core.options import validate_fields
 from sparsecast.core.progress import progress_bar
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.metadata import check_metadata
-from sparsecast.export.engine.dense import write_dense
 from sparsecast.export.engine.process import EngineError, binary, last_words, run_to_end
 from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.write.dense import write_dense
 
 TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
 PROMPT = " def"

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
-from sparsecast.export.checks.base import Check, read_counts
+from sparsecast.export.checks.base import Check
+from sparsecast.export.checks.folders import read_counts
 from sparsecast.export.read.header import header_of
 from sparsecast.export.read.reader import STRING, UINT32, UINT64, GGUFFile
 

@@ -33,8 +33,7 @@ from sparsecast.export.checks.base import Check
 from sparsecast.export.checks.sources import module_of, rounded
 from sparsecast.export.checks.tensors import expected_shapes
 from sparsecast.export.engine.emulator import Emulator
-from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.read.tensor_types import TensorType
+from sparsecast.export.read.reader import GGUFFile, TensorType
 
 MEAN_FACTOR, MAX_FACTOR = 3.0, 6.0
 FLOOR = 1e-5

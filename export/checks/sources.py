@@ -14,8 +14,7 @@ from torch import Tensor
 from sparsecast.core.files import read_json
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.export.read.header import header_of
-from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.read.tensor_types import TensorType
+from sparsecast.export.read.reader import GGUFFile, TensorType
 
 LLAMA = {
     "token_embd": "model.embed_tokens",

@@ -149,3 +149,10 @@ def _sizes(file: GGUFFile, header: Header, name: str, letters: str) -> tuple[int
         "R": fc1.shape[0] if fc1 is not None else 0,
     }
     return tuple(sizes[letter] for letter in letters)
+
+
+def check_finite(file: GGUFFile) -> Check:
+    """No NaN and no infinity in any tensor."""
+    wrong = [name for name in file.entries if not bool(file.tensor(name).isfinite().all())]
+    detail = f"NaN or infinity in {', '.join(wrong)}" if wrong else "no NaN, no infinity"
+    return Check("finite", not wrong, detail)

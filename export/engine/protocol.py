@@ -1,7 +1,7 @@
-"""The text that verify runs on and the perplexity that PowerInfer's `perplexity` computes.
+"""The text that verify evaluates, and the perplexity as PowerInfer's `perplexity` computes it.
 
-The binary drops one line break at the end of the file, tokenizes with BOS in front, cuts into
-chunks of c tokens (the rest is dropped), puts BOS in place of each chunk's first token and scores
+The binary drops one newline at the end of the file, tokenizes with BOS in front, splits into chunks
+of c tokens (the remainder is dropped), replaces each chunk's first token by BOS and scores
 positions c/2 to c - 2, each predicting the next token (examples/perplexity/perplexity.cpp). With a
 gpt2 vocabulary there is no BOS anywhere.
 
@@ -11,6 +11,7 @@ Shape letters: N chunks, S chunk length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +22,32 @@ from sparsecast.core.text.splits import assign_splits
 from sparsecast.export.read.vocab import FileVocabulary
 
 CHUNK = 128
-"""The engine's old allocator asserts for some context lengths; 128 is not one of them."""
+"""The engine's allocator fails an assertion for some context lengths, but not for 128."""
 TOKENS_AT_ONCE = 1024
 Logits = Callable[[Tensor], Tensor]
 
 
+class HeldOutText(NamedTuple):
+    """Text that neither training nor calibration has seen, and its tokens."""
+
+    tokenizer: FileVocabulary
+    docs: list[str]
+    ids_NS: Tensor
+    """The documents, joined, in chunks; see `chunks_of`."""
+
+
+def read_held_out(corpus: str, tokenizer: FileVocabulary, tokens: int) -> HeldOutText:
+    """Read and tokenize enough held-out documents for `tokens` tokens or two chunks.
+
+    Raises:
+        InputError: See `held_out_documents`.
+    """
+    docs = held_out_documents(corpus, tokenizer, tokens)
+    return HeldOutText(tokenizer, docs, chunks_of(joined(docs), tokenizer, tokens))
+
+
 def held_out_documents(corpus: str, tokenizer: FileVocabulary, tokens: int) -> list[str]:
-    """Held-out documents, enough for `tokens` tokens or two chunks.
+    """Read held-out documents, enough for `tokens` tokens or two chunks.
 
     Raises:
         InputError: The held-out split is smaller than two chunks, which the engine refuses.
@@ -49,12 +69,12 @@ def held_out_documents(corpus: str, tokenizer: FileVocabulary, tokens: int) -> l
 
 
 def joined(docs: list[str]) -> str:
-    """The text that all perplexities are taken on."""
+    """Join documents to the text on which all perplexities are computed."""
     return "\n\n".join(docs)
 
 
 def chunks_of(text: str, tokenizer: FileVocabulary, tokens: int) -> Tensor:
-    """(N, S) int64 ids as the engine's `perplexity` cuts them."""
+    """Tokenize into chunks, (N, S) int64 ids, as the engine's `perplexity` does."""
     ids = tokenizer.encode(text.removesuffix("\n"))
     if tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]
@@ -66,16 +86,16 @@ def chunks_of(text: str, tokenizer: FileVocabulary, tokens: int) -> Tensor:
 
 
 def perplexity(logits: Logits, ids_NS: Tensor) -> float:
-    """exp of the mean NLL over the second half of every chunk; NaN when a logit is NaN.
+    """Return exp of the mean NLL over the second half of every chunk; NaN if a logit is NaN.
 
     Args:
-        logits: (N, S) ids to (N, S, V) float32 logits.
+        logits: Maps (N, S) ids to (N, S, V) float32 logits.
     """
     return float(losses(logits, ids_NS).mean().exp())
 
 
 def losses(logits: Logits, ids_NS: Tensor) -> Tensor:
-    """(N, S - S / 2 - 1) float64: the NLL of each token that `perplexity` scores."""
+    """Return the NLL of each token that `perplexity` scores, (N, S - S / 2 - 1) float64."""
     first, rows = ids_NS.shape[1] // 2, []
     for ids in torch.split(ids_NS, max(1, TOKENS_AT_ONCE // ids_NS.shape[1])):
         scored = logits(ids)[:, first:-1].transpose(1, 2).double()

@@ -12,9 +12,9 @@ import torch
 from sparsecast.cli.bench.engine import BenchEngineConfig, bench
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
-from sparsecast.export.engine.dense import write_dense
 from sparsecast.export.engine.process import EngineError
 from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.write.dense import write_dense
 
 FAKE = """#!/bin/sh
 echo "x: prompt eval time = 6.61 ms / 3 tokens ( 2.2 ms per token, 9999.0 tokens per second)" >&2

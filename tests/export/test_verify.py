@@ -11,11 +11,13 @@ import pytest
 
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
-from sparsecast.export.checks.base import Check, check_activation_folder, check_card
+from sparsecast.export.checks.folders import check_activation_folder, check_card
 from sparsecast.export.checks.gpu_split import check_gpu_split
+from sparsecast.export.checks.predictors import check_predictors
+from sparsecast.export.checks.run import VerifyResult
 from sparsecast.export.config import VerifyConfig
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.verify import VerifyResult, _predictors, verify
+from sparsecast.export.verify import verify
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_a_sound_bundle_passes_and_writes_its_result(check, corpus, tmp_path, ca
     assert value["engine"] is None
     assert value["text"] == f"512 held-out tokens of {corpus}"
     screen = capsys.readouterr().err
-    assert f"\nperplexities, logits and tokens are of {value['text']}\n" in screen
+    assert f"\nperplexities, logits and tokens were computed on {value['text']}\n" in screen
     assert {"logits", "perplexity", "values attn_q"} <= {c["name"] for c in value["checks"]}
     assert all(c.keys() == {"name", "ok", "detail"} for c in value["checks"])
 
@@ -112,8 +114,7 @@ def test_what_stands_in_the_place_of_another_is_named(name, check, kind, bundle)
         "loop": lambda: path.symlink_to(path),
     }[kind]()
 
-    found: list[Check] = []
-    _predictors(file, None, None, found)
+    found, _ = check_predictors(file, None, None)
     found += [check_activation_folder(file, bundle / "activation")]
     found += check_gpu_split(file, bundle) + check_card(bundle)
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from sparsecast.export.bundle import bundle_file
-from sparsecast.export.config import ExportConfig, VerifyConfig
-from sparsecast.export.engine.checks import (
+from sparsecast.export.checks.engine import (
     Position,
     position,
     probability_check,
     tokens_check,
 )
+from sparsecast.export.checks.engine_text import check_engine_perplexity
+from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.process import EngineError, Next, Server, engine_perplexity, serving
 from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.engine.replies import Spelling
-from sparsecast.export.engine.text import check_engine_perplexity
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export

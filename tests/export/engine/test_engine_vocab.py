@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.export.bundle import bundle_file
+from sparsecast.export.checks.engine import replies_to
+from sparsecast.export.checks.engine_text import check_perplexity_by_ids, check_tokenization
 from sparsecast.export.config import ExportConfig, VerifyConfig
-from sparsecast.export.engine.checks import replies_to
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.engine.replies import Spelling
-from sparsecast.export.engine.text import check_perplexity_by_ids, check_tokenization
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.run import export

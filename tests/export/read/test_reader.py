@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
-from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.read.tensor_types import TYPES
+from sparsecast.export.read.reader import TYPES, GGUFFile
 
 
 @pytest.mark.parametrize("which", ["made", "quantized"])

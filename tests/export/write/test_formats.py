@@ -18,7 +18,7 @@ from sparsecast.export.checks.tensors import check_tensors
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine import emulator
 from sparsecast.export.engine.emulator import Emulator
-from sparsecast.export.engine.nudged import Nudged
+from sparsecast.export.engine.perturbed import Perturbed
 from sparsecast.export.engine.process import serving
 from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.engine.replies import Spelling
@@ -293,7 +293,7 @@ def test_the_card_names_the_formats(quantized, model_folder, tmp_path):
 @pytest.mark.engine
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 def test_the_engine_computes_a_format_as_we_do(dtype, engine, bundle_in, corpus, monkeypatch):
-    """At every position the engine's distribution is that of one of 16 nudged evaluations, to
+    """At every position the engine's distribution is that of one of 16 perturbed evaluations, to
     1e-4; with inputs rounded to f16, as for f16 weights, at little more than half of them."""
     file = GGUFFile(bundle_file(bundle_in(dtype, dtype, dtype)))
     tokenizer = tokenizer_of(file)
@@ -309,7 +309,7 @@ def test_the_engine_computes_a_format_as_we_do(dtype, engine, bundle_in, corpus,
     def share_near() -> float:
         nearest = [1.0] * len(places)
         for seed in range(16):
-            logits_NSV = Nudged(file, seed).logits(ids_NS)
+            logits_NSV = Perturbed(file, seed).logits(ids_NS)
             for k, (n, s) in enumerate(places):
                 _, largest = spelling.compare(replies[k], logits_NSV[n, s])
                 nearest[k] = min(nearest[k], largest)

@@ -4,7 +4,7 @@ Both compute the same arithmetic, but sum in another order; a difference of 1e-7
 rounding to f16 or q8_0 over, and that a predictor's decision at the threshold. How far that moves
 probabilities depends on the model and the formats, and a single evaluation of ours says little
 about it: a few positions take most of it. So our own evaluation is made `EVALUATIONS` times with
-products nudged by their last bits (nudged.py), and the engine must be one more of them:
+products perturbed by their last bits (perturbed.py), and the engine must look like one more:
 - at the median of positions and pairs its distance from ours is at most `FACTOR` times ours from
   each other;
 - at 90 % of positions the nearest of ours is as near to it, up to `FACTOR`, as the nearest other
@@ -29,21 +29,19 @@ import torch
 from torch import Tensor
 
 from sparsecast.export.checks.base import Check
-from sparsecast.export.checks.logits import degenerate
-from sparsecast.export.engine.decisions import Decision, closest_decisions
-from sparsecast.export.engine.emulator import Emulator
-from sparsecast.export.engine.nudged import Nudged
-from sparsecast.export.engine.process import EngineError, serving
-from sparsecast.export.engine.protocol import joined
-from sparsecast.export.engine.replies import Reply, Spelling
-from sparsecast.export.engine.text import (
+from sparsecast.export.checks.engine_text import (
     EnginePerplexity,
     check_engine_perplexity,
     check_perplexity_by_ids,
     check_tokenization,
 )
+from sparsecast.export.checks.logits import degenerate
+from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.perturbed import Decision, Perturbed, closest_decisions
+from sparsecast.export.engine.process import EngineError, serving
+from sparsecast.export.engine.protocol import HeldOutText, joined
+from sparsecast.export.engine.replies import Reply, Spelling
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.read.vocab import FileVocabulary
 
 EVALUATIONS, MOST = 8, 24
 LOGIT_BOUND = 1e-2
@@ -59,18 +57,14 @@ NEAR, OUTLIERS = 1e-3, 3
 
 
 def check_engine(
-    build: Path,
-    file: GGUFFile,
-    emulator: Emulator,
-    tokenizer: FileVocabulary,
-    docs: list[str],
-    ids_NS: Tensor,
+    build: Path, emulator: Emulator, text: HeldOutText
 ) -> tuple[list[Check], EnginePerplexity | None]:
-    """Text, perplexity and next tokens.
+    """Compare tokenization, perplexity and next tokens with the engine's.
 
-    Args:
-        docs: Whose text joined is `ids_NS`.
+    Returns:
+        The checks, and both perplexities where the engine was asked for one.
     """
+    file, (tokenizer, docs, ids_NS) = emulator.file, text
     checks = [check_tokenization(build, file, tokenizer, docs)]
     numbers = None
     if tokenizer.exact:
@@ -114,7 +108,7 @@ def check_next_tokens(
     file: GGUFFile, spelling: Spelling, prompts_PS: Tensor, replies: list[list[Reply]]
 ) -> list[Check]:
     """Next-token distributions after every prefix of the prompts, teacher-forced."""
-    logits_NPSV = [Nudged(file, seed).logits(prompts_PS) for seed in range(EVALUATIONS)]
+    logits_NPSV = [Perturbed(file, seed).logits(prompts_PS) for seed in range(EVALUATIONS)]
     positions = []
     for p, prompt_S in enumerate(prompts_PS):
         logits_NSV = torch.stack([logits_PSV[p] for logits_PSV in logits_NPSV])
@@ -135,7 +129,7 @@ def _positions(
     for seed in range(EVALUATIONS, MOST):
         if all(place.gap <= LOGIT_BOUND for place in found):
             break
-        logits_SV = Nudged(file, seed).logits(prompt_S[None])[0]
+        logits_SV = Perturbed(file, seed).logits(prompt_S[None])[0]
         low_SV, high_SV = low_SV.minimum(logits_SV), high_SV.maximum(logits_SV)
         moved = (high_SV - low_SV).amax(-1).tolist()
         gaps = [spelling.compare(*pair)[0] for pair in zip(replies, logits_SV, strict=True)]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparsecast.export.bundle import bundle_file
-from sparsecast.export.engine.checks import PROMPT_LENGTH, Position, outlier_check
-from sparsecast.export.engine.decisions import Decision, closest_decisions
+from sparsecast.export.checks.engine import PROMPT_LENGTH, Position, outlier_check
 from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.perturbed import Decision, closest_decisions
 from sparsecast.export.read.reader import GGUFFile
 
 
