@@ -133,9 +133,11 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-RUN = ("README", "getting-started", "collect", "train", "report-and-evaluate", "export")
-RUN += ("verify-and-inspect", "sparsify", "bench")
-"""The pages whose commands are run, in the order of the site, in one folder."""
+GUIDES = ("collect", "train", "report-and-evaluate", "export", "verify-and-inspect", "sparsify")
+GUIDES += ("bench",)
+RUN = ["README.md", "docs/getting-started.md", *(f"docs/guides/{name}.md" for name in GUIDES)]
+RUN += ["docs/kernels.md", "docs/api/index.md"]
+"""The pages whose commands and Python are run, one after the other in one folder."""
 NOT_RUN = {
     "--engine": "a build of PowerInfer",
     "--convert": "PowerInfer's converter and a Python of its own",
@@ -229,11 +231,10 @@ def is_slow(text: str) -> bool:
     return any(part in text for part in SLOW) or "cli.bench" in text
 
 
-def run_pages(corpus: Path, pages: tuple[str, ...], slow: bool) -> None:
+def run_pages(corpus: Path, pages: list[str], slow: bool) -> None:
     words = stand_ins(corpus)
-    by_name = {page.stem: page for page in PAGES}
-    for name in pages:
-        for block in blocks_of(by_name[name]):
+    for page in pages:
+        for block in blocks_of(ROOT / page):
             for command in commands_in(block):
                 if is_slow(command.text) == slow and not needs(command):
                     run_command(command, words)
@@ -254,11 +255,16 @@ def test_documented_commands_and_python_run(tmp_path, monkeypatch, corpus):
 @pytest.mark.slow
 def test_documented_commands_that_take_long_run(tmp_path, monkeypatch, corpus):
     monkeypatch.chdir(tmp_path)
-    run_pages(corpus, ("collect", "train"), slow=False)
+    run_pages(corpus, ["docs/guides/collect.md", "docs/guides/train.md"], slow=False)
     run_pages(corpus, RUN, slow=True)
 
 
 def test_what_is_not_run_is_there():
-    shown = [command for command in COMMANDS if command.fenced and command.page.stem in RUN]
+    shown = [
+        command
+        for page in RUN
+        for block in blocks_of(ROOT / page)
+        for command in commands_in(block)
+    ]
     for part in (*NOT_RUN, *SLOW):
         assert any(part in command.text for command in shown), part
