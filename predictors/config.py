@@ -1,4 +1,7 @@
-"""What `sparsecast train`, `report` and `evaluate` take."""
+"""Options of `sparsecast train`, `report` and `evaluate`.
+
+PRED in usage lines is a folder of predictors, as `sparsecast train` writes it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from sparsecast.predictors.calibration.objective import DEFAULT_RECALL, Objectiv
 from sparsecast.predictors.training.schedule import Schedule
 
 DEFAULT_TOKENS, DEFAULT_SEQ_LEN = 2_000_000, 512
-"""What --corpus is read with."""
+"""Defaults for --corpus."""
 DEFAULT_SCHEDULES = {
     "default": (6, 512, 3e-3),
     "reference": (20, 1024, 1e-3),
@@ -27,9 +30,9 @@ DEFAULT_SCHEDULES = {
 class TrainConfig:
     """Train one predictor per layer, all layers at once, and calibrate each to an objective.
 
-    Reads recorded activations (--activations), or a running model (--model with --corpus). An
-    interrupted run resumes from its last epoch with the same command. `torchrun --nproc-per-node N
-    -m sparsecast train ...` shares the layers over N processes.
+    Trains on recorded activations (--activations) or on a running model (--model with --corpus). An
+    interrupted run resumes from its last epoch when the command is repeated. `torchrun
+    --nproc-per-node N -m sparsecast train ...` distributes the layers over N processes.
     """
 
     out: Path
@@ -39,78 +42,79 @@ class TrainConfig:
     """Folder written by `sparsecast collect`."""
 
     corpus: str | None = None
-    """Instead of --activations: what --model reads while predictors train, as in `sparsecast
-    collect`; of the training text nothing is stored."""
+    """Instead of --activations: text that --model reads while predictors train, named as in
+    `sparsecast collect`. No activations of the training text are stored."""
 
     tokens: int | None = None
-    """Training tokens of --corpus, in whole batches, read one after the other while the corpus
-    lasts, and then again; before that at most 65,536 of them for a start. Unset: 2,000,000."""
+    """Training tokens of --corpus, rounded down to whole batches; a shorter corpus is read again.
+    Unset: 2,000,000."""
 
     seq_len: int | None = None
-    """Documents of --corpus are cut at this many tokens; unset: 512."""
+    """Documents of --corpus are truncated to this many tokens; unset: 512."""
 
     dtype: ModelDtype = "auto"
-    """Of --model with --corpus: auto (float32 on the CPU, else the checkpoint's), float32, float16
-    or bfloat16."""
+    """Dtype of --model with --corpus: auto (float32 on the CPU, else the checkpoint's), float32,
+    float16 or bfloat16."""
 
     activation_threshold: float | None = None
-    """FATReLU threshold of --model with --corpus, where its config has lost it."""
+    """FATReLU threshold of --model with --corpus, if its config has lost it."""
 
     recipe: Literal["default", "reference", "svd"] = "default"
-    """default: ours. reference: the public recipe behind ProSparse's numbers. svd: training-free,
-    the whitened truncated SVD of the gate of --model."""
+    """default: warm start and quantization-aware training. reference: the public recipe behind
+    ProSparse's predictors. svd: whitened truncated SVD of the gate of --model, without training."""
 
     model: str | None = None
-    """The model that was recorded; for svd, --target-perplexity and --corpus."""
+    """The recorded model, for --recipe svd, --target-perplexity, --clip-labels and --corpus."""
 
     clip_labels: float | None = None
-    """Of the reference recipe: train on the largest activations of a token alone, at most this
-    share of the neurons, such as 0.15. Needs --model, and activations with energies."""
+    """For --recipe reference: count only the largest activations of a token as active, at most this
+    share of the neurons, such as 0.15. Needs --model and activations with energies."""
 
     predictor_dtype: Literal["f16", "q8_0", "q4_0"] | None = None
-    """f16, q8_0 or q4_0: the format that predictors are trained for and stored in; unset: q4_0, or
-    f16 where the hidden size is no multiple of 32 and for the reference recipe."""
+    """Format that predictors are trained for and stored in: f16, q8_0 or q4_0. Unset: q4_0; f16 if
+    the hidden size is not a multiple of 32, and for --recipe reference."""
 
     rank: int | None = None
-    """Hidden width of each predictor, bias units included; unset: 5/8 of the hidden size in q4_0,
-    a quarter in the reference recipe, else 3/8, in multiples of 32."""
+    """Hidden width of each predictor, bias units included. Unset, in multiples of 32: 5/8 of the
+    hidden size in q4_0, 3/8 in other formats, 1/4 for --recipe reference."""
 
     predictor_budget: float | None = None
-    """Instead of a rank: bytes of all predictors over those of the FFN in f16; ranks are chosen per
-    layer for the least traffic."""
+    """Instead of --rank: bytes of all predictors relative to the FFN in f16. Each layer's rank is
+    chosen for the least total traffic."""
 
     target_recall: float | None = None
-    """Recall each layer is calibrated to; unset: 0.95, if nothing else is asked for."""
+    """Recall of each layer. Unset: 0.95, unless another objective is given."""
 
     target_sparsity: float | None = None
-    """Predicted sparsity each layer is calibrated to."""
+    """Predicted sparsity of each layer."""
 
     target_perplexity: float | None = None
-    """Largest relative increase of the calibration documents' perplexity, such as 0.001: all layers
-    get the smallest common recall that keeps it. Needs --model."""
+    """Largest relative increase of perplexity on the calibration documents, such as 0.001; all
+    layers get the smallest recall that meets it. Needs --model."""
 
     traffic_budget: float | None = None
-    """Mean FFN traffic: the cuts that reach the largest mean recall within it."""
+    """Mean FFN traffic over layers; thresholds are chosen for the largest mean recall within it."""
 
     epochs: int | None = None
-    """Passes over recorded training tokens, or parts that --tokens are read in; unset: 6, or at
-    most 20 in the reference recipe."""
+    """Passes over the recorded training tokens; with --corpus, parts that --tokens are split into.
+    Unset: 6; at most 20 for --recipe reference."""
 
     batch_size: int | None = None
-    """Tokens per optimiser step, the same for all layers; unset: 512, reference 1024."""
+    """Tokens per optimizer step, the same for all layers. Unset: 512, or 1024 for --recipe
+    reference."""
 
     lr: float | None = None
-    """Peak AdamW learning rate; unset: 3e-3, reference 1e-3."""
+    """Peak AdamW learning rate. Unset: 3e-3; 1e-3 for --recipe reference."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
 
     seed: int = 0
-    """Of initialization and data order."""
+    """Seed of initialization and data order."""
 
     data_parallel: bool = False
-    """Under torchrun: every process trains all layers, with a batch of --batch-size each, instead
-    of some of the layers."""
+    """Under torchrun, distribute batches instead of layers: every process trains all layers on its
+    own batches of --batch-size."""
 
     def __post_init__(self) -> None:
         validate_fields(
@@ -124,21 +128,20 @@ class TrainConfig:
             raise InputError("train: give --rank or --predictor-budget, not both")
         if self.schedule.batch_tokens % 32:
             raise InputError(
-                f"--batch-size: must be a multiple of 32, the tokens read together, got "
-                f"{self.batch_size}"
+                "--batch-size: must be a multiple of 32, because tokens are read in blocks of 32; "
+                f"got {self.batch_size}"
             )
         self._check_source()
         if self.model is None and (self.recipe == "svd" or self.target_perplexity):
             raise InputError(
                 f"train: {'--target-perplexity' if self.target_perplexity else '--recipe'} "
-                "needs the model itself; give --model"
+                "needs the recorded model; give --model"
             )
 
     def _check_source(self) -> None:
         if (self.activations is None) == (self.corpus is None):
             raise InputError(
-                "train: give --activations, or --model with --corpus to train from the running "
-                "model"
+                "train: give --activations, or --model with --corpus to train on the running model"
             )
         if self.corpus is None:
             online = ("tokens", "seq_len", "activation_threshold")
@@ -148,14 +151,16 @@ class TrainConfig:
             if given:
                 option = option_of(given[0])
                 raise InputError(
-                    f"{option}: belongs to --corpus; recorded activations have their own"
+                    f"{option}: belongs to --corpus; leave it out, because recorded activations "
+                    "have their own"
                 )
             return
         if self.model is None:
-            raise InputError("--corpus: needs the model that reads it; give --model")
+            raise InputError("--corpus: needs the model that reads the text; give --model")
         if is_stream(self.corpus):
             raise InputError(
-                f"--corpus {self.corpus}: text is read more than once; save it to a file"
+                f"--corpus {self.corpus}: cannot be a stream, because it is read more than once; "
+                "save it to a file"
             )
         if self.recipe == "svd" or self.predictor_budget is not None:
             what = "--recipe svd" if self.recipe == "svd" else "--predictor-budget"
@@ -174,8 +179,8 @@ class TrainConfig:
             )
         if self.model is None or self.activations is None:
             raise InputError(
-                "--clip-labels: needs --activations with energies and the model that was recorded, "
-                "for the norms of its down projections; give both"
+                "--clip-labels: needs --activations with energies and the recorded model, for the "
+                "norms of its down projections; give both"
             )
 
     def _check_objective(self) -> None:
@@ -190,13 +195,13 @@ class TrainConfig:
             fixed.append(f"--predictor-dtype {self.predictor_dtype}")
         if self.recipe == "reference" and fixed:
             raise InputError(
-                f"train: the reference recipe has one rank in f16, so {fixed[0]} cannot be "
-                "followed; use --rank, or another recipe"
+                f"train: --recipe reference trains one rank in f16, so {fixed[0]} cannot be "
+                "followed; give --rank, or choose another recipe"
             )
         if self.recipe == "reference" and given:
             raise InputError(
-                f"train: the reference recipe has its threshold at 0, so {options[0]} cannot be "
-                "met; use another recipe"
+                f"train: --recipe reference keeps its threshold at 0, so {options[0]} cannot be "
+                "met; choose another recipe"
             )
 
     @property
@@ -241,10 +246,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Score predictors on the held-out documents: report.json, report.md and report.html."""
+    """Score predictors on held-out documents; write report.json, report.md and report.html."""
 
     predictors: Path
-    """Folder written by `sparsecast train`, or a predictor repository of PowerInfer's."""
+    """Folder written by `sparsecast train`, or one of PowerInfer's predictor repositories."""
 
     activations: Path
     """Folder written by `sparsecast collect` from the same model."""
@@ -253,15 +258,15 @@ class ReportConfig:
     """Folder for the report."""
 
     against: list[Literal["sign"] | Path] | None = None
-    """Other predictor folders of the same model, as a b or a,b, scored on the same tokens; sign is
-    SparseInfer's rule, without training, at the recall of --predictors on calibration tokens. A
-    folder of that name is ./sign."""
+    """Other predictor folders to score on the same tokens, as a b or a,b. sign is SparseInfer's
+    rule, which needs no training, at the recall of --predictors on the calibration split; write
+    ./sign for a folder of that name."""
 
     model: str | None = None
-    """The model that was recorded; for --against sign."""
+    """The recorded model; needed by --against sign."""
 
     evaluation: Path | None = None
-    """JSON written by `sparsecast evaluate --json`, for the change in perplexity."""
+    """JSON written by `sparsecast evaluate --json`; adds the change in perplexity."""
 
     json: Path | None = None
     """Also write report.json to this file."""
@@ -270,20 +275,24 @@ class ReportConfig:
         validate_fields(self)
         if self.model is None and "sign" in (self.against or []):
             raise InputError(
-                "--against sign: needs the model that was recorded; give --model, or ./sign for a "
+                "--against sign: needs the recorded model; give --model, or write ./sign for a "
                 "folder of that name"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Perplexity on held-out documents: dense, exact, predicted, and as the bundle computes it."""
+    """Measure perplexity on held-out documents: dense, exact, predicted and bundle.
+
+    dense is the model as it is; exact computes only what the gate lets through; predicted applies
+    the predictors' masks; bundle computes as PowerInfer does.
+    """
 
     model: str
-    """Hugging Face id or local folder of the model that the predictors belong to."""
+    """Hugging Face id or local folder of the predictors' model."""
 
     predictors: Path
-    """Folder written by `sparsecast train`, or a predictor repository of PowerInfer's."""
+    """Folder written by `sparsecast train`, or one of PowerInfer's predictor repositories."""
 
     corpus: str = "builtin"
     """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or a dataset on the hub,
@@ -305,7 +314,7 @@ class EvaluateConfig:
     """auto (float32 on the CPU, else the checkpoint's), float32, float16 or bfloat16."""
 
     activation_threshold: float | None = None
-    """FATReLU threshold, for a model whose config has lost it."""
+    """FATReLU threshold, if the model's config has lost it."""
 
     json: Path | None = None
     """Also write the perplexities to this file."""

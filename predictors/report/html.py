@@ -1,4 +1,4 @@
-"""The report as one self-contained page."""
+"""report.html: the report as one self-contained page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from sparsecast.predictors.report.score import times_oracle
-from sparsecast.predictors.report.wording import TERMS, measured
+from sparsecast.predictors.report.wording import TERMS, perplexity_sentence
 
 Rows = Sequence[Sequence[str]]
 
@@ -53,32 +53,30 @@ dt {{ font-weight: 600; margin-top: .6rem; }} dd {{ margin: 0; color: var(--soft
 <p class="soft">{model}, {layers} layers, rank {rank}, {dtype}, threshold {threshold}; scored with
 the weights as exported, on {tokens} held-out tokens of {corpus}.</p>
 <p class="verdict">{verdict}</p>
-<p>{measured}</p>
+<p>{perplexity}</p>
 <div class="cards">{cards}</div>
 {side}{data}
 <h2>Layer by layer</h2>
-<figure>{recall}<figcaption>What fired and was predicted (recall), and what is
+<figure>{recall}<figcaption>Recall, and the share of neurons that is skipped and could be
 skipped.</figcaption></figure>
 <div class="scroll">{table}</div>
-<h2>What each threshold would give</h2>
-<figure>{curves}<figcaption>One curve a layer. The ringed dot is the operating point that was
-calibrated; every other point of a curve is another target for <code>sparsecast
-train</code>.</figcaption></figure>
+<h2>Other thresholds</h2>
+<figure>{curves}<figcaption>One curve per layer. The ringed dot is the calibrated operating point;
+any other point of the curve can be a target of <code>sparsecast train</code>.</figcaption></figure>
 <h2>Bytes that decoding reads</h2>
-<figure>{traffic}<figcaption>FFN weights and predictor, as a share of the dense FFN in f16: traffic
-in PowerInfer; cascade, the gate of the predicted neurons first; exact, without a predictor;
-oracle, a perfect one. A predictor earns its place well below the exact path.</figcaption></figure>
-<h2>What they mean</h2>
+<figure>{traffic}<figcaption>Weights read per token, as a share of the dense FFN in f16. Predictors
+are worth their misses if their traffic is well below the exact path's.</figcaption></figure>
+<h2>Terms</h2>
 <dl>
-{terms}<dt>recall p5</dt><dd>Of single tokens: 5 % of them have this recall or less.</dd>
-<dt>first token</dt><dd>The recall on the first token of every document alone.</dd>
-<dt>precision</dt><dd>Of the predicted neurons, the share that fired.</dd>
-<dt>AUC</dt><dd>How often a neuron that fired scores above one that did not, over all
-thresholds.</dd>
-<dt>AP</dt><dd>Average precision: the mean precision over all recalls; at random, 1 - true
+{terms}<dt>recall p5</dt><dd>5 % of the tokens have this recall or less.</dd>
+<dt>first token</dt><dd>Recall on the first token of each document.</dd>
+<dt>precision</dt><dd>Of the predicted neurons, the share that fires.</dd>
+<dt>AUC</dt><dd>Probability that a neuron that fires scores above one that does not (area under the
+ROC curve).</dd>
+<dt>AP</dt><dd>Average precision: mean precision over all recalls. A random predictor has 1 - true
 sparsity.</dd>
 </dl>
-<h2>Where this comes from</h2>
+<h2>How this report was made</h2>
 <p class="soft">{date}, sparsecast {version}:<br><code>{command}</code></p>
 </html>
 """
@@ -86,8 +84,8 @@ sparsity.</dd>
 
 SIDE = """<h2>Side by side</h2>
 <div class="scroll">{table}</div>
-<p class="soft">Means over layers on the same held-out tokens, this report's predictors first. The
-exact path reads {exact:.3f}, the oracle {oracle:.3f}.</p>
+<p class="soft">Means over layers, on the same held-out tokens; the predictors of this report come
+first. The exact path's traffic is {exact:.3f}, the oracle's {oracle:.3f}.</p>
 """
 DATA = """<h3>{shared}</h3>
 <figure>{figure}</figure>
@@ -102,13 +100,13 @@ def page(
     side: Rows,
     data: Mapping[str, tuple[str, Rows]],
 ) -> str:
-    """The whole page; tables are text, header first.
+    """Render the whole page. Tables come as text, header first.
 
     Args:
-        report: As report.json.
+        report: What report.json holds.
         figures: Three SVGs: recall and sparsity, curves, traffic.
-        rows: Layer by layer, mean last.
-        side: Several predictors, this report's own first; empty for no such section.
+        rows: One row per layer, the mean last.
+        side: One row per predictor folder, this report's own first; empty to omit the section.
         data: A figure and a table for each group of predictors that differ in training tokens.
     """
     mean = report["mean"]
@@ -125,14 +123,14 @@ def page(
         tokens=f"{report['tokens']:,}",
         corpus=escape(report["corpus"]),
         verdict=escape(report["verdict"]),
-        measured=escape(measured(report)),
+        perplexity=escape(perplexity_sentence(report)),
         terms=_terms(),
         date=report["date"],
         version=escape(report["version"]),
         command=escape(report["command"]),
         cards=_cards(report),
         side=SIDE.format(table=_table(side, main=1), **mean) if side else "",
-        data=f"<h2>How much data is enough</h2>\n{sections}" if sections else "",
+        data=f"<h2>How much training data is enough</h2>\n{sections}" if sections else "",
         recall=figures[0],
         curves=figures[1],
         traffic=figures[2],
@@ -146,7 +144,7 @@ def _terms() -> str:
 
 
 def _cards(report: dict[str, Any]) -> str:
-    """The headline figures; what was not measured is left out."""
+    """Render the headline figures; those not measured are left out."""
     mean, times = report["mean"], times_oracle(report["mean"])
     reach = f"exact path {mean['exact']:.3f}, oracle {mean['oracle']:.3f}"
     cards = [
@@ -156,12 +154,12 @@ def _cards(report: dict[str, Any]) -> str:
             "predicted sparsity",
             f"true {mean['true_sparsity']:.1%}",
         ),
-        (f"{mean['traffic']:.3f}", "of dense traffic", reach),
+        (f"{mean['traffic']:.3f}", "of the dense FFN's bytes", reach),
     ]
     if times is not None:
         cards.append((f"{times:.2f}×", "the oracle's traffic", "1 would be perfect"))
     for key, note in (
-        ("perplexity_change", "predicted: the model's own activation"),
+        ("perplexity_change", "predicted: with the model's own activation"),
         ("bundle_perplexity_change", "bundle: as PowerInfer computes it"),
     ):
         if (change := report[key]) is not None:
@@ -173,7 +171,7 @@ def _cards(report: dict[str, Any]) -> str:
 
 
 def _table(rows: Rows, main: int | None = None) -> str:
-    """`main` is the number of the row in bold."""
+    """Render a table with the row number `main` in bold."""
     lines = []
     for number, row in enumerate(rows):
         tag = "td" if number else "th"

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG text that follows the page's light or dark colors."""
+"""The report's figures as SVG text that follows the page's light or dark colors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STYLE: Any = {
 
 
 def recall_and_sparsity(layers: Sequence[dict[str, Any]]) -> str:
-    """Recall, predicted and true sparsity of every layer."""
+    """Plot recall, predicted and true sparsity over layers."""
     index = [row["layer"] for row in layers]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.0))
@@ -62,9 +62,9 @@ def recall_and_sparsity(layers: Sequence[dict[str, Any]]) -> str:
 def curves(
     layers: Sequence[dict[str, Any]], points: Sequence[Sequence[tuple[float, float]]]
 ) -> str:
-    """Recall against predicted sparsity, one curve per layer, its operating point ringed.
+    """Plot recall against predicted sparsity: one curve per layer, its operating point ringed.
 
-    Layers go from dark to light, with a scale beside them, however many there are.
+    Layers run from dark to light, with a color scale.
     """
     index = [row["layer"] for row in layers]
     shades = ListedColormap(colormaps["viridis"](linspace(0.15, 0.92, max(index) - min(index) + 1)))
@@ -99,7 +99,7 @@ def curves(
 
 
 def traffic_bars(layers: Sequence[dict[str, Any]]) -> str:
-    """Traffic against the exact path and the oracle."""
+    """Plot every layer's traffic beside cascade, exact path and oracle."""
     index = [row["layer"] for row in layers]
     dot = 4 if len(index) <= 24 else 2
     with plt.rc_context(STYLE):
@@ -114,7 +114,7 @@ def traffic_bars(layers: Sequence[dict[str, Any]]) -> str:
 
 
 def data_needed(entries: Sequence[dict[str, Any]]) -> str:
-    """Mean recall and predicted sparsity over training tokens, fewest first."""
+    """Plot mean recall and predicted sparsity over training tokens, fewest first."""
     tokens = [entry["train_tokens"] for entry in entries]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 2.6))

@@ -184,7 +184,7 @@ def today() -> str:
 def _write(
     plan: ReportPlan, result: dict[str, Any], curves_of_layers: list[list[tuple[float, float]]]
 ) -> None:
-    """Write every file in one step.
+    """Write all files; report.json, .md and .html appear in one step.
 
     Args:
         curves_of_layers: (recall, predicted sparsity) of each layer as its threshold rises.

@@ -1,4 +1,4 @@
-"""Score predictors on the held-out split, as exported and with the engine's rounding.
+"""Score predictors on the held-out split, as stored and with the engine's rounding.
 
 Shape letters: T tokens, D hidden, F FFN width.
 """
@@ -31,12 +31,12 @@ SPLIT = "held-out"
 BATCH = 1024
 
 Rule = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From raw inputs (T, D): the predicted neurons (T, F), and scores (T, F) that rank them."""
+"""Maps raw inputs (T, D) to the predicted neurons (T, F) and to scores (T, F) that rank them."""
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """One layer: the JSON keys of the report, and its curve."""
+    """One layer's scores, under the keys of report.json, and its curve."""
 
     values: dict[str, Any]
     curve: list[tuple[float, float]]
@@ -56,7 +56,7 @@ def score_layers(predictors: PredictorSet, store: ActivationStore, where: str) -
     if max(layers) >= len(predictors.layers):
         raise InputError(
             f"{where}: has predictors for {len(predictors.layers)} layers, but the activations "
-            f"are of layer {max(layers)} too; give the predictors of this model"
+            f"include layer {max(layers)}; give the predictors of this model"
         )
     scores = []
     with progress_bar("report", len(layers)) as progress:
@@ -81,7 +81,7 @@ def score_sign(model: str, predictors: PredictorSet, store: ActivationStore) -> 
 
 
 def means(scores: Sequence[LayerScore]) -> dict[str, float | None]:
-    """Plain means over layers, over those that have the number; `layer` is None."""
+    """Plain means over the layers that have a number; None under `layer`."""
     mean: dict[str, float | None] = {}
     for name in scores[0].values:
         known = [v for score in scores if (v := score.values[name]) is not None]
@@ -91,7 +91,7 @@ def means(scores: Sequence[LayerScore]) -> dict[str, float | None]:
 
 
 def times_oracle(mean: dict[str, Any]) -> float | None:
-    """Mean traffic over the oracle's; None where nothing fired."""
+    """Mean traffic relative to the oracle's; None if nothing fired."""
     return mean["traffic"] / mean["oracle"] if mean["oracle"] else None
 
 
@@ -100,7 +100,7 @@ def _rule(predictor: Predictor, threshold: float) -> Rule:
 
     def rule(x_TD: Tensor) -> tuple[Tensor, Tensor]:
         logits_TF = predictor.logits(x_TD)
-        # At threshold 0 the norm of x decides nothing, so it must not rank one token over another.
+        # At threshold 0 decisions ignore the norm of x, so it must not rank tokens.
         norm = rms(x_TD) if threshold == 0 else 1.0
         return logits_TF >= threshold, logits_TF / (norm * size)
 
@@ -110,11 +110,11 @@ def _rule(predictor: Predictor, threshold: float) -> Rule:
 def score_layer(
     rule: Rule, store: ActivationStore, layer: int, *, rank: int | None, nbytes: int
 ) -> LayerScore:
-    """One layer by any rule.
+    """Score one layer's rule.
 
     Args:
-        rank: Only reported.
-        nbytes: What the rule reads per token.
+        rank: Rank to report.
+        nbytes: Bytes that the rule reads per token.
     """
     made = store.manifest
     histogram, tokens = ScoreHistogram(), TokenRecalls()
@@ -160,13 +160,13 @@ def score_layer(
 
 
 def _size(predictor: Predictor) -> float:
-    """What logits of any predictor are divided by to fall within a histogram's octaves."""
+    """Scale of a predictor's logits; dividing by it keeps them within a histogram's octaves."""
     fc1, fc2 = (float(weight.double().norm()) for weight in predictor.weights)
     return fc1 * fc2 or 1.0
 
 
 def _positions(store: ActivationStore) -> Iterator[Tensor]:
-    """Places in the document (T,) of the tokens of each batch of `layer_batches`."""
+    """Position in its document of each token (T,), for each batch of `layer_batches`."""
     for shard in range(len(store.shards(SPLIT))):
         _, position_T = store.tokens(SPLIT, shard)
         for start in range(0, len(position_T), BATCH):

@@ -1,4 +1,4 @@
-"""A report as text: its tables, its Markdown, and what the screen shows of it."""
+"""The report as text: tables, report.md and what the screen shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sparsecast.core.messages import log, show
 from sparsecast.predictors.report.score import times_oracle
-from sparsecast.predictors.report.wording import TERMS, measured, origin
+from sparsecast.predictors.report.wording import TERMS, origin, perplexity_sentence
 
 Rows = list[list[str]]
 """A table as text, header first."""
@@ -31,7 +31,7 @@ COLUMNS = {
     "oracle": "oracle",
 }
 WIDE = ("recall p5", "first token", "AP", "train tokens")
-"""Columns that the screen's tables leave out, to fit 80 characters."""
+"""Columns left out on the screen, to fit 80 characters."""
 SIDE_BY_SIDE = ("recall", "recall_p5", "predicted_sparsity", "average_precision", "traffic")
 DATA_NEEDED = ("recall", "recall_p5", "predicted_sparsity", "traffic")
 
@@ -41,7 +41,7 @@ def _number(value: float | None) -> str:
 
 
 def layer_rows(result: dict[str, Any]) -> Rows:
-    """A table of scores: header, one row a layer, mean."""
+    """The table of scores: header, one row per layer, mean."""
     _, *names = COLUMNS
     rows = [list(COLUMNS.values())]
     for row in (*result["layers"], result["mean"]):
@@ -51,7 +51,7 @@ def layer_rows(result: dict[str, Any]) -> Rows:
 
 
 def side_rows(against: Sequence[dict[str, Any]]) -> Rows:
-    """Header and one row a folder, the report's own first; nothing where none was asked for."""
+    """Header and one row per predictor folder, the report's own first; empty without any."""
     if not against:
         return []
     named = ["predictors", "recipe", "rank", "format", "train tokens", "MB"]
@@ -74,6 +74,7 @@ def side_rows(against: Sequence[dict[str, Any]]) -> Rows:
 
 
 def data_rows(entries: Sequence[dict[str, Any]]) -> Rows:
+    """Header and one row per number of training tokens."""
     rows = [["training tokens", *(COLUMNS[name] for name in DATA_NEEDED)]]
     for entry in entries:
         values = [_number(entry["mean"][name]) for name in DATA_NEEDED]
@@ -82,21 +83,22 @@ def data_rows(entries: Sequence[dict[str, Any]]) -> Rows:
 
 
 def markdown(result: dict[str, Any], rows: Rows, side: Rows, data: dict[str, Rows]) -> str:
-    """The text of report.md."""
+    """Render report.md."""
     mean = result["mean"]
     terms = "\n".join(f"- {name}: {text}" for name, text in TERMS.items())
     text = (
         f"# Predictors of {result['model']}\n\n"
-        f"**{result['verdict']}**\n\n{measured(result)}\n\n"
+        f"**{result['verdict']}**\n\n{perplexity_sentence(result)}\n\n"
         f"Rank {mean['rank']:g}, {result['predictor_dtype']}, {result['predictor_bytes']:,} bytes "
         f"as PowerInfer reads them, threshold {result['threshold']:g}. {_times(mean)}\n\n"
         + _markdown_table(rows)
         + f"\n{terms}\n"
     )
     if side:
-        text += f"\n## Side by side\n\nMeans over layers, same tokens.\n\n{_markdown_table(side)}"
+        text += "\n## Side by side\n\nMeans over layers, on the same tokens.\n\n"
+        text += _markdown_table(side)
     if data:
-        text += "\n## How much data is enough\n"
+        text += "\n## How much training data is enough\n"
     for shared, table in data.items():
         text += f"\n{shared}:\n\n{_markdown_table(table)}"
     return text + f"\n{origin(result)}\n"
@@ -115,14 +117,14 @@ def _markdown_table(rows: Rows) -> str:
 
 
 def show_report(result: dict[str, Any]) -> None:
-    """Tables and sentences on the screen."""
+    """Print the tables, the terms of traffic, the change in perplexity and the verdict."""
     rows = layer_rows(result)
     _show_table("held-out scores", rows, bold=len(rows) - 1)
     if result["against"]:
         _show_table("side by side", side_rows(result["against"]), bold=1)
     for name in ("traffic", "cascade", "exact", "oracle"):
         log.info(f"{name}: {TERMS[name]}")
-    log.info(measured(result))
+    log.info(perplexity_sentence(result))
     log.info(result["verdict"], extra={"style": "bold"})
 
 

@@ -1,43 +1,47 @@
-"""What a report says in sentences: the terms, where it comes from, and one sentence of verdict."""
+"""The report's words: its terms, its verdict, and the sentences on perplexity and origin."""
 
 from __future__ import annotations
 
 from typing import Any
 
 TERMS = {
-    "recall": "of the neurons that fired, the share that was predicted; what is missed is lost",
+    "recall": "of the neurons that fire, the share that is predicted; the rest is lost",
     "predicted sparsity": "the share of neurons that the engine skips",
-    "true sparsity": "the share that is exactly zero: the most that could be skipped for free",
-    "traffic": "bytes of FFN and predictor weights that decoding reads per token in PowerInfer, "
-    "over those of the dense FFN in f16",
-    "cascade": "the same where the gate of the predicted neurons is read first, and the rest only "
-    "where it fired",
-    "exact": "the same without a predictor: the whole gate, and the rest where it fired; it cannot "
-    "be wrong",
-    "oracle": "the same for a perfect predictor that costs nothing",
+    "true sparsity": "the share of neurons that are zero: the most that can be skipped without "
+    "loss",
+    "traffic": "bytes of FFN and predictor weights that PowerInfer reads per token, relative to "
+    "the dense FFN in f16",
+    "cascade": "traffic if the gates of the predicted neurons are read first, and their other "
+    "weights only where the gate fires",
+    "exact": "traffic without a predictor: every gate is read, and the other weights only where it "
+    "fires; nothing is missed",
+    "oracle": "traffic of a perfect predictor that takes no bytes",
 }
-EARNS = 0.9
+"""Each term and its definition, to follow a colon."""
+WORTH = 0.9
 """A predictor is worth its misses below this share of the exact path's traffic."""
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One sentence: whether these predictors are better than none."""
+    """Say whether these predictors are better than none."""
     mean = result["mean"]
-    traffic, exact, missed = mean["traffic"], mean["exact"], 1 - mean["recall"]
-    beside = f"{traffic:.3f} of the dense FFN's bytes, {traffic / exact:.2f} times what the exact"
-    beside += f" path reads ({exact:.3f}), which needs no predictor and cannot be wrong"
+    traffic, exact = mean["traffic"], mean["exact"]
+    reads = (
+        f"decoding reads {traffic:.3f} of the dense FFN's bytes, {traffic / exact:.2f} times the "
+        f"exact path's {exact:.3f}"
+    )
     if traffic >= 1:
-        return f"Not worth it: decoding reads {beside}; the model is not sparse enough for them."
-    if traffic >= EARNS * exact:
+        return f"Not worth it: {reads}. The model is not sparse enough for predictors."
+    if traffic >= WORTH * exact:
         return (
-            f"Not worth it: decoding reads {beside}; a smaller rank, a lower recall or another "
-            "format may be."
+            f"Not worth it: {reads}, which needs no predictor and misses nothing. Try a smaller "
+            "rank, a lower recall or another format."
         )
-    return f"Worth it: decoding reads {beside}; {missed:.1%} of what fires is missed."
+    return f"Worth it: {reads}, and misses {1 - mean['recall']:.1%} of the neurons that fire."
 
 
-def measured(result: dict[str, Any]) -> str:
-    """The changes in perplexity, and on which text; or that there are none."""
+def perplexity_sentence(result: dict[str, Any]) -> str:
+    """State the changes in perplexity and the text they were measured on, or how to get them."""
     parts = []
     if result["perplexity_change"] is not None:
         parts.append(
@@ -48,12 +52,15 @@ def measured(result: dict[str, Any]) -> str:
             f"{result['bundle_perplexity_change']:+.2%} as PowerInfer computes it (bundle)"
         )
     if not parts:
-        return "Perplexity was not evaluated: give --evaluation."
-    return f"Perplexity behind the predictors, on {result['evaluated_on']}: {' and '.join(parts)}."
+        return (
+            "The change in perplexity was not measured; run `sparsecast evaluate --json FILE` and "
+            "report again with --evaluation FILE."
+        )
+    return f"Change in perplexity on {result['evaluated_on']}: {' and '.join(parts)}."
 
 
 def origin(result: dict[str, Any]) -> str:
-    """Text, date, version and command, in one sentence."""
+    """State the text, date, version and command of a report."""
     return (
         f"Scored on {result['tokens']:,} held-out tokens of {result['corpus']} on {result['date']} "
         f"by sparsecast {result['version']}: {result['command']}"

@@ -223,7 +223,7 @@ def test_another_model_or_none_is_refused_before_anything_is_scored(
     line = ["report", "--predictors", str(cfg.predictors), "--activations", str(cfg.activations)]
     line += ["--out", str(cfg.out), "--against", "sign"]
     for model, match in (
-        ([], "--against sign: needs the model that was recorded; give --model"),
+        ([], "--against sign: needs the recorded model; give --model"),
         (["--model", str(model_folder)], f"--model {model_folder}: is not the model that"),
         (["--model", "./nowhere"], "./nowhere: no such model folder"),
     ):

@@ -272,7 +272,7 @@ def test_every_page_says_where_it_comes_from_and_repeats(cfg, monkeypatch):
 @pytest.mark.parametrize(
     ("traffic", "exact", "said"),
     [
-        (0.268, 0.42, "Worth it: decoding reads 0.268 of the dense FFN's bytes, 0.64 times what"),
+        (0.268, 0.42, "Worth it: decoding reads 0.268 of the dense FFN's bytes, 0.64 times the"),
         (0.37, 0.42, "Worth it: decoding"),
         (0.38, 0.42, "Not worth it: decoding reads 0.380 of the dense FFN's bytes, 0.90 times"),
         (1.2, 1.0, "Not worth it: decoding reads 1.200"),
@@ -281,7 +281,7 @@ def test_every_page_says_where_it_comes_from_and_repeats(cfg, monkeypatch):
 def test_the_verdict_weighs_traffic_against_no_predictor(traffic, exact, said):
     sentence = verdict({"mean": {"traffic": traffic, "exact": exact, "recall": 0.95}})
     assert sentence.startswith(said)
-    assert ("5.0% of what fires is missed" in sentence) == said.startswith("Worth")
+    assert ("misses 5.0% of the neurons that fire" in sentence) == said.startswith("Worth")
 
 
 def test_terms_are_told_where_they_first_appear(cfg, capsys):
@@ -378,7 +378,7 @@ def test_side_by_side_is_on_every_page_and_names_are_no_html(cfg, variant):
     markdown, html = ((cfg.out / f"report.{kind}").read_text() for kind in ("md", "html"))
     for text in (markdown, html):
         assert "Side by side" in text
-        assert "How much data is enough" not in text
+        assert "How much training data is enough" not in text
     assert "| more <b> | reference | 32 | f16 |" in markdown
     assert "more &lt;b&gt;" in html
     assert "more <b>" not in html
@@ -394,7 +394,7 @@ def test_predictors_that_differ_in_training_tokens_say_how_much_is_enough(cfg, v
     markdown, html = ((cfg.out / f"report.{kind}").read_text() for kind in ("md", "html"))
     assert re.findall(r"^\| (\d,000) \|", markdown, re.M) == ["1,000", "2,000", "4,000"]
     assert html.count("<svg") == 4
-    assert "How much data is enough" in html
+    assert "How much training data is enough" in html
 
 
 def test_a_second_report_replaces_the_first_and_nothing_else(cfg, monkeypatch):
