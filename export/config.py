@@ -1,4 +1,4 @@
-"""What `sparsecast export` and `sparsecast verify` take."""
+"""The options of `sparsecast export` and `sparsecast verify`."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ ExportDtype = Literal["f16", "f32", "q4_0"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a model and its predictors as the bundle that PowerInfer loads."""
+    """Write a model and its predictors as a bundle that PowerInfer loads."""
 
     model: str
     """Hugging Face id or local folder of the model that the predictors belong to."""
 
     predictors: Path
-    """Folder written by `sparsecast train`, or a predictor repository of PowerInfer's."""
+    """Folder written by `sparsecast train`, or a predictor repository of PowerInfer."""
 
     out: Path
     """Folder to write; it appears when complete."""
 
     activations: Path | None = None
-    """Folder written by `sparsecast collect`; gives the hot/cold files for a GPU build."""
+    """Folder written by `sparsecast collect`; adds the hot/cold files for a GPU build."""
 
     vram_budget: float | None = None
-    """GiB of GPU memory, as PowerInfer's option of that name: also choose the neurons that stay on
-    the GPU and write the file that a GPU build takes them from; needs --activations."""
+    """GiB of GPU memory, like PowerInfer's option of that name: also choose the neurons that stay
+    on the GPU and write them to the file that a GPU build reads; needs --activations."""
 
     vram_context: int = 512
     """Tokens of context (PowerInfer's -c) whose KV cache shares the --vram-budget."""
 
     dtype: ExportDtype = "f16"
-    """f16; q4_0, the model in 4.5 bits a weight and its output matrix in 8.5; or f32 for
-    comparisons (the down projection then stays f16). Predictors keep the format that they were
-    trained for, see --predictor-dtype of `sparsecast train`."""
+    """f16; q4_0: 4.5 bits per weight, the output matrix 8.5; or f32 for comparisons (the down
+    projection stays f16). Predictors keep the format that they were trained for, see
+    --predictor-dtype of `sparsecast train`."""
 
     activation_threshold: float | None = None
     """FATReLU threshold, for a model whose config has lost it."""
@@ -61,7 +61,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Read a bundle back and prove it against its model, and against the engine itself."""
+    """Check a bundle against its model, its predictors and the engine itself."""
 
     bundle: Path
     """Folder written by `sparsecast export`."""
@@ -70,21 +70,20 @@ class VerifyConfig:
     """The source model; the one named in the bundle's predictor manifest when unset."""
 
     engine: Path | None = None
-    """Build folder of PowerInfer (or its bin folder); runs its binaries with one thread."""
+    """Build folder of PowerInfer (or its bin folder), whose binaries run with one thread."""
 
     corpus: str = "builtin"
-    """Where the held-out text comes from; see `sparsecast collect --help`."""
+    """Source of the held-out text; see `sparsecast collect --help`."""
 
     tokens: int = 2048
     """Held-out tokens for the perplexities."""
 
     max_perplexity_increase: float | None = None
-    """Largest share by which the bundle's perplexity may exceed the model's, such as 0.02; unset:
-    what as many misses at random as the predictors' calibration has would cost."""
+    """Largest relative increase of the bundle's perplexity over the model's, such as 0.02; unset:
+    the cost of random misses at the rate of the predictors' calibration."""
 
     activation_threshold: float | None = None
-    """FATReLU threshold, for a model whose config has lost it; unset: the predictors' own, if they
-    are of this model."""
+    """FATReLU threshold, for a model whose config has lost it; unset: the exported one."""
 
     json: Path | None = None
     """Also write the result to this file."""

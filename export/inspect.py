@@ -1,4 +1,4 @@
-"""The stage: what a folder or a file of any stage holds."""
+"""The inspect stage: show what a folder or a file of any stage holds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inspect(cfg: InspectConfig) -> Inspection:
     """Show an activation store, a predictor folder, a bundle, or a PWRI, GGUF or gpuidx file.
 
     Raises:
-        InputError: Something else, or damaged.
+        InputError: The path holds something else, or is damaged.
     """
     path = cfg.path
     if (kind := _kind(path)) == "activations":
@@ -67,15 +67,15 @@ def _kind(path: Path) -> str:
 
 def _predictor_values(path: Path) -> dict[str, Any]:
     predictors = load_predictors(path)
-    made = predictors.manifest
+    manifest = predictors.manifest
     return {
         "kind": "predictors",
         "path": str(path),
-        "model": made and made.model,
-        "fingerprint": made and made.fingerprint,
-        "convention": made and made.convention,
-        "activation": made and made.activation,
-        "activation_threshold": made and made.activation_threshold,
+        "model": manifest and manifest.model,
+        "fingerprint": manifest and manifest.fingerprint,
+        "convention": manifest and manifest.convention,
+        "activation": manifest and manifest.activation,
+        "activation_threshold": manifest and manifest.activation_threshold,
         "threshold": predictors.threshold,
         "bytes": predictors.nbytes,
         "layers": [_layer(predictors, i) for i in range(len(predictors.layers))],
@@ -83,8 +83,8 @@ def _predictor_values(path: Path) -> dict[str, Any]:
 
 
 def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
-    layer, made = predictors.layers[i], predictors.manifest
-    scores: dict[str, float] = {} if made is None else made.calibration[i]
+    layer, manifest = predictors.layers[i], predictors.manifest
+    scores: dict[str, float] = {} if manifest is None else manifest.calibration[i]
     return {
         "layer": i,
         "rank": layer.rank,
@@ -136,7 +136,7 @@ def _bundle_values(path: Path) -> dict[str, Any]:
 
 
 def _files(path: Path) -> list[Path]:
-    """All that is no folder; folders that links lead to are not entered, so that none loops."""
+    """List the files; links to folders are not followed, so that none loops."""
     walked = os.walk(path, onerror=_cannot_list)
     return sorted(Path(folder, name) for folder, _, names in walked for name in names)
 

@@ -1,11 +1,11 @@
-"""FFN traffic of a file: in f16, as every report has it, and of the types that the file has.
+"""Compute the FFN traffic of a file, with f16 weights as in every report and with its own types.
 
-Decoding reads the predictor whole and the rows of the FFN's matrices that it lets through:
+Decoding reads the whole predictor, and the rows of the FFN's matrices that it selects:
 
     traffic = predictor bytes / FFN bytes + 1 - predicted sparsity
 
-In reports the FFN counts 2 bytes a weight, so that figures compare. Beside smaller FFN weights the
-same predictor weighs more, and the second figure is the larger one: a share of fewer bytes.
+Reports count 2 bytes per FFN weight, so that figures can be compared. With smaller FFN weights the
+same predictor is a larger share, so the second figure is the larger one.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ PREDICTOR = ("fc1", "fc2")
 FILE_BITS = {**BITS, "f32": 32.0}
 
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Type and shape of a file's tensors."""
+"""Type and shape of a file's tensors, by name."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Per layer, from the calibration split."""
+    """Traffic per layer, from the calibration split."""
 
     reported: list[float]
-    """With the FFN in f16."""
+    """With FFN weights in f16."""
     own: list[float]
     """With the file's types."""
     types: str
-    """The file's types in words."""
+    """The file's types, for people."""
 
     @property
     def in_f16(self) -> bool:
-        """The two are the same."""
+        """Whether the two are the same."""
         return self.types.startswith("FFN f16,")
 
     def __str__(self) -> str:
@@ -47,10 +47,10 @@ class Traffic:
 
 
 def traffic_of(tensors: Stored, calibration: Sequence[Mapping[str, float]]) -> Traffic:
-    """Both figures of a file.
+    """Compute both figures of a file.
 
     Args:
-        calibration: Of every layer, with `predicted_sparsity`.
+        calibration: Scores of every layer, with `predicted_sparsity`.
     """
     reported, own = [], []
     for i, scores in enumerate(calibration):

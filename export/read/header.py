@@ -1,4 +1,4 @@
-"""The numbers of a model file's header, under the keys of its architecture."""
+"""Read the numbers in a model file's header, whose keys begin with the architecture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparsecast.export.read.reader import GGUFFile
 
 
 class Header(NamedTuple):
-    """As the engine reads it: a key that is absent has the engine's default."""
+    """The header as the engine reads it; absent keys have the engine's defaults."""
 
     arch: str
     layers: int
@@ -19,7 +19,7 @@ class Header(NamedTuple):
     vocab: int
     context: int
     eps: float
-    """Of every norm."""
+    """Epsilon of every norm."""
     rope_base: float
     rope_factor: float
     threshold: float
@@ -30,11 +30,12 @@ class Header(NamedTuple):
 
     @property
     def gated(self) -> bool:
+        """Whether the FFN has a gate."""
         return self.arch in ("llama", "bamboo")
 
 
 def header_of(file: GGUFFile) -> Header:
-    """The header of a file whose metadata has been checked."""
+    """Read the header of a file that `check_metadata` has passed."""
     keys: dict[str, Any] = file.keys
     arch = keys["general.architecture"]
 
@@ -42,7 +43,7 @@ def header_of(file: GGUFFile) -> Header:
         key = f"{arch}.{name}"
         return keys[key] if default is None else keys.get(key, default)
 
-    # The second is the name that the first once had.
+    # The second key is the older name.
     factor = get("rope.scaling.factor", 0.0) or get("rope.scale_linear", 0.0) or 1.0
     return Header(
         arch=arch,
@@ -53,7 +54,7 @@ def header_of(file: GGUFFile) -> Header:
         kv_heads=get("attention.head_count_kv", get("attention.head_count")),
         vocab=len(keys["tokenizer.ggml.tokens"]),
         context=get("context_length"),
-        # The engine's opt reads none and computes with 0 (`llm_load_hparams`).
+        # The engine's opt does not read it and uses 0 (`llm_load_hparams`).
         eps=0.0 if arch == "opt" else get(EPSILON[arch]),
         rope_base=get("rope.freq_base", 10_000.0),
         rope_factor=1.0 if get("rope.scaling.type", "linear") == "none" else factor,
@@ -67,4 +68,4 @@ EPSILON = {
     "falcon": "attention.layer_norm_epsilon",
     "opt": "attention.layer_norm_epsilon",
 }
-"""Keys of the norm's epsilon."""
+"""The key of the norms' epsilon, by architecture."""

@@ -1,4 +1,4 @@
-"""What one PWRI, GGUF or gpuidx file holds: its keys, its tensors, and the neurons of a split."""
+"""Show what a PWRI, GGUF or gpuidx file holds: keys, tensors, and the neurons of a split."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ INDEX_BYTES = 4
 """A neuron on the GPU takes its rows of these matrices and its number, an i32."""
 SHORT_ARRAY = 8
 SHOWN = 1000
-"""Rows of a table on the screen; the rest is in the JSON."""
+"""Most rows of a table on the screen; the JSON has all."""
 SHORT_TEXT = 100
 
 
 def file_values(path: Path) -> dict[str, Any]:
-    """Everything but the tensors' values and the long arrays.
+    """Return what the file holds, without the tensors' values and long arrays.
 
     Raises:
-        InputError: Not such a file, truncated, or damaged.
+        InputError: Not such a file, truncated or damaged.
     """
     file = GGUFFile(path)
     values: dict[str, Any] = {
@@ -53,7 +53,7 @@ def file_values(path: Path) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    """As JSON holds it; of a long array its length alone."""
+    """Convert a value for JSON; a long array becomes its length."""
     if isinstance(value, (list, np.ndarray)):
         if len(value) > SHORT_ARRAY:
             return {"length": len(value)}
@@ -62,7 +62,7 @@ def _value(value: Any) -> Any:
 
 
 def _layers(split: GGUFFile) -> list[dict[str, Any]]:
-    """Neurons on the GPU, and their bytes where the model lies beside the split."""
+    """Count each layer's neurons on the GPU, and their bytes if the model is beside the split."""
     matrices = _matrices(split.path)
     rows = []
     for name, entry in split.entries.items():
@@ -91,20 +91,20 @@ def _matrices(path: Path) -> dict[str, Entry]:
 
 
 def show_file(values: dict[str, Any]) -> None:
-    """A split by layer, any other file by keys and tensors."""
+    """Show the file's keys, and its tensors or, for a split, its layers."""
     log.info(values["path"], extra={"style": "bold"})
     head = f"{values['magic']} version {values['version']}, alignment {values['alignment']}"
     log.info(f"  {head}, {format_bytes(values['bytes'])}")
     keys = Table(title="keys", title_justify="left", show_header=False)
     for key, value in list(values["keys"].items())[:SHOWN]:
-        keys.add_row(plain(key), _told(value))
+        keys.add_row(plain(key), _short(value))
     show(keys)
-    _tell_more(len(values["keys"]), "keys")
+    _log_more(len(values["keys"]), "keys")
     show(_split_table(values) if "layers" in values else _tensor_table(values))
-    _tell_more(len(values["tensors"]), "tensors")
+    _log_more(len(values["tensors"]), "tensors")
 
 
-def _tell_more(count: int, what: str) -> None:
+def _log_more(count: int, what: str) -> None:
     if count > SHOWN:
         log.info(f"and {count - SHOWN:,} more {what}, see --json")
 
@@ -129,12 +129,12 @@ def _split_table(values: dict[str, Any]) -> Table:
     for name in ("layer", "neurons", "of", "bytes"):
         table.add_column(name, justify="right")
     for layer in layers[:SHOWN]:
-        told = ("?" if v is None else f"{v:,}" for v in (layer["width"], layer["bytes"]))
-        table.add_row(str(layer["layer"]), f"{layer['neurons']:,}", *told)
+        shown = ("?" if v is None else f"{v:,}" for v in (layer["width"], layer["bytes"]))
+        table.add_row(str(layer["layer"]), f"{layer['neurons']:,}", *shown)
     return table
 
 
-def _told(value: Any) -> str:
+def _short(value: Any) -> str:
     if isinstance(value, dict):
         return f"{value['length']:,} values"
     text = plain(value) if isinstance(value, str) else str(value)
@@ -142,5 +142,5 @@ def _told(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """Without control characters."""
+    """Escape a text with control characters."""
     return text if text.isprintable() else repr(text)

@@ -1,4 +1,4 @@
-"""Read a PWRI or GGUF version 3 file, without the library that wrote it.
+"""Read a PWRI or GGUF version 3 file without the library that writes them.
 
 Layout (PowerInfer's ggml.c, `gguf_init_from_file`; little endian):
 
@@ -8,8 +8,8 @@ Layout (PowerInfer's ggml.c, `gguf_init_from_file`; little endian):
     padding to the alignment, then the data; offsets count from here
 
 A string is a u64 length and bytes; an array is a u32 element type, a u64 count and the elements.
-`TYPES` has the types of tensors. Nothing in the file is trusted: every length is
-compared with what is left before it is used.
+`TYPES` lists the types of tensors. Nothing in the file is trusted: every length is compared with
+the remaining bytes before it is used.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 UINT32, INT32, FLOAT32, BOOL, UINT64 = 4, 5, 6, 7, 10
 MOST, MOST_STRINGS = 100_000, 2**21
-"""Tensors or keys, and strings of one array: far more than any model and its vocabulary have."""
+"""Limits on tensors or keys and on strings in one array, far above any model and vocabulary."""
 LONG = 2**20
-"""Numbers that an array may have to be read as a list; a longer one stays in the file, as a numpy
-view."""
+"""Longest array that is read as a list; a longer one stays in the file, as a numpy view."""
 
 
 class TensorType(NamedTuple):
-    """How a type id stores `block` elements in `nbytes` bytes."""
+    """A tensor type, which stores `block` elements in `nbytes` bytes."""
 
     name: str
     block: int
@@ -112,13 +111,13 @@ DECODED = ("q4_0", "q8_0")
 
 
 class Entry(NamedTuple):
-    """One tensor of the file, as its header describes it."""
+    """Where one tensor is, and what it holds."""
 
     shape: tuple[int, ...]
-    """Slowest dimension first, as torch has it."""
+    """Slowest dimension first, as in torch."""
     type: TensorType
     start: int
-    """Bytes from the beginning of the file."""
+    """Offset from the beginning of the file, in bytes."""
 
     @property
     def nbytes(self) -> int:
@@ -126,11 +125,13 @@ class Entry(NamedTuple):
 
 
 class GGUFFile:
-    """A memory-mapped file: `keys`, `key_types`, `element_types` (of arrays) and `entries` from its
-    header, tensors on demand.
+    """A memory-mapped file.
+
+    `keys`, `key_types`, `element_types` (of arrays) and `entries` are read from the header, tensors
+    on demand.
 
     Raises:
-        InputError: Not such a file, truncated, or inconsistent; names the file and the place.
+        InputError: Not such a file, truncated or inconsistent; names the file and the place.
     """
 
     def __init__(self, path: Path) -> None:
@@ -138,7 +139,7 @@ class GGUFFile:
         check_file(path, "a GGUF file")
         try:
             with path.open("rb") as file:
-                # A private mapping: torch wants writable memory, the file stays as it is.
+                # A private mapping: torch needs writable memory, and the file stays unchanged.
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except ValueError as error:
             raise InputError(f"{path}: is empty, expected a GGUF file") from error
@@ -166,14 +167,18 @@ class GGUFFile:
         self._check_overlap()
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file in its stored dtype; pages are read when it is used. The values
-        of a quantized tensor, in float32."""
+        """Return a view of the mapped file in the stored dtype; pages are read on use.
+
+        Quantized tensors are returned as their values in float32.
+        """
         entry = self.entries[name]
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.type.dtype)
         if entry.type.block > 1:
             if entry.type.name not in DECODED:
-                raise InputError(f"{self.path}: tensor {name} is {entry.type.name}, not read here")
+                raise InputError(
+                    f"{self.path}: tensor {name} is {entry.type.name}, which is not supported"
+                )
             scale, code = self.blocks(name)
             return (scale[..., None] * code.float()).view(entry.shape)
         count = prod(entry.shape)
@@ -181,7 +186,7 @@ class GGUFFile:
         return flat.view(entry.shape)
 
     def blocks(self, name: str) -> tuple[Tensor, Tensor]:
-        """Of a q8_0 or q4_0 tensor, block by block: scales (N,) float32, codes (N, 32) int8."""
+        """Return scales (N,) float32 and codes (N, 32) int8 of a q8_0 or q4_0 tensor's blocks."""
         entry = self.entries[name]
         raw = torch.frombuffer(
             self._data, dtype=torch.uint8, count=entry.nbytes, offset=entry.start
@@ -203,8 +208,12 @@ class GGUFFile:
         return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
 
     def _count(self, least: int, what: str, most: int | None = None) -> int:
-        """A count of things that take at least `least` bytes each, and of which there are at most
-        `most` in a file of any use."""
+        """Read a count of items, and refuse more than the file can hold.
+
+        Args:
+            least: Bytes that an item takes at least.
+            most: Largest count in any useful file.
+        """
         value: int = self._scalar("Q")
         if value * least > len(self._data) - self._at:
             raise self._broken(
@@ -213,7 +222,7 @@ class GGUFFile:
         if most is not None and value > most:
             raise InputError(
                 f"{self.path}: claims {value:,} {what} at byte {self._at - 8}, expected at most "
-                f"{most:,}; no file of a model has so many"
+                f"{most:,}; no model file has so many"
             )
         return value
 
@@ -278,14 +287,14 @@ class GGUFFile:
     def _add(self, name: str, entry: Entry, offset: int) -> None:
         if name in self.entries:
             raise self._broken(f"has the tensor {shown(name)} twice")
-        # As the engine does: rows may straddle blocks here, see `checks.check_tensors`. A layer
-        # without neurons on the GPU has a list of none.
+        # As in the engine, rows may straddle blocks here; `check_tensors` refuses that. A layer
+        # without neurons on the GPU has an empty list.
         empty = not prod(entry.shape) and (entry.type.name != "i32" or len(entry.shape) > 1)
         if empty or prod(entry.shape) % entry.type.block:
             raise self._broken(f"tensor {shown(name)} has the shape {entry.shape}")
         if offset % self.alignment:
             raise self._broken(
-                f"tensor {shown(name)} begins at {offset}, not at {self.alignment} n"
+                f"tensor {shown(name)} begins at {offset}, not at a multiple of {self.alignment}"
             )
         if entry.start + entry.nbytes > len(self._data):
             raise self._broken(
@@ -304,15 +313,17 @@ class GGUFFile:
 
 
 def shown(name: str) -> str:
-    """A name out of a file, on one line and short."""
+    """Shorten a name from a file to one line."""
     text = name if name.isprintable() else repr(name)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _blocks(blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (N,) and codes (N, 32) of N blocks: an f16 scale, then 32 signed bytes (q8_0), or 16
-    bytes with values 0 to 15 in their low halves and 16 to 31 in their high ones, 8 meaning 0
-    (q4_0)."""
+    """Split N blocks into scales (N,) and codes (N, 32).
+
+    A block has an f16 scale. Then come 32 signed bytes (q8_0), or 16 bytes with values 0 to 15 in
+    their low halves and 16 to 31 in their high halves, where 8 stands for 0 (q4_0).
+    """
     scale_N = blocks_NB[:, :2].clone().view(torch.float16).float()[:, 0]
     codes = blocks_NB[:, 2:]
     if codes.shape[1] == 32:

@@ -1,4 +1,4 @@
-"""The two kinds of vocabulary of a PowerInfer file, made into tokenizers from the file alone.
+"""Build a tokenizer from the vocabulary of a PowerInfer file, which is of one of two kinds.
 
 Each gives the tokens that the model was trained on and the texts that the engine's server prints.
 """
@@ -18,30 +18,32 @@ NORMAL, UNKNOWN, USER, BYTE = 1, 2, 4, 6
 
 
 class FileVocabulary(Protocol):
-    """What verify wants of either kind."""
+    """What verify needs from either kind."""
 
     exact: bool
-    """The engine cuts every text into the same tokens."""
+    """Whether the engine splits every text into the same tokens."""
     bos: int | None
-    """What the engine puts before a text."""
+    """The token that the engine puts before a text."""
     texts: list[str]
-    """What the server prints for each token (llama_token_to_piece and the server's format)."""
+    """The server's text for each token (llama_token_to_piece and the server's format)."""
     excluded: list[int]
-    """Tokens that the server must never choose: EOS, which ends its answer, and what ends it."""
+    """Tokens that the server must never choose: EOS, and those that crash it."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids without BOS."""
+        """Return ids without BOS."""
         ...
 
 
 def tokenizer_of(file: GGUFFile) -> FileVocabulary:
-    """For a file whose vocabulary `check_vocabulary` has passed."""
+    """Build the tokenizer of a file whose vocabulary `check_vocabulary` has passed."""
     return Bytes(file) if file.keys["tokenizer.ggml.model"] == "gpt2" else Pieces(file)
 
 
 class Pieces:
-    """Sentencepiece BPE: merges by best score, leftmost first, with byte fallback and one space put
-    in front, as the engine's own tokenizer does."""
+    """Sentencepiece BPE, as in the engine's own tokenizer.
+
+    It merges by best score, leftmost first, with byte fallback and one space put in front.
+    """
 
     exact = True
 
@@ -51,7 +53,7 @@ class Pieces:
         self.excluded = [keys.get("tokenizer.ggml.eos_token_id", 2)]
         tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
         self.texts = [_piece_text(*pair) for pair in zip(tokens, types, strict=True)]
-        model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
+        model = proto.ModelProto()  # type: ignore[attr-defined]  # created at import
         for text, score, kind in zip(tokens, keys["tokenizer.ggml.scores"], types, strict=True):
             model.pieces.add(piece=text, score=score, type=kind)
         spec = model.trainer_spec
@@ -77,11 +79,11 @@ def _piece_text(token: str, kind: int) -> str:
 
 
 class Bytes:
-    """Byte-level BPE as GPT-2 has it, user-defined tokens found in the text first.
+    """GPT-2's byte-level BPE; user-defined tokens are found in the text first.
 
-    The engine cuts text by rules that differ from GPT-2's regular expression where several spaces
-    stand before punctuation, and finds no user-defined tokens. Its server ends when it chooses a
-    token that is part of a character, and drops the probabilities of one without text.
+    The engine splits text by rules that differ from GPT-2's regular expression for several spaces
+    before punctuation, and does not find user-defined tokens. Its server crashes when it chooses a
+    token that is part of a character, and drops the probabilities of tokens without text.
     """
 
     exact = False
@@ -110,7 +112,7 @@ class Bytes:
 
 
 def alphabet() -> list[str]:
-    """GPT-2's character for each byte: itself where it prints, else one from U+0100 on."""
+    """List GPT-2's character for each byte: itself if printable, else one from U+0100 on."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printed]
     return [
@@ -119,7 +121,7 @@ def alphabet() -> list[str]:
 
 
 def _printed(text: bytes) -> str:
-    """A single byte above 127 by its number; what is no UTF-8 as the server's JSON has it."""
+    """Format bytes as the server does: a byte above 127 by number, invalid UTF-8 replaced."""
     if len(text) == 1 and text[0] > 127:
         return f"byte: \\x{text[0]:x}"
     return text.decode(errors="replace")

@@ -1,8 +1,8 @@
-"""The model of a bundle as a dense GGUF: what the same engine runs without predictors.
+"""Write a bundle's model as a dense GGUF, which the same engine runs without predictors.
 
-The same types, tensors and header, but for the magic, the down projection, which is stored as it
-stands in the model again, and fc1 and fc2, which go. The engine knows SiLU alone for a dense llama,
-so such a file takes the time of the dense model, but does not speak as it does.
+Types, tensors and header stay, except for the magic, the down projection, which is transposed back,
+and fc1 and fc2, which are dropped. The engine computes SiLU in every dense llama, so such a file
+takes the time of the dense model but does not generate its text.
 
 Memory: the largest tensor twice, in float32 where it is quantized.
 """
@@ -22,11 +22,11 @@ from sparsecast.export.read.reader import ARRAY, GGUFFile
 
 DOWN = "ffn_down_t.weight"
 LEFT_OUT = ("general.architecture", "general.alignment")
-"""Keys that the writer writes by itself."""
+"""Keys that the writer adds by itself."""
 
 
 def write_dense(bundle: GGUFFile, path: Path) -> None:
-    """Write it; `path` is replaced.
+    """Write the dense file; `path` is replaced.
 
     Raises:
         InputError: The file is dense already, or its FFN width does not divide into the blocks of

@@ -1,18 +1,19 @@
-"""Write a split as the file that a GPU build of PowerInfer looks for beside its model.
+"""Write a split as the gpuidx file that a GPU build of PowerInfer reads beside its model.
 
-<model file>.generated.gpuidx is laid out as a GGUF version 3 file with the magic "PWRI" (see
+<model file>.generated.gpuidx has the layout of a GGUF version 3 file with the magic "PWRI" (see
 reader.py), alignment 32:
 
     general.architecture            string "generic.gpu_index"
     generic.gpu_index.block_count   u32    layers
-    split.vram_capacity             u64    the file is used where so many bytes are free for neurons
+    split.vram_capacity             u64    bytes that must be free for neurons
     blk.<i>.gpu_idx                 (F,) i32   1 on the GPU, 0 on the CPU
     blk.<i>.gpu_bucket              (K,) i32   the neurons with 1, ascending; K may be 0
 
-The engine takes tensors by position, two per layer from layer 0 on. PowerInfer's own exporter sorts
+The engine reads tensors by position, two per layer from layer 0 on. PowerInfer's own exporter sorts
 the counts' file names as strings, so from 11 layers on it gives layer 2 the neurons of layer 10.
-split.vram_capacity is what the neurons take; PowerInfer writes what was free when it made the file,
-and would make it again wherever less is. The i32 has type id 18, as ggml had it then.
+Here split.vram_capacity is the bytes that the neurons take. PowerInfer instead writes the bytes
+that were free when it made the file, and makes the file again wherever fewer are free. i32 has type
+id 18, as in ggml at that time.
 (powerinfer-py/export_split.py and `llama_gpu_split_loader` of llama.cpp at d3ebd7c.)
 
 Shape letters: F FFN width, K neurons on the GPU.
@@ -37,7 +38,7 @@ _I32 = 18
 
 
 def write_gpuidx(path: Path, split: Split) -> None:
-    """Write the file; it is small, a few bytes per neuron."""
+    """Write the file, a few bytes per neuron."""
     tensors: list[tuple[str, Tensor]] = []
     for i, hot_K in enumerate(split.hot):
         index_F = torch.zeros(split.width, dtype=torch.int32)

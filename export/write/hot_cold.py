@@ -1,16 +1,16 @@
-"""Which neurons a GPU build of PowerInfer keeps in GPU memory: the hottest, as many as fit.
+"""Choose the neurons that a GPU build of PowerInfer keeps in GPU memory.
 
 PowerInfer's problem (powerinfer-py/solver.py at d3ebd7c): sort the counts of each layer from the
-hottest neuron down, sum them in blocks of 256, and choose at most n blocks over all layers whose
-total is greatest; a layer with k of them keeps its 256 k hottest neurons. PowerInfer hands that to
-an integer program. Taking the n largest block sums of all layers solves it:
+hottest neuron down, sum them in blocks of 256, and choose at most n blocks over all layers with the
+greatest total; a layer with k of them keeps its 256 k hottest neurons. PowerInfer solves an integer
+program. Taking the n largest block sums of all layers solves the same problem exactly:
 
-    Within a layer the sums never rise, so the n largest, ties taken in order, are the first k of
-    each layer, and their total is the count of its 256 k hottest neurons. No n block sums have a
-    greater total than the n largest, and no 256 k neurons of a layer than its hottest.
+    Within a layer the sums never rise. So the n largest, with ties taken in order, are the first k
+    blocks of each layer, and their total counts its 256 k hottest neurons. No other n blocks and no
+    other 256 k neurons of a layer have a greater total.
 
-So the choice is exact. It fills the room even with neurons that never fired in the recording: a
-layer that is whole on the GPU needs no second half on the CPU. Counts are summed as int64.
+The choice fills the memory even with neurons that never fired in the recording: a layer that is
+whole on the GPU needs no second half on the CPU. Counts are summed as int64.
 
 Shape letters: L layers, F FFN width, B blocks of a layer, K neurons on the GPU.
 """
@@ -31,14 +31,14 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Split:
-    """The neurons on the GPU, and what they take and bring."""
+    """The neurons on the GPU, their memory and their share of activations."""
 
     hot: list[Tensor]
     """Per layer (K,) int64, ascending; K is a multiple of 256 and may be 0."""
     width: int
-    """F: neurons of a layer, hot and cold."""
+    """F: all neurons of a layer."""
     share: float
-    """Of all recorded activations, those of the hot neurons."""
+    """Share of all recorded activations that the hot neurons have."""
     budget: Budget
 
     @property
@@ -51,7 +51,7 @@ class Split:
 
 
 def check_width(width: int) -> None:
-    """Refuse an FFN that does not divide into blocks."""
+    """Refuse an FFN width that is not a multiple of the block size."""
     if width % BLOCK:
         raise InputError(
             f"--vram-budget: PowerInfer moves neurons to the GPU in blocks of {BLOCK}, but the FFN "
@@ -60,10 +60,10 @@ def check_width(width: int) -> None:
 
 
 def split_for(budget: Budget, counts: list[Tensor]) -> Split:
-    """The best split, which is empty where no block fits.
+    """Return the best split; it is empty where no block fits.
 
     Args:
-        counts: Per layer (F,) int64: on how many tokens each neuron fired.
+        counts: Per layer (F,) int64: the number of tokens on which each neuron fired.
     """
     blocks = blocks_per_layer(counts, max(budget.room, 0) // (BLOCK * budget.neuron))
     hot = [hottest(count_F, k * BLOCK) for count_F, k in zip(counts, blocks, strict=True)]
@@ -73,7 +73,7 @@ def split_for(budget: Budget, counts: list[Tensor]) -> Split:
 
 
 def blocks_per_layer(counts: list[Tensor], n: int) -> list[int]:
-    """How many blocks of each layer are among the `n` of the greatest total."""
+    """Return how many blocks of each layer are among the `n` with the greatest total."""
     ordered_LF = torch.stack(counts).sort(dim=1, descending=True).values
     sum_LB = ordered_LF.view(len(counts), -1, BLOCK).sum(-1)
     best = sum_LB.flatten().argsort(descending=True, stable=True)[:n]
@@ -81,6 +81,6 @@ def blocks_per_layer(counts: list[Tensor], n: int) -> list[int]:
 
 
 def hottest(count_F: Tensor, k: int) -> Tensor:
-    """(k,) indices of the k greatest counts, ascending; of equal counts the first."""
+    """Return the (k,) indices of the k greatest counts, ascending; ties go to the first."""
     order_F = count_F.argsort(descending=True, stable=True)
     return order_F[:k].sort().values

@@ -1,11 +1,11 @@
-"""Which tensor of a checkpoint becomes which tensor of PowerInfer's file, and how.
+"""Map each tensor of a checkpoint to its name and layout in PowerInfer's file.
 
-Names are those of PowerInfer's llama.cpp (`LLM_TENSOR_NAMES`; `llm_load_sparse_model_tensors` says
-which of them an architecture has). The down projection is stored transposed, one row per neuron.
-In a llama transformers rotates (first half, second half) of a head and the engine neighbors, so
-the rows of q and k are interleaved head by head; in a falcon both rotate halves. A falcon's fused
-projection holds, per key/value head, its query heads, then the key, then the value; the engine
-wants all queries, then all keys, then all values.
+Names are those of PowerInfer's llama.cpp (`LLM_TENSOR_NAMES`; `llm_load_sparse_model_tensors` lists
+those of an architecture). The down projection is stored transposed, one row per neuron. In a llama,
+transformers rotates the two halves of a head against each other and the engine rotates neighbors,
+so the rows of q and k are interleaved head by head; in a falcon both rotate halves. A falcon's
+fused projection holds, per key/value head, its query heads, then the key, then the value; the
+engine expects all queries, then all keys, then all values.
 
 Shape letters: V vocabulary, P positions, D hidden, K key/value width, Q = D + 2 K, F FFN width,
 R predictor rank.
@@ -24,27 +24,27 @@ ARCHITECTURES = ("llama", "bamboo", "falcon", "opt")
 
 
 class Layout(Enum):
-    """How the source's rows and columns lie in the file."""
+    """How rows and columns are rearranged for the file."""
 
     PLAIN = "plain"
     TRANSPOSED = "transposed"
     QUERY = "interleaved per query head"
     KEY = "interleaved per key/value head"
-    FUSED = "queries, keys and values apart"
+    FUSED = "queries, keys and values split"
 
 
 class Row(NamedTuple):
-    """One tensor; `{i}` in the names stands for the layer."""
+    """One tensor of the file and its source; `{i}` in the names stands for the layer."""
 
     target: str
     source: str
     shape: str
-    """Of the source, in shape letters."""
+    """Shape of the source, in shape letters."""
     layout: Layout = Layout.PLAIN
 
 
 def _with_bias(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Each row followed by that of its bias."""
+    """Add a row for the bias after each row."""
     return tuple(
         both
         for row in rows
@@ -96,7 +96,7 @@ _FALCON_NORMS = {
         )
     ),
 }
-"""By norms in a layer: attn_norm feeds the FFN, and attention too unless it has its own."""
+"""By norms per layer: attn_norm feeds the FFN, and attention unless that has a norm of its own."""
 _FALCON_LAYER = (
     Row(
         "blk.{i}.attn_qkv.weight",
@@ -142,13 +142,13 @@ _OPT_LAYER = _with_bias(
 
 
 def model_rows(arch: str, layers: int, *, tied: bool, norms: int) -> Iterator[Row]:
-    """Every tensor of the model but the predictors, in file order.
+    """Yield every tensor of the model, without the predictors, in file order.
 
     Args:
         arch: One of `ARCHITECTURES`.
-        tied: The model has no output matrix of its own; the engine wants one, except in an OPT,
-            so the embedding is written a second time.
-        norms: Of a falcon's layer, 1 or 2.
+        tied: Whether the output matrix is the embedding. The engine needs an output matrix, except
+            in an OPT, so the embedding is written a second time.
+        norms: Norms in a falcon's layer, 1 or 2.
     """
     first, layer = {
         "llama": (_LLAMA, _LLAMA_LAYER),
@@ -165,12 +165,12 @@ def model_rows(arch: str, layers: int, *, tied: bool, norms: int) -> Iterator[Ro
 
 
 def predictor_names(layer: int) -> tuple[str, str]:
-    """File names of fc1 (R, D) and fc2 (F, R)."""
+    """Return the names of fc1 (R, D) and fc2 (F, R) in the file."""
     return f"blk.{layer}.fc1.weight", f"blk.{layer}.fc2.weight"
 
 
 def arranged(weight: Tensor, layout: Layout, heads: int, kv_heads: int) -> Tensor:
-    """The source's weight with rows and columns as the file wants them; may be a view."""
+    """Rearrange a source's weight for the file; the result may be a view."""
     if layout is Layout.PLAIN:
         return weight
     if layout is Layout.TRANSPOSED:

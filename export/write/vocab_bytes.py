@@ -1,9 +1,9 @@
-"""Byte-level BPE as GPT-2 has it, from the JSON of a tokenizer.
+"""Read GPT-2's byte-level BPE from the JSON of a tokenizer.
 
-The engine cuts text into words by hand-written rules that stand for GPT-2's regular expression,
-writes their bytes in GPT-2's alphabet of 256 printable characters and merges by the list, first
-merge first. It normalizes nothing. A token of type 1 that holds another character ends it as soon
-as it prints that token. (PowerInfer's llama.cpp at d3ebd7c, llm_tokenizer_bpe.)
+The engine splits text into words by hand-written rules that imitate GPT-2's regular expression,
+writes their bytes in GPT-2's alphabet of 256 printable characters and applies the list of merges in
+order. It normalizes nothing. It aborts when it prints a token of type 1 with a character outside
+the alphabet. (PowerInfer's llama.cpp at d3ebd7c, llm_tokenizer_bpe.)
 """
 
 from __future__ import annotations
@@ -18,52 +18,53 @@ from sparsecast.export.write.vocab import NORMAL, Parts, steps_of
 
 ALPHABET = frozenset(ByteLevel.alphabet())
 _HIGH = (*range(0xC0, 0xC2), *range(0xF1, 0xF3), *range(0xF5, 0x100))
-"""Bytes that UTF-8 never has, and those that begin a character of a plane without characters."""
+"""Bytes that UTF-8 never contains, and those that begin a character of an unassigned plane."""
 CONTROLS = {chr(256 + byte): byte for byte in range(32) if byte not in b"\t\n\r"}
-"""GPT-2's characters for bytes that prose does not hold, with the byte."""
+"""GPT-2's characters for control bytes other than tab and line breaks, with the byte."""
 SPARE = frozenset(CONTROLS) | frozenset(map(chr, _HIGH))
 """Characters that a tokenizer trained without the whole alphabet may lack."""
 FALCON = ["Punctuation", "ByteLevel", "Digits", "Split('[0-9][0-9][0-9]')"]
 
 
 def is_byte_level(spec: dict[str, Any]) -> bool:
+    """Whether the tokenizer works on bytes."""
     return any(step["type"] == "ByteLevel" for step in steps_of(spec, "pre_tokenizer"))
 
 
 def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
-    """Tokens and merges; added tokens are left to the caller.
+    """Read tokens and merges; added tokens are left to the caller.
 
     Raises:
-        InputError: Text is normalized or cut otherwise than GPT-2 does, or the alphabet lacks more
-            than `SPARE`.
+        InputError: Text is normalized or split differently than by GPT-2, or the alphabet lacks
+            more than `SPARE`.
     """
-    notes = _cut_notes(path, spec)
+    notes = _split_notes(path, spec)
     model = spec["model"]
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model[option]:
             raise InputError(
                 f"{path}: its model has {option} {model[option]!r}, expected none; the engine "
-                "knows no such thing and would cut text into other tokens"
+                "does not support it and would split text into other tokens"
             )
     added = {token["content"] for token in spec["added_tokens"]}
     own = {text: i for text, i in model["vocab"].items() if text not in added}
     if absent := ALPHABET - own.keys() - SPARE:
         raise InputError(
-            f"{path}: {len(absent)} of the characters that stand for bytes of text are no tokens, "
-            f"{min(absent)!r} first; the engine fails on text that holds them. Train the "
+            f"{path}: {len(absent)} of the characters that stand for bytes of text are not "
+            f"tokens, {min(absent)!r} first; the engine fails on text with them. Train the "
             "tokenizer with the whole alphabet (BpeTrainer's initial_alphabet)"
         )
     if controls := sorted(CONTROLS.keys() - own.keys(), key=CONTROLS.__getitem__):
         codes = ", ".join(f"0x{CONTROLS[character]:02x}" for character in controls)
         notes.append(
-            f"The vocabulary has no token for the control characters {codes}: transformers leaves "
-            "them out, the engine ends at a text that holds one. Strip them from prompts."
+            f"The vocabulary has no token for the control characters {codes}: transformers drops "
+            "them, the engine aborts on a text with one. Strip them from prompts."
         )
     for text, i in own.items():
         if strange := set(text) - ALPHABET:
             raise InputError(
                 f"{path}: token {i}, {text!r}, holds {min(strange)!r}, which stands for no byte; "
-                "the engine ends when it prints such a token. Make it an added token"
+                "the engine aborts when it prints such a token. Make it an added token"
             )
     if not (merges := [f"{left} {right}" for left, right in model["merges"]]):
         raise InputError(
@@ -74,7 +75,7 @@ def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
     return Parts("gpt2", tokens, dict.fromkeys(tokens, NORMAL), merges=merges, notes=notes)
 
 
-def _cut_notes(path: Path, spec: dict[str, Any]) -> list[str]:
+def _split_notes(path: Path, spec: dict[str, Any]) -> list[str]:
     if normalizers := steps_of(spec, "normalizer"):
         kinds = ", ".join(step["type"] for step in normalizers)
         raise InputError(
@@ -87,14 +88,14 @@ def _cut_notes(path: Path, spec: dict[str, Any]) -> list[str]:
     notes = []
     if names == FALCON:
         notes.append(
-            "The engine does not make Falcon's own cuts around punctuation and after three "
-            "digits, so it cuts such text into other tokens than the model was trained on."
+            "The engine does not split around punctuation and after three digits as Falcon's "
+            "tokenizer does, so such text becomes other tokens than the model was trained on."
         )
     elif names != ["ByteLevel"]:
         raise InputError(
-            f"{path}: cuts text by {', '.join(names)}, expected GPT-2's ByteLevel; the engine "
-            "cannot cut as llama3, qwen2 or another of the kind and would make other tokens, so "
-            "this model cannot run there"
+            f"{path}: splits text by {', '.join(names)}, expected GPT-2's ByteLevel; the engine "
+            "cannot split as llama3, qwen2 or similar tokenizers do, so this model cannot run "
+            "there"
         )
     if spaced:
         notes.append("The tokenizer puts a space before a text, the engine does not.")

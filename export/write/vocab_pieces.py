@@ -1,11 +1,11 @@
-"""Sentencepiece BPE: from tokenizer.model, or from the tokenizer.json that was made of one.
+"""Read sentencepiece BPE from tokenizer.model, or from a tokenizer.json converted from one.
 
 The engine puts one space before a text, turns spaces into U+2581 and then merges the neighbors
-whose union has the highest score, leftmost first; what stays no token becomes bytes. Sentencepiece
-scores a piece by its place in training: 0, -1, -2, ... A converted tokenizer.json has instead every
-pair of pieces whose union is a piece as a merge, in the order of scores; the two are equivalent
-only if all such pairs are there. Pieces whose merges take turns had one score, as Llama 2's runs
-of spaces: there the order of merges must give what leftmost first does.
+whose union has the highest score, leftmost first; what is left over becomes bytes. Sentencepiece
+scores a piece by its rank in training: 0, -1, -2, ... A converted tokenizer.json instead lists
+every pair of pieces whose union is a piece as a merge, in the order of scores. The two are
+equivalent only if all such pairs are there. Pieces whose merges alternate had the same score, as
+Llama 2's runs of spaces: their order of merges must give the same result as leftmost first.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 
 
 def model_pieces(path: Path) -> Parts:
-    """Of a sentencepiece model: piece types are the engine's token types.
+    """Read a sentencepiece model; its piece types are the engine's token types.
 
     Raises:
-        InputError: No sentencepiece model, a unigram one, or one without byte pieces.
+        InputError: Not a sentencepiece model, a unigram one, or one without byte pieces.
     """
     model = read_model(path)
     if not is_bpe(model):
         raise InputError(
             f"{path}: is a unigram model, expected type BPE; the engine merges greedily by score "
-            "and would cut text into other tokens than this model was trained on"
+            "and would split text into other tokens than this model was trained on"
         )
     if not adds_one_space(model):
         prepares = model.normalizer_spec
@@ -61,7 +61,7 @@ def model_pieces(path: Path) -> Parts:
         raise InputError(
             f"{path}: prepares text by {name}, dummy prefix {prepares.add_dummy_prefix}, removal "
             f"of spaces {prepares.remove_extra_whitespaces}, expected the identity and one space "
-            "put in front; the engine does that and no more, so it would cut text into other "
+            "put in front; the engine does only that, so it would split text into other "
             "tokens than this model was trained on"
         )
     parts = Parts(
@@ -75,17 +75,17 @@ def model_pieces(path: Path) -> Parts:
 
 
 def json_pieces(path: Path, spec: dict[str, Any]) -> Parts:
-    """Of a tokenizer.json with byte_fallback, scores by the order of its merges.
+    """Read a tokenizer.json with byte_fallback; scores follow the order of its merges.
 
     Raises:
-        InputError: Merges or treatment of spaces that no score expresses, or no byte pieces.
+        InputError: Merges or a treatment of spaces that scores cannot express, or no byte pieces.
     """
     if (notes := space_notes(spec)) is None:
         steps = steps_of(spec, "normalizer") + steps_of(spec, "pre_tokenizer")
         found = ", ".join(json.dumps(step, ensure_ascii=False)[:120] for step in steps)
         raise InputError(
             f"{path}: prepares text by {found or 'nothing'}, expected one space put in front and "
-            "spaces turned into U+2581; the engine does that and no more, so it would cut text "
+            "spaces turned into U+2581; the engine does only that, so it would split text "
             "into other tokens than this model was trained on"
         )
     model = spec["model"]
@@ -114,7 +114,7 @@ def json_pieces(path: Path, spec: dict[str, Any]) -> Parts:
 
 
 def _groups(merges: list[tuple[str, str]]) -> list[list[str]]:
-    """The pieces that merges make, first made first; those that are made by turns share a score."""
+    """Group the pieces by score, in the order of merges; alternating pieces share a group."""
     last = {left + right: i for i, (left, right) in enumerate(merges)}
     groups: list[list[str]] = []
     end = -1
@@ -131,25 +131,25 @@ def _groups(merges: list[tuple[str, str]]) -> list[list[str]]:
 def _check_merges(
     path: Path, ids: dict[str, int], merges: list[tuple[str, str]], scores: dict[str, float]
 ) -> None:
-    """Raises `InputError` for merges that a greedy search by score would not reproduce."""
+    """Refuse merges that a greedy search by score would not reproduce."""
     known = set(merges)
     split = next((pair for pair in merges_by_score(scores) if pair not in known), None)
     if split is not None:
-        what = f"pieces {split[0]!r} and {split[1]!r} make a piece, but are no merge"
+        what = f"pieces {split[0]!r} and {split[1]!r} form a piece, but no merge lists them"
     elif (text := find_mismatch(ids, merges, _model(scores))) is not None:
-        what = f"merges cut {text!r} as no scores do, the leftmost of equal ones first"
+        what = f"merges split {text!r} as no scores can, the leftmost of equal ones first"
     else:
         return
     raise InputError(
-        f"{path}: its {what}, expected the merges of a sentencepiece model; the engine merges "
-        "by score whatever makes a piece and would cut text into other tokens. If the model has "
-        "a tokenizer.model, put it beside this file"
+        f"{path}: its {what}; expected the merges of a sentencepiece model. The engine merges by "
+        "score whatever forms a piece and would split text into other tokens. If the model has a "
+        "tokenizer.model, put it beside this file"
     )
 
 
 def _model(scores: dict[str, float]) -> Any:
-    """A sentencepiece model of these pieces and bytes."""
-    model = proto.ModelProto()  # type: ignore[attr-defined]  # made at import
+    """Build a sentencepiece model of these pieces and all bytes."""
+    model = proto.ModelProto()  # type: ignore[attr-defined]  # created at import
     model.pieces.add(piece="<unk>", type=UNKNOWN)
     for text, score in scores.items():
         model.pieces.add(piece=text, score=score, type=NORMAL)
@@ -162,7 +162,7 @@ def _model(scores: dict[str, float]) -> Any:
 
 
 def space_notes(spec: dict[str, Any]) -> list[str] | None:
-    """What the engine does otherwise with spaces; None where that changes every text."""
+    """Say how the engine treats spaces differently; None if that changes every text."""
     steps = steps_of(spec, "normalizer"), steps_of(spec, "pre_tokenizer")
     if steps == (PREPENDED, []):
         return []

@@ -17,16 +17,16 @@ from sparsecast.export.write.vocab_bytes import byte_vocabulary, is_byte_level
 from sparsecast.export.write.vocab_pieces import json_pieces, model_pieces, space_notes
 
 MODEL_NOTE = (
-    "The model's tokenizer does not prepare text as tokenizer.model says and the engine does, with "
-    "one space in front and nothing else."
+    "The model's tokenizer does not prepare text as tokenizer.model says. The engine does: it puts "
+    "one space in front and changes nothing else."
 )
 
 
 def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
-    """The tokenizer's own tokens, its added tokens, then padding up to `size`.
+    """Return the tokenizer's own tokens, its added tokens and padding up to `size`.
 
     Raises:
-        InputError: A tokenizer of another kind, or one that the engine would misread.
+        InputError: A kind of tokenizer that the engine does not have or would misread.
     """
     tokenizer: Any = load_tokenizer(checkpoint)
     path = sentencepiece_file(checkpoint.folder)
@@ -48,22 +48,25 @@ def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
     special = _special(path, parts, tokenizer, checkpoint.config, size)
     if parts.model == "gpt2" and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
         parts.notes.append(
-            f"The engine puts no BOS before a text, the tokenizer puts {tokenizer.bos_token}: "
-            "begin prompts with it."
+            f"The tokenizer puts {tokenizer.bos_token} before a text, the engine does not: begin "
+            "prompts with it."
         )
     user = [token for token, kind in zip(tokens, types, strict=True) if kind == USER]
     if user and parts.model == "llama":
         parts.notes.append(
-            f"The tokenizer finds {len(user)} user-defined tokens whole in a text, {user[0]!r} "
-            "first; the engine may cut them into other tokens."
+            f"The tokenizer recognizes {len(user)} user-defined tokens in a text, {user[0]!r} "
+            "first; the engine may split them into other tokens."
         )
     scores = [parts.scores.get(i, 0.0) for i in range(size)] if parts.model == "llama" else []
     return Vocabulary(parts.model, tokens, scores, types, parts.merges, special, parts.notes)
 
 
 def _spec(folder: Path, tokenizer: Any) -> tuple[Path, Any]:
-    """tokenizer.json in the tokenizers library's present spelling, whatever it was written in; what
-    transformers makes of vocab.json and merges.txt, or of tokenizer.model, where there is none."""
+    """Return the tokenizer as JSON in the tokenizers library's current format, and its path.
+
+    Without a tokenizer.json it is what transformers builds from vocab.json and merges.txt or from
+    tokenizer.model.
+    """
     path = folder / "tokenizer.json"
     if path.is_file():
         try:
@@ -87,8 +90,8 @@ def _from_spec(path: Path, spec: Any) -> Parts:
         return json_pieces(path, spec)
     if kind == "Unigram":
         raise InputError(
-            f"{path}: is a unigram model, expected BPE; the engine merges greedily and would cut "
-            "text into other tokens than this model was trained on"
+            f"{path}: is a unigram model, expected BPE; the engine merges greedily and would "
+            "split text into other tokens than this model was trained on"
         )
     found = f"a {kind} model" if kind != "BPE" else "BPE of characters without byte_fallback"
     raise InputError(
@@ -109,7 +112,11 @@ def _rows(parts: Parts, tokenizer: Any, size: int) -> tuple[list[str], list[int]
 
 
 def _special(path: Path, parts: Parts, tokenizer: Any, config: Any, size: int) -> dict[str, int]:
-    """For what a file does not name the engine takes 1 and 2, or 11 in a gpt2 vocabulary."""
+    """Find bos, eos, unk and pad.
+
+    For a bos or eos that the file does not name, the engine uses 1 and 2, or 11 in a gpt2
+    vocabulary.
+    """
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     for name in ("bos", "eos"):
         configured = getattr(config, f"{name}_token_id", None)
@@ -120,12 +127,12 @@ def _special(path: Path, parts: Parts, tokenizer: Any, config: Any, size: int) -
             ids[name] = first
     special = {name: i for name, i in ids.items() if i is not None and 0 <= i < size}
     if "eos" in special and "bos" not in special and parts.model == "gpt2":
-        special["bos"] = special["eos"]  # which the engine then puts nowhere
+        special["bos"] = special["eos"]  # the engine never inserts it
     for name in ("bos", "eos"):
         if name not in special:
             raise InputError(
                 f"{path.parent}: the tokenizer has no {name}_token within the embedding, and the "
-                "engine would take an ordinary token for it; name it in tokenizer_config.json"
+                "engine would use an ordinary token instead; name it in tokenizer_config.json"
             )
     return special
 
@@ -135,7 +142,7 @@ def _check_unique(path: Path, tokens: list[str]) -> None:
     for token in tokens:
         if not token or token in seen:
             raise InputError(
-                f"{path}: token {token!r} is empty or stands twice, which the engine refuses; "
+                f"{path}: token {token!r} is empty or a duplicate, which the engine refuses; "
                 "give every row of the embedding its own text"
             )
         seen.add(token)

@@ -1,4 +1,4 @@
-"""What else a GPU build of PowerInfer puts into GPU memory, and what it leaves for neurons.
+"""Compute the GPU memory that a GPU build of PowerInfer leaves for neurons.
 
 `--vram-budget G` is G GiB, read as a float32. The engine fills it in this order (llama.cpp at
 d3ebd7c, `get_offloading_level`, `flush` and `llama_reserve_model_kv_cache`):
@@ -8,15 +8,15 @@ d3ebd7c, `get_offloading_level`, `flush` and `llama_reserve_model_kv_cache`):
     neurons
 
 The embedding and the FFN's own matrices stay in host memory. If one tensor of the first line does
-not fit, no neuron goes to the GPU. What is left before the last line is B: the engine loads a split
+not fit, no neuron goes to the GPU. B is what is left before the last line: the engine loads a split
 file whose split.vram_capacity is at most B, and otherwise makes another.
 
-A neuron takes a row of gate, where there is one, of up and of down_t, in the file's own types, and
-4 bytes of the list that says which neurons these are; that list is in GPU memory unless a layer is
-there as a whole, the index of all neurons never is. (PowerInfer charges rows that are F long
-instead of D: floor(B / (4.5 F w)) 4 neurons at w bytes a weight, 1.125 F weights a neuron where it
-takes 3 D. That is right where F = 2.67 D; at F = 4 D a third of B stays unused, at F = 2 D a
-quarter of the split does not fit. Without a gate it charges 0.5 F weights, right where F = 4 D.)
+A neuron takes a row of gate (if there is one), of up and of down_t, in the file's own types, and 4
+bytes in the list of neurons on the GPU. That list is in GPU memory unless the layer is there as a
+whole; the index of all neurons never is. (PowerInfer charges rows of length F instead of D:
+floor(B / (4.5 F w)) 4 neurons at w bytes a weight, or 1.125 F weights per neuron where it takes
+3 D. That is right for F = 2.67 D; at F = 4 D a third of B stays unused, at F = 2 D a quarter of the
+split does not fit. Without a gate it charges 0.5 F weights, which is right for F = 4 D.)
 
 Shape letters: D hidden, F FFN width.
 """
@@ -31,7 +31,7 @@ import torch
 from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.tensor_plan import PlannedTensor
 
-BEFORE = (
+ON_GPU_FIRST = (
     "attn_norm",
     "attn_norm_2",
     "attn_qkv",
@@ -45,25 +45,26 @@ BEFORE = (
     "output_norm",
     "output",
 )
+"""Tensors of the first line above."""
 ROWS = ("ffn_gate", "ffn_up", "ffn_down_t")
-LIST_BYTES = 4
+INDEX_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Budget:
-    """GPU memory in bytes, and what takes it."""
+    """GPU memory in bytes, and its uses."""
 
     given: int
     before: int
-    """The tensors of the first line above."""
+    """Attention, norms, predictors and the output matrix."""
     half_cache: int
-    """Keys or values of the KV cache, in f16."""
+    """Keys of the KV cache in f16; values take the same."""
     neuron: int
-    """One neuron of any layer."""
+    """One neuron."""
 
     @property
     def room(self) -> int:
-        """B of above; negative by what is missing where the tensors do not fit."""
+        """Bytes left for neurons; negative if the fixed tensors do not fit."""
         room = self.given - self.before
         for _ in ("keys", "values"):
             if room >= self.half_cache:
@@ -74,22 +75,22 @@ class Budget:
 def budget_for(
     gib: float, context: int, tensors: Sequence[PlannedTensor], hparams: HParams
 ) -> Budget:
-    """The budget of a model file.
+    """Compute the budget of a model file.
 
     Args:
-        gib: The engine's --vram-budget.
-        context: The engine's -c, in tokens.
+        gib: PowerInfer's --vram-budget.
+        context: PowerInfer's -c, in tokens.
     """
     rows = [t for t in tensors if t.name in {f"blk.0.{kind}.weight" for kind in ROWS}]
     return Budget(
         given=int(torch.tensor(gib, dtype=torch.float32).item() * 2**30),
-        before=sum(t.nbytes for t in tensors if _kind(t) in BEFORE),
+        before=sum(t.nbytes for t in tensors if _kind(t) in ON_GPU_FIRST),
         half_cache=2 * hparams.layers * context * hparams.shape("K")[0],
-        # The exporter's types do not change from layer to layer.
-        neuron=sum(t.nbytes // t.shape[0] for t in rows) + LIST_BYTES,
+        # All layers have the same types.
+        neuron=sum(t.nbytes // t.shape[0] for t in rows) + INDEX_BYTES,
     )
 
 
 def _kind(tensor: PlannedTensor) -> str:
-    """attn_q of blk.3.attn_q.weight or .bias, output of output.weight."""
+    """Return the part of a name before .weight or .bias: attn_q of blk.3.attn_q.weight."""
     return tensor.name.rpartition(".")[0].rpartition(".")[2]

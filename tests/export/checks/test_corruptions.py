@@ -347,7 +347,7 @@ CORRUPTIONS = [
     one("alignment 64", named("general.alignment", Value(U32, 64)), "metadata",
         "alignment is 64, expected 32"),
     one("tensors overlap", attribute("shift", -64), "container", r"token_embd.* overlap"),
-    one("tensors between multiples of 32", attribute("shift", 16), "container", "not at 32 n"),
+    one("tensors between multiples of 32", attribute("shift", 16), "container", "not at a multiple of 32"),
     *(Corruption(f"cut at {share:.1%}", NOTHING, {"container": r"tensor \S+ ends at .*truncated"},
                  after=cut(share)) for share in (0.3, 0.7, 0.999)),
     Corruption("cut in the header", NOTHING, {"container": "ends at byte|more than it can hold"},

@@ -193,7 +193,7 @@ def test_a_type_that_is_not_decoded_is_placed_but_not_read(tmp_path):
     file = GGUFFile(path)
 
     assert file.entries["w"].nbytes == 420
-    with pytest.raises(InputError, match="tensor w is q6_K, not read here"):
+    with pytest.raises(InputError, match="tensor w is q6_K, which is not supported"):
         file.tensor("w")
 
 

@@ -195,8 +195,8 @@ def test_falcons_cuts_are_exported_with_a_warning(
 
     bundle = bundle_of(byte_copy, random_predictors)
 
-    assert "Falcon's own cuts" in " ".join(capsys.readouterr().err.split())
-    assert "Falcon's own cuts" in (bundle / "README.md").read_text()
+    assert "as Falcon's tokenizer does" in " ".join(capsys.readouterr().err.split())
+    assert "as Falcon's tokenizer does" in (bundle / "README.md").read_text()
     result = verify(VerifyConfig(bundle=bundle, corpus=str(corpus)))
     assert result.ok
     detail = next(c.detail for c in result.checks if c.name == "tokens")
@@ -220,7 +220,7 @@ def test_a_space_or_a_bos_put_before_text_is_told(byte_copy):
 
     space, bos = vocabulary(byte_copy).notes
     assert "puts a space before" in space
-    assert "puts <|endoftext|>: begin prompts with it" in bos
+    assert "puts <|endoftext|> before a text, the engine does not: begin prompts with it" in bos
 
 
 def test_tokenizer_json_alone_gives_the_pieces_of_tokenizer_model(json_copy, model_folder):
@@ -269,7 +269,7 @@ def test_user_defined_pieces_are_told(json_copy):
     change(json_copy, edit)
 
     (note,) = vocabulary(json_copy).notes
-    assert "finds 1 user-defined tokens whole" in note
+    assert "recognizes 1 user-defined tokens in a text" in note
 
 
 def test_padding_and_tokens_beyond_the_embedding(byte_copy):
@@ -325,17 +325,17 @@ def repeat_a_token(spec):
 
 
 REFUSED = [
-    (lambda spec: spec.update(pre_tokenizer=LLAMA3), r"cuts text by Split\(.*llama3"),
+    (lambda spec: spec.update(pre_tokenizer=LLAMA3), r"splits text by Split\(.*llama3"),
     (lambda spec: spec["pre_tokenizer"].update(use_regex=False), "ByteLevel without its regex"),
     (lambda spec: spec.update(normalizer={"type": "NFC"}), r"normalizes text \(NFC\)"),
     (lambda spec: spec.update(pre_tokenizer={"type": "Whitespace"}), "without byte_fallback"),
     (lambda spec: spec["model"].update(ignore_merges=True), "ignore_merges True"),
     (lambda spec: spec["model"].update(dropout=0.5), "dropout 0.5"),
-    (lose_a_tab, "1 of the characters that stand for bytes of text are no tokens"),
+    (lose_a_tab, "1 of the characters that stand for bytes of text are not tokens"),
     (lambda spec: lose(spec, chr(0xF3)), "1 of the characters that stand for bytes of text"),
     (lose_merges, "has no merges"),
     (strange_character, "'a b', holds ' ', which stands for no byte"),
-    (repeat_a_token, "'<unused_602>' is empty or stands twice"),
+    (repeat_a_token, "'<unused_602>' is empty or a duplicate"),
 ]
 
 
@@ -408,8 +408,8 @@ def drop_a_merge(spec):
     ("edit", "reason"),
     [
         (without_byte, "has no byte piece <0x41>"),
-        (swap_merges, "merges cut .* as no scores do"),
-        (drop_a_merge, "make a piece, but are no merge"),
+        (swap_merges, "merges split .* as no scores can"),
+        (drop_a_merge, "form a piece, but no merge lists them"),
         (lambda spec: spec.update(normalizer=None), "prepares text by nothing"),
         (lambda spec: spec.update(normalizer={"type": "NFKC"}), "prepares text by .*NFKC"),
     ],

@@ -175,7 +175,7 @@ def test_an_order_that_no_scores_give_is_refused_with_a_text(tied, tmp_path):
 
     folder = folder_with(tmp_path / "m", converted(tied, shortest))
 
-    with pytest.raises(InputError, match=f"merges cut '{SPACE}+' as no scores do") as info:
+    with pytest.raises(InputError, match=f"merges split '{SPACE}+' as no scores can") as info:
         read(folder)
     assert str(folder / "tokenizer.json") in str(info.value)
 
