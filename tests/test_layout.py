@@ -1,4 +1,4 @@
-"""The layout that keeps Hugging Face's `kernels` importable, and imports that point down."""
+"""The rules of the house: imports point down, files and functions are short, code has one door."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,37 @@ def sources() -> list[Path]:
     return [path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py")]
 
 
+def names_of(path: Path) -> set[str]:
+    """The modules of sparsecast that a file imports, functions' own imports included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.startswith("sparsecast.")}
+
+
+@cache
+def imported(path: Path) -> set[Path]:
+    """The files among them."""
+    files = {ROOT / Path(*name.split(".")[1:]).with_suffix(".py") for name in names_of(path)}
+    return {file for file in files if file.is_file()}
+
+
+def reached(path: Path) -> dict[Path, Path]:
+    """Every file that importing this one imports, each with one that imports it."""
+    found: dict[Path, Path] = {}
+    todo = [path]
+    while todo:
+        one = todo.pop()
+        for file in imported(one) - found.keys():
+            found[file] = one
+            todo.append(file)
+    return found
+
+
 def test_no_package_has_an_init_file():
     """With one, pytest started here would shadow `kernels` inside transformers."""
     found = [p for folder in (*MAY_IMPORT, "tests") for p in (ROOT / folder).rglob("__init__.py")]
@@ -36,14 +68,63 @@ def test_no_package_has_an_init_file():
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
     folder = path.relative_to(ROOT).parts[0]
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        assert not (isinstance(node, ast.ImportFrom) and node.level), "relative import"
-        for name in names:
-            if name.startswith("sparsecast."):
-                target = name.split(".")[1]
-                assert target == folder or target in MAY_IMPORT[folder], name
+    for name in names_of(path):
+        target = name.split(".")[1]
+        assert target == folder or target in MAY_IMPORT[folder], name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels" / "ops").glob("*.py")), ids=lambda p: p.stem
+)
+def test_kernels_import_the_core_alone(path):
+    of_stages = [file for file in reached(path) if file.relative_to(ROOT).parts[0] != "core"]
+    assert [file for file in of_stages if file.parent != path.parent] == []
+
+
+WRITER = ROOT / "export" / "write"
+READERS = [
+    *(path for room in ("checks", "read", "engine") for path in (ROOT / "export" / room).glob("*")),
+    ROOT / "export" / "verify.py",
+]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(READERS) if path.suffix == ".py"],
+    ids=lambda p: str(p.relative_to(ROOT / "export")),
+)
+def test_what_checks_a_bundle_shares_no_code_with_what_writes_it(path):
+    """A mistake of the exporter's would otherwise be the verifier's too."""
+    found = reached(path)
+    shared = {file: by for file, by in found.items() if file.parent == WRITER}
+    assert shared == {}
+
+
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
+
+
+def test_files_and_functions_are_short():
+    tests = list((ROOT / "tests").rglob("*.py"))
+    long = {}
+    for path in (*sources(), *tests):
+        text = path.read_text()
+        name = str(path.relative_to(ROOT))
+        if (count := text.count("\n")) > MOST_LINES:
+            long[name] = count
+        for node in ast.walk(ast.parse(text)) if path not in tests else ():
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                count = node.end_lineno - node.lineno + 1
+                if count > MOST_LINES_OF_A_FUNCTION:
+                    long[f"{name}: {node.name}"] = count
+    assert long.keys() == TOO_LONG
+
+
+TOO_LONG = {
+    "cli/bench/generate.py: bench",
+    "kernels/in_models/sparsify.py: sparsify_model",
+    "kernels/ops/gate_up.py: _kernel",
+}
+"""To be shortened; nothing joins them."""
 
 
 def test_kernels_stand_on_torch_and_triton_alone():

@@ -290,3 +290,25 @@ def engine() -> Path:
     if not build:
         pytest.skip("POWERINFER_BUILD names no PowerInfer build")
     return Path(build)
+
+
+@pytest.fixture
+def byte_copy(byte_model, tmp_path) -> Path:
+    """A copy of the byte-level model that a test may change."""
+    return Path(shutil.copytree(byte_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def json_copy(model_folder, tmp_path) -> Path:
+    """A copy of the sentencepiece model that has a tokenizer.json alone."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "tokenizer.model").unlink()
+    return folder
+
+
+@pytest.fixture
+def anyones(predictors, tmp_path) -> Path:
+    """The predictors as PowerInfer publishes them: without a manifest, so without a fingerprint."""
+    folder = Path(shutil.copytree(predictors, tmp_path / "anyones"))
+    (folder / "manifest.json").unlink()
+    return folder

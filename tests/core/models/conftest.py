@@ -160,3 +160,8 @@ def family_folder(tmp_path_factory, model_folder):
         return path
 
     return folder
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "m"))

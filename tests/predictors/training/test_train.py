@@ -12,7 +12,6 @@ from filelock import FileLock
 
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
-from sparsecast.core.bitmask import pack
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.baselines.public_recipe import PublicRecipeModule
 from sparsecast.predictors.config import TrainConfig
@@ -20,9 +19,8 @@ from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.predictor import Predictor, rms_normalized
 from sparsecast.predictors.train import train
-from sparsecast.predictors.training.data import BLOCK, TokenBlocks
+from sparsecast.predictors.training.data import TokenBlocks
 from sparsecast.predictors.training.lightning_module import PredictorModule
-from sparsecast.predictors.training.loss import weighted_loss
 from sparsecast.predictors.training.warm_start import moments, warm_start
 
 
@@ -77,31 +75,6 @@ def test_decisions_do_not_depend_on_the_norm_of_the_input(trained, synthetic):
     raw, scaled = decide(x_TD), decide(rms_normalized(x_TD))
     assert (raw == scaled).float().mean() >= 0.9999
     assert (decide(1000 * x_TD.double()) == raw).float().mean() >= 0.9999
-
-
-def test_an_epoch_holds_every_token_once_and_in_another_order(synthetic):
-    blocks = TokenBlocks(synthetic, "train", 11 * BLOCK, seed=1)  # the last batch is one block
-    epochs = []
-    for epoch in range(2):
-        blocks.epoch = epoch
-        epochs.append(torch.cat([batch.x_LBD[1] for batch in blocks]))
-    shards = range(len(synthetic.shards("train")))
-    stored = torch.cat([synthetic.rows("train", shard, 1).x_TD for shard in shards])
-
-    assert len(list(blocks)) == len(blocks)
-    assert not torch.equal(epochs[0], epochs[1])
-    for x in (*epochs, stored):
-        assert x.shape == stored.shape
-    *shuffled, whole = (sorted(row.numpy().tobytes() for row in x) for x in (*epochs, stored))
-    assert shuffled == [whole, whole]
-
-
-def test_a_batch_shows_all_layers_the_same_tokens(synthetic):
-    batch = next(iter(TokenBlocks(synthetic, "calibration", 2 * BLOCK)))
-    for layer in (0, 1):
-        rows = synthetic.rows("calibration", 0, layer, 0, 2 * BLOCK)
-        assert torch.equal(batch.x_LBD[layer], rows.x_TD)
-        assert torch.equal(batch.mask_LBP[layer], rows.mask_TP)
 
 
 def test_the_same_options_give_the_same_predictors(recipe, trained, tmp_path):
@@ -330,42 +303,6 @@ def test_a_run_that_cannot_be_written_keeps_its_training(recipe, tmp_path, monke
 def test_options_out_of_range_are_named(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         TrainConfig(activations=tmp_path, out=tmp_path / "pred", **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_losss_gradient_is_torchs_own(dtype):
-    logits = (6 * torch.randn(3, 100, 37)).to(dtype).requires_grad_()
-    fired = torch.rand(3, 100, 37) < torch.tensor([0.0, 0.1, 1.0])[:, None, None]
-    rate = torch.tensor([0.01, 0.2, 0.9])
-
-    def torchs(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        weight = torch.where(y, 1.0, rate[:, None, None])
-        return torch.nn.functional.binary_cross_entropy_with_logits(z.float(), y.float(), weight)
-
-    (want,) = torch.autograd.grad(5 * torchs(logits, fired), logits)
-    packed = torch.stack([pack(layer) for layer in fired])
-    shown = torchs(logits[:, :64], fired[:, :64])
-    loss = weighted_loss(logits, packed, rate)
-    (got,) = torch.autograd.grad(5 * loss, logits)
-
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
-    torch.testing.assert_close(loss, shown)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_counting_the_gradient_is_that_of_smoothed_errors(dtype):
-    """By autograd, on the formula of loss.py."""
-    logits = (6 * torch.randn(3, 100, 37)).to(dtype).requires_grad_()
-    fired = torch.rand(3, 100, 37) < torch.tensor([0.0, 0.1, 1.0])[:, None, None]
-    rate = torch.tensor([0.01, 0.2, 0.9])
-    chosen = torch.sigmoid(logits.float())
-    weight = torch.where(fired, -1.0, rate[:, None, None])
-    (want,) = torch.autograd.grad(5 * 4 * (weight * chosen).mean(), logits)
-    packed = torch.stack([pack(layer) for layer in fired])
-    (got,) = torch.autograd.grad(5 * weighted_loss(logits, packed, rate, counting=True), logits)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-9)
 
 
 def test_weights_that_are_no_numbers_end_the_run(recipe, tmp_path):

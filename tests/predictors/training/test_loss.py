@@ -1,0 +1,45 @@
+"""The gradient of the loss, against torch's own and against smoothed errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsecast.core.bitmask import pack
+from sparsecast.predictors.training.loss import weighted_loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_losss_gradient_is_torchs_own(dtype):
+    logits = (6 * torch.randn(3, 100, 37)).to(dtype).requires_grad_()
+    fired = torch.rand(3, 100, 37) < torch.tensor([0.0, 0.1, 1.0])[:, None, None]
+    rate = torch.tensor([0.01, 0.2, 0.9])
+
+    def torchs(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        weight = torch.where(y, 1.0, rate[:, None, None])
+        return torch.nn.functional.binary_cross_entropy_with_logits(z.float(), y.float(), weight)
+
+    (want,) = torch.autograd.grad(5 * torchs(logits, fired), logits)
+    packed = torch.stack([pack(layer) for layer in fired])
+    shown = torchs(logits[:, :64], fired[:, :64])
+    loss = weighted_loss(logits, packed, rate)
+    (got,) = torch.autograd.grad(5 * loss, logits)
+
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
+    torch.testing.assert_close(loss, shown)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counting_the_gradient_is_that_of_smoothed_errors(dtype):
+    """By autograd, on the formula of loss.py."""
+    logits = (6 * torch.randn(3, 100, 37)).to(dtype).requires_grad_()
+    fired = torch.rand(3, 100, 37) < torch.tensor([0.0, 0.1, 1.0])[:, None, None]
+    rate = torch.tensor([0.01, 0.2, 0.9])
+    chosen = torch.sigmoid(logits.float())
+    weight = torch.where(fired, -1.0, rate[:, None, None])
+    (want,) = torch.autograd.grad(5 * 4 * (weight * chosen).mean(), logits)
+    packed = torch.stack([pack(layer) for layer in fired])
+    (got,) = torch.autograd.grad(5 * weighted_loss(logits, packed, rate, counting=True), logits)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-9)
