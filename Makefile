@@ -1,24 +1,37 @@
 # make demo: a model, its predictors and a PowerInfer bundle, from nothing but Python, pip and make.
 # make test: what CI runs, in up to four processes of one thread each (most tests are too small for more threads).
 # make test-slow: the tests that take minutes and 16 GB of disk.
+# make lint, make format, make typecheck: what make test checks first, one at a time; format also changes files.
+# make wheel: the wheel in dist/.
 # make docs: the documentation as a site in site/; any warning fails it. All create .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow docs clean
+.PHONY: demo test test-slow lint format typecheck wheel docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsecast demo --out demo
 
-test: $(VENV)/.installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy .typecheck/sparsecast
+test: lint typecheck
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.installed
+	$(BIN)/mypy .typecheck/sparsecast
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m build --wheel
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"}
-DOCUMENTS |= {"mkdocs.yml"}
+DOCUMENTS |= {"CONTRIBUTING.md", "mkdocs.yml"}
 CODE = {"core", "collect", "predictors", "export", "kernels", "sparsify", "cli"}
 FOLDERS = CODE | {"docs", "tests"}
 BUILD = """
