@@ -1,4 +1,4 @@
-"""The model card of a sparsified model: scores side by side, samples, how to load it."""
+"""Write the model card of a sparse model: scores, text samples, and how to load it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sparsecast.sparsify.measure import Score
 class Sample(NamedTuple):
     prompt: str
     text: str
-    """What the model went on with."""
+    """The model's continuation."""
 
 
 def write_card(
     folder: Path, name: str, scores: Mapping[str, Score], samples: Sequence[Sample]
 ) -> None:
-    """Write README.md into a model's folder; sparsify.json must be there already."""
+    """Write README.md into a model's folder, which must contain sparsify.json."""
     facts = read_json(folder / "sparsify.json", "what sparsify measured")
     original = next((row for row in scores if row.endswith(" original")), None)
     rows = [
@@ -31,8 +31,8 @@ def write_card(
         for row, s in scores.items()
     ]
     quoted = "\n\n".join(
-        f"The beginning of a held-out document:\n\n{_quoted(s.prompt)}\n\n"
-        f"and how the model goes on:\n\n{_quoted(s.text)}"
+        f"The beginning of a held-out document:\n\n{_fenced(s.prompt)}\n\n"
+        f"and how the model goes on:\n\n{_fenced(s.text)}"
         for s in samples
     )
     write_text(
@@ -77,7 +77,7 @@ _FAMILIES = {"llama": "LLaMA", "opt": "OPT", "falcon": "Falcon"}
 
 
 def count(number: int) -> str:
-    """A number of tokens or parameters as a person reads it."""
+    """Format a number of tokens or parameters, such as 6.8M."""
     return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number:,}"
 
 
@@ -108,8 +108,8 @@ def _loading(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _quoted(text: str) -> str:
-    """In a fence that the text does not close."""
+def _fenced(text: str) -> str:
+    """Put text into a Markdown fence that is longer than any in the text."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text.strip()}\n{fence}"

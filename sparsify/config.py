@@ -1,4 +1,4 @@
-"""What `sparsecast sparsify` takes, and the presets that need no model to start from."""
+"""The options of `sparsecast sparsify`, and the presets that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sparsecast.core.options import check_between, validate_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A llama to train from scratch. FFN width above 1000, or PowerInfer takes a wrong kernel."""
+    """A llama to train from scratch.
+
+    PowerInfer picks a wrong kernel for FFN widths up to 1000.
+    """
 
     hidden_size: int
     ffn_width: int
@@ -53,51 +56,53 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SparsifyConfig:
-    """ProSparse training: ReLU substitution, progressive L1 regularization, FATReLU shift.
+    """Train a ReLU-sparse model with ProSparse: ReLU, progressive L1, FATReLU threshold shift.
 
-    Starts from a SiLU model (--model), or pre-trains one first (--preset).
+    Training starts from a model (--model) or pre-trains a small SiLU llama first (--preset).
     """
 
     out: Path
-    """Folder for the sparse model; it appears when complete, an interrupted run resumes."""
+    """Folder for the sparse model. It appears when complete; an interrupted run resumes."""
 
     model: str | None = None
-    """Hugging Face id or folder, of any family that collect reads; with SiLU, GELU or sparse."""
+    """Hugging Face id or folder of a model with SiLU, GELU or a ReLU, of a family that collect
+    supports."""
 
     preset: str | None = None
-    """tiny (7M parameters) or 30m: pre-train a SiLU llama first, tokenizer included."""
+    """tiny (7M parameters) or 30m: pre-train a SiLU llama and its tokenizer first."""
 
     corpus: str = "builtin"
-    """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or a dataset on the hub,
-    `name[:config][@split]`."""
+    """Training text: builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or a dataset
+    on the hub, `name[:config][@split]`."""
 
     tokens: int | None = None
-    """Tokens to train on in all, pre-training included, in whole steps of --batch-tokens; unset:
-    the preset's, or 100 million."""
+    """Tokens to train on, pre-training included, rounded down to whole steps of --batch-tokens.
+    Unset: the preset's number, or 100 million."""
 
     pretrain_share: float = 0.4
-    """Share of the tokens that a preset spends on SiLU pre-training."""
+    """Share of the tokens for the SiLU pre-training of a preset."""
 
     l1: float | None = None
-    """Last lambda of the schedule; the loss adds lambda times the sum over layers of mean |x1|."""
+    """Final weight of the L1 term, the sum over layers of the mean |x1|, where x1 is the input of
+    the down projection. Unset: the preset's, or 0.1."""
 
     lr: float | None = None
-    """Peak AdamW learning rate; unset: the preset's, or 3e-5 as ProSparse-7B."""
+    """Peak AdamW learning rate. Unset: the preset's, or 3e-5 as for ProSparse-7B."""
 
     seq_len: int = 512
     """Tokens per training sequence."""
 
     batch_tokens: int = 32_768
-    """Tokens per optimiser step."""
+    """Tokens per optimizer step."""
 
     shift_tolerance: float = 0.005
-    """The FATReLU threshold is the largest that raises calibration perplexity by at most this."""
+    """Relative increase in calibration perplexity that the FATReLU threshold may cause."""
 
     baselines: bool = False
-    """Also train the SiLU original and plain ReLU on the same tokens, for the model card."""
+    """Also train the original activation and plain ReLU on the same tokens, for the model card."""
 
     eval_tokens: int = 200_000
-    """Tokens of the calibration and of the held-out split to measure on."""
+    """Tokens per split (calibration and held-out) that scores are measured on."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -106,7 +111,7 @@ class SparsifyConfig:
     """torch.compile the training step on a GPU."""
 
     seed: int = 0
-    """Of initialization and data order."""
+    """Seed of the initialization and the data order."""
 
     def __post_init__(self) -> None:
         validate_fields(
@@ -142,7 +147,7 @@ class SparsifyConfig:
 
     @property
     def batch_size(self) -> int:
-        """Sequences per step."""
+        """Sequences per optimizer step."""
         return self.batch_tokens // self.seq_len
 
     @property
@@ -151,7 +156,7 @@ class SparsifyConfig:
 
     @property
     def steps(self) -> int:
-        """Of the whole run: as many as `tokens` have room for."""
+        """Optimizer steps of the run, pre-training included."""
         tokens = self.tokens
         if tokens is None:
             tokens = self._preset.tokens if self._preset else 100_000_000
@@ -161,11 +166,6 @@ class SparsifyConfig:
     def pretrain_steps(self) -> int:
         share = int(self.steps * self.pretrain_share)
         return min(max(1, share), self.steps - 1) if self._pretrains else 0
-
-    @property
-    def phases(self) -> int:
-        """Stretches of training: pre-training, the baselines, ProSparse."""
-        return int(self._pretrains) + (3 if self.baselines else 1)
 
     @property
     def peak_lr(self) -> float:

@@ -1,9 +1,9 @@
-"""The Lightning module: language modeling loss plus progressive L1 on x1.
+"""The Lightning module of ProSparse: language modeling loss plus a progressive L1 term on x1.
 
     loss = cross entropy + lambda(t) * sum over layers of mean |x1|
 
-The mean is over tokens and neurons. (ProSparse's paper does not say how it reduces the norm, so
-its lambdas do not carry over.)
+The mean is over tokens and neurons. ProSparse's paper does not say how it reduces the norm, so its
+lambdas cannot be used here.
 
 Shape letters: B batch, S sequence.
 """
@@ -25,21 +25,21 @@ from sparsecast.sparsify.schedule import l1_share, lr_share
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One stretch of training. Steps are counted over the whole run, pre-training included."""
+    """One phase of training. Steps are counted from the start of the run."""
 
     name: str
     start: int
     stop: int
     l1: float
-    """Last lambda of the progressive schedule; 0 for none."""
+    """Final weight of the L1 term; 0 disables it."""
     lr: float
     warmup: int
     decay_from: int
-    """Where the learning rate starts to fall; `stop` or later for a phase that does not."""
+    """Step at which the learning rate starts to fall."""
 
 
 class SparsifyModule(L.LightningModule):
-    """Train `model`, in place, through one phase."""
+    """Train `model` in place through one phase."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class SparsifyModule(L.LightningModule):
         self._losses = torch.compile(self._both_losses) if compile else self._both_losses
 
     def remove_hooks(self) -> None:
-        """Leave the model as it was; a hook that stays would hold every later graph in memory."""
+        """Remove the forward hooks, which would keep later autograd graphs in memory."""
         for handle in self._handles:
             handle.remove()
 
@@ -85,7 +85,7 @@ class SparsifyModule(L.LightningModule):
         return nll + weight * l1
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        # Lightning's own clipping refuses fused optimisers, which bf16 does not need to.
+        # Lightning refuses to clip with fused optimizers, although bf16 needs no unscaling.
         nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
     def configure_optimizers(self) -> Any:
@@ -96,7 +96,7 @@ class SparsifyModule(L.LightningModule):
             groups, lr=self.phase.lr, betas=(0.9, 0.95), fused=self.device.type == "cuda"
         )
         if self._optimizer_state is not None:
-            # A copy: AdamW would go on in these very tensors, and the next branch after it.
+            # AdamW updates its state in place, and the next branch starts from the same state.
             optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] = self.phase.lr

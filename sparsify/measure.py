@@ -1,4 +1,4 @@
-"""Perplexity and true sparsity of a model on given batches, and the FATReLU threshold."""
+"""Measure perplexity and sparsity of a model, and choose its FATReLU threshold."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from sparsecast.core.text.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Score:
-    """`sparsity` is the share of zeros in x1, the plain mean over layers.
-
-    The perplexity of a model that training has destroyed may be infinite, or no number.
-    """
+    """Perplexity and sparsity of a model on given text."""
 
     perplexity: float
+    """Infinite or NaN if training has destroyed the model."""
     sparsity: float
+    """Share of zeros in x1, the plain mean over layers."""
 
 
 def score(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> Score:
-    """Perplexity, and true sparsity over every token."""
+    """Measure perplexity, and sparsity over every token that is not padding."""
     zeros: dict[int, float] = {}
     kept_N = torch.zeros(0)
 
@@ -45,16 +44,16 @@ def score(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> Score:
     with Recorder(model, count):
         try:
             value = perplexity(model, batches, keep)
-        except OverflowError:  # of exp
+        except OverflowError:  # in exp
             value = float("inf")
     tokens = sum(batch.tokens for batch in batches)
     return Score(value, sum(zeros.values()) / (len(zeros) * tokens))
 
 
 def gate_quantiles(model: PreTrainedModel, batch: TokenBatch, shares: Tensor) -> Tensor:
-    """Quantiles of the positive gate activations of all layers, as threshold candidates.
+    """Compute quantiles of the positive gate activations of all layers.
 
-    They depend on the model and the batch alone, not on random numbers drawn before.
+    The result depends only on the model and the batch, not on the global random state.
     """
     family = family_of(model.config, "model")
     found: list[Tensor] = []
@@ -78,13 +77,13 @@ def gate_quantiles(model: PreTrainedModel, batch: TokenBatch, shares: Tensor) ->
 def sweep(
     model: PreTrainedModel, batches: Sequence[TokenBatch], tolerance: float
 ) -> tuple[float, list[tuple[float, Score]]]:
-    """Choose FATReLU's threshold: the largest whose perplexity stays within `tolerance`.
+    """Choose the largest FATReLU threshold whose perplexity stays within `tolerance`.
 
-    Candidates are 0 and quantiles of the positive gate activations. Leaves the chosen activation
-    in the model.
+    The candidates are 0 and quantiles of the positive gate activations. The model keeps the chosen
+    activation.
 
     Returns:
-        The threshold and every (threshold, score) that was tried.
+        The threshold, and (threshold, score) of every candidate.
     """
     shares = torch.tensor([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6])
     candidates = [0.0, *gate_quantiles(model, batches[0], shares).tolist()]

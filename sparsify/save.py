@@ -1,7 +1,7 @@
-"""What a sparse model is saved with, and the proof that it loads as the model that was measured.
+"""Save a sparse model with its tokenizer, and check that both load as they were measured.
 
-The tokenizer is kept as the files that it came as, and compared before training starts: a model
-that nobody can feed is found out in seconds, not after days.
+The tokenizer's files are copied and compared before training starts, so that an unusable copy is
+found in seconds rather than days.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -36,11 +37,11 @@ FILES = (
     "*.model",
     "*.tiktoken",
 )
-"""Of every class of tokenizer; a class's own names come on top."""
+"""Files of any tokenizer class; `vocab_files_names` of the class adds to them."""
 
 
 def keep_files(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
-    """Copy what a tokenizer was loaded from, and how its model generates, into `folder`."""
+    """Copy the tokenizer's files and generation_config.json from `source` to `folder`."""
     names = (*FILES, *tokenizer.vocab_files_names.values())
     found = {path for name in names for path in source.glob(name) if path.is_file()}
     for path in sorted(found):
@@ -50,7 +51,7 @@ def keep_files(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
 
 
 def set_config_activation(config: PreTrainedConfig, rule: ActivationRule) -> None:
-    """Write the activation into a config, in the words of its family."""
+    """Write the activation into the config field that the model's family uses."""
     setattr(config, family_of(config, "model").act_key, rule.name)
     if rule.name == "fatrelu":
         config.hidden_act_param = rule.threshold
@@ -61,15 +62,15 @@ def set_config_activation(config: PreTrainedConfig, rule: ActivationRule) -> Non
 def check_kept(
     tokenizer: Tokenizer, config: PreTrainedConfig, folder: Path, texts: Iterable[str]
 ) -> None:
-    """Prove, before training, that config and tokenizer will be read back as they are here.
+    """Check before training that config and tokenizer load again unchanged.
 
     Args:
-        config: With a sparse activation. It is left in `folder`, which decides the tokenizer's
-            class where its own files do not.
-        texts: Whose ids must be the same.
+        config: Config with a sparse activation. It is written to `folder`, where it decides the
+            tokenizer's class if the tokenizer's files do not.
+        texts: Texts that must get the same ids.
 
     Raises:
-        InputError: They will not.
+        InputError: The config or the tokenizer changes.
     """
     config.save_pretrained(folder)
     checkpoint = Checkpoint(str(folder))
@@ -85,7 +86,7 @@ def check_kept(
 
 
 def tokenizer_differences(a: Tokenizer, b: Tokenizer, texts: Iterable[str]) -> str | None:
-    """The first thing in which two tokenizers differ."""
+    """Describe the first difference between two tokenizers; None if there is none."""
     pairs: dict[str, tuple[Any, Any]] = {
         "another number of tokens": (len(a), len(b)),
         "other special tokens": (a.special_tokens_map, b.special_tokens_map),
@@ -106,12 +107,12 @@ def tokenizer_differences(a: Tokenizer, b: Tokenizer, texts: Iterable[str]) -> s
 
 
 def write_model(model: Any, rule: ActivationRule, kept: Path, folder: Path) -> None:
-    """Save a model, in place in float16, beside the files that `keep_files` has kept."""
+    """Convert a model to float16 in place and save it with the files of `keep_files`."""
     set_config_activation(model.config, rule)
-    # A published generation_config.json may be one that transformers refuses to write.
+    # transformers refuses to write some published generation_config.json files.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.half().save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):  # which are written for their owner alone
+    for path in folder.glob("*.safetensors"):  # safetensors makes them private
         path.chmod((folder / "config.json").stat().st_mode)
     shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
 
@@ -122,18 +123,18 @@ def check_saved(
     batch: TokenBatch,
     expected: Score,
     texts: Sequence[str],
-    device: str,
+    device: torch.device,
 ) -> None:
-    """Load what was saved as every stage does, and compare it with what was measured.
+    """Load the saved model as every stage does and compare it with the measured one.
 
     Args:
-        expected: What the model scored on `batch` in float32, with its weights as saved.
+        expected: Score of the saved weights on `batch`, in float32.
 
     Raises:
-        RuntimeError: It is not the same.
+        RuntimeError: The loaded model or tokenizer differs.
     """
     try:
-        model, again = load_model(str(folder), device=device, dtype="float32")
+        model, again = load_model(str(folder), device=str(device), dtype="float32")
     except InputError as error:
         raise RuntimeError(f"the saved model cannot be loaded again ({error})") from error
     if different := tokenizer_differences(tokenizer, again, texts):

@@ -1,4 +1,4 @@
-"""The learning rate, and ProSparse's progressive regularization.
+"""Schedules of the learning rate and of ProSparse's L1 weight.
 
 Lambda follows arXiv 2402.13516, section 3.2: 0 during substitution, constant in the first
 regularized stage, and in stage i >= 2 from T_{i-1} to T_i
@@ -6,8 +6,8 @@ regularized stage, and in stage i >= 2 from T_{i-1} to T_i
     lambda(t) = l_{i-1} + eta (l_i - l_{i-1}),
     eta = (sin(-pi/2 + pi (t - T_{i-1}) / (T_i - T_{i-1})) + 1) / 2.
 
-The stages are those of ProSparse-7B in proportion: its T of 16,500 steps stretched over the run and
-its lambdas relative to the last one.
+The stages are those of ProSparse-7B: its 16,500 steps are scaled to the length of the run, and its
+lambdas are relative to the last one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ STAGES_7B = (
     (16_000, 2e-1),
     (16_500, 2e-1),
 )
-"""(T_i, lambda_i) of ProSparse-7B."""
+"""ProSparse-7B's (T_i, lambda_i)."""
 
 
 def l1_share(progress: float) -> float:
-    """Lambda relative to its last value, at `progress` in [0, 1] of the sparse training."""
+    """Return lambda(t) divided by its last value; `progress` in [0, 1] is t over the run."""
     step = progress * STAGES_7B[-1][0]
     before_t, before_l = 0, 0.0
     for i, (until, value) in enumerate(STAGES_7B):
@@ -42,7 +42,7 @@ def l1_share(progress: float) -> float:
 
 
 def lr_share(step: int, *, warmup: int, decay_from: int, total: int) -> float:
-    """Linear warm-up, constant, then linear decay to a twentieth."""
+    """Return the share of the peak learning rate: linear warm-up, constant, decay to 5 %."""
     if step < warmup:
         return (step + 1) / warmup
     if step < decay_from:

@@ -1,4 +1,4 @@
-"""A corpus as one matrix of training sequences.
+"""Pack a corpus into one matrix of training sequences, and draw batches from it.
 
 Shape letters: N sequences, S sequence.
 """
@@ -20,7 +20,7 @@ from sparsecast.core.text.corpus import Document
 from sparsecast.core.text.tokens import encode, encode_document, with_bos
 
 GROUP = 1024
-"""Documents that are tokenized together."""
+"""Documents per call of the tokenizer."""
 
 
 def pack_documents(
@@ -30,19 +30,21 @@ def pack_documents(
     limit: int,
     vocabulary: float = float("inf"),
 ) -> Tensor:
-    """(N, S) int32 on the CPU: documents end to end, cut every S tokens, each row led by BOS.
+    """Concatenate tokenized documents and cut them into sequences of `seq_len` tokens.
 
-    Documents are encoded as everywhere: text as it is, chats through the tokenizer's template.
+    The first token of every sequence is replaced by BOS if the tokenizer has one. Chats go through
+    the tokenizer's template.
 
     Args:
         limit: Stop reading after this many tokens.
-        vocabulary: Rows of the model's embedding.
+        vocabulary: Number of rows of the model's embedding.
 
-    Memory: 4 bytes per token, of at most `limit` tokens and one group of documents.
+    Returns:
+        (N, S) int32 on the CPU. Peak memory is 4 bytes per token plus one group of documents.
 
     Raises:
-        InputError: Too little text, a chat that has no template or does not fit it, or a token
-            without a row in the embedding.
+        InputError: Too little text, a chat without a fitting template, or a token without a row in
+            the embedding.
     """
     flat: list[Tensor] = []
     total = 0
@@ -71,7 +73,7 @@ def pack_documents(
 
 
 def _encoded(tokenizer: Any, group: Sequence[Document]) -> Iterator[list[int]]:
-    """What `encode_document` gives for each, without its limit; texts on every core."""
+    """Encode documents without a length limit; plain texts are encoded on every core."""
     plain = iter(_plain(tokenizer, [doc.text for doc in group if doc.chat is None]))
     for doc in group:
         if doc.chat is None:
@@ -85,15 +87,16 @@ def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         return [encode(tokenizer, text, sys.maxsize) for text in texts]
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # a literal <s> in the text is text
-    backend.no_truncation()  # which tokenizer.json may ask for
+    backend.no_truncation()  # tokenizer.json may ask for it
     backend.no_padding()
     return [got.ids for got in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 class Batches(torch.utils.data.IterableDataset[Tensor]):
-    """(B, S) batches from step `first` on; every step's batch depends on the seed and step alone.
+    """Endless (B, S) int64 batches, starting at step `first`.
 
-    Epochs are seeded permutations, so a resumed run sees what an uninterrupted one would.
+    Each epoch is a seeded permutation, so the batch of a step depends only on the seed and the
+    step, and a resumed run sees the batches of an uninterrupted one.
     """
 
     def __init__(self, rows_NS: Tensor, batch_size: int, seed: int, first: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""Train a sentencepiece tokenizer that transformers and PowerInfer's engine read alike.
+"""Train a sentencepiece tokenizer that transformers and PowerInfer tokenize alike.
 
-The engine merges greedily by score, which reproduces sentencepiece's BPE type and not its unigram
-type. Byte fallback covers every text; normalization is off so that text round-trips.
+The engine merges greedily by score, which reproduces sentencepiece's BPE model but not its unigram
+model. Byte fallback covers every text, and without normalization text round-trips.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from sparsecast.core.models.pretrained import load_pretrained_tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """Write tokenizer.model and transformers' files for it into `folder`, and load them.
+    """Train a tokenizer, write tokenizer.model and transformers' files, and load them.
 
-    A line break is the byte token <0x0A>, as in LLaMA's own vocabulary: a piece of its own would
-    be an added token to transformers, which splits text where sentencepiece does not.
+    A line break is the byte token <0x0A>, as in LLaMA's vocabulary. As a separate piece it would be
+    an added token of transformers, which splits text at added tokens; sentencepiece does not.
 
     Args:
         texts: Training text, taken line by line.
-        vocab_size: Pieces in all, of which 3 are `<unk> <s> </s>` and 256 are bytes.
+        vocab_size: Number of pieces, including `<unk> <s> </s>` and 256 byte tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = (line for text in texts for line in text.split("\n") if line.strip())
-    model = BytesIO()  # a name in its place would be written into the model
+    model = BytesIO()  # sentencepiece would write a file's name into the model
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -57,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
         ) from error
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     backend = load_pretrained_tokenizer(folder, LlamaTokenizer).backend_tokenizer
-    # transformers' own pre-tokeniser adds no space before a text that starts with one.
+    # transformers' pre-tokenizer adds no space before a text that starts with one.
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]

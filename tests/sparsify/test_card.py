@@ -8,7 +8,7 @@ import pytest
 
 from sparsecast.sparsify.card import Sample, count, write_card
 from sparsecast.sparsify.measure import Score
-from sparsecast.sparsify.work_folder import publishable_name
+from sparsecast.sparsify.plan import publishable_name
 
 FACTS = {
     "parameters": 18_736,

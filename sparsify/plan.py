@@ -1,0 +1,134 @@
+"""The plan of one sparsify run: every option resolved, the source model opened and checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.loading import check_seq_len, open_model, pick_device
+from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.text.corpus_files import SUFFIXES, is_stream
+from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
+
+SPARSE = ("relu", "fatrelu", "drelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifyPlan:
+    """What to train, from which model or preset, on which text, and where to write it."""
+
+    out: Path
+    checkpoint: Checkpoint | None
+    """The model to start from; None for a preset."""
+    tokenizer: Tokenizer | None
+    """The tokenizer of `checkpoint`; a preset trains its own."""
+    preset: Preset | None
+    corpus: str
+    eval_tokens: int
+    """Tokens per split that perplexity and sparsity are measured on."""
+    seq_len: int
+    batch_size: int
+    """Sequences per optimizer step."""
+    steps: int
+    """Optimizer steps of the run, pre-training included."""
+    pretrain_steps: int
+    lr: float
+    """Peak learning rate."""
+    l1: float
+    """Final weight of the L1 term."""
+    shift_tolerance: float
+    baselines: bool
+    compile: bool
+    device: torch.device
+    seed: int
+    options: dict[str, Any] = field(repr=False)
+    """What a resumed run must have in common with its first start, free of local paths."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to train on."""
+        return self.steps * self.batch_size * self.seq_len
+
+    @property
+    def phases(self) -> int:
+        """Number of training phases: pre-training, the baselines, ProSparse."""
+        return int(self.pretrain_steps > 0) + (3 if self.baselines else 1)
+
+
+def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
+    """Resolve the options and run every check that needs no corpus.
+
+    Raises:
+        InputError: A corpus that can be read only once, or a model that cannot be used.
+    """
+    device = pick_device(cfg.device)
+    if is_stream(cfg.corpus):
+        raise InputError(
+            f"--corpus {cfg.corpus}: sparsify reads its corpus more than once, expected one that "
+            "can be; save it to a file"
+        )
+    checkpoint, tokenizer = (None, None) if cfg.model is None else _open(cfg.model, cfg.seq_len)
+    return SparsifyPlan(
+        out=Path(os.path.realpath(cfg.out)),
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        preset=None if cfg.preset is None else PRESETS[cfg.preset],
+        corpus=cfg.corpus,
+        eval_tokens=cfg.eval_tokens,
+        seq_len=cfg.seq_len,
+        batch_size=cfg.batch_size,
+        steps=cfg.steps,
+        pretrain_steps=cfg.pretrain_steps,
+        lr=cfg.peak_lr,
+        l1=cfg.last_l1,
+        shift_tolerance=cfg.shift_tolerance,
+        baselines=cfg.baselines,
+        compile=cfg.compile and device.type == "cuda",
+        device=device,
+        seed=cfg.seed,
+        options=_shared_options(cfg, checkpoint),
+    )
+
+
+def _open(model: str, seq_len: int) -> tuple[Checkpoint, Tokenizer]:
+    checkpoint, tokenizer = open_model(model)
+    check_seq_len(seq_len, empty_model(checkpoint.config), model)
+    if activation_name(checkpoint.config) in SPARSE:
+        activation_rule(checkpoint.config, model)
+    return checkpoint, tokenizer
+
+
+def activation_name(config: PreTrainedConfig) -> Any:
+    """Return the activation that a model's config names."""
+    return getattr(config, family_of(config, "model").act_key, None)
+
+
+def _shared_options(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    free_to_change = ("out", "model", "tokens", "l1", "lr", "device", "compile")
+    options = {name: v for name, v in asdict(cfg).items() if name not in free_to_change}
+    path = str(Path(cfg.corpus).expanduser().absolute())
+    digest = blake2b(path.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return options | {
+        "corpus": publishable_name(cfg.corpus, f"#{digest}"),
+        "fingerprint": checkpoint.fingerprint if checkpoint else None,
+        "steps": cfg.steps,
+        "l1": cfg.last_l1,
+        "lr": cfg.peak_lr,
+    }
+
+
+def publishable_name(corpus: str, suffix: str = "") -> str:
+    """Return a corpus name without local folders: the last part of a path, plus `suffix`."""
+    path = Path(corpus).expanduser()
+    local = corpus.startswith(("/", ".", "~")) or path.suffix.lower() in SUFFIXES or path.exists()
+    return f"{path.name}{suffix}" if local or set("*?[") & set(corpus) else corpus

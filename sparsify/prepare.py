@@ -1,0 +1,214 @@
+"""Prepare a run: the model, its tokenizer, and the corpus as tokens."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.files import hidden_sibling
+from sparsecast.core.messages import log
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import activation_rule
+from sparsecast.core.models.loading import build_model, set_activation
+from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.text.corpus import Document, read_documents
+from sparsecast.core.text.splits import assign_splits
+from sparsecast.core.text.tokens import TokenBatch, token_batches
+from sparsecast.core.tokenizers.loading import load_tokenizer
+from sparsecast.sparsify.config import Preset
+from sparsecast.sparsify.plan import SPARSE, SparsifyPlan, activation_name
+from sparsecast.sparsify.save import (
+    check_kept,
+    keep_files,
+    set_config_activation,
+    tokenizer_differences,
+)
+from sparsecast.sparsify.sequences import pack_documents
+from sparsecast.sparsify.train_tokenizer import train_tokenizer
+from sparsecast.sparsify.work_folder import WorkFolder
+
+TOKENIZER_DOCUMENTS = 6_000
+EVAL_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """Everything that the phases share; `model` is trained in place, in float32."""
+
+    model: Any
+    tokenizer: Tokenizer
+    kept: Path
+    """Folder with the tokenizer files that go beside the saved model."""
+    rule: ActivationRule
+    """The activation that replaces the model's own: relu, or drelu if the model has that."""
+    rows_NS: Tensor
+    """(N, S) int32 training sequences on the device of the model."""
+    calibration: list[TokenBatch]
+    held_out: list[TokenBatch]
+
+    @property
+    def sample_texts(self) -> list[str]:
+        """A few held-out documents."""
+        return _sample_texts(self.tokenizer, self.held_out)
+
+
+def _sample_texts(tokenizer: Tokenizer, held_out: list[TokenBatch]) -> list[str]:
+    rows = held_out[0].ids_BS[:3]
+    return ["".join(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
+
+
+def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
+    """Build or load the model and tokenize the corpus; finished parts are taken from `work`.
+
+    Weights are loaded last, so that every other check fails before that.
+    """
+    work.needs = 4.0 * plan.tokens
+    kept = work.path / "tokenizer"
+    if plan.checkpoint is None:
+        assert plan.preset is not None
+        tokenizer = _train_tokenizer(plan, plan.preset, kept)
+        config: Any = _llama_config(plan.preset, len(tokenizer), plan.seq_len)
+    else:
+        assert plan.tokenizer is not None
+        tokenizer, config = plan.tokenizer, plan.checkpoint.config
+    rule = ActivationRule("drelu" if activation_name(config) == "drelu" else "relu")
+    calibration, held_out = _evaluation_batches(plan, tokenizer, config.vocab_size)
+    if plan.checkpoint is not None:
+        texts = _sample_texts(tokenizer, held_out)
+        _keep_tokenizer(plan.checkpoint, tokenizer, rule, kept, texts)
+    rows_NS = _training_rows(plan, work, tokenizer, config.vocab_size)
+    work.reserve(empty_model(config).num_parameters(), plan.phases, rows_NS.numel())
+    return TrainingSetup(
+        model=_load_or_initialize(plan, config).to(plan.device),
+        tokenizer=tokenizer,
+        kept=kept,
+        rule=rule,
+        rows_NS=rows_NS.to(plan.device),
+        calibration=calibration,
+        held_out=held_out,
+    )
+
+
+def _load_or_initialize(plan: SparsifyPlan, config: Any) -> Any:
+    if plan.checkpoint is None:
+        torch.manual_seed(plan.seed)
+        return LlamaForCausalLM(config)
+    model = build_model(plan.checkpoint, torch.float32)
+    if activation_name(config) in SPARSE:
+        set_activation(model, activation_rule(config, plan.checkpoint.source))
+    return model
+
+
+def _keep_tokenizer(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    rule: ActivationRule,
+    kept: Path,
+    texts: Iterable[str],
+) -> None:
+    """Copy the tokenizer's files into the work folder, or check the copy of an earlier start."""
+    if (kept / "config.json").is_file():
+        copied = load_tokenizer(Checkpoint(str(kept)))
+        if changed := tokenizer_differences(tokenizer, copied, texts):
+            raise InputError(
+                f"{checkpoint.source}: its tokenizer gives {changed} than it did when the run in "
+                f"{kept.parent} began; restore it, or remove that folder to begin again"
+            )
+        return
+    keep_files(tokenizer, checkpoint.folder, kept)
+    config = copy.deepcopy(checkpoint.config)
+    set_config_activation(config, rule if rule.on_up else ActivationRule("fatrelu", 0.5))
+    check_kept(tokenizer, config, kept, texts)
+
+
+def _train_tokenizer(plan: SparsifyPlan, preset: Preset, folder: Path) -> Tokenizer:
+    if (folder / "config.json").is_file():
+        return load_tokenizer(Checkpoint(str(folder)))
+    log.info(f"training a tokenizer of {preset.vocab_size} pieces")
+    docs = islice(_train_documents(plan), TOKENIZER_DOCUMENTS)
+    tokenizer = train_tokenizer(_texts(docs, plan.corpus), preset.vocab_size, folder)
+    _llama_config(preset, len(tokenizer), plan.seq_len).save_pretrained(folder)
+    return tokenizer
+
+
+def _texts(docs: Iterable[Document], corpus: str) -> Iterator[str]:
+    for doc in docs:
+        if doc.chat is not None:
+            raise InputError(
+                f"--corpus {corpus}: holds chats, and the tokenizer of a --preset has no template "
+                "for them; give plain text under 'text', or a --model that has one"
+            )
+        yield doc.text
+
+
+def _llama_config(preset: Preset, vocab_size: int, seq_len: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=preset.hidden_size,
+        intermediate_size=preset.ffn_width,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.kv_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=seq_len,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
+
+
+def _evaluation_batches(
+    plan: SparsifyPlan, tokenizer: Tokenizer, vocabulary: int
+) -> tuple[list[TokenBatch], list[TokenBatch]]:
+    """Return the batches of the calibration split and of the held-out split."""
+    found = list(
+        token_batches(
+            assign_splits(read_documents(plan.corpus, seq_len=plan.seq_len)),
+            tokenizer,
+            {"calibration": plan.eval_tokens, "held-out": plan.eval_tokens},
+            seq_len=plan.seq_len,
+            batch_size=EVAL_BATCH,
+            vocabulary=vocabulary,
+        )
+    )
+    splits = {batch.split for batch in found}
+    if missing := {"calibration", "held-out"} - splits:
+        raise InputError(
+            f"--corpus {plan.corpus}: no document of two tokens or more for "
+            f"{' and '.join(sorted(missing))}; give more text, in more documents"
+        )
+    return (
+        [batch for batch in found if batch.split == "calibration"],
+        [batch for batch in found if batch.split == "held-out"],
+    )
+
+
+def _training_rows(
+    plan: SparsifyPlan, work: WorkFolder, tokenizer: Tokenizer, vocabulary: int
+) -> Tensor:
+    path = work.path / "tokens.safetensors"
+    if path.is_file():
+        return load_file(path)["rows"]
+    docs = _train_documents(plan)
+    rows_NS = pack_documents(docs, tokenizer, plan.seq_len, plan.tokens, vocabulary)
+    part = hidden_sibling(path, "part")
+    save_file({"rows": rows_NS}, part)
+    part.replace(path)
+    return rows_NS
+
+
+def _train_documents(plan: SparsifyPlan) -> Iterator[Document]:
+    workers = os.cpu_count() or 1
+    docs = assign_splits(read_documents(plan.corpus, workers=workers, seq_len=plan.seq_len))
+    return (doc for name, doc in docs if name == "train")
