@@ -1,7 +1,7 @@
-"""Training batches from the memory maps of an activation store, all layers at once.
+"""Batches of an activation store's split, with all layers of a process at once.
 
-Tokens are shuffled in blocks of `BLOCK` neighbors, and a batch is made of blocks from all over
-the split: near enough to a full shuffle, at the reading pattern of a few large slices.
+Tokens are shuffled in blocks of `BLOCK` neighbors. A batch combines blocks from the whole split,
+which comes close to a full shuffle but reads a few large slices instead of single rows.
 
 Memory: four batches; the store stays on disk.
 
@@ -23,27 +23,27 @@ from sparsecast.core.prefetch import prefetch
 
 BLOCK = 32
 READERS = 8
-"""Threads that read a batch for a GPU; the CPU has better things to do."""
+"""Threads that read a batch for a GPU. On the CPU one reads, because the others train."""
 
 
 class LayersBatch(NamedTuple):
-    """The same B tokens as every layer saw them."""
+    """The same B tokens in every layer."""
 
     x_LBD: Tensor
     """Raw predictor inputs, f16 or bf16."""
     mask_LBP: Tensor
-    """uint8, packed; see collect.bits."""
+    """uint8, packed; see core/bitmask.py."""
 
 
 class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
-    """Batches of one split; shuffled anew by (seed, `epoch`), or in order.
+    """Batches of one split, shuffled by (seed, `epoch`); in order without a seed.
 
     Args:
-        layers: Those that a batch holds; all that are recorded unless given.
-        for_gpu: Read with several threads into pinned memory, which copies to a GPU while it
-            computes.
-        share: (i, n): the i-th of every n batches alone; what is left behind the last n is not
-            seen, so that all shares are equally long.
+        layers: Layers of a batch; every recorded layer unless given.
+        for_gpu: Read with several threads into pinned memory, so that copies to a GPU overlap with
+            computing.
+        share: (i, n) keeps the i-th of every n batches. The batches after the last n are dropped,
+            so that all shares have the same length.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         )
         workers = min(READERS, os.cpu_count() or 1) if self._pinned else 1
         with ThreadPoolExecutor(workers, "read") as pool:
-            # The next batch is read while this one trains.
+            # Read the next batch while this one trains.
             yield from prefetch(self._read(blocks, pool) for blocks in chosen)
 
     def _read(self, blocks: list[tuple[int, int, int]], pool: ThreadPoolExecutor) -> LayersBatch:

@@ -1,9 +1,9 @@
-"""Layers shared out over the processes of one torchrun.
+"""Distribute layers over the processes of one torchrun, and gather them again.
 
-Predictors are independent of each other, so a process trains every n-th layer and nothing passes
-between them but the result: each leaves its layers' weights beside the unfinished predictors, and
-the leading one reads them all. With `--data-parallel` every process has all layers, trains them on
-its share of the batches, and gradients are averaged.
+Predictors of different layers are independent, so each process trains every n-th layer and only
+the results are exchanged: each process writes its layers' weights to the unfinished run's folder,
+and the leading one reads them all. With `--data-parallel` every process trains all layers on its
+share of the batches, and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def layers_of_process(
     if context.size > len(layers):
         raise InputError(
             f"train: {context.size} processes share {len(layers)} layers, so some would have none; "
-            "start fewer, or split batches over them with --data-parallel true"
+            "start fewer processes, or distribute batches with --data-parallel true"
         )
     return list(layers[context.rank :: context.size])
 
@@ -52,7 +52,7 @@ def gather_layers(plan: TrainingPlan, own: dict[int, Trained]) -> list[Trained] 
         own: The layers that this process trained.
 
     Raises:
-        InputError: A layer has not come, because the processes do not share the folder.
+        InputError: A layer is missing, because the processes do not share the folder.
     """
     context, work, layers = plan.context, plan.work, range(len(plan.ranks))
     if plan.data_parallel or context.size == 1:
@@ -65,8 +65,8 @@ def gather_layers(plan: TrainingPlan, own: dict[int, Trained]) -> list[Trained] 
         return None
     if absent := [layer for layer in layers if not _file(work, layer).is_file()]:
         raise InputError(
-            f"{work}: has nothing of layers {absent}, which other processes have trained; they "
-            "must all see one --out: put it on a disk that the machines share"
+            f"{work}: lacks layers {absent}, which other processes trained; put --out on a disk "
+            "that all machines share"
         )
     states = [torch.load(_file(work, layer), weights_only=True) for layer in layers]
     return [KINDS[state.pop("kind")](**state) for state in states]

@@ -1,20 +1,20 @@
-"""The Lightning module of the default recipe: the predictors of all layers together.
+"""The Lightning module of the default recipe: predictors of all layers, trained together.
 
     p = fc2 @ relu(fc1 @ x_hat),   x_hat = x / rms(x)
 
 Training on RMS-normalized inputs changes no decision at threshold 0, because p is positively
-homogeneous in x. Which point of the recall-sparsity curve to use is chosen afterwards by a cut;
-bias.py says what carries it. Quantized predictors are
-trained as they will be exported: weights and inputs of both products rounded, straight through.
+homogeneous in x. The operating point on the recall-sparsity curve is chosen after training, by a
+threshold that bias.py folds into the weights. Quantized predictors are trained as they will be
+exported: weights and inputs of both products are rounded, with straight-through gradients.
 
-The loss is binary cross entropy with inactive entries weighted by the layer's share of active ones,
-which puts a small predictor's attention where cuts for high recall lie: at p = 0.5 of the weighted
-probabilities, so at about that share of the true ones. In f16, where the rank is what there is too
-little of, the second half of the epochs counts wrong decisions instead (loss.py), unless a recall
-above `DEFAULT_RECALL` is wanted; that, and larger ranks, it makes a little worse.
+The loss is binary cross entropy with inactive entries weighted by the layer's share of active ones.
+This focuses a small predictor on the decision boundary used at high recall: weighted probabilities
+of 0.5 are true probabilities of about that share. In f16, where the rank is scarce, the second half
+of the epochs counts wrong decisions instead (loss.py), unless the target recall is above
+`DEFAULT_RECALL`: counting makes such recalls, and larger ranks, slightly worse.
 
-Layers of different ranks are padded to the largest with units of zeros, which stay zeros: neither
-a unit nor its column gets a gradient while the other is zero.
+Layers of smaller rank are padded with zero units. Padding stays zero: a unit's row and column get
+no gradient while the other is zero.
 
 Shape letters: L layers, B batch, D hidden, F FFN width, R free hidden units, P packed width.
 """
@@ -50,7 +50,7 @@ class TrainedWeights(NamedTuple):
 
 
 class PredictorModule(L.LightningModule):
-    """Stacked predictors; every layer keeps the weights of its own best epoch.
+    """Stacked predictors; each layer keeps the weights of its own best epoch.
 
     Args:
         start: Initial weights and, for quantized formats, bias direction and offsets.
@@ -81,7 +81,7 @@ class PredictorModule(L.LightningModule):
         self.fc1_LRD = nn.Parameter(start.fc1_LRD)
         self.fc2_LFR = nn.Parameter(start.fc2_LFR)
         self.offset_LF = None if start.offset_LF is None else nn.Parameter(start.offset_LF)
-        # Buffers, so that a checkpoint has them.
+        # Buffers, so that checkpoints contain them.
         self.register_buffer("best_score_L", torch.full((len(start.rate_L),), -1.0))
         for name in ("fc1_LRD", "fc2_LFR", "offset_LF"):
             value: Tensor | None = getattr(start, name)
@@ -89,7 +89,7 @@ class PredictorModule(L.LightningModule):
         self._histograms: list[ScoreHistogram] = []
 
     def forward(self, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (L, B, F) and b (L, B, 1), or its stand-in 1, both for RMS-normalized inputs."""
+        """Logits (L, B, F) and the bias b (L, B, 1) for RMS-normalized inputs; b is 1 in f16."""
         if self.bias_LD is None or self.offset_LF is None:
             hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
             return torch.bmm(hidden_LBR, self.fc2_LFR.transpose(1, 2)), x_LBD.new_ones(1, 1, 1)
@@ -105,7 +105,7 @@ class PredictorModule(L.LightningModule):
         counting = self.current_epoch >= self._counting_from
         loss = weighted_loss(logits_LBF, batch.mask_LBP, self.rate_L, counting=counting)
         self.log("loss", loss.detach(), prog_bar=True)
-        # Layers are independent: a sum over them gives each the step it would take alone.
+        # Layers are independent: their sum gives each layer the gradient it would have alone.
         return loss * len(logits_LBF)
 
     def on_validation_epoch_start(self) -> None:

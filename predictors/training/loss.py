@@ -1,23 +1,22 @@
-"""The gradients that predictors are trained by, without a chain of copies.
+"""The loss of the default recipe, and its gradient in one pass over the logits.
 
-First that of binary cross entropy with weighted inactive entries,
+Training starts with binary cross entropy, inactive entries weighted by r, the layer's share of
+active entries (s is the logistic function, n the number of entries):
 
     loss = -mean(y log s(z) + r (1 - y) log(1 - s(z))),    dloss/dz = (s(z) - y) (y + r (1 - y)) / n
 
-with s the logistic function and r the layer's share of active entries; then that of a smoothed
-count of wrong decisions at z = 0,
+It may end with a smoothed count of wrong decisions at z = 0:
 
     loss = 4 mean(-y s(z) + r (1 - y) s(z))
 
-An entry far from zero has no more weight in it, whatever its label, so that a predictor too small
-for all of them can give up those it would miss anyway. By the first loss z is the logit of
-p / (p + r (1 - p)) for an entry that is active with probability p: at z = 0 the odds of p are r,
-which is where the second one wants the cut.
+The gradient of the count vanishes far from zero, so a small predictor can give up entries it would
+miss anyway. Both losses place the same threshold: under cross entropy, z is the logit of
+p / (p + r (1 - p)) for an entry that is active with probability p, so z = 0 where the odds of p are
+r, and that is where the count wants the decision.
 
-A predictor's logits are the
-largest tensor of a training step by far, and a step needs the gradient alone: it takes a logistic
-function, two products and a choice, where torch's own loss makes a dozen tensors of that size. On a
-GPU one kernel reads the logits and the packed masks, and writes the gradient.
+The logits are by far the largest tensor of a training step, and a step needs only the gradient:
+one logistic function, two products and a selection, where torch's loss makes a dozen tensors of
+that size. On a GPU one kernel reads the logits and the packed masks, and writes the gradient.
 
 Shape letters: L layers, B batch, F FFN width, P packed width.
 """
@@ -35,21 +34,21 @@ from sparsecast.core.bitmask import unpack
 from sparsecast.core.compiled import compile_when_large
 
 SHOWN = 64
-"""Tokens of a batch whose loss is computed, to be shown."""
+"""Tokens of a batch whose loss is computed, for display."""
 
 
 def weighted_loss(
     logits_LBF: Tensor, mask_LBP: Tensor, rate_L: Tensor, *, counting: bool = False
 ) -> Tensor:
-    """A float32 scalar whose gradient is that of the whole batch; asked for, it may take the place
-    of the logits.
+    """Loss of one batch: a float32 scalar with the gradient of the whole batch.
 
-    Its value is the cross entropy of the first `SHOWN` tokens: a fair sample, for whoever watches.
+    Its value is the cross entropy of the first `SHOWN` tokens, for display. The backward pass may
+    overwrite the logits.
 
     Args:
-        mask_LBP: uint8, packed; see collect.bits.
-        rate_L: Weight of a layer's inactive entries.
-        counting: Take the gradient of the smoothed count.
+        mask_LBP: uint8, packed; see core/bitmask.py.
+        rate_L: Weight of each layer's inactive entries.
+        counting: Use the gradient of the smoothed count.
     """
     apply: Any = _Weighted.apply
     loss: Tensor = apply(logits_LBF, mask_LBP, rate_L, counting)
@@ -101,7 +100,7 @@ def _on_gpu(
 def _on_cpu(
     logits_LBF: Tensor, mask_LBP: Tensor, rate_L11: Tensor, scale: Tensor, counting: bool
 ) -> Tensor:
-    """In place, layer by layer: what fits a cache is not written to memory in between, and a fresh
+    """Compute in place and layer by layer, so that intermediate values stay in the cache; a new
     tensor of the size of all logits would cost more in page faults than in arithmetic."""
     gradient_LBF = logits_LBF.detach()
     if gradient_LBF.dtype != torch.float32:
@@ -125,5 +124,5 @@ def _on_cpu(
 
 @cache
 def _bits() -> Tensor:
-    """(256, 8) float32: the bits of a byte, lowest first."""
+    """Bits of every byte, lowest first: (256, 8) float32."""
     return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).float()

@@ -1,13 +1,12 @@
-"""Training batches from a running model: nothing of the training text is ever stored.
+"""Training batches from a running model, without storing activations of the training text.
 
-Every epoch takes the next documents, so each token trains once while the corpus lasts; where it
-ends it begins again. A few batches' worth of tokens, from many documents, are pooled and shuffled.
-The warm start takes the moments of the first `WARM_TOKENS` in a pass of its own. Only the
-calibration documents are recorded, to a store beside the unfinished predictors that goes when they
-are finished, because calibration passes over them several times; `collect` loads the model for them
-before it is loaded for training.
+Each epoch reads the next documents, so a token trains once unless the corpus is too short and is
+read again. Tokens of many documents are pooled and shuffled, `POOL` batches at a time. The warm
+start computes its moments in a separate pass over the first `WARM_TOKENS`. Calibration reads its
+documents several times, so they are recorded to a store in the unfinished run's folder, which is
+removed at the end; `collect` loads the model for that before it is loaded again for training.
 
-Memory: the model; on the device, at 2 D + F / 8 bytes a token and layer, twice `POOL` batches and
+Memory: the model; on the device, at 2 D + F / 8 bytes per token and layer, twice `POOL` batches and
 one forward pass of `DOCUMENTS` documents; before training, (D, D) and (F, D) moments of every layer
 in float32.
 
@@ -45,13 +44,15 @@ from sparsecast.predictors.training.plan import TrainingPlan, work_folder
 from sparsecast.predictors.training.warm_start import Moments, MomentSums
 
 POOL = 16
-"""Batches that are shuffled together."""
+"""Batches that are pooled and shuffled together."""
 CALIBRATION_TOKENS = 20_000
+"""Tokens that calibration records, or a tenth of the training tokens if that is less."""
 WARM_TOKENS = 65_536
-"""What moments are taken of, or 16 times the hidden size where that is more."""
+"""Tokens of the warm start, or 16 times the hidden size if that is more."""
 DOCUMENTS = 8
-"""Per forward pass, of full length."""
+"""Documents of full length per forward pass."""
 STORE = "calibration"
+"""Folder of the recorded calibration documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class OnlineSource:
             yield sums.pop(0).mean()
 
     def text(self) -> Iterator[TokenBatch]:
-        """Batches of training documents, without an end."""
+        """Yield batches of training documents without end."""
         corpus, seq_len = self.store.manifest.corpus, self._training_text.seq_len
         while True:
             read = 0
@@ -134,10 +135,13 @@ class OnlineSource:
                 )
 
     def forward(self, text: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(L, T, D) inputs as a store keeps them and (L, T, P) packed masks, on the device.
+        """Run the model on a batch of documents.
+
+        Returns:
+            Inputs (L, T, D) in the store's dtype and packed masks (L, T, P), on the device.
 
         Raises:
-            InputError: An input is not finite in that dtype.
+            InputError: An input is not finite in the store's dtype.
         """
         inputs, masks = [], []
         kept_N = text.keep_BS.flatten().to(input_device(self._model))
@@ -152,13 +156,13 @@ class OnlineSource:
         if not x_LTD.isfinite().all():
             raise InputError(
                 f"a predictor input does not fit {self.store.manifest.x_dtype}; train with --dtype "
-                "bfloat16, and check the model's weights"
+                "bfloat16, or check the model's weights"
             )
         return x_LTD, torch.stack(masks)
 
 
 class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
-    """`plan.steps_per_epoch` batches of the documents that follow those of the epoch before."""
+    """`plan.steps_per_epoch` batches per epoch, from the documents after the previous epoch's."""
 
     def __init__(self, source: OnlineSource, plan: TrainingPlan) -> None:
         assert plan.steps_per_epoch is not None
@@ -194,14 +198,14 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
             for step in range(steps):
                 rows = order[step * self._batch_tokens : (step + 1) * self._batch_tokens]
                 left -= 1
-                if not left:  # nobody need ask for what comes after the last one
+                if not left:  # the consumer may stop here, before the loop ends
                     self._next = self.epoch + 1
                 yield LayersBatch(x_LTD[:, rows], mask_LTP[:, rows])
             rest = order[steps * self._batch_tokens :]
             pooled.append((x_LTD[:, rest], mask_LTP[:, rest]))
 
     def _rewind(self) -> None:
-        """Pass over the text of the epochs before this one."""
+        """Restart the text and skip what earlier epochs read."""
         place, of = self._share
         self._text = (text for i, text in enumerate(self._source.text()) if i % of == place)
         for _ in range(self.epoch):
@@ -211,7 +215,7 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
 
 
 def open_online_source(text: TrainingText) -> OnlineSource:
-    """Record the calibration documents, and load the model.
+    """Record the calibration documents and load the model.
 
     Raises:
         InputError: See `collect`.

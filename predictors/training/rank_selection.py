@@ -1,12 +1,12 @@
-"""Formats and ranks where the user names none, and ranks per layer under a budget.
+"""Default formats and ranks, and ranks per layer under a budget.
 
-PowerInfer (arXiv 2312.12456, section 5.1) gives sparser and more skewed layers smaller predictors;
-its rule was never released. Here the reduced-rank regression that training starts from, which any
-rank is a cut of, stands in for what a rank will give: its predicted sparsity at the objective.
+PowerInfer (arXiv 2312.12456, section 5.1) gives sparser and more skewed layers smaller predictors,
+but never released its rule. Here a rank is judged by the untrained reduced-rank regression of that
+rank (warm_start.py), by its predicted sparsity at the target recall:
 
     traffic(r) = bytes(r) / FFN bytes + 1 - predicted sparsity(r)
 
-A budget is spent where a byte lowers the sum of traffics most.
+The budget is spent where a byte lowers the sum of traffics most.
 
 Shape letters: D hidden, F FFN width.
 """
@@ -32,7 +32,7 @@ SHARE = {"f16": 3 / 8, "q8_0": 3 / 8, "q4_0": 5 / 8}
 PUBLIC_SHARE = 1 / 4
 """Default rank of the public recipe."""
 TRIED = 6
-"""Ranks that are scored per layer."""
+"""Ranks scored per layer."""
 
 
 def default_dtype(recipe: str, hidden_size: int) -> str:
@@ -51,7 +51,7 @@ def check_traffic_budget(budget: float, shape: ModelShape, dtype: str, ranks: li
     share = sum(share_of_ffn(rank, dtype, shape) for rank in ranks) / len(ranks)
     if share >= budget:
         raise InputError(
-            f"--traffic-budget: {budget}, but the predictors alone are {share:.4f} of the FFN; "
+            f"--traffic-budget: got {budget}, but the predictors alone are {share:.4f} of the FFN; "
             "allow more, or choose a smaller --rank or --predictor-dtype q4_0"
         )
 
@@ -72,8 +72,8 @@ def ranks_within_budget(
     unit = share_of_ffn(BLOCK, dtype, store.manifest.model_shape)
     if unit > budget:
         raise InputError(
-            f"--predictor-budget: {budget} is less than the smallest predictors take, rank {BLOCK} "
-            f"in {dtype} is {unit:.4f} of the FFN; allow at least that"
+            f"--predictor-budget: got {budget}, expected at least {unit:.4f}, the size of rank "
+            f"{BLOCK} in {dtype}; allow more"
         )
     mean = int(budget / unit)
     largest = min(2 * mean, max(1, store.manifest.hidden_size // BLOCK))
@@ -92,8 +92,18 @@ def ranks_within_budget(
 
 
 def _spend(gains: list[list[float]], tried: list[int], total: int, unit: float) -> list[int]:
-    """Blocks of every layer: begin with the fewest, then take the step with the most to gain per
-    byte, jumps over several sizes included, while it lowers traffic and fits."""
+    """Share blocks out over layers: start with the fewest, then repeatedly take the step that gains
+    the most sparsity per block, possibly over several sizes, while it lowers traffic and fits.
+
+    Args:
+        gains: Predicted sparsity of each layer at each size in `tried`.
+        tried: Sizes in blocks, ascending.
+        total: Blocks to spend.
+        unit: Traffic that one block costs.
+
+    Returns:
+        Blocks of each layer.
+    """
     place = [0] * len(gains)
     left = total - tried[0] * len(gains)
     while True:
@@ -120,7 +130,7 @@ def _sparsity(
     dtype: str,
     device: torch.device,
 ) -> float:
-    """Predicted sparsity of the untrained start at the objective's recall, on calibration."""
+    """Predicted sparsity of the warm start at `recall`, on the calibration split."""
     u_D, fc1_RD, fc2_FR, offset_F = reduced_rank(m, rank - bias_units(dtype))
     uncalibrated = BiasUnits(fc1_RD, fc2_FR, offset_F, u_D, "f16")
     predictor = uncalibrated.at_threshold(0.0).to(device)

@@ -18,10 +18,10 @@ from sparsecast.predictors.training.warm_start import Moments, moments
 
 
 class Batches(Protocol):
-    """The batches of one epoch after the other, equally many in each."""
+    """Training batches, equally many in each epoch."""
 
     epoch: int
-    """Which one the next iteration is; any may be asked for, as a resumed run does."""
+    """Epoch of the next iteration; a resumed run starts at a later one."""
 
     def __len__(self) -> int: ...
 
@@ -29,20 +29,22 @@ class Batches(Protocol):
 
 
 class Source(Protocol):
+    """Where a run gets its training tokens."""
+
     @property
     def store(self) -> ActivationStore:
-        """At least the calibration split, and the manifest."""
+        """Holds the manifest and at least the calibration split."""
 
     def batches(self, plan: TrainingPlan) -> Batches:
         """Shuffled training batches of `plan.own_layers`: this process's share of them."""
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
-        """Of the training tokens of each layer, in order."""
+        """Moments of the training tokens of each layer, in order."""
 
 
 @dataclass(frozen=True)
 class RecordedSource:
-    """The training split of a store."""
+    """The training split of recorded activations."""
 
     store: ActivationStore
 

@@ -1,10 +1,10 @@
-"""Run a Lightning module over a source of batches: logs, checkpoints, and resumption.
+"""Train a Lightning module on a source of batches, with logs, checkpoints and resumption.
 
-While a run is under way its folder has a hidden sibling, `.<name>.train`, with the last epoch's
-checkpoint and, for every start, logs/version_<n>: metrics.csv and TensorBoard's event file. A
-killed run goes on from the last finished epoch; since the order of the data follows from seed and
-epoch alone, it ends as an uninterrupted one would have. The logs move into the finished folder.
-Processes that share the layers out have a checkpoint each; the logs are the leading one's.
+An unfinished run keeps its files in `.<name>.train` beside its output folder: the last epoch's
+checkpoint and, for every start, logs/version_<n> with metrics.csv and TensorBoard's event file. A
+killed run resumes from its last finished epoch and ends with the same weights as an uninterrupted
+one, because the order of the data depends only on seed and epoch. The logs move into the finished
+folder. Processes that share the layers have one checkpoint each; only the leading one logs.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ from sparsecast.predictors.training.plan import TrainingPlan, work_folder
 from sparsecast.predictors.training.source import Batches, Source
 
 RECIPE = "recipe.json"
+"""Options of an unfinished run."""
 LOGS = "logs"
 LAST = "last*.ckpt"
+"""Checkpoints of all processes."""
 
 
 class _Epochs(Callback):
-    """Tell the data which epoch begins, and put a checkpoint in place, whole, when it ends."""
+    """Set the data's epoch when it begins; save a whole checkpoint when it ends."""
 
     def __init__(self, data: Batches, path: Path) -> None:
         self._data = data
@@ -60,19 +62,20 @@ class _Epochs(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not all(bool(weight.isfinite().all()) for weight in pl_module.parameters()):
             raise InputError(
-                f"training diverged in epoch {trainer.current_epoch}: a weight is no number; "
+                f"training diverged in epoch {trainer.current_epoch}: a weight is NaN or infinite; "
                 "choose a smaller --lr"
             )
         trainer.save_checkpoint(self._path)
 
 
 def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
-    """Train `module`, the predictors of `plan.own_layers`, in place; resume from its checkpoint if
-    there is one.
+    """Train `module`, the predictors of `plan.own_layers`, in place.
+
+    Resumes from the checkpoint of an interrupted run if there is one.
 
     Raises:
-        InputError: An unfinished run that was begun with another recipe.
-        KeyboardInterrupt: At Ctrl-C; the checkpoint stays.
+        InputError: An unfinished run with other options, or weights that diverge.
+        KeyboardInterrupt: At Ctrl-C; the last checkpoint is kept.
     """
     with plan.context.together():
         if plan.context.leads:
@@ -98,11 +101,11 @@ def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
                 ckpt_path=resume,
                 weights_only=True,
             )
-    except SystemExit as stop:  # Lightning's end of an interrupt, with the signal left ignored
+    except SystemExit as stop:  # how Lightning ends an interrupt, with SIGINT left ignored
         signal.signal(signal.SIGINT, handler)
         kept = last.is_file()
         left = (
-            "the same command goes on from the last finished epoch"
+            "repeat the command to resume from the last finished epoch"
             if kept
             else "no epoch was finished yet, nothing is left behind"
         )
@@ -135,7 +138,7 @@ def _trainer(plan: TrainingPlan, callbacks: list[Callback]) -> L.Trainer:
 
 @contextmanager
 def _quiet_threads() -> Iterator[None]:
-    """TensorBoard's thread hands a full disk on to whoever logs next, and prints it besides."""
+    """Keep TensorBoard's thread from printing an OSError that the next log call raises anyway."""
     before = threading.excepthook
 
     def tell(args: threading.ExceptHookArgs) -> None:
@@ -150,7 +153,7 @@ def _quiet_threads() -> Iterator[None]:
 
 
 def clear_unfinished(out: Path) -> None:
-    """Remove what a run has left that has not finished an epoch."""
+    """Remove the files of an unfinished run that has no checkpoint to resume from."""
     if not any(work_folder(out).glob(LAST)):
         shutil.rmtree(work_folder(out), ignore_errors=True)
 
@@ -163,7 +166,7 @@ def _placement(plan: TrainingPlan) -> dict[str, Any]:
     if context.size > 1 and plan.data_parallel:
         here = int_from_environment("LOCAL_WORLD_SIZE", context.size, least=1)
         group = None
-        if on_gpu:  # barriers between processes use gloo
+        if on_gpu:  # gradients go over NCCL; the default group, for barriers, is gloo
             torch.cuda.set_device(device)
             group = torch.distributed.new_group(backend="nccl")
         return {
@@ -177,25 +180,29 @@ def _placement(plan: TrainingPlan) -> dict[str, Any]:
     return {"strategy": SingleDeviceStrategy(device, accelerator=CPUAccelerator())}
 
 
-def check_unfinished(work: Path, recipe: dict[str, Any]) -> bool:
-    """Whether there is a run to go on with; one that was begun with another recipe is refused."""
+def check_unfinished(work: Path, options: dict[str, Any]) -> bool:
+    """Whether there is a run to resume.
+
+    Raises:
+        InputError: It was started with other options or another number of processes.
+    """
     if not any(work.glob(LAST)):
         return False
-    made = read_json(work / RECIPE, "the recipe of an unfinished `sparsecast train`")
-    now = recipe.get("processes")
-    if (was := made.get("processes", now)) != now:
+    earlier = read_json(work / RECIPE, "the options of an unfinished `sparsecast train`")
+    now = options.get("processes")
+    if (was := earlier.get("processes", now)) != now:
         raise InputError(
-            f"{work}: holds an unfinished run of {was} processes, but there are {now}; start it "
-            f"with torchrun --nproc-per-node {was} again, or remove that folder"
+            f"{work}: holds an unfinished run of {was} processes, but there are {now}; repeat it "
+            f"with torchrun --nproc-per-node {was}, or remove that folder"
         )
-    changes = compare_options(made, json.loads(json.dumps(recipe)))
+    changes = compare_options(earlier, json.loads(json.dumps(options)))
     check_unchanged(work, "an unfinished run", changes, finished=False)
     return True
 
 
-def _begin(work: Path, recipe: dict[str, Any]) -> None:
-    """Make the folder of a fresh run, or accept the one of an interrupted run."""
-    begun = check_unfinished(work, recipe)
+def _begin(work: Path, options: dict[str, Any]) -> None:
+    """Make the folder of a new run, or keep the one of an interrupted run."""
+    begun = check_unfinished(work, options)
     for leftover in (*work.glob("*.part"), *work.glob("layer-*.pt")):
         leftover.unlink()
     if begun:
@@ -203,11 +210,11 @@ def _begin(work: Path, recipe: dict[str, Any]) -> None:
         return
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / LOGS, ignore_errors=True)
-    write_json(work / RECIPE, recipe)
+    write_json(work / RECIPE, options)
 
 
 def finish_logs(work: Path, folder: Path) -> None:
-    """Move the logs of a finished run into its folder, and remove what else is left of it."""
+    """Move the logs of a finished run into its folder, and remove its other files."""
     if (work / LOGS).is_dir():
         shutil.move(work / LOGS, folder / LOGS)
     shutil.rmtree(work, ignore_errors=True)

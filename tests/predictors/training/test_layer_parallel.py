@@ -131,7 +131,7 @@ def test_a_layer_that_has_not_come_is_named(tmp_path):
             context=context, work=tmp_path, ranks=[5] * layers, data_parallel=False
         )
 
-    with pytest.raises(InputError, match=r"has nothing of layers \[2\]"):
+    with pytest.raises(InputError, match=r"lacks layers \[2\]"):
         gather_layers(plan(3), own)
     done = gather_layers(plan(2), own)
     assert torch.equal(done[1].fc2_FR, own[1].fc2_FR)

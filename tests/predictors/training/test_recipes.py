@@ -285,7 +285,9 @@ def test_a_traffic_budget_is_met_and_spent(recipe, synthetic, tmp_path):
         for c in counts
     ]
     assert sum(traffics) / 2 == pytest.approx(0.5, abs=0.01)
-    with pytest.raises(InputError, match=r"--traffic-budget: 0.05, but the predictors alone are"):
+    with pytest.raises(
+        InputError, match=r"--traffic-budget: got 0.05, but the predictors alone are"
+    ):
         train(replace(cfg, out=tmp_path / "q", traffic_budget=0.05))
 
 
@@ -297,7 +299,7 @@ def test_a_predictor_budget_is_shared_out_by_what_a_layer_gains(recipe, syntheti
     share = sum(layer.nbytes for layer in predictors.layers) / (2 * 3 * 64 * 200 * 2)
     assert 0 < share <= 0.2
     assert all(layer.dtype == "q4_0" and layer.rank % 32 == 0 for layer in predictors.layers)
-    with pytest.raises(InputError, match=r"--predictor-budget: 0.01 is less than the smallest"):
+    with pytest.raises(InputError, match=r"--predictor-budget: got 0.01, expected at least 0."):
         train(replace(cfg, out=tmp_path / "q", predictor_budget=0.01))
 
 
