@@ -1,9 +1,9 @@
-"""PRED: a folder of predictors, the way PowerInfer's converter and ours read it.
+"""PRED, the predictor folder: read and write it, as PowerInfer's converter reads it.
 
 model_<i>.pt    {"fc1.weight": (R, D), "fc2.weight": (F, R)}, one per layer, no gaps: f16, or the
                 dequantized values of q8_0 and q4_0 in f32
 config.json     {"sparse_threshold": t}: active where logit >= t
-manifest.json   what PowerInfer does not ask, see manifest.py: the model's fingerprint, where the
+manifest.json   what PowerInfer does not need (manifest.py): the model's fingerprint, where the
                 input is taken, formats, calibration scores, the recipe, every file's checksum
 """
 
@@ -40,12 +40,12 @@ WANT = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no bias
 
 @dataclass(frozen=True)
 class PredictorSet:
-    """All layers' predictors and their one threshold."""
+    """The predictors of all layers and their common threshold."""
 
     layers: list[Predictor]
     threshold: float
     manifest: PredictorManifest | None
-    """None for a folder that another tool wrote."""
+    """None if another tool wrote the folder."""
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +53,7 @@ class PredictorSet:
         return sum(layer.nbytes for layer in self.layers)
 
     def save(self, folder: Path) -> None:
-        """Write the folder in one step; an earlier predictor folder there is replaced."""
+        """Write the folder in one step, replacing an earlier predictor folder."""
         with new_folder(folder, replaces="model_0.pt") as part:
             self.write_into(part)
 
@@ -62,7 +62,7 @@ class PredictorSet:
         for i, predictor in enumerate(self.layers):
             stored = predictor.stored()
             weights = {"fc1.weight": stored.fc1_RD, "fc2.weight": stored.fc2_FR}
-            # Own, contiguous storage: a view would drag its whole base into the file.
+            # Clone, because saving a view would save its whole base.
             own = {
                 name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for name, w in weights.items()
@@ -75,17 +75,16 @@ class PredictorSet:
 
 
 def load_predictors(folder: str | Path) -> PredictorSet:
-    """Read a predictor folder, ours or one that PowerInfer published.
+    """Read a predictor folder, written by `sparsecast train` or published by PowerInfer.
 
-    Every file of ours is held against its checksum in the manifest; a folder without a manifest
-    says nothing that could be compared.
+    Files are compared with their checksums in the manifest, if there is one.
 
-    Memory: none for files as `PredictorSet` writes them, which stay memory maps; other dtypes are
+    Memory: none for files that `PredictorSet` wrote, which stay memory maps; other dtypes are
     converted.
 
     Raises:
-        InputError: No predictors there, a gap in the layers, a file that is not the one that was
-            trained, or one that does not hold two finite matrices that fit together.
+        InputError: No predictors there, a missing layer, a file that differs from its checksum, or
+            one that does not hold two finite matrices that fit together.
     """
     folder = Path(folder)
     n_layers = _layers(folder)
@@ -125,7 +124,7 @@ def model_file(layer: int) -> str:
 
 
 def _layers(folder: Path) -> int:
-    """How many layers the folder's file names tell of, without a gap."""
+    """Count the layers by the folder's file names, and refuse gaps."""
     want = "a folder written by `sparsecast train` or one of PowerInfer's predictor repositories"
     try:
         names = os.listdir(folder)
@@ -146,7 +145,7 @@ def _layers(folder: Path) -> int:
 
 
 def _threshold(path: Path, manifest: PredictorManifest | None) -> float:
-    """sparse_threshold; 0 where a folder of another tool does not say."""
+    """Read sparse_threshold; 0 if a folder of another tool does not have it."""
     if manifest is None and not os.path.lexists(path):
         return 0.0
     value = read_json(path, "sparse_threshold").get("sparse_threshold", 0.0)
@@ -170,7 +169,7 @@ def _read(path: Path, dtype: str) -> Predictor:
                 f"{path}: {name} is {odd}, expected a dense tensor of f16, bf16, f32 or f64; save "
                 "it again as one, or train again"
             )
-    # Parameters too, and matrices that lie transposed in the file.
+    # Accept parameters, and matrices that are transposed in the file.
     fc1, fc2 = (value[name].detach().contiguous() for name in ("fc1.weight", "fc2.weight"))
     if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1] or not len(fc1):
         raise InputError(
@@ -183,7 +182,7 @@ def _read(path: Path, dtype: str) -> Predictor:
 
 
 def _as_stored(path: Path, fc1: Tensor, fc2: Tensor, dtype: str) -> Predictor:
-    """The predictor in the format that the manifest names."""
+    """Check the weights against the format that the manifest names."""
     if dtype == "f16":
         predictor = Predictor(fc1, fc2).stored()
         if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
@@ -204,7 +203,7 @@ def _as_stored(path: Path, fc1: Tensor, fc2: Tensor, dtype: str) -> Predictor:
         raise InputError(
             f"{path}: manifest.json says {dtype}, but {dtype} cannot hold these values; train again"
         )
-    return Predictor(fc1.float(), fc2.float(), dtype)  # rounded already, as the comparison says
+    return Predictor(fc1.float(), fc2.float(), dtype)
 
 
 def _check_shapes(layers: list[Predictor], made: PredictorManifest, folder: Path) -> None:

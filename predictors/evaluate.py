@@ -1,12 +1,12 @@
-"""The stage: perplexity with the predictors in the loop.
+"""`sparsecast evaluate`: perplexity with the predictors in the loop.
 
     dense       the model as it is
-    exact       up only where the gate fired, down only over what is active; no predictor
-    predicted   the predictor's mask AND the model's own activation
-    bundle      the predictor's mask and plain ReLU, weights rounded to f16, as PowerInfer has it
+    exact       up only where the gate fires, down only over active neurons; no predictor
+    predicted   the predictors' masks and the model's own activation
+    bundle      the predictors' masks, plain ReLU and weights rounded to f16, as PowerInfer computes
 
-Same tokens and the same BOS for all, exp of the mean NLL. `predicted` and `bundle` differ for
-FATReLU models, whose threshold PowerInfer does not know.
+Perplexity is exp of the mean NLL, over the same tokens and with the same BOS for all four.
+`predicted` and `bundle` differ for FATReLU models, because PowerInfer knows no threshold.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from sparsecast.predictors.model_in_loop import exact_in_loop, predictors_in_loo
 
 MODES = {
     "dense": "the model as it is",
-    "exact": "only what the gate lets through is computed, without predictors",
-    "predicted": "what the predictors select, with the model's own activation",
-    "bundle": "what the predictors select, plain ReLU and weights in f16: PowerInfer's way",
+    "exact": "only neurons whose gate fires are computed, without predictors",
+    "predicted": "only predicted neurons are computed, with the model's own activation",
+    "bundle": "only predicted neurons are computed, with plain ReLU and f16 weights, as PowerInfer "
+    "does",
 }
 
 
@@ -111,14 +112,14 @@ def _resolve(cfg: EvaluateConfig) -> EvaluationPlan:
         vocabulary=embedding_rows(model),
     )
     if not (batches := list(held_out)):
-        raise InputError(f"{cfg.corpus}: no held-out token; give more text, in more files")
+        raise InputError(f"{cfg.corpus}: has no held-out document; give more text, in more files")
     return EvaluationPlan(model=model, predictors=predictors, batches=batches)
 
 
 def perplexities(
     model: PreTrainedModel, predictors: PredictorSet, data: list[TokenBatch]
 ) -> dict[str, float]:
-    """All four perplexities; leaves the model rounded to f16 with plain ReLU."""
+    """Measure all four perplexities; leaves the model rounded to f16 with plain ReLU."""
     values = {}
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
     with progress_bar("evaluate", len(MODES) * len(data)) as progress:

@@ -21,7 +21,7 @@ def layer_batches(
     size: int = 1024,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x (T, D), active (T, F)) of one layer, at most `size` tokens at a time, on `device`."""
+    """Inputs x (T, D) and masks (T, F) bool of one layer, at most `size` tokens at a time."""
     for shard, start, stop in _runs(store, split, size):
         rows = store.rows(split, shard, layer, start, stop)
         yield rows.x_TD.to(device), unpack(rows.mask_TP.to(device), store.manifest.ffn_width)
@@ -30,13 +30,13 @@ def layer_batches(
 def layer_energies(
     store: ActivationStore, split: str, layer: int, size: int = 1024
 ) -> Iterator[Tensor | None]:
-    """Energies (T, F) float32 beside `layer_batches`; None where the store has none."""
+    """Energies (T, F) float32 for the batches of `layer_batches`; None if the store has none."""
     for shard, start, stop in _runs(store, split, size):
         yield store.energies(split, shard, layer, start, stop)
 
 
 def _runs(store: ActivationStore, split: str, size: int) -> Iterator[tuple[int, int, int]]:
-    """(shard, first token, token behind the last)."""
+    """Yield (shard, first token, last token + 1)."""
     for shard, tokens in enumerate(store.shards(split)):
         for start in range(0, tokens, size):
             yield shard, start, min(start + size, tokens)

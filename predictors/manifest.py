@@ -1,4 +1,4 @@
-"""manifest.json of a predictor folder: whose predictors they are, and the checksum of every file.
+"""manifest.json of a predictor folder: the model the predictors belong to, and checksums.
 
 Checksums do not stop somebody who computes them again, see sealed.py: `sparsecast verify` measures
 what the predictors do.
@@ -38,13 +38,13 @@ ACTIVATIONS = ("relu", "fatrelu", "drelu")
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorManifest:
-    """What a predictor folder says about itself."""
+    """What manifest.json records."""
 
     model: str
     fingerprint: str
-    """Of the model the predictors belong to, see `Checkpoint.fingerprint`."""
+    """Fingerprint of the predictors' model, see `Checkpoint.fingerprint`."""
     convention: str
-    """Where the input is taken, see `collect.families`."""
+    """Where the input is taken, see core/models/families.py."""
     activation: str
     activation_threshold: float
     hidden_size: int
@@ -57,7 +57,7 @@ class PredictorManifest:
     """Per layer: recall and predicted_sparsity on the calibration split."""
     recipe: dict[str, Any]
     checksums: dict[str, str] = field(default_factory=dict)
-    """Of every other file of the folder, and of this one without its own; set when written."""
+    """Checksum of every other file, and of this one without its own; set when written."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -76,7 +76,7 @@ class PredictorManifest:
 
 
 def write_predictor_manifest(folder: Path, manifest: PredictorManifest, names: list[str]) -> None:
-    """Write the manifest with the checksums of the files that lie in the folder under `names`."""
+    """Write the manifest with the checksums of the folder's files in `names`."""
     sums = {name: file_checksum(folder / name) for name in names}
     write_manifest(folder, replace(manifest, checksums=sums))
 
@@ -94,10 +94,10 @@ def file_checksum(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> PredictorManifest | None:
-    """The manifest of a predictor folder; None where there is none.
+    """The manifest of a predictor folder; None if it has none.
 
     Raises:
-        InputError: It is of another version, damaged or edited.
+        InputError: It has another version, is damaged, or was edited.
     """
     path = folder / MANIFEST
     if not os.path.lexists(path):  # what is there and is no file is refused
@@ -114,7 +114,7 @@ def read_manifest(folder: Path) -> PredictorManifest | None:
 
 
 def check_checksum(path: Path, manifest: PredictorManifest | None) -> None:
-    """Refuse a file of the folder that is not the one that the manifest was written for."""
+    """Refuse a file that differs from its checksum in the manifest."""
     if manifest is None:
         return
     check_file(path, "a file of a `sparsecast train` folder")
@@ -132,7 +132,7 @@ def check_checksum(path: Path, manifest: PredictorManifest | None) -> None:
 
 
 def number(value: Any) -> float | None:
-    """A number that PowerInfer's file can hold, a float32; None for anything else."""
+    """A number that float32, and so PowerInfer's file, can hold; None for anything else."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     held = abs(value) <= LARGEST and (value == 0 or abs(value) >= SMALLEST)
@@ -144,7 +144,7 @@ LARGEST, SMALLEST = float.fromhex("0x1.fffffep127"), float.fromhex("0x1p-149")
 
 
 def _senseless(made: PredictorManifest) -> str | None:
-    """The field of a manifest that no training could have written; None where all is well."""
+    """Name of a field that no training could have written; None if all are valid."""
     texts = ("model", "fingerprint", "convention", "activation")
     sizes = ("hidden_size", "ffn_width", "ffn_matrices")
     layers = len(made.dtypes) if isinstance(made.dtypes, list) else 0

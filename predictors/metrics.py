@@ -1,8 +1,8 @@
-"""Scores of a predictor, by the definitions of ProSparse (arXiv 2402.13516, appendix C).
+"""Scores of predictors, as ProSparse defines them (arXiv 2402.13516, appendix C).
 
-Counts are summed over tokens and neurons of a layer and divided once; averages over layers are
-plain means. FFN traffic counts bytes of weights read per token, relative to the dense FFN's, with
-FFN weights of 2 bytes (f16).
+Counts are summed over the tokens and neurons of a layer and divided once; averages over layers are
+plain means. FFN traffic is the bytes of weights read per token, relative to the dense FFN with
+weights of 2 bytes (f16).
 
 Shape letters: T tokens, F FFN width.
 """
@@ -18,16 +18,16 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 MANTISSA = 11
-"""Bits of a score's mantissa that tell bins apart: each is at most 1/2048 of its score wide."""
+"""Mantissa bits of a score that select its bin; a bin is at most 1/2048 of its score wide."""
 LOWEST, OCTAVES = -31, 64
-"""Scores are told apart from 2^-31 to 2^33, of either sign; smaller and larger ones are pooled."""
+"""Bins cover 2^-31 to 2^33, of either sign; smaller and larger scores share the outermost bins."""
 HALF = OCTAVES << MANTISSA
 BINS = 2 * HALF
 RECALL_STEPS = 10_000
 
 
 class Counts(NamedTuple):
-    """Entries of one layer. Add them across batches, then divide once."""
+    """Counted entries of one layer; add them over batches, then divide once."""
 
     hit: int
     """Active and predicted."""
@@ -37,12 +37,12 @@ class Counts(NamedTuple):
 
     @property
     def recall(self) -> float:
-        """1 when nothing is active."""
+        """Share of active entries that are predicted; 1 if nothing is active."""
         return self.hit / self.active if self.active else 1.0
 
     @property
     def precision(self) -> float:
-        """1 when nothing is predicted."""
+        """Share of predicted entries that are active; 1 if nothing is predicted."""
         return self.hit / self.predicted if self.predicted else 1.0
 
     @property
@@ -58,7 +58,7 @@ class Counts(NamedTuple):
 
 
 def count(predicted_TF: Tensor, active_TF: Tensor) -> Counts:
-    """Count one batch of bool masks of one shape."""
+    """Count one batch of bool masks, both (T, F)."""
     return Counts(
         hit=int((predicted_TF & active_TF).sum()),
         active=int(active_TF.sum()),
@@ -68,16 +68,16 @@ def count(predicted_TF: Tensor, active_TF: Tensor) -> Counts:
 
 
 class Traffic(NamedTuple):
-    """Bytes read per token over those of the dense FFN; lower is better, 1.0 is dense."""
+    """Bytes of weights read per token, relative to the dense FFN; lower is better, 1.0 is dense."""
 
     traffic: float
-    """PowerInfer: predictor, then every predicted neuron whole."""
+    """PowerInfer: the predictor, then all weights of every predicted neuron."""
     cascade: float
-    """Predictor, gate of the predicted neurons, the other matrices where the gate fired."""
+    """The predictor, the gate of predicted neurons, the other matrices where the gate fires."""
     exact: float
-    """No predictor: dense gate, the other matrices where it fired."""
+    """No predictor: the dense gate, the other matrices where it fires."""
     oracle: float
-    """A perfect predictor that costs nothing."""
+    """A perfect predictor that takes no bytes."""
 
 
 def traffic(
@@ -94,7 +94,7 @@ def traffic(
     """FFN traffic of one layer.
 
     Args:
-        matrices: m, 3 gated and 2 not.
+        matrices: Weight matrices of the FFN: 3 with a gate, 2 without.
         predictor_bits: Stored bits per predictor weight: f16 16, q8_0 8.5, q4_0 4.5.
     """
     size = rank * (hidden_size + ffn_width) * predictor_bits
@@ -115,7 +115,7 @@ def traffic_beside(
     predicted_sparsity: float,
     true_sparsity: float,
 ) -> Traffic:
-    """The same beside a predictor of any kind, from its share of the FFN's bytes."""
+    """FFN traffic of one layer, given the predictor's share of the FFN's bytes."""
     m, fired = matrices, 1.0 - true_sparsity
     load = 1.0 - predicted_sparsity
     return Traffic(
@@ -150,11 +150,12 @@ class TokenRecalls:
 
 
 class ScoreHistogram:
-    """Active and inactive entries of one layer by score, over `BINS` fixed bins.
+    """Active and inactive entries of one layer, counted by score in `BINS` fixed bins.
 
-    Bins are the leading bits of the score as a float32, so they keep its order and are equally
-    fine, relative to the score, at any scale; cuts are exact up to one bin. Memory: 2 * `BINS`
-    integers (4 MB), for any number of tokens.
+    A bin is the leading bits of the score as a float32, so bins keep the order of scores and have
+    the same relative width at any scale; thresholds are exact up to one bin.
+
+    Memory: 2 * `BINS` integers (4 MB), for any number of tokens.
     """
 
     def __init__(self) -> None:
@@ -162,34 +163,34 @@ class ScoreHistogram:
         self.inactive = np.zeros(BINS, dtype=np.int64)
 
     def add(self, score_TF: Tensor, active_TF: Tensor) -> None:
-        # One pass over both classes: an active entry counts in the upper half.
+        # One pass for both classes: active entries count in the upper half.
         place = _bin(score_TF).add_(active_TF, alpha=BINS).flatten()
         both = torch.bincount(place, minlength=2 * BINS).cpu().numpy()
         self.inactive += both[:BINS]
         self.active += both[BINS:]
 
     def threshold_for_recall(self, recall: float) -> float:
-        """The largest cut at which at least `recall` of the active entries reach it; above all
-        scores where nothing is active."""
+        """The largest threshold that at least `recall` of the active entries reach; above all
+        scores if nothing is active."""
         kept = self.active[::-1].cumsum()[::-1]
         if not kept[0]:
             return _edge(1 + int(np.flatnonzero(self.inactive).max(initial=-1)))
         return _edge(int(np.flatnonzero(kept >= recall * kept[0])[-1]))
 
     def threshold_for_sparsity(self, sparsity: float) -> float:
-        """The smallest cut below which at least `sparsity` of all entries stay."""
+        """The smallest threshold that at least `sparsity` of all entries stay below."""
         below = np.concatenate([[0], (self.active + self.inactive).cumsum()])
         return _edge(int(np.flatnonzero(below >= sparsity * below[-1])[0]))
 
-    def at(self, cut: float) -> tuple[float, float]:
-        """(recall, predicted sparsity) at a cut that one of the two methods above gave."""
-        index = BINS if cut >= _edge(BINS) else int(_bin(torch.tensor(cut)))
+    def at(self, threshold: float) -> tuple[float, float]:
+        """(recall, predicted sparsity) at a threshold from one of the two methods above."""
+        index = BINS if threshold >= _edge(BINS) else int(_bin(torch.tensor(threshold)))
         hit, active = self.active[index:].sum(), self.active.sum()
         whole = self.active + self.inactive
         return float(hit / active) if active else 1.0, float(whole[:index].sum() / whole.sum())
 
     def curve(self, points: int = 200) -> list[tuple[float, float]]:
-        """(recall, predicted sparsity) from the lowest cut to the highest."""
+        """(recall, predicted sparsity) from the lowest threshold to the highest."""
         kept = np.concatenate([self.active[::-1].cumsum()[::-1], [0]]) / max(1, self.active.sum())
         whole = self.active + self.inactive
         skipped = np.concatenate([[0], whole.cumsum()]) / max(1, whole.sum())
@@ -198,15 +199,15 @@ class ScoreHistogram:
         return [(float(kept[i]), float(skipped[i])) for i in index]
 
     def roc_auc(self) -> float | None:
-        """None when one class is absent."""
+        """None if one class is absent."""
         return self._ranking(roc_auc_score)
 
     def average_precision(self) -> float | None:
-        """None when one class is absent."""
+        """None if one class is absent."""
         return self._ranking(average_precision_score)
 
     def _ranking(self, score: Callable[..., float]) -> float | None:
-        """A score of scikit-learn's, each bin counting as one tied score."""
+        """Call a scikit-learn metric, with all entries of a bin tied."""
         if not self.active.any() or not self.inactive.any():
             return None
         bins = np.flatnonzero(self.active + self.inactive)
@@ -220,16 +221,16 @@ class ScoreHistogram:
 
 
 def _bin(score: Tensor) -> Tensor:
-    """The bin of each score, int32: the bits of a float32 grow with its magnitude."""
+    """Bin of each score, int32. The bits of a float32 grow with its magnitude."""
     bits = (score.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
     step = (bits & 0x7FFFFFFF).bitwise_right_shift_(23 - MANTISSA)
     step.sub_((127 + LOWEST) << MANTISSA).clamp_(0, HALF - 1)
-    # Below zero, step s becomes -1 - s, which is ~s: the sign bit, spread, is the mask.
+    # Below zero, step s becomes -1 - s, which is ~s; the arithmetic shift spreads the sign bit.
     return step.bitwise_xor_(bits >> 31).add_(HALF)
 
 
 def _edge(index: int) -> float:
-    """The lowest score of a bin, a float32; of `BINS`, the first above the highest bin."""
+    """The lowest score of a bin, as a float32; for `BINS`, the first score above all bins."""
     step = index - HALF if index >= HALF else HALF - index
     bits = (step + ((127 + LOWEST) << MANTISSA)) << (23 - MANTISSA)
     if index >= HALF:

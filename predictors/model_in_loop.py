@@ -1,4 +1,4 @@
-"""A model whose FFNs run sparsely: with predictors in the loop, or exactly.
+"""Run a transformers model with sparse FFNs: with predictors in the loop, or exactly.
 
 Shape letters: B batch, S sequence, T tokens, D hidden, F FFN width.
 """
@@ -20,7 +20,7 @@ from sparsecast.predictors.predictor import Predictor
 
 @contextmanager
 def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iterator[None]:
-    """Zero what the predictors do not predict, decided on the inputs PowerInfer would see."""
+    """Zero every neuron that is not predicted; predictors get the inputs PowerInfer gives them."""
     family = family_of(model.config, "model")
     handles = []
     for layer, predictor in zip(family.decoder_layers(model), predictors.layers, strict=True):
@@ -49,7 +49,7 @@ def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iter
 
 @contextmanager
 def exact_in_loop(model: PreTrainedModel) -> Iterator[None]:
-    """Run every FFN sparsely: its first projection dense, the others only where it fired."""
+    """Compute the first projection of every FFN densely, the others only where it fires."""
     family = family_of(model.config, "model")
     layers = family.decoder_layers(model)
     rule = activation_rule(model.config, "model")
@@ -88,7 +88,7 @@ def _sparse_ffn(
     gate: Any, up: Any, down: Any, act: Any, *, relu_up: bool
 ) -> Callable[[Tensor], Tensor]:
     def product(like: Tensor, values: Tensor) -> Tensor:
-        """A CSR matrix with the pattern of `like`."""
+        """CSR matrix with the pattern of `like`."""
         return torch.sparse_csr_tensor(
             like.crow_indices(), like.col_indices(), values, like.shape, check_invariants=False
         )

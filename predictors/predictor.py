@@ -1,8 +1,8 @@
 """PowerInfer's predictor: logits = fc2 @ relu(fc1 @ x), no bias, active where logit >= threshold.
 
-The map is positively homogeneous, p(c x) = c p(x) for c > 0, so at threshold 0 the decision does
-not depend on the norm of x: a predictor trained on RMS-normalized inputs decides the same on the
-raw residual stream.
+The map is positively homogeneous, p(c x) = c p(x) for c > 0, so at threshold 0 decisions do not
+depend on the norm of x: a predictor trained on RMS-normalized inputs decides the same on the raw
+residual stream.
 
 Shape letters: T tokens, D hidden, F FFN width, R rank.
 """
@@ -19,7 +19,7 @@ from sparsecast.predictors.formats import BITS, rounded, rounded_input
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """One layer's weights, as `nn.Linear` keeps them, and the format they are stored in.
+    """One layer's weights, laid out as in `nn.Linear`, and their stored format.
 
     Quantized weights are kept as the float32 values that the format holds.
     """
@@ -38,11 +38,11 @@ class Predictor:
 
     @property
     def nbytes(self) -> int:
-        """Of both matrices in PowerInfer's file."""
+        """Size of both matrices in PowerInfer's file."""
         return int(sum(weight.numel() for weight in self.weights) * BITS[self.dtype] / 8)
 
     def stored(self, dtype: str | None = None) -> Predictor:
-        """The predictor that a file in this format holds; its own format unless given."""
+        """Round to the values that a file in this format holds; its own format unless given."""
         dtype = dtype or self.dtype
         kept = torch.float16 if dtype == "f16" else torch.float32
         if dtype == "f16" and all(weight.dtype == kept for weight in self.weights):
@@ -54,21 +54,21 @@ class Predictor:
         return Predictor(self.fc1_RD.to(device), self.fc2_FR.to(device), self.dtype)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, F) float32 logits for raw inputs of any float dtype, rounded as the engine rounds:
-        the input of each product to the format's partner (formats.py), sums in float32."""
+        """Logits (T, F) float32 for raw inputs of any float dtype, rounded as in the engine: the
+        input of each product by `rounded_input`, sums in float32."""
         hidden_TR = self.hidden(x_TD)
         return rounded_input(hidden_TR, self.dtype) @ self.fc2_FR.float().T
 
     def hidden(self, x_TD: Tensor) -> Tensor:
-        """(T, R) float32, before the second product's rounding."""
+        """Hidden units (T, R) float32, before they are rounded for the second product."""
         return (rounded_input(x_TD, self.dtype) @ self.fc1_RD.float().T).relu()
 
 
 def rms(x_TD: Tensor) -> Tensor:
-    """(T, 1) float32: the root mean square of every token's vector."""
+    """Root mean square of each token's vector: (T, 1) float32."""
     return x_TD.float().square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
 
 
 def rms_normalized(x_TD: Tensor) -> Tensor:
-    """x / rms(x) in float32: the scale-free inputs that predictors are trained on."""
+    """x / rms(x) in float32, the inputs that predictors are trained on."""
     return x_TD.float() / rms(x_TD)

@@ -1,4 +1,4 @@
-"""The model that an activation store was recorded from, loaded again."""
+"""Load the model that an activation store was recorded from."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from sparsecast.core.models.loading import load_model
 
 
 def check_recorded(model: str, store: ActivationStore) -> None:
-    """Refuse any model but the one that was recorded."""
+    """Refuse any model but the recorded one."""
     if Checkpoint(model).fingerprint != store.manifest.fingerprint:
         raise InputError(
-            f"--model {model}: is not the model that {store.folder} was recorded from "
-            f"({store.manifest.model}); give that one"
+            f"--model {model}: is not the model that {store.folder} was recorded from; give "
+            f"{store.manifest.model}"
         )
 
 
 def load_recorded(
     model: str, store: ActivationStore, device: torch.device | str
 ) -> PreTrainedModel:
-    """With the activation threshold that it was recorded with.
+    """Load the recorded model with the activation threshold of the recording.
 
     Raises:
         InputError: See `load_model`.
     """
-    made = store.manifest
+    recorded = store.manifest
+    fatrelu = recorded.activation == "fatrelu"
     loaded, _ = load_model(
         model,
         device=str(device),
-        activation_threshold=made.activation_threshold if made.activation == "fatrelu" else None,
+        activation_threshold=recorded.activation_threshold if fatrelu else None,
     )
     return loaded

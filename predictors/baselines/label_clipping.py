@@ -1,9 +1,9 @@
-"""Labels clipped to the largest activations: an option of the public recipe.
+"""Label clipping, an option of the public recipe: train on the largest activations only.
 
-Of a token with more than `share * F` active neurons only that many count as active, those of the
-largest |x1|. Predictors then skip more and recall less of what is really active, but little of it
-that is large. The store's energies give |x1| to within 4.5 % once the norm of the neuron's down
-column is divided out; equal ones are all kept.
+If a token has more than `share * F` active neurons, only that many count as active: those with the
+largest |x1|, ties included. Predictors then skip more neurons; they miss more active ones, but few
+large ones. |x1| comes from the store's energies, divided by the norm of the neuron's down column,
+to within 4.5 %.
 
 Shape letters: T tokens, F FFN width.
 """
@@ -21,7 +21,7 @@ from sparsecast.core.models.families import family_of
 
 
 class ClippedStore(ActivationStore):
-    """The same store with clipped masks; what is not a mask stays.
+    """A store with clipped masks and everything else unchanged.
 
     Raises:
         InputError: The store has no energies.
@@ -31,7 +31,7 @@ class ClippedStore(ActivationStore):
         super().__init__(store.folder)
         if not self.manifest.energy:
             raise InputError(
-                f"--clip-labels: {store.folder} has no energies to tell large activations by; "
+                f"--clip-labels: {store.folder} has no energies to rank activations by; "
                 "collect with --energy true"
             )
         self._most = max(1, round(share * self.manifest.ffn_width))
@@ -46,7 +46,7 @@ class ClippedStore(ActivationStore):
     def rows(
         self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
     ) -> Rows:
-        """As `ActivationStore.rows`."""
+        """See `ActivationStore.rows`."""
         rows = super().rows(split, shard, layer, start, stop)
         energy_TF = self.energies(split, shard, layer, start, stop)
         assert energy_TF is not None
@@ -54,7 +54,7 @@ class ClippedStore(ActivationStore):
 
 
 def clipped(size_TF: Tensor, most: int) -> Tensor:
-    """The mask of the `most` largest entries of each row that are not zero."""
+    """Mask of the `most` largest non-zero entries of each row, ties included."""
     if most >= size_TF.shape[1]:
         return size_TF > 0
     least_T1 = size_TF.topk(most, dim=1).values[:, -1:]

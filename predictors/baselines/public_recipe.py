@@ -1,12 +1,13 @@
-"""The public recipe behind ProSparse's published predictors, so that everyone can compare.
+"""The public recipe behind ProSparse's published predictors, as a baseline.
 
-Raw inputs; labels x1 != 0; binary cross entropy with element weights y + (1 - y) (mean y + 0.005),
-the mean over a batch; AdamW, weight decay 0.01, constant learning rate; each layer keeps the epoch
-of best recall on calibration, and stops after 5 without a better one or above 0.99; threshold 0.
-(Deja Vu, arXiv 2310.17157, and ProSparse, arXiv 2402.13516, appendix F; both trainers are public.)
+It trains on raw inputs and labels x1 != 0, with binary cross entropy weighted by
+y + (1 - y) (mean y + 0.005), where the mean is over a batch; AdamW with weight decay 0.01 and a
+constant learning rate; threshold 0. A layer keeps the epoch of best recall on calibration, and
+stops after 5 epochs without a better one or above a recall of 0.99. (Deja Vu, arXiv 2310.17157, and
+ProSparse, arXiv 2402.13516, appendix F; both trainers are public.)
 
-All layers share the order of the data; each has a weight, a loss and a best epoch of its own, so
-that it ends where it would have ended alone.
+All layers see the data in the same order. Each has its own weights, loss and best epoch, so it
+trains as it would alone.
 
 Shape letters: L layers, B batch, D hidden, F FFN width, R rank, P packed width.
 """
@@ -27,15 +28,18 @@ from sparsecast.predictors.training.data import LayersBatch
 from sparsecast.predictors.training.schedule import Schedule
 
 FLOOR = 0.005
+"""Added to the weight of inactive entries."""
 PATIENCE = 5
+"""Epochs without a better recall before a layer stops."""
 ENOUGH = 0.99
+"""Recall above which a layer stops."""
 
 
 class PublicRecipeModule(L.LightningModule):
-    """Stacked predictors of one rank; the best weights are buffers, so a checkpoint has them.
+    """Stacked predictors of one rank; the best weights are buffers, so checkpoints contain them.
 
     Args:
-        layers: Layers to train; each one's initial weights follow from its number and the seed.
+        layers: Layers to train; number and seed determine a layer's initial weights.
     """
 
     best_recall_L: Tensor
@@ -107,7 +111,7 @@ class PublicRecipeModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def _stopped(self, layer: int, *, after: bool = False) -> bool:
-        """Whether this layer, trained alone, would have ended before (or after) this epoch."""
+        """Whether this layer, trained alone, would have stopped before (or after) this epoch."""
         since = self.current_epoch - int(self.best_epoch_L[layer])
         return bool(self.best_recall_L[layer] > ENOUGH) or since >= PATIENCE + (not after)
 
@@ -115,7 +119,7 @@ class PublicRecipeModule(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.01)
 
     def best_predictors(self) -> list[Predictor]:
-        """The best weights of every layer in f16."""
+        """Each layer's predictor of its best epoch, in f16."""
         return [
             Predictor(fc1_RD.cpu(), fc2_FR.cpu()).stored("f16")
             for fc1_RD, fc2_FR in zip(self.best_fc1_LRD, self.best_fc2_LFR, strict=True)

@@ -1,16 +1,16 @@
-"""SparseInfer's sign rule (arXiv 2411.12692): a baseline without training, for reports alone.
+"""SparseInfer's sign rule (arXiv 2411.12692), a baseline without training.
 
-The sign of a product follows from the signs of its factors, so of gate row w_j and the FFN's
-normalized input x' the rule counts the signs that agree, less those that do not:
+The sign of a product follows from the signs of its factors. For gate row w_j and the FFN's
+normalized input x', the rule counts the signs that agree minus those that differ:
 
     score_j = sum_i sign(w_ji) sign(x'_i),    active where score_j >= c
 
-The norm's weight goes into w (svd.py, `gate_of`), and the size of what is left of x' decides
-nothing, so x may be the residual before the norm. c is one number a layer, calibrated like any
-other cut; one bit a gate weight is read.
+The norm's weight is folded into w (svd.py, `gate_of`). The remaining scale does not change signs,
+so x may be the residual before the norm. The threshold c is calibrated per layer; the rule reads
+one bit per gate weight.
 
-PowerInfer's format is two matrices with a ReLU between them and nothing that takes the sign of an
-input, so this rule cannot be written in it: it is scored, and never exported.
+Reports score this rule, but it cannot be exported: PowerInfer's format, two matrices with a ReLU
+between them, cannot take the sign of an input.
 
 Shape letters: T tokens, D hidden, F FFN width.
 """
@@ -34,7 +34,7 @@ CALIBRATION = "calibration"
 
 
 def sign_nbytes(store: ActivationStore) -> int:
-    """What the rule reads per layer: one bit a gate weight."""
+    """Bytes that the rule reads per layer: one bit per gate weight."""
     return store.manifest.hidden_size * store.manifest.ffn_width // 8
 
 
@@ -65,14 +65,14 @@ def _apply(sign_FD: Tensor, threshold: float, x_TD: Tensor) -> tuple[Tensor, Ten
 
 
 def agreement(sign_FD: Tensor, x_TD: Tensor) -> Tensor:
-    """Signs that agree less signs that do not, (T, F): whole numbers, exact in float32."""
+    """Count signs that agree minus signs that differ: (T, F), whole numbers, exact in float32."""
     return x_TD.float().sign() @ sign_FD.T
 
 
 def calibrated_threshold(
     sign_FD: Tensor, store: ActivationStore, layer: int, recall: float
 ) -> float:
-    """The largest threshold that has at least this recall on the calibration split."""
+    """The largest threshold that reaches a recall on the calibration split."""
     histogram = ScoreHistogram()
     for x_TD, active_TF in layer_batches(store, CALIBRATION, layer):
         histogram.add(agreement(sign_FD, x_TD), active_TF)
@@ -80,6 +80,7 @@ def calibrated_threshold(
 
 
 def _recall(predictor: Predictor, threshold: float, store: ActivationStore, layer: int) -> float:
+    """Recall of a predictor on the calibration split."""
     counts = Counts(0, 0, 0, 0)
     for x_TD, active_TF in layer_batches(store, CALIBRATION, layer):
         counts = counts.plus(count(predictor.logits(x_TD) >= threshold, active_TF))

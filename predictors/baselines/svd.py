@@ -1,14 +1,14 @@
-"""A training-free baseline: the whitened truncated SVD of the gate.
+"""The whitened truncated SVD of the gate, a baseline without training.
 
-With S = E[x_hat x_hat^T] of the training tokens and W' the gate behind the norm's weight, the best
-rank-r approximation on those inputs is W' S^(1/2) = U Z V^T cut at r, so
+Let S = E[x_hat x_hat^T] over the training tokens and W' the gate with the norm's weight folded in.
+The best rank-r approximation on those inputs truncates W' S^(1/2) = U Z V^T to rank r:
 
     gate x_hat  ~  B A x_hat,   B = U_r Z_r,   A = V_r^T S^(-1/2)
 
 (SVD-LLM, arXiv 2403.07378; as a predictor: arXiv 2603.14110). PowerInfer's format has a ReLU in the
-middle, and relu(z) - relu(-z) = z makes a linear predictor of rank r one of 2 r: fc1 = [A; -A],
-fc2 = [B, -B]. What the cut drops of row j has the standard deviation s_j, which is known too, so
-(B A x_hat - T) / s_j ranks neurons by how likely they reach the threshold T.
+middle, so by relu(z) - relu(-z) = z a linear predictor of rank r takes rank 2 r: fc1 = [A; -A],
+fc2 = [B, -B]. The part of row j that truncation drops has a known standard deviation s_j, so
+(B A x_hat - T) / s_j ranks neurons by the probability that they reach the threshold T.
 
 Shape letters: D hidden, F FFN width, R rank of the linear predictor.
 """
@@ -31,7 +31,7 @@ from sparsecast.predictors.training.warm_start import BIAS_SCALE, RIDGE, Moments
 def svd_predictors(
     model: str, store: ActivationStore, dtype: str, ranks: list[int], device: torch.device
 ) -> list[UncalibratedPredictor]:
-    """Compress the gate of every layer.
+    """Compress the gate of every layer, before calibration.
 
     Memory: the model, and one layer's (D, D) and (F, D) matrices in float32.
 
@@ -55,8 +55,8 @@ def svd_predictors(
 def gate_of(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
     """The first projection (F, D) as it acts on x / rms(x), and its constant part (F,), float32.
 
-    For a LayerNorm the mean of x is taken off by the weights, and the variance that it divides by
-    is taken for the mean square: scores come out a little small where the mean is not zero.
+    For a LayerNorm, the weights subtract the mean of x, and its variance is approximated by the
+    mean square: scores come out slightly small if the mean is not zero.
     """
     family = family_of(model.config, str(model.config.name_or_path))
     block = family.decoder_layers(model)[layer]
@@ -83,7 +83,7 @@ def whitened(
     units: int,
     dtype: str,
 ) -> BiasUnits:
-    """One layer's predictor with `linear_rank` dimensions, padded to `units` hidden units."""
+    """Build one layer's predictor of rank `linear_rank`, padded to `units` hidden units."""
     eye = torch.eye(len(m.mean_D), device=m.mean_D.device)
     second_DD = m.second_DD + RIDGE * m.second_DD.diagonal().mean() * eye
     u_D = torch.linalg.solve(second_DD, m.mean_D)
@@ -95,7 +95,7 @@ def whitened(
     b_FR = left[:, :linear_rank] * strength[:linear_rank]
     dropped_F = (left[:, linear_rank:] * strength[linear_rank:]).square().sum(1).sqrt()
     whole_F = (left * strength).square().sum(1).sqrt()
-    # A row that is kept whole has nothing to divide by but what rounding leaves of it.
+    # A row that is kept whole drops nothing but rounding errors, so bound the divisor from below.
     scale_F = torch.maximum(dropped_F, 1e-2 * whole_F.mean()).clamp_min(1e-6).reciprocal()
     b_FR = b_FR * scale_F[:, None]
     offset_F = (constant_F - threshold) * scale_F

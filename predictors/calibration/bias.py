@@ -1,24 +1,24 @@
-"""A bias for a predictor whose format has none, so that a cut of either sign sits at threshold 0.
+"""Fold a threshold into weights that have no bias, so that every predictor decides at 0.
 
-With b(x) > 0 a linear combination of hidden units, which grows with the norm of x as the logits p
-do,
+Let b(x) > 0 be a linear combination of the hidden units; like the logits p, it grows with the norm
+of x. Then
 
     p(x) - c b(x) >= 0   <=>   p(x) / b(x) >= c
 
-and c times the combination is taken off every row of fc2. This is exact for any such b; where
-b(x) / rms(x) is nearly constant over tokens, c is a bias.
+so subtracting c times the combination from every row of fc2 moves threshold c, of either sign, to
+0. This is exact for any such b. If b(x) / rms(x) is nearly constant over tokens, c acts as a bias.
 
 In f16, b is the least-squares combination of the existing hidden units, which costs no rank
 (`SpreadBias`). The codes of a quantized row would lose so small a change, so quantized predictors
 have two extra hidden units with weights +u and -u (`BiasUnits`): relu(u x) + relu(-u x) = |u x| =
 b(x), where u is the direction along which the residual stream is most nearly constant.
 
-A quantized column would round the offsets to a few codes, and they share their block's scale with
-30 other units. So q8_0 and q4_0 have a second such pair, scaled by 1 / `FINE`, whose column holds
-`FINE` times what the first one lost: a second digit. Four units are the rank that it costs.
+Offsets in a quantized column share their block's scale with 30 other units and would be rounded to
+a few codes. So q8_0 and q4_0 have a second such pair, scaled by 1 / `FINE`, whose column holds
+`FINE` times the rounding error of the first: a second digit. This costs four units of rank.
 
-Shape letters: T tokens, D hidden, F FFN width, R free hidden units; any number of leading
-dimensions may stand before them (layers).
+Shape letters: T tokens, D hidden, F FFN width, R free hidden units; leading dimensions such as
+layers are allowed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from sparsecast.predictors.formats import rounded, straight_through
 from sparsecast.predictors.predictor import Predictor
 
 FINE = 8.0
-"""A power of two, so that both pairs of units round alike; the lost part, at most half a step of
-codes that reach 8 steps, then stays within the block's range."""
+"""A power of two, so that both pairs of units round alike. The error is at most half a step, and
+codes reach 8 steps, so `FINE` times the error stays within the block's range."""
 
 
 def bias_units(dtype: str) -> int:
-    """Hidden units that `BiasUnits` takes."""
+    """Hidden units that `BiasUnits` reserves."""
     return 2 if dtype == "f16" else 4
 
 
 @dataclass(frozen=True, eq=False)
 class SpreadBias:
-    """A predictor in f16 before its operating point is chosen: its weights, and the combination of
-    its hidden units that is 1 on RMS-normalized inputs, as nearly as can be."""
+    """An uncalibrated f16 predictor with the combination of its hidden units that is nearest to 1
+    on RMS-normalized inputs."""
 
     fc1_RD: Tensor
     fc2_FR: Tensor
@@ -58,7 +58,7 @@ class SpreadBias:
 
 @dataclass(frozen=True, eq=False)
 class BiasUnits:
-    """A predictor before its operating point is chosen: free units, an offset per neuron, and u."""
+    """An uncalibrated predictor with bias units: free units, an offset per neuron, and u."""
 
     fc1_RD: Tensor
     fc2_FR: Tensor
@@ -68,7 +68,7 @@ class BiasUnits:
 
     @property
     def constant_R(self) -> Tensor:
-        """b as a combination of the hidden units of the cut predictor."""
+        """b as a combination of the stored predictor's hidden units."""
         constant_R = torch.zeros(len(self.fc1_RD) + bias_units(self.dtype))
         constant_R[:2] = 1
         return constant_R
@@ -103,13 +103,13 @@ def assembled(
     first_F: Tensor | None = None,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """fc1 and fc2 with the bias units in front, rounded to a quantized `dtype`.
+    """Assemble fc1 and fc2 with the bias units first, rounded to a quantized `dtype`.
 
-    f16 is left to `Predictor.stored`, but free rows of fc1 get unit norm.
+    In f16, rows of fc1 get unit norm, and rounding is left to `Predictor.stored`.
 
     Args:
-        first_F: What the first digit of a quantized offset stands for; the offset unless given.
-        gradient: Round straight through (formats.py), as training wants it.
+        first_F: Value for the first digit of a quantized offset; the offset unless given.
+        gradient: Round with straight-through gradients (formats.py), for training.
     """
     u_1D = bias_D.unsqueeze(-2)
     offset_F1 = offset_F.unsqueeze(-1)
@@ -118,26 +118,28 @@ def assembled(
         fc1 = torch.cat([u_1D, -u_1D, free1], dim=-2)
         return fc1, torch.cat([offset_F1, offset_F1, free2], dim=-1)
     fc1 = torch.cat([u_1D, -u_1D, u_1D / FINE, -u_1D / FINE, fc1_RD], dim=-2)
-    nothing_F1 = torch.zeros_like(offset_F1)
+    zeros_F1 = torch.zeros_like(offset_F1)
     first_F1 = offset_F1 if first_F is None else first_F.unsqueeze(-1)
-    fc2 = torch.cat([first_F1, first_F1, nothing_F1, nothing_F1, fc2_FR], dim=-1)
+    fc2 = torch.cat([first_F1, first_F1, zeros_F1, zeros_F1, fc2_FR], dim=-1)
     coarse_F1 = rounded(fc2.detach(), dtype)[..., :1]
-    lost_F1 = FINE * (offset_F1.detach() - coarse_F1)
-    fc2 = torch.cat([fc2[..., :2], lost_F1, lost_F1, fc2_FR], dim=-1)
+    fine_F1 = FINE * (offset_F1.detach() - coarse_F1)
+    fc2 = torch.cat([fc2[..., :2], fine_F1, fine_F1, fc2_FR], dim=-1)
     if not gradient:
         return rounded(fc1, dtype), rounded(fc2, dtype)
     return straight_through(fc1, dtype), straight_through(fc2, dtype)
 
 
 def unit_rows(fc1_RD: Tensor, fc2_FR: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of fc1 with norm 1, their scale moved into fc2: no logit changes, and hidden units stay
-    within f16 for any residual stream that does."""
+    """Scale rows of fc1 to norm 1 and move their scale into fc2.
+
+    Logits stay the same, and hidden units fit f16 for any input that does.
+    """
     norm_R = fc1_RD.norm(dim=-1).clamp_min(1e-12)
     return fc1_RD / norm_R.unsqueeze(-1), fc2_FR * norm_R.unsqueeze(-2)
 
 
 def bias_of(predictor: Predictor, constant_R: Tensor, x_TD: Tensor) -> Tensor:
-    """(T, 1) float32: b(x), kept above zero."""
+    """b(x), kept above zero: (T, 1) float32."""
     hidden_TR = predictor.hidden(x_TD)
     return (hidden_TR @ constant_R.to(hidden_TR).unsqueeze(1)).clamp_min(1e-6)
 

@@ -1,4 +1,4 @@
-"""Choose each layer's operating point on the calibration split, with the weights as exported.
+"""Calibrate one layer: choose its threshold on the calibration split, with the weights as stored.
 
 Shape letters: T tokens, D hidden, F FFN width, R rank.
 """
@@ -24,8 +24,9 @@ CLOSE = 2e-4
 NEAR = 1e-2
 """A threshold this near to the objective moves by second digits only."""
 ROUNDS = 8
+"""Most corrections of a threshold."""
 RIDGE = 1e-4
-"""Relative to the mean square of a hidden unit."""
+"""Ridge of the least squares, relative to the mean square of a hidden unit."""
 
 Threshold = Callable[[ScoreHistogram], float]
 """Maps the scores p / b of one layer to a threshold for them."""
@@ -39,10 +40,12 @@ class Calibrated(NamedTuple):
 
 
 def for_recall(recall: float) -> Threshold:
+    """The largest threshold that reaches a recall."""
     return lambda histogram: histogram.threshold_for_recall(recall)
 
 
 def for_sparsity(sparsity: float) -> Threshold:
+    """The smallest threshold that reaches a predicted sparsity."""
     return lambda histogram: histogram.threshold_for_sparsity(sparsity)
 
 
@@ -70,7 +73,7 @@ def calibrate_layer(
                 "train with a smaller --lr, or choose another --rank"
             )
         on_device = predictor.to(torch.device(device))
-        histogram, total = scores(on_device, uncalibrated.constant_R, store, layer)
+        histogram, total = score_calibration(on_device, uncalibrated.constant_R, store, layer)
         step = threshold_for(histogram)
         wanted = histogram.at(step)[1]
         if (off := abs(total.predicted_sparsity - wanted)) < distance:
@@ -82,10 +85,10 @@ def calibrate_layer(
     return best
 
 
-def scores(
+def score_calibration(
     predictor: Predictor, constant_R: Tensor, store: ActivationStore, layer: int
 ) -> tuple[ScoreHistogram, Counts]:
-    """Of a predictor on the calibration split: p / b, and counts at threshold 0."""
+    """Score a predictor on the calibration split: the scores p / b, and counts at threshold 0."""
     histogram, total = ScoreHistogram(), Counts(0, 0, 0, 0)
     device = predictor.fc1_RD.device
     for x_TD, active_TF in layer_batches(store, SPLIT, layer, device=device):
@@ -96,8 +99,8 @@ def scores(
 
 
 def constant_combination(predictor: Predictor, store: ActivationStore, layer: int) -> Tensor:
-    """(R,) float32: the combination of hidden units that is nearest to rms(x), by least squares on
-    the calibration split."""
+    """Fit the combination of hidden units nearest to rms(x), by least squares on the calibration
+    split: (R,) float32."""
     device = predictor.fc1_RD.device
     second_RR = torch.zeros(predictor.rank, predictor.rank, device=device)
     mean_R = torch.zeros(predictor.rank, device=device)

@@ -1,10 +1,10 @@
-"""From an objective to the cuts of all layers.
+"""Calibrate all layers to an objective.
 
-Recall and sparsity are the same for every layer. A traffic budget is spent where an entry loaded
-finds most active ones: with the price t of a loaded share, each layer takes the point of its curve
-with the largest recall - t load, and t is the one whose mean load fits. A perplexity is kept by the
-smallest recall, the same for all layers, whose predictors in the loop keep it on the calibration
-documents; the share of misses is bisected on a logarithmic scale.
+A recall or sparsity target is the same for every layer. A traffic budget is spent where loaded
+neurons find the most active ones: at a price t per loaded share, each layer takes the point of its
+curve with the largest recall - t load, and t is chosen so that the mean load fits the budget. A
+perplexity target takes the smallest recall, common to all layers, that meets it on the calibration
+documents with the predictors in the loop; the share of misses is bisected on a logarithmic scale.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sparsecast.predictors.calibration.calibrate import (
     calibrate_layer,
     for_recall,
     for_sparsity,
-    scores,
+    score_calibration,
 )
 from sparsecast.predictors.calibration.objective import Objective
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -39,8 +39,9 @@ from sparsecast.predictors.model_in_loop import predictors_in_loop
 from sparsecast.predictors.recorded_model import load_recorded
 
 MOST_MISSES, FEWEST_MISSES = 0.3, 1e-4
+"""Bounds of 1 - recall."""
 RATIO = 1.1
-"""Bisection ends when the bracket of misses is this narrow."""
+"""Bisection ends when the bounds of the misses are within this ratio."""
 BATCH = 8
 """Documents per forward pass."""
 
@@ -99,7 +100,9 @@ def _meet_traffic(
     for layer, uncalibrated in enumerate(predictors):
         predictor = uncalibrated.at_threshold(0.0)
         sizes.append(share_of_ffn(predictor.rank, predictor.dtype, store.manifest.model_shape))
-        histogram, _ = scores(predictor.to(device), uncalibrated.constant_R, store, layer)
+        histogram, _ = score_calibration(
+            predictor.to(device), uncalibrated.constant_R, store, layer
+        )
         curves.append(np.array(histogram.curve(2000)))
     load = budget - sum(sizes) / len(sizes)
     low, high = 0.0, 1e3
@@ -113,7 +116,7 @@ def _meet_traffic(
 
 
 def _sparsity_at(curve: np.ndarray, price: float) -> float:
-    """The predicted sparsity of the point of (recall, sparsity) pairs that is best at a price."""
+    """Predicted sparsity of the best point at a price; `curve` holds (recall, sparsity) pairs."""
     best = curve[np.argmax(curve[:, 0] - price * (1 - curve[:, 1]))]
     return float(min(max(best[1], 1e-6), 1 - 1e-6))
 
@@ -152,8 +155,15 @@ def _meet_perplexity(
 
 
 def most_misses(change: Callable[[float], float], target: float) -> float | None:
-    """Call `change` with shares of misses; the last one at most `target` is the largest such share
-    within `RATIO`. None, or the change at the fewest misses where that is above `target` too."""
+    """Search the largest share of misses whose change is at most `target`, within `RATIO`.
+
+    Args:
+        change: Measures the change of perplexity at a share of misses, and keeps the last result
+            that meets the target.
+
+    Returns:
+        None if a share was found, else the change at the fewest misses.
+    """
     few, many = FEWEST_MISSES, MOST_MISSES
     if change(many) <= target:
         return None
@@ -171,14 +181,14 @@ def most_misses(change: Callable[[float], float], target: float) -> float | None
 def perplexity_with(
     model: PreTrainedModel, layers: list[Calibrated], data: list[TokenBatch]
 ) -> float:
-    """With the mask of the predictors and the model's own activation."""
+    """Perplexity with the predictors' masks and the model's own activation."""
     predictors = PredictorSet([layer.predictor for layer in layers], 0.0, None)
     with predictors_in_loop(model, predictors):
         return perplexity(model, data)
 
 
 def recorded_documents(store: ActivationStore, split: str = SPLIT) -> list[TokenBatch]:
-    """The documents of a split as they were recorded, from the token ids that the store keeps."""
+    """Rebuild the recorded documents of a split from the store's token ids."""
     rows, longest = [], 2
     for shard in range(len(store.shards(split))):
         ids, position = store.tokens(split, shard)
