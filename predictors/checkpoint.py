@@ -1,4 +1,4 @@
-"""PRED, the predictor folder: read and write it, as PowerInfer's converter reads it.
+"""Read and write a predictor folder, laid out as PowerInfer's converter reads it.
 
 model_<i>.pt    {"fc1.weight": (R, D), "fc2.weight": (F, R)}, one per layer, no gaps: f16, or the
                 dequantized values of q8_0 and q4_0 in f32
@@ -206,10 +206,10 @@ def _as_stored(path: Path, fc1: Tensor, fc2: Tensor, dtype: str) -> Predictor:
     return Predictor(fc1.float(), fc2.float(), dtype)
 
 
-def _check_shapes(layers: list[Predictor], made: PredictorManifest, folder: Path) -> None:
+def _check_shapes(layers: list[Predictor], manifest: PredictorManifest, folder: Path) -> None:
     for i, layer in enumerate(layers):
         found = (layer.rank, layer.fc1_RD.shape[1], layer.fc2_FR.shape[0])
-        if found != (want := (made.ranks[i], made.hidden_size, made.ffn_width)):
+        if found != (want := (manifest.ranks[i], manifest.hidden_size, manifest.ffn_width)):
             raise InputError(
                 f"{folder / model_file(i)}: rank, hidden size and FFN width are {found}, but "
                 f"{MANIFEST} says {want}; copy the whole folder again"

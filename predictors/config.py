@@ -1,7 +1,4 @@
-"""Options of `sparsecast train`, `report` and `evaluate`.
-
-PRED in usage lines is a folder of predictors, as `sparsecast train` writes it.
-"""
+"""Options of `sparsecast train`, `report` and `evaluate`."""
 
 from __future__ import annotations
 

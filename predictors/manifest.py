@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> PredictorManifest | None:
     check_version(path, value, FORMAT_VERSION, AGAIN)
     check_keys(path, value, PredictorManifest, AGAIN)
     manifest = PredictorManifest(**value)
-    if (name := _senseless(manifest)) is not None:
+    if (name := _invalid_field(manifest)) is not None:
         raise InputError(f"{path}: damaged, its {name} makes no sense; copy the folder again")
     if (what := find_edit(path, manifest, AGAIN)) is not None:
         raise InputError(what)
@@ -143,25 +143,26 @@ LARGEST, SMALLEST = float.fromhex("0x1.fffffep127"), float.fromhex("0x1p-149")
 """The largest and the smallest magnitude of a float32 number other than 0."""
 
 
-def _senseless(made: PredictorManifest) -> str | None:
+def _invalid_field(manifest: PredictorManifest) -> str | None:
     """Name of a field that no training could have written; None if all are valid."""
     texts = ("model", "fingerprint", "convention", "activation")
     sizes = ("hidden_size", "ffn_width", "ffn_matrices")
-    layers = len(made.dtypes) if isinstance(made.dtypes, list) else 0
-    threshold = number(made.activation_threshold)
+    layers = len(manifest.dtypes) if isinstance(manifest.dtypes, list) else 0
+    threshold = number(manifest.activation_threshold)
     rules: dict[str, bool] = {
-        **{name: isinstance(getattr(made, name), str) for name in texts},
-        **{name: is_count(getattr(made, name)) for name in sizes},
-        "activation": made.activation in ACTIVATIONS,
+        **{name: isinstance(getattr(manifest, name), str) for name in texts},
+        **{name: is_count(getattr(manifest, name)) for name in sizes},
+        "activation": manifest.activation in ACTIVATIONS,
         "activation_threshold": threshold is not None and threshold >= 0,
         "dtypes": layers > 0
-        and all(isinstance(dtype, str) and dtype in BITS for dtype in made.dtypes),
-        "ranks": _list(made.ranks, layers) and all(is_count(rank) for rank in made.ranks),
-        "calibration": _list(made.calibration, layers) and all(map(_scores, made.calibration)),
-        "recipe": isinstance(made.recipe, dict) and is_shallow(made.recipe),
-        "checksums": isinstance(made.checksums, dict)
-        and MANIFEST in made.checksums
-        and all(isinstance(value, str) for value in made.checksums.values()),
+        and all(isinstance(dtype, str) and dtype in BITS for dtype in manifest.dtypes),
+        "ranks": _list(manifest.ranks, layers) and all(is_count(rank) for rank in manifest.ranks),
+        "calibration": _list(manifest.calibration, layers)
+        and all(map(_scores, manifest.calibration)),
+        "recipe": isinstance(manifest.recipe, dict) and is_shallow(manifest.recipe),
+        "checksums": isinstance(manifest.checksums, dict)
+        and MANIFEST in manifest.checksums
+        and all(isinstance(value, str) for value in manifest.checksums.values()),
     }
     return next((name for name, sound in rules.items() if not sound), None)
 
@@ -171,7 +172,7 @@ def _list(value: Any, length: int) -> bool:
 
 
 def _scores(value: Any) -> bool:
-    """Shares between 0 and 1, both of `SCORES` among them."""
+    """Whether a value holds shares between 0 and 1, those of `SCORES` included."""
     return (
         isinstance(value, dict)
         and set(SCORES) <= set(value)

@@ -1,7 +1,7 @@
 """`sparsecast train`: from recorded activations, or a running model, to calibrated predictors.
 
 The steps, top to bottom: resolve the options (planning.py), train and calibrate (recipes.py), save.
-PRED stands for the folder of predictors that comes out; checkpoint.py describes it.
+checkpoint.py describes the predictor folder that comes out.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _what_is_left(plan: TrainingPlan) -> str:
 
 
 def _save(plan: TrainingPlan, store: ActivationStore, calibrated: list[Calibrated]) -> None:
-    """Write PRED in one step, move the logs into it and report the calibration scores."""
+    """Write the predictor folder in one step, with its logs; report the calibration scores."""
     layers = [layer.predictor for layer in calibrated]
     predictors = PredictorSet(layers, 0.0, _manifest(plan, store, calibrated))
     predictors.save(plan.out)

@@ -116,7 +116,7 @@ def score_layer(
         rank: Rank to report.
         nbytes: Bytes that the rule reads per token.
     """
-    made = store.manifest
+    manifest = store.manifest
     histogram, tokens = ScoreHistogram(), TokenRecalls()
     counts = first = Counts(0, 0, 0, 0)
     hit = energy = 0.0
@@ -145,12 +145,12 @@ def score_layer(
         "predicted_sparsity": counts.predicted_sparsity,
         "true_sparsity": counts.true_sparsity,
         "precision": counts.precision,
-        "energy_recall": (hit / energy if energy else 1.0) if made.energy else None,
+        "energy_recall": (hit / energy if energy else 1.0) if manifest.energy else None,
         "roc_auc": histogram.roc_auc(),
         "average_precision": histogram.average_precision(),
         **traffic_beside(
-            nbytes / (made.ffn_matrices * made.hidden_size * made.ffn_width * 2),
-            matrices=made.ffn_matrices,
+            nbytes / (manifest.ffn_matrices * manifest.hidden_size * manifest.ffn_width * 2),
+            matrices=manifest.ffn_matrices,
             recall=counts.recall,
             predicted_sparsity=counts.predicted_sparsity,
             true_sparsity=counts.true_sparsity,

@@ -93,15 +93,15 @@ class OnlineSource:
         return ModelBatches(self, plan)
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
-        made = self.store.manifest
-        sums = [MomentSums(made.hidden_size, made.ffn_width, device) for _ in layers]
-        wanted = min(self._training_text.tokens, max(WARM_TOKENS, 16 * made.hidden_size))
+        shape = self.store.manifest.model_shape
+        sums = [MomentSums(shape.hidden_size, shape.ffn_width, device) for _ in layers]
+        wanted = min(self._training_text.tokens, max(WARM_TOKENS, 16 * shape.hidden_size))
         done = 0
         with progress_bar("moments", wanted) as progress:
             for text in self.text():
                 x_LTD, mask_LTP = self.forward(text, layers)
                 for total, x_TD, mask_TP in zip(sums, x_LTD, mask_LTP, strict=True):
-                    total.add(x_TD.to(device), unpack(mask_TP, made.ffn_width).to(device))
+                    total.add(x_TD.to(device), unpack(mask_TP, shape.ffn_width).to(device))
                 progress.advance(text.tokens)
                 done += text.tokens
                 if done >= wanted:

@@ -1,4 +1,4 @@
-"""The report of the synthetic store's predictors, and variants of both."""
+"""A report on the trained predictors, and predictors to compare with."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ def cfg(synthetic, recipe, trained, tmp_path) -> ReportConfig:
     return ReportConfig(
         predictors=recipe.out, activations=synthetic.folder, out=tmp_path / "report"
     )
-
-
-@pytest.fixture
-def edited(synthetic, tmp_path, edit_store):
-    """A copy of the synthetic store, each shard's tensors passed through a function."""
-    return lambda change: edit_store(synthetic, tmp_path / "edited", change).folder
 
 
 @pytest.fixture

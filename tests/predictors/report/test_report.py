@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
-from html import escape
+from html import escape, unescape
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.predictor import Predictor
+from sparsecast.predictors.report.result import by_train_tokens
 from sparsecast.predictors.report.run import report
 from sparsecast.predictors.report.score import score_layers
+from sparsecast.predictors.report.wording import verdict
 
 LAYER_KEYS = {
     "layer",
@@ -37,22 +41,20 @@ LAYER_KEYS = {
     "exact",
     "oracle",
 }
-
-
 AGAINST_KEYS = {"name", "recipe", "rank", "dtype", "train_tokens", "predictor_bytes", "mean"}
-
-
 KEYS = {"layers", "mean", "tokens", "predictor_bytes", "model", "predictor_dtype", "threshold"}
-
-
 KEYS |= {"perplexity_change", "bundle_perplexity_change", "evaluated_on", "against"}
-
-
 KEYS |= {"corpus", "date", "version", "command", "verdict"}
 
 
 def no_nan(text: str) -> float:
     raise AssertionError(f"{text} in JSON")
+
+
+@pytest.fixture
+def edited(synthetic, tmp_path, edit_store):
+    """A copy of the synthetic store, each shard's tensors passed through a function."""
+    return lambda change: edit_store(synthetic, tmp_path / "edited", change).folder
 
 
 def test_the_json_has_the_contracts_keys_and_no_nan(cfg, tmp_path):
@@ -222,6 +224,36 @@ def test_the_bundles_perplexity_and_its_text_stand_beside_it(cfg, tmp_path, caps
     assert "<b>+2.46%</b>" in page
 
 
+def test_every_page_says_where_it_comes_from_and_repeats(cfg, monkeypatch):
+    monkeypatch.setattr("sparsecast.predictors.report.run.today", lambda: "2031-05-06")
+    result = report(cfg)
+    first = {path.name: path.read_bytes() for path in cfg.out.iterdir()}
+    names = f"--predictors {cfg.predictors} --activations {cfg.activations} --out {cfg.out}"
+    assert result["command"] == f"sparsecast report {names}"
+    assert (result["date"], result["version"]) == ("2031-05-06", version("sparsecast"))
+    for name in ("report.md", "report.html"):
+        text = first[name].decode()
+        for what in (result["corpus"], "2031-05-06", result["version"], names, result["verdict"]):
+            assert what in unescape(text), (name, what)
+    report(cfg)
+    assert first == {path.name: path.read_bytes() for path in cfg.out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("traffic", "exact", "said"),
+    [
+        (0.268, 0.42, "Worth it: decoding reads 0.268 of the dense FFN's bytes, 0.64 times the"),
+        (0.37, 0.42, "Worth it: decoding"),
+        (0.38, 0.42, "Not worth it: decoding reads 0.380 of the dense FFN's bytes, 0.90 times"),
+        (1.2, 1.0, "Not worth it: decoding reads 1.200"),
+    ],
+)
+def test_the_verdict_weighs_traffic_against_no_predictor(traffic, exact, said):
+    sentence = verdict({"mean": {"traffic": traffic, "exact": exact, "recall": 0.95}})
+    assert sentence.startswith(said)
+    assert ("misses 5.0% of the neurons that fire" in sentence) == said.startswith("Worth")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -268,6 +300,19 @@ def test_other_predictors_stand_side_by_side(cfg, trained, variant, tmp_path):
     assert second["mean"]["recall"] < first["mean"]["recall"], "its own threshold"
     assert set(first) == AGAINST_KEYS
     assert set(first["mean"]) == LAYER_KEYS
+
+
+def test_predictors_that_differ_in_training_tokens_say_how_much_is_enough(cfg, variant):
+    folders = [variant(f"p{n}", train_tokens=n, recipe="mine") for n in (4_000, 1_000, 2_000)]
+    result = report(replace(cfg, against=folders))
+    (shared, entries), *others = by_train_tokens(result["against"]).items()
+    assert others == []
+    assert shared == "mine, rank 32, f16"
+    assert [entry["train_tokens"] for entry in entries] == [1_000, 2_000, 4_000]
+    markdown, html = ((cfg.out / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert re.findall(r"^\| (\d,000) \|", markdown, re.M) == ["1,000", "2,000", "4,000"]
+    assert html.count("<svg") == 4
+    assert "How much training data is enough" in html
 
 
 def test_a_second_report_replaces_the_first_and_nothing_else(cfg, monkeypatch):

@@ -1,4 +1,4 @@
-"""The gradient of the loss, against torch's own and against smoothed errors."""
+"""Gradients of the losses against autograd."""
 
 from __future__ import annotations
 

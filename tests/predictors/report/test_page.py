@@ -1,50 +1,17 @@
-"""The report's page: what it says, in which order, and without links."""
+"""report.html and its figures."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html import unescape
-from importlib.metadata import version
 
 import numpy as np
 import pytest
 
 from sparsecast.predictors.report.plots import curves
-from sparsecast.predictors.report.result import by_train_tokens
 from sparsecast.predictors.report.run import report
 from sparsecast.predictors.report.score import score_layers
-from sparsecast.predictors.report.wording import TERMS, verdict
-
-
-def test_every_page_says_where_it_comes_from_and_repeats(cfg, monkeypatch):
-    monkeypatch.setattr("sparsecast.predictors.report.run.today", lambda: "2031-05-06")
-    result = report(cfg)
-    first = {path.name: path.read_bytes() for path in cfg.out.iterdir()}
-    names = f"--predictors {cfg.predictors} --activations {cfg.activations} --out {cfg.out}"
-    assert result["command"] == f"sparsecast report {names}"
-    assert (result["date"], result["version"]) == ("2031-05-06", version("sparsecast"))
-    for name in ("report.md", "report.html"):
-        text = first[name].decode()
-        for what in (result["corpus"], "2031-05-06", result["version"], names, result["verdict"]):
-            assert what in unescape(text), (name, what)
-    report(cfg)
-    assert first == {path.name: path.read_bytes() for path in cfg.out.iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("traffic", "exact", "said"),
-    [
-        (0.268, 0.42, "Worth it: decoding reads 0.268 of the dense FFN's bytes, 0.64 times the"),
-        (0.37, 0.42, "Worth it: decoding"),
-        (0.38, 0.42, "Not worth it: decoding reads 0.380 of the dense FFN's bytes, 0.90 times"),
-        (1.2, 1.0, "Not worth it: decoding reads 1.200"),
-    ],
-)
-def test_the_verdict_weighs_traffic_against_no_predictor(traffic, exact, said):
-    sentence = verdict({"mean": {"traffic": traffic, "exact": exact, "recall": 0.95}})
-    assert sentence.startswith(said)
-    assert ("misses 5.0% of the neurons that fire" in sentence) == said.startswith("Worth")
+from sparsecast.predictors.report.wording import TERMS
 
 
 def test_terms_are_told_where_they_first_appear(cfg, capsys):
@@ -97,19 +64,6 @@ def test_side_by_side_is_on_every_page_and_names_are_no_html(cfg, variant):
     assert "| more <b> | reference | 32 | f16 |" in markdown
     assert "more &lt;b&gt;" in html
     assert "more <b>" not in html
-
-
-def test_predictors_that_differ_in_training_tokens_say_how_much_is_enough(cfg, variant):
-    folders = [variant(f"p{n}", train_tokens=n, recipe="mine") for n in (4_000, 1_000, 2_000)]
-    result = report(replace(cfg, against=folders))
-    (shared, entries), *others = by_train_tokens(result["against"]).items()
-    assert others == []
-    assert shared == "mine, rank 32, f16"
-    assert [entry["train_tokens"] for entry in entries] == [1_000, 2_000, 4_000]
-    markdown, html = ((cfg.out / f"report.{kind}").read_text() for kind in ("md", "html"))
-    assert re.findall(r"^\| (\d,000) \|", markdown, re.M) == ["1,000", "2,000", "4,000"]
-    assert html.count("<svg") == 4
-    assert "How much training data is enough" in html
 
 
 def test_the_operating_point_is_marked_and_lies_on_its_curve(cfg, trained, synthetic):
