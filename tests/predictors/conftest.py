@@ -1,4 +1,4 @@
-"""A synthetic activation store whose labels a predictor of rank 32 can learn."""
+"""A synthetic activation store with labels that predictors of rank 32 can learn."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TOKENS = {"train": 6_000, "calibration": 1_000, "held-out": 1_000}
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory, write_store) -> ActivationStore:
-    """2 layers of hidden size 64 and 200 neurons, about 88 % silent, behind a gate of rank 12.
+    """Two layers of hidden size 64 and 200 neurons, about 88 % inactive, with a gate of rank 12.
 
-    Inputs have a constant direction, as residual streams do, and norms that differ tenfold.
+    Inputs have a constant direction, like residual streams, and norms that differ tenfold.
     """
     folder = tmp_path_factory.mktemp("synthetic") / "acts"
     generator = torch.Generator().manual_seed(7)
@@ -69,7 +69,7 @@ def synthetic(tmp_path_factory, write_store) -> ActivationStore:
 
 @pytest.fixture
 def flipped():
-    """Copy a store with one bit of a tensor flipped: (store's folder, copy, shard, tensor)."""
+    """Copy a store with one bit flipped: call with (store's folder, copy, shard, tensor)."""
 
     def flip(source: Path, folder: Path, shard: str, name: str) -> Path:
         shutil.copytree(source, folder)

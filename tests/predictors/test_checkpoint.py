@@ -1,4 +1,4 @@
-"""PRED folders: what is written is read, and what is hostile is refused with its name."""
+"""Predictor folders: writing, reading, and refusing damaged or hostile files by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights(rank=4, hidden=8, width=16) -> dict[str, torch.Tensor]:
     return {"fc1.weight": torch.randn(rank, hidden), "fc2.weight": torch.randn(width, rank)}
 
 
-def test_a_set_survives_its_folder(trained, recipe):
+def test_predictors_survive_saving_and_loading(trained, recipe):
     again = load_predictors(recipe.out)
 
     assert again.manifest == trained.manifest
@@ -46,8 +46,8 @@ def test_a_set_survives_its_folder(trained, recipe):
         assert torch.equal(one.fc2_FR, two.fc2_FR)
 
 
-def test_files_hold_no_more_than_their_tensors(tmp_path):
-    """A slice of a stacked weight must not drag the stack into the file."""
+def test_files_hold_only_their_tensors(tmp_path):
+    """Saving a slice of a stacked weight must not save the stack."""
     fc1, fc2 = torch.randn(100, 4, 8).half(), torch.randn(100, 16, 4).half()
     PredictorSet([Predictor(fc1[3], fc2[3])], 0.0, None).save(tmp_path / "pred")
     assert (tmp_path / "pred" / "model_0.pt").stat().st_size < 4_000
@@ -101,7 +101,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
         load_predictors(tmp_path)
 
 
-def test_a_gap_is_named(tmp_path):
+def test_a_missing_layer_is_named(tmp_path):
     write(tmp_path, weights())
     write(tmp_path, weights(), "model_2.pt")
     with pytest.raises(InputError, match="model_1.pt is missing"):
@@ -155,7 +155,7 @@ def test_predictors_of_another_model_are_refused(trained, change, message):
 
 
 def test_weights_are_scored_as_the_file_will_hold_them(tmp_path):
-    """PowerInfer's converter rounds to f16 whatever the repository has."""
+    """PowerInfer's converter rounds any dtype to f16."""
     fc1 = torch.full((4, 8), 1.0001)
     write(tmp_path / "p", {"fc1.weight": fc1, "fc2.weight": torch.ones(16, 4)})
     assert torch.equal(load_predictors(tmp_path / "p").layers[0].fc1_RD, fc1.half())
@@ -169,7 +169,7 @@ def test_weights_are_scored_as_the_file_will_hold_them(tmp_path):
 
 @pytest.fixture
 def copy(trained, recipe, tmp_path) -> Path:
-    """Of a trained folder, for a test to damage."""
+    """A copy of a trained folder to damage."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in recipe.out.glob("*.*"):
@@ -212,8 +212,8 @@ def copy(trained, recipe, tmp_path) -> Path:
         ({"unknown": 1}, "unknown 'unknown'"),
     ],
 )
-def test_a_manifest_that_lies_is_refused(copy, sealed, change, match):
-    """Its own checksum fits, whoever made it."""
+def test_an_inconsistent_manifest_is_refused(copy, sealed, change, match):
+    """The manifest's own checksum is right."""
     sealed(copy, **change)
     with pytest.raises(InputError, match=match) as error:
         load_predictors(copy)
@@ -277,7 +277,7 @@ def test_files_that_were_not_trained_are_refused(copy, damage, sealed):
     with pytest.raises(InputError, match="is not the file that was trained .xxh3_128"):
         load_predictors(copy)
     sealed(copy)
-    load_predictors(copy)  # nothing but the checksums was wrong
+    load_predictors(copy)  # only the checksums were wrong
 
 
 def test_a_layer_that_the_manifest_does_not_know_is_refused(copy):
@@ -288,7 +288,7 @@ def test_a_layer_that_the_manifest_does_not_know_is_refused(copy):
 
 @pytest.mark.parametrize("name", ["model_1.pt", "config.json", "manifest.json"])
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "loop", "device"])
-def test_what_is_no_file_is_refused_and_never_waited_for(copy, name, kind):
+def test_pipes_and_folders_are_refused_without_waiting(copy, name, kind):
     path = copy / name
     path.unlink()
     if kind == "FIFO":
@@ -302,14 +302,14 @@ def test_what_is_no_file_is_refused_and_never_waited_for(copy, name, kind):
         load_predictors(copy)
 
 
-def test_a_number_of_a_layer_beyond_all_is_a_gap_and_takes_no_memory(tmp_path):
+def test_a_huge_layer_number_is_a_gap_and_takes_no_memory(tmp_path):
     write(tmp_path, weights())
     write(tmp_path, weights(), "model_99999999999.pt")
     with pytest.raises(InputError, match="model_1.pt is missing"):
         load_predictors(tmp_path)
 
 
-def test_a_folder_that_may_not_be_read_is_not_empty(as_nobody):
+def test_an_unreadable_folder_is_not_called_empty(as_nobody):
     folder = as_nobody.folder / "p"
     write(folder, weights())
     folder.chmod(0)
@@ -351,7 +351,7 @@ def test_tensors_that_are_not_dense_floats_are_refused_in_one_line(tmp_path, mak
     assert "weights_only" not in str(error.value)
 
 
-def test_a_matrix_that_lies_transposed_is_taken(tmp_path):
+def test_a_transposed_matrix_is_accepted(tmp_path):
     value = {name: w.half() for name, w in weights().items()}
     write(tmp_path, {name: w.T.contiguous().T for name, w in value.items()})
     loaded = load_predictors(tmp_path).layers[0]
@@ -359,7 +359,7 @@ def test_a_matrix_that_lies_transposed_is_taken(tmp_path):
     assert loaded.fc1_RD.is_contiguous()
 
 
-def test_a_script_of_torchs_is_refused_without_its_advice(tmp_path):
+def test_a_torchscript_file_is_refused_without_torchs_advice(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "model_0.pt")
     with pytest.raises(InputError, match=r"model_0.pt: holds more than tensors") as error:
         load_predictors(tmp_path)

@@ -1,4 +1,4 @@
-"""The model with predictors in the loop, against a forward pass written out by hand."""
+"""A model with predictors in the loop, against a forward pass computed by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def random_set(seed: int = 0, threshold: float = 0.0) -> PredictorSet:
 
 
 def all_active() -> PredictorSet:
-    """|x_0| >= 0 is true of every neuron."""
+    """|x_0| >= 0 holds for every neuron."""
     fc1 = torch.zeros(2, HIDDEN)
     fc1[0, 0], fc1[1, 0] = 1, -1
     return PredictorSet([Predictor(fc1, torch.ones(FFN, 2))] * LAYERS, 0.0, None)
@@ -104,11 +104,13 @@ def test_the_mask_in_the_loop_is_the_one_computed_by_hand(model, data, threshold
     want = by_hand(model, ids, independent_mask(predictors), 0.2)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     with torch.inference_mode():
-        assert (model(ids[None]).logits[0] - want).abs().max() > 1e-2  # hooks are gone, masks bite
+        assert (
+            model(ids[None]).logits[0] - want
+        ).abs().max() > 1e-2  # hooks are removed, and masks had an effect
 
 
 def test_exact_equals_dense(model, data):
-    """But for a gate on the very threshold, which products of other shapes may round over it."""
+    """Except for a gate at the threshold, which products of other shapes may round across it."""
     dense = perplexity(model, data)
     with exact_in_loop(model):
         exact = perplexity(model, data)
@@ -123,7 +125,7 @@ def test_an_all_active_predictor_changes_nothing(model, data):
 
 
 def test_perplexity_is_that_of_every_token_but_the_first(model, data):
-    """Padding does not count, and documents weigh by their tokens."""
+    """Padding does not count, and documents are weighted by their tokens."""
     assert any(not batch.keep_BS.all() for batch in data)
     nll, n = 0.0, 0
     for batch in data:
@@ -136,7 +138,7 @@ def test_perplexity_is_that_of_every_token_but_the_first(model, data):
     assert perplexity(model, data) == pytest.approx(math.exp(nll / n), rel=1e-5)
 
 
-def test_the_stage_writes_the_keys_of_its_contract(model_folder, corpus, tmp_path, data, capsys):
+def test_evaluate_writes_the_keys_of_its_contract(model_folder, corpus, tmp_path, data, capsys):
     random_set().save(tmp_path / "pred")
     path = tmp_path / "evaluate.json"
     cfg = EvaluateConfig(
@@ -161,7 +163,7 @@ def test_the_stage_writes_the_keys_of_its_contract(model_folder, corpus, tmp_pat
     values = result["perplexity"]
     assert result["change"]["predicted"] == pytest.approx(values["predicted"] / values["dense"] - 1)
     assert values["exact"] == pytest.approx(values["dense"], rel=1e-4)
-    # A FATReLU model: plain ReLU keeps what lies between 0 and the threshold.
+    # In a FATReLU model plain ReLU keeps values between 0 and the threshold.
     assert values["bundle"] != pytest.approx(values["predicted"], rel=1e-4)
 
 
@@ -189,7 +191,7 @@ def test_bundle_is_mask_and_plain_relu(model, model_folder, corpus, data, tmp_pa
 
 
 def test_the_bundle_rounds_weights_to_f16(model, data):
-    """The fixture's weights are f16 already; these are not."""
+    """These weights do not fit f16, unlike the fixture's."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1 + 1e-3 * torch.rand_like(weight))

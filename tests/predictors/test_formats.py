@@ -1,4 +1,4 @@
-"""Formats of predictor weights against the gguf package, and bias units in each of them."""
+"""Predictor formats, compared with the gguf package, and folded thresholds in each of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_rounding_is_the_gguf_packages_and_idempotent(dtype, seed, scale, rows):
     assert torch.equal(theirs(once, dtype), once)
 
 
-def test_gradients_pass_as_if_nothing_was_rounded():
+def test_gradients_ignore_the_rounding():
     weight = torch.randn(3, 64, requires_grad=True)
     factor = torch.randn(3, 64)
     (straight_through(weight, "q4_0") * factor).sum().backward()
@@ -70,7 +70,7 @@ def test_rows_that_do_not_divide_into_blocks_are_refused(rank, hidden, match):
 
 @pytest.mark.parametrize("dtype", BITS)
 def test_logits_round_the_input_of_both_products(dtype):
-    """Against the engine's steps written out, block by block."""
+    """Compare with the engine's steps, computed block by block."""
     predictor = Predictor(torch.randn(64, 96), torch.randn(40, 64) / 8, dtype).stored()
     x = 5 * torch.randn(20, 96)
     x[3] *= 100
@@ -92,7 +92,7 @@ def test_logits_round_the_input_of_both_products(dtype):
 
 
 def with_units(dtype: str, offset_scale: float = 1.0) -> tuple[BiasUnits, torch.Tensor]:
-    """A predictor with 60 or 62 units, and inputs along which u x_hat is about 1."""
+    """A predictor with 60 or 62 units, and inputs with u x_hat of about 1."""
     free = 64 - bias_units(dtype)
     mean = torch.randn(96)
     x = (mean + 0.3 * torch.randn(50, 96)) * (0.1 + 10 * torch.rand(50, 1))
@@ -102,45 +102,49 @@ def with_units(dtype: str, offset_scale: float = 1.0) -> tuple[BiasUnits, torch.
     return BiasUnits(fc1, fc2, offset_scale * torch.randn(200), u, dtype), x
 
 
-def uncut(dtype: str) -> tuple[UncalibratedPredictor, torch.Tensor]:
-    """As the default recipe makes them: in f16 with the constant in 64 units' least squares."""
-    made, x = with_units(dtype)
+def uncalibrated(dtype: str) -> tuple[UncalibratedPredictor, torch.Tensor]:
+    """A predictor as the default recipe builds it; in f16 with a combination of 64 units."""
+    units, x = with_units(dtype)
     if dtype != "f16":
-        return made, x
+        return units, x
     mean = x.mean(0) / x.mean(0).norm()
     fc1, fc2 = unit_rows(torch.randn(64, 96) / 96**0.5 + mean, torch.randn(200, 64) / 8)
     hidden = (rms_normalized(x) @ fc1.T).relu()
     return SpreadBias(fc1, fc2, torch.linalg.lstsq(hidden, torch.ones(50, 1)).solution[:, 0]), x
 
 
-@pytest.mark.parametrize("cut", [-1.7, 0.0, 2.5])
-def test_the_bias_subtracts_the_cut_times_a_positive_number(cut):
-    """Before rounding to f16 the identity is exact."""
-    made, x = with_units("f16")
-    fc1, fc2 = assembled(made.fc1_RD, made.fc2_FR, made.offset_F - cut, made.bias_D, "f16")
+@pytest.mark.parametrize("threshold", [-1.7, 0.0, 2.5])
+def test_folding_subtracts_the_threshold_times_a_positive_number(threshold):
+    """The identity is exact before rounding to f16."""
+    units, x = with_units("f16")
+    fc1, fc2 = assembled(
+        units.fc1_RD, units.fc2_FR, units.offset_F - threshold, units.bias_D, "f16"
+    )
     moved = (x @ fc1.T).relu() @ fc2.T
-    b = (x @ made.bias_D).abs()[:, None]
-    plain = (x @ made.fc1_RD.T).relu() @ made.fc2_FR.T + b * (made.offset_F - cut)
+    b = (x @ units.bias_D).abs()[:, None]
+    plain = (x @ units.fc1_RD.T).relu() @ units.fc2_FR.T + b * (units.offset_F - threshold)
     torch.testing.assert_close(moved, plain, rtol=1e-4, atol=1e-4)
     assert (b > 0).all()
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 def test_offsets_have_two_digits(dtype):
-    """One column of codes would be off by half a step of the whole block; the pair is not."""
-    made, _ = with_units(dtype, offset_scale=0.1)
-    _, fc2 = assembled(made.fc1_RD, made.fc2_FR, made.offset_F, made.bias_D, dtype, gradient=False)
+    """One column of codes is off by up to half a step; the second digit corrects it."""
+    units, _ = with_units(dtype, offset_scale=0.1)
+    _, fc2 = assembled(
+        units.fc1_RD, units.fc2_FR, units.offset_F, units.bias_D, dtype, gradient=False
+    )
     kept = fc2[:, 0] + fc2[:, 2] / 8
-    one_digit = (fc2[:, 0] - made.offset_F).abs()
+    one_digit = (fc2[:, 0] - units.offset_F).abs()
     assert torch.equal(fc2[:, 0], fc2[:, 1])
     assert torch.equal(fc2[:, 2], fc2[:, 3])
-    assert (kept - made.offset_F).abs().mean() < 0.15 * one_digit.mean()
+    assert (kept - units.offset_F).abs().mean() < 0.15 * one_digit.mean()
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_a_cut_predictor_is_what_its_file_holds(dtype):
-    made, x = uncut(dtype)
-    predictor = made.at_threshold(0.7)
+def test_a_calibrated_predictor_equals_its_file(dtype):
+    before, x = uncalibrated(dtype)
+    predictor = before.at_threshold(0.7)
     again = Predictor(*predictor.weights, dtype).stored()
     for one, two in zip(predictor.weights, again.weights, strict=True):
         assert torch.equal(one, two)
@@ -151,20 +155,20 @@ def test_a_cut_predictor_is_what_its_file_holds(dtype):
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_moving_the_cut_moves_decisions_where_it_says(dtype):
-    """p / b of the uncut file against c, and the sign of the file cut at c."""
-    made, x = uncut(dtype)
-    base = made.at_threshold(0.0)
-    ratio = base.logits(x) / bias_of(base, made.constant_R, x)
+def test_a_folded_threshold_decides_like_the_scores(dtype):
+    """Compare p / b of the predictor at threshold 0 with the decisions of one with c folded in."""
+    before, x = uncalibrated(dtype)
+    base = before.at_threshold(0.0)
+    ratio = base.logits(x) / bias_of(base, before.constant_R, x)
     for c in (-1.0, 0.5):
-        moved = made.at_threshold(c).logits(x) >= 0
+        moved = before.at_threshold(c).logits(x) >= 0
         sure = (ratio - c).abs() > {"f16": 0.01, "q8_0": 0.05, "q4_0": 0.4}[dtype]
         assert torch.equal(moved[sure], (ratio >= c)[sure])
         assert sure.float().mean() > 0.5
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_inputs_of_products_are_rounded_to_the_formats_partner(dtype):
+def test_inputs_of_products_are_rounded_as_the_engine_does(dtype):
     x = torch.randn(4, 64)
     partner = "f16" if dtype == "f16" else "q8_0"
     assert torch.equal(rounded_input(x, dtype), rounded(x, partner))
@@ -172,7 +176,7 @@ def test_inputs_of_products_are_rounded_to_the_formats_partner(dtype):
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 @pytest.mark.parametrize("tiny", [0.0, 1e-41, -1e-39])
-def test_blocks_of_next_to_nothing_are_zeros_and_not_nan(tiny, dtype):
+def test_blocks_of_tiny_values_become_zeros_and_not_nan(tiny, dtype):
     values = torch.full((2, 64), tiny)
     values[0, 32:] = 1.0
     for held in (rounded(values, dtype), rounded_input(values, dtype)):

@@ -1,4 +1,4 @@
-"""What runs otherwise on a GPU: one compiled kernel for the loss, bf16 training, pinned batches."""
+"""What differs on a GPU: the compiled gradient of the loss, bf16 training and pinned batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("counting", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 70, 201), (1, 1, 8), (2, 64, 1024)])
-def test_the_compiled_gradient_is_that_of_the_cpu(shape, dtype, counting, monkeypatch):
+def test_the_compiled_gradient_equals_the_cpus(shape, dtype, counting, monkeypatch):
     monkeypatch.setattr("sparsecast.core.compiled.LARGE", 0)
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(shape, generator=generator)).to(dtype)
@@ -38,7 +38,7 @@ def test_the_compiled_gradient_is_that_of_the_cpu(shape, dtype, counting, monkey
     )
 
 
-def test_pinned_batches_hold_what_plain_ones_do(synthetic):
+def test_pinned_batches_equal_plain_ones(synthetic):
     pinned = TokenBlocks(synthetic, "train", 128, seed=3, for_gpu=True)
     plain = TokenBlocks(synthetic, "train", 128, seed=3)
     for one, two in zip(pinned, plain, strict=True):

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, and traffic against published figures worked out by hand."""
+"""Scores, compared with scikit-learn, and traffic, compared with published figures."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_counts_add_up_to_the_whole():
     assert halves == count(predicted, active)
 
 
-def test_recall_is_that_of_the_sum_and_no_average_of_batches():
+def test_recall_divides_sums_and_does_not_average_batches():
     whole = Counts(1, 1, 1, 10).plus(Counts(0, 9, 0, 10))
     assert whole.recall == 0.1
 
 
 @given(st.integers(0, 2**31), st.floats(-4, 4), st.floats(-4, 4))
-def test_a_lower_cut_never_loses_recall(seed, a, b):
+def test_a_lower_threshold_never_loses_recall(seed, a, b):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(7, 30, generator=generator)
     active = torch.rand(7, 30, generator=generator) < 0.2
@@ -96,7 +96,7 @@ def test_auc_and_average_precision_agree_with_sklearn_at_any_scale(scores, scale
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("score", [0.0, -0.0, 1.0, -1.0, 1e-7, -6e4, float("inf"), -float("inf")])
-def test_one_score_for_all_tells_nothing_apart(score, dtype):
+def test_equal_scores_rank_at_random(score, dtype):
     histogram = ScoreHistogram()
     histogram.add(torch.full((2, 4), score, dtype=dtype), torch.arange(8).view(2, 4) < 2)
     assert histogram.roc_auc() == 0.5
@@ -104,7 +104,7 @@ def test_one_score_for_all_tells_nothing_apart(score, dtype):
 
 
 @pytest.mark.parametrize("active", [False, True])
-def test_auc_and_average_precision_are_absent_where_a_class_is(active):
+def test_auc_and_average_precision_need_both_classes(active):
     histogram = ScoreHistogram()
     histogram.add(torch.randn(3, 4), torch.full((3, 4), active))
     assert histogram.roc_auc() is None
@@ -113,7 +113,7 @@ def test_auc_and_average_precision_are_absent_where_a_class_is(active):
 
 @given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=30), st.integers(0, 2**31))
 def test_a_threshold_between_ties_decides_as_its_histogram_counted(scores, seed):
-    """A threshold is the lowest score of its bin, so >= splits no bin, on either side of 0."""
+    """A threshold is the lowest score of its bin, so >= never splits a bin, on either side of 0."""
     score = torch.tensor([scores])
     active = torch.rand(score.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     histogram = ScoreHistogram()
@@ -124,7 +124,7 @@ def test_a_threshold_between_ties_decides_as_its_histogram_counted(scores, seed)
 
 
 def test_the_threshold_where_nothing_is_active_skips_everything():
-    """Any recall is reached there, so the largest threshold is above all scores."""
+    """Every recall is reached, so the largest threshold is above all scores."""
     score = torch.tensor([[-3.0, 2.0]])
     histogram = ScoreHistogram()
     histogram.add(score, torch.zeros(1, 2, dtype=torch.bool))

@@ -9,14 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "predictors"
 FOLDERS = ("calibration", "training", "baselines", "report")
-"""Each may import those before it."""
+"""Each folder may import the ones before it."""
 DOORS = {"train", "planning", "recipes", "evaluate"}
-"""Files of the top level that stand above the folders; the others stand below them."""
+"""Top-level files above the folders; all others are below them."""
 SEES_OPTIONS = {"train.py", "planning.py", "evaluate.py", "report/run.py"}
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of predictors/ that a file imports, as training.plan."""
+    """Modules of predictors/ that a file imports, such as training.plan."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if type(node) is ast.ImportFrom]
     names = [node.module or "" for node in nodes]
     package = "sparsecast.predictors."
@@ -24,7 +24,7 @@ def imported(path: Path) -> set[str]:
 
 
 def level(module: str) -> int:
-    """Height of a module: top-level basics, options and folders, doors."""
+    """Height of a module: basics of the top level, then the folders, then the stages."""
     first = module.split(".")[0]
     if first in FOLDERS:
         return 1 + FOLDERS.index(first)

@@ -1,4 +1,4 @@
-"""Clipped labels against the activations themselves."""
+"""Clipped labels, compared with the activations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def store(model_folder, corpus, tmp_path_factory):
 
 
 def test_the_largest_activations_are_kept(store, model_folder):
-    """x1 of the recorded documents, computed again one by one."""
+    """Recompute x1 of the recorded documents, one at a time."""
     model, _ = load_model(str(model_folder), device="cpu")
     share = 0.1
     clipping = ClippedStore(store, model, share)

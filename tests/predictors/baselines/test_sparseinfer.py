@@ -41,7 +41,7 @@ THRESHOLD = -0.3
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory, model_folder, corpus) -> SimpleNamespace:
-    """A model with negative norm weights, its store, and predictors that no training made."""
+    """A model with negative norm weights, its store, and random predictors."""
     folder = tmp_path_factory.mktemp("signed")
     model = folder / "model"
     shutil.copytree(model_folder, model)
@@ -80,13 +80,13 @@ def cfg(recorded, tmp_path) -> ReportConfig:
 
 
 def labeled(store, split, layer) -> tuple[np.ndarray, np.ndarray]:
-    """Every raw input of a split, float64, and what fired."""
+    """All raw inputs of a split in float64, and its masks."""
     xs, active = zip(*layer_batches(store, split, layer), strict=True)
     return torch.cat(xs).double().numpy(), torch.cat(active).numpy()
 
 
 def oracle_scores(recorded, split, layer) -> tuple[np.ndarray, np.ndarray]:
-    """Sign products of the gate and of the FFN's input as the model normalizes it; what fired."""
+    """Sign products of the gate and the FFN's normalized input, and the masks."""
     x, active = labeled(recorded.store, split, layer)
     prefix = f"model.layers.{layer}."
     norm = recorded.weights[prefix + "post_attention_layernorm.weight"].double().numpy()
@@ -102,7 +102,7 @@ def recall_wanted(recorded, layer) -> float:
 
 
 def oracle_threshold(recorded, layer) -> int:
-    """The largest whole number that keeps the recall, tried one by one from the top."""
+    """The largest whole number that reaches the recall, tried one by one from the top."""
     score, active = oracle_scores(recorded, "calibration", layer)
     wanted, cut = recall_wanted(recorded, layer), HIDDEN
     while (score[active] >= cut).mean() < wanted:
@@ -110,8 +110,8 @@ def oracle_threshold(recorded, layer) -> int:
     return cut
 
 
-def test_its_scores_are_those_of_sign_products_written_out(recorded, cfg):
-    """Each layer cut at the recall of its own predictor there, which no manifest told."""
+def test_scores_equal_sign_products_computed_by_hand(recorded, cfg):
+    """Each layer is calibrated to its own predictor's recall, which no manifest states."""
     _, entry = report(cfg)["against"]
 
     assert len({recall_wanted(recorded, layer) for layer in range(LAYERS)}) == LAYERS
@@ -121,7 +121,7 @@ def test_its_scores_are_those_of_sign_products_written_out(recorded, cfg):
         predicted = score >= oracle_threshold(recorded, layer)
         recall = recall_score(active.ravel(), predicted.ravel())
         load, fired = predicted.mean(), active.mean()
-        bits = 1 / (3 * 16)  # of the gate's weights, over three matrices of 16
+        bits = 1 / (3 * 16)  # one bit per gate weight, relative to three matrices of 16 bits
         rows.append(
             {
                 "recall": recall,
@@ -144,7 +144,7 @@ def test_its_scores_are_those_of_sign_products_written_out(recorded, cfg):
 
 @pytest.mark.parametrize("wanted", [0.5, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_the_cut_is_the_last_to_keep_the_recall_on_the_calibration_split(recorded, layer, wanted):
+def test_the_threshold_is_the_largest_that_reaches_the_recall(recorded, layer, wanted):
     score, active = oracle_scores(recorded, "calibration", layer)
     prefix = f"model.layers.{layer}."
     norm = recorded.weights[prefix + "post_attention_layernorm.weight"].float()
@@ -163,7 +163,7 @@ def test_a_zero_neither_agrees_nor_disagrees():
     assert agreement(sign_FD, x_TD).tolist() == [[2.0, -1.0], [-1.0, 0.0]]
 
 
-def test_it_stands_beside_folders_in_the_order_given_on_every_page(recorded, cfg, tmp_path):
+def test_entries_keep_the_order_given_on_every_page(recorded, cfg, tmp_path):
     for name in ("first", "last"):
         recorded.predictors.save(tmp_path / name)
 
@@ -181,7 +181,7 @@ def test_it_stands_beside_folders_in_the_order_given_on_every_page(recorded, cfg
     assert "<td>1 bit</td>" in html
 
 
-def test_where_nothing_fired_while_calibrating_the_cut_is_above_all_of_its_scores(
+def test_without_active_neurons_the_threshold_is_above_all_scores(
     recorded, cfg, tmp_path, edit_store
 ):
     ids, _ = recorded.store.tokens("calibration", 0)

@@ -1,4 +1,4 @@
-"""A report on the trained predictors, and predictors to compare with."""
+"""Options of a report on the trained predictors, and variants to compare with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cfg(synthetic, recipe, trained, tmp_path) -> ReportConfig:
 
 @pytest.fixture
 def variant(trained, tmp_path):
-    """Write the trained predictors with another recipe; fc2 shifted to predict more."""
+    """Write the trained predictors with another recipe, and fc2 shifted by `offset`."""
 
     def write(name: str, *, offset: float = 0.0, **changes) -> Path:
         layers = [

@@ -1,4 +1,4 @@
-"""Where report and evaluate write is tried first, and what they found is shown before it is."""
+"""report and evaluate check that they can write first, and show results before writing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_a_report_that_cannot_be_written_is_refused_first(asked, nothing_scored,
     assert not list(asked.out.parent.iterdir())
 
 
-def test_so_is_an_evaluation(model_folder, recipe, nothing_scored):
+def test_an_evaluation_that_cannot_be_written_is_refused_first(
+    model_folder, recipe, nothing_scored
+):
     asked = EvaluateConfig(
         model=str(model_folder), predictors=recipe.out, json=Path("/proc/x.json")
     )
@@ -71,7 +73,7 @@ def test_so_is_an_evaluation(model_folder, recipe, nothing_scored):
         evaluate(asked)
 
 
-def test_the_table_is_on_the_screen_where_the_report_does_not_fit(asked, monkeypatch, capfd):
+def test_the_table_is_on_the_screen_if_the_report_cannot_be_written(asked, monkeypatch, capfd):
     write = Path.write_text
 
     def full(path: Path, text: str, **options: object) -> int:
@@ -92,7 +94,7 @@ def test_the_table_is_on_the_screen_where_the_report_does_not_fit(asked, monkeyp
     assert not list(asked.out.parent.iterdir())
 
 
-def test_the_perplexities_are_on_the_screen_where_their_json_does_not_fit(
+def test_the_perplexities_are_on_the_screen_if_their_json_cannot_be_written(
     model_folder, corpus, tmp_path, monkeypatch, capfd
 ):
     PredictorSet([Predictor(torch.ones(2, 64), torch.ones(1280, 2))] * 3, 0.0, None).save(

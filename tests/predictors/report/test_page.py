@@ -14,7 +14,7 @@ from sparsecast.predictors.report.score import score_layers
 from sparsecast.predictors.report.wording import TERMS
 
 
-def test_terms_are_told_where_they_first_appear(cfg, capsys):
+def test_terms_are_explained_on_screen_and_pages(cfg, capsys):
     report(cfg)
     screen = capsys.readouterr().err
     for name in ("traffic", "cascade", "exact", "oracle"):
@@ -55,7 +55,7 @@ def test_the_page_stands_alone(cfg):
     assert (cfg.out / "report.md").read_text().count("\n| ") >= 3
 
 
-def test_side_by_side_is_on_every_page_and_names_are_no_html(cfg, variant):
+def test_side_by_side_is_on_every_page_and_names_are_escaped(cfg, variant):
     report(replace(cfg, against=[variant("more <b>", recipe="reference")]))
     markdown, html = ((cfg.out / f"report.{kind}").read_text() for kind in ("md", "html"))
     for text in (markdown, html):

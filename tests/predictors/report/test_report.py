@@ -1,4 +1,4 @@
-"""The report: exactly the contract's keys, the file's own numbers, and one page without links."""
+"""The report's keys, scores, refusals and comparisons."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def no_nan(text: str) -> float:
 
 @pytest.fixture
 def edited(synthetic, tmp_path, edit_store):
-    """A copy of the synthetic store, each shard's tensors passed through a function."""
+    """Copy the synthetic store, passing each shard's tensors through a function."""
     return lambda change: edit_store(synthetic, tmp_path / "edited", change).folder
 
 
@@ -90,9 +90,7 @@ def test_scores_are_those_of_the_held_out_split(cfg, trained, synthetic):
     )
 
 
-def test_tails_are_those_of_single_tokens_and_of_the_first_in_each_document(
-    cfg, trained, synthetic
-):
+def test_tails_cover_single_tokens_and_first_tokens(cfg, trained, synthetic):
     result = report(cfg)
     first_T = torch.cat(
         [synthetic.tokens("held-out", i)[1] == 0 for i in range(len(synthetic.shards("held-out")))]
@@ -122,7 +120,7 @@ def test_without_a_first_token_there_is_no_recall_on_it(cfg, edited):
 
 
 def test_a_layer_where_one_class_is_absent_has_no_auc(cfg, edited):
-    """Nothing fired: recall is 1 and the means skip what is null."""
+    """Without active neurons recall is 1, and means skip null values."""
 
     def silence(tensors):
         tensors["layer.0.mask"].zero_()
@@ -166,7 +164,7 @@ def test_a_flipped_bit_is_not_scored(cfg, synthetic, tmp_path, flipped, name):
         ({"ffn_matrices": 2}, "number of FFN matrices 3, not 2"),
     ],
 )
-def test_activations_that_were_recorded_otherwise(
+def test_activations_recorded_for_another_use_are_refused(
     cfg, synthetic, tmp_path, edit_store, fields, told
 ):
     other = edit_store(synthetic, tmp_path / "acts", lambda _: None, **fields)
@@ -181,7 +179,7 @@ def test_calibration_is_not_held_out(cfg, synthetic, tmp_path):
         report(replace(cfg, activations=folder))
 
 
-def test_folders_in_each_others_place_are_told_apart(cfg):
+def test_swapped_folders_are_refused(cfg):
     with pytest.raises(InputError, match="holds predictors .* which --predictors takes; expected"):
         report(replace(cfg, activations=cfg.predictors, predictors=cfg.activations))
     with pytest.raises(InputError, match="holds activations .* which --activations takes; expect"):
@@ -205,7 +203,7 @@ def test_the_change_in_perplexity_comes_from_evaluate(cfg, tmp_path):
     assert "1.23" in (cfg.out / "report.html").read_text()
 
 
-def test_the_bundles_perplexity_and_its_text_stand_beside_it(cfg, tmp_path, capsys):
+def test_the_report_shows_the_bundles_perplexity_and_the_text(cfg, tmp_path, capsys):
     path = tmp_path / "evaluate.json"
     change = {"exact": 0.0, "predicted": 0.0123, "bundle": 0.0246}
     path.write_text(json.dumps({"tokens": 5000, "corpus": "<my> [b]text", "change": change}))
@@ -224,7 +222,7 @@ def test_the_bundles_perplexity_and_its_text_stand_beside_it(cfg, tmp_path, caps
     assert "<b>+2.46%</b>" in page
 
 
-def test_every_page_says_where_it_comes_from_and_repeats(cfg, monkeypatch):
+def test_every_page_states_its_origin_and_is_reproducible(cfg, monkeypatch):
     monkeypatch.setattr("sparsecast.predictors.report.run.today", lambda: "2031-05-06")
     result = report(cfg)
     first = {path.name: path.read_bytes() for path in cfg.out.iterdir()}
@@ -269,7 +267,7 @@ def test_the_verdict_weighs_traffic_against_no_predictor(traffic, exact, said):
     ],
     ids=lambda text: text[:40],
 )
-def test_an_evaluation_without_the_number_is_named(cfg, tmp_path, text):
+def test_an_evaluation_without_a_change_is_refused_by_name(cfg, tmp_path, text):
     path = tmp_path / "evaluate.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"evaluate\.json"):
@@ -302,7 +300,7 @@ def test_other_predictors_stand_side_by_side(cfg, trained, variant, tmp_path):
     assert set(first["mean"]) == LAYER_KEYS
 
 
-def test_predictors_that_differ_in_training_tokens_say_how_much_is_enough(cfg, variant):
+def test_predictors_that_differ_in_training_tokens_are_grouped(cfg, variant):
     folders = [variant(f"p{n}", train_tokens=n, recipe="mine") for n in (4_000, 1_000, 2_000)]
     result = report(replace(cfg, against=folders))
     (shared, entries), *others = by_train_tokens(result["against"]).items()

@@ -1,4 +1,4 @@
-"""Layers, or batches, shared over two processes of one torchrun."""
+"""Layers or batches, distributed over two processes of one torchrun."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_torchruns_two_processes_train_the_layers_that_one_does(recipe, tmp_path
     assert " ".join(told.split()).count("on the calibration split recall") == 1
 
 
-def test_two_shares_of_a_batch_are_the_batch(recipe, synthetic, tmp_path, run):
-    """188 blocks: two batches of two blocks in every step are one of four."""
+def test_half_batches_on_two_processes_equal_whole_batches(recipe, synthetic, tmp_path, run):
+    """The split has 188 blocks; two batches of two blocks per step replace one of four."""
     cfg = replace(recipe, epochs=2, target_recall=0.9)
     codes, error = run(replace(cfg, out=tmp_path / "one", batch_size=128), 1)
     assert codes == [0], error
@@ -102,13 +102,13 @@ def test_two_shares_of_a_batch_are_the_batch(recipe, synthetic, tmp_path, run):
     for layer in (0, 1):
         for x_TD, _ in layer_batches(synthetic, "held-out", layer):
             a, b = (p.layers[layer].logits(x_TD) for p in (one, two))
-            # Blocks at a shard's end are shorter, so the mean of two means is not quite the mean.
+            # Blocks at the end of a shard are shorter, so the mean of two means differs a little.
             assert ((a >= 0) == (b >= 0)).float().mean() > 0.998
             torch.testing.assert_close(a / a.std(), b / b.std(), rtol=0, atol=0.05)
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
-def test_shares_are_equally_long_and_together_the_whole(synthetic):
+def test_shares_are_equally_long_and_cover_the_split(synthetic):
     def rows(share: tuple[int, int]) -> list[bytes]:
         batches = TokenBlocks(synthetic, "train", 64, seed=1, share=share)
         assert len(list(batches)) == len(batches)
@@ -121,8 +121,8 @@ def test_shares_are_equally_long_and_together_the_whole(synthetic):
     assert [part[k] for k in range(31) for part in parts] == whole[:93]
 
 
-def test_a_layer_that_has_not_come_is_named(tmp_path):
-    """As on two machines that do not share a disk."""
+def test_a_missing_layer_is_named(tmp_path):
+    """Two machines that do not share a disk."""
     own = {layer: Predictor(torch.ones(5, 8), torch.rand(9, 5)) for layer in (0, 1)}
     context = type("C", (), {"size": 2, "leads": True, "wait": lambda self: None})()
 
@@ -137,7 +137,7 @@ def test_a_layer_that_has_not_come_is_named(tmp_path):
     assert torch.equal(done[1].fc2_FR, own[1].fc2_FR)
 
 
-def test_on_line_two_processes_train_the_layers_that_one_does(model_folder, corpus, tmp_path, run):
+def test_online_two_processes_train_the_layers_that_one_does(model_folder, corpus, tmp_path, run):
     cfg = TrainConfig(
         model=str(model_folder),
         corpus=str(corpus),

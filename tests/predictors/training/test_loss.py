@@ -10,7 +10,7 @@ from sparsecast.predictors.training.loss import weighted_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_losss_gradient_is_torchs_own(dtype):
+def test_the_gradient_of_the_loss_equals_torchs(dtype):
     logits = (6 * torch.randn(3, 100, 37)).to(dtype).requires_grad_()
     fired = torch.rand(3, 100, 37) < torch.tensor([0.0, 0.1, 1.0])[:, None, None]
     rate = torch.tensor([0.01, 0.2, 0.9])
@@ -31,8 +31,8 @@ def test_the_losss_gradient_is_torchs_own(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_counting_the_gradient_is_that_of_smoothed_errors(dtype):
-    """By autograd, on the formula of loss.py."""
+def test_the_gradient_of_counting_equals_that_of_smoothed_errors(dtype):
+    """Autograd on the formula in loss.py."""
     logits = (6 * torch.randn(3, 100, 37)).to(dtype).requires_grad_()
     fired = torch.rand(3, 100, 37) < torch.tensor([0.0, 0.1, 1.0])[:, None, None]
     rate = torch.tensor([0.01, 0.2, 0.9])

@@ -1,4 +1,4 @@
-"""What training takes of the disk is said and refused first, and told when it runs out."""
+"""Training estimates its disk space first, refuses a full disk, and explains one that fills up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def taken(folder: Path) -> int:
 
 @pytest.fixture
 def fullest(monkeypatch, asked):
-    """The most that stood on the disk when a checkpoint took its place, and after."""
+    """The most bytes on the disk whenever a checkpoint was put in place."""
     seen: list[int] = []
     replace_file = os.replace
 
@@ -54,7 +54,7 @@ def test_the_estimate_is_within_a_tenth(asked, fullest, capfd, options):
     assert told == pytest.approx(max(fullest), rel=0.1)
 
 
-def test_what_the_disk_cannot_hold_is_refused_before_training(asked, monkeypatch):
+def test_a_run_too_large_for_the_disk_is_refused_before_training(asked, monkeypatch):
     monkeypatch.setattr(disk, "free_bytes", lambda _: 100_000)
     monkeypatch.setattr(trainer.L, "Trainer", lambda **_: pytest.fail("training began"))
     with pytest.raises(InputError, match="training needs .*, but only 100 kB are free there"):
@@ -63,8 +63,8 @@ def test_what_the_disk_cannot_hold_is_refused_before_training(asked, monkeypatch
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeypatch, epochs):
-    """The second run goes on from it, and ends as one that was never stopped."""
+def test_a_full_disk_keeps_the_last_epoch_whole(asked, monkeypatch, epochs):
+    """The second run resumes from it, and ends like one that was never stopped."""
     done, save = [], lightning.save_torch
 
     def full(value: object, path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_full_disk_keeps_the_last_epoch_and_no_half_of_the_next(asked, monkeyp
         assert all(map(lambda x, y: x.equal(y), a.weights, b.weights))
 
 
-def test_half_a_checkpoint_of_a_killed_run_goes_when_it_is_resumed(asked, monkeypatch):
+def test_resuming_removes_half_a_checkpoint_of_a_killed_run(asked, monkeypatch):
     save, part = lightning.save_torch, work_folder(asked.out) / ".last.ckpt.part"
 
     def killed(value: object, path: Path) -> None:
@@ -118,7 +118,7 @@ def test_half_a_checkpoint_of_a_killed_run_goes_when_it_is_resumed(asked, monkey
     assert seen == [False]
 
 
-def test_a_folder_of_predictors_that_does_not_fit_keeps_the_training(asked, monkeypatch):
+def test_predictors_that_do_not_fit_on_the_disk_keep_the_checkpoint(asked, monkeypatch):
     def full(value: object, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 

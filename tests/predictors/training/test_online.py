@@ -1,4 +1,4 @@
-"""Training from a running model against what `collect` records of the same documents."""
+"""Training on a running model, compared with what `collect` records of the same documents."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cfg(model_folder, corpus, tmp_path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(model_folder, corpus, tmp_path_factory):
-    """Every training token of the corpus, stored."""
+    """A store of every training token of the corpus."""
     return collect(
         CollectConfig(
             model=str(model_folder),
@@ -72,7 +72,7 @@ def rows_of(store, layer: int) -> set[bytes]:
     return kept
 
 
-def test_batches_are_tokens_that_collect_would_have_stored(cfg, whole):
+def test_batches_hold_tokens_that_collect_would_store(cfg, whole):
     source, plan = opened(cfg)
     layers = source.store.manifest.layers
     batches = source.batches(plan)
@@ -90,7 +90,7 @@ def test_batches_are_tokens_that_collect_would_have_stored(cfg, whole):
                 ):
                     seen[layer].append(x_D.tobytes() + mask_P.tobytes())
     for layer in layers:
-        # Batched otherwise, a forward pass may round its last bit otherwise.
+        # In another batch, a forward pass may round the last bit differently.
         found = sum(row in known[layer] for row in seen[layer])
         assert found > 0.97 * len(seen[layer])
         assert len(set(seen[layer])) > 0.97 * len(seen[layer])
@@ -123,8 +123,8 @@ def test_shares_of_the_text_are_disjoint(cfg):
     assert len(seen[0] & seen[1]) < 0.03 * len(seen[0])  # BOS looks alike everywhere
 
 
-def test_text_is_read_from_its_beginning_once(cfg, monkeypatch):
-    """Nobody asks a generator for more than the batches it has announced."""
+def test_the_text_is_read_from_its_beginning_twice_in_all(cfg, monkeypatch):
+    """Once for the moments and once for all epochs: no batch beyond an epoch is requested."""
     begun = []
     text = online.OnlineSource.text
 
@@ -134,10 +134,10 @@ def test_text_is_read_from_its_beginning_once(cfg, monkeypatch):
 
     monkeypatch.setattr(online.OnlineSource, "text", counted)
     train(replace(cfg, epochs=4))
-    assert len(begun) == 2  # for the moments, and for all epochs
+    assert len(begun) == 2
 
 
-def test_a_refused_run_leaves_nothing_and_does_not_bind_the_next(cfg, tmp_path, monkeypatch):
+def test_a_refused_run_leaves_nothing_that_binds_the_next(cfg, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--predictor-dtype q4_0: stores rows in blocks"):
         train(replace(cfg, predictor_dtype="q4_0", rank=40))
     assert list(tmp_path.iterdir()) == []
@@ -160,11 +160,11 @@ def test_a_refused_run_leaves_nothing_and_does_not_bind_the_next(cfg, tmp_path, 
         with pytest.raises(RuntimeError, match="killed"):
             train(cfg)
     assert [path.name for path in tmp_path.iterdir()] == [".pred.train"]
-    train(replace(cfg, tokens=3_000, epochs=1))  # its calibration documents are other ones
+    train(replace(cfg, tokens=3_000, epochs=1))  # records other calibration documents
     assert {path.name for path in tmp_path.iterdir()} == {"pred"}
 
 
-def test_a_config_that_is_not_of_the_weights_is_refused_at_once(cfg, tmp_path):
+def test_a_config_that_does_not_fit_the_weights_is_refused(cfg, tmp_path):
     folder = shutil.copytree(cfg.model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**9}
     (folder / "config.json").write_text(json.dumps(config))
@@ -182,7 +182,7 @@ def test_an_interrupt_before_training_leaves_nothing(cfg, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_corpus_that_ends_begins_again(cfg, whole, capsys):
+def test_a_short_corpus_is_read_again(cfg, whole, capsys):
     source, _ = opened(cfg)
     text = source.text()
     tokens = whole.manifest.tokens("train")
@@ -207,23 +207,23 @@ def test_moments_are_those_of_the_store(cfg, whole, monkeypatch):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
-def test_predictors_meet_the_target_and_nothing_is_left(cfg, whole, tmp_path):
+def test_predictors_meet_the_target_and_leave_nothing_else(cfg, whole, tmp_path):
     predictors = train(cfg)
-    made = predictors.manifest
-    assert made.recipe["train_tokens"] == 15 * 2 * 128  # whole batches of 4,000
-    assert made.recipe["corpus"] == cfg.corpus
+    manifest = predictors.manifest
+    assert manifest.recipe["train_tokens"] == 15 * 2 * 128  # whole batches of 4,000
+    assert manifest.recipe["corpus"] == cfg.corpus
     for layer, predictor in enumerate(predictors.layers):
         total = Counts(0, 0, 0, 0)
         for x_TD, active_TF in layer_batches(whole, "calibration", layer):
             total = total.plus(count(predictor.logits(x_TD) >= 0, active_TF))
         assert total.recall == pytest.approx(0.95, abs=0.01)
     assert {path.name for path in tmp_path.iterdir()} == {"pred"}
-    assert train(cfg).manifest == made  # kept, not trained again
+    assert train(cfg).manifest == manifest  # kept, not trained again
     with pytest.raises(InputError, match="train_tokens was 3840, now 4864"):
         train(replace(cfg, tokens=5_000))
 
 
-def test_a_killed_run_goes_on_with_the_text_it_has_not_read(cfg, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_the_text_it_has_not_read(cfg, tmp_path, monkeypatch):
     whole = train(replace(cfg, out=tmp_path / "whole"))
     validate, seen = PredictorModule.on_validation_epoch_end, []
 
@@ -268,6 +268,6 @@ def test_a_killed_run_goes_on_with_the_text_it_has_not_read(cfg, tmp_path, monke
         ),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(cfg, changes, message):
+def test_conflicting_options_are_refused(cfg, changes, message):
     with pytest.raises(InputError, match=message):
         replace(cfg, **changes)

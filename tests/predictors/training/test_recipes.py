@@ -1,4 +1,4 @@
-"""Recipes, objectives and sizes: what they promise, counted again without their own scoring."""
+"""Recipes, objectives and ranks, checked by counting decisions again."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def recount(predictor, store, split: str, layer: int) -> Counts:
 
 @pytest.fixture(scope="session")
 def quantized(recipe, tmp_path_factory):
-    """Predictors of the synthetic store by format, one epoch each, at a recall of 0.95."""
+    """Predictors of the synthetic store by format: one epoch, calibrated to a recall of 0.95."""
     out = tmp_path_factory.mktemp("quantized")
     return {
         dtype: train(replace(recipe, out=out / dtype, predictor_dtype=dtype, epochs=1))
@@ -77,7 +77,7 @@ def test_quantized_predictors_reach_the_target_as_stored(quantized, synthetic, d
 
 
 def test_a_module_computes_what_the_file_will(synthetic, recipe):
-    """Logits in training, rounded straight through, are those of the exported predictor."""
+    """Logits in training equal those of the exported predictor."""
     for dtype in ("f16", "q8_0", "q4_0"):
         free = 32 - (0 if dtype == "f16" else 4)
         module = predictor_module(recipe, dtype, start(synthetic, [free] * 2, dtype))
@@ -91,7 +91,7 @@ def test_a_module_computes_what_the_file_will(synthetic, recipe):
         scale = want.abs().max().item()
         tolerance = 2e-3 * scale if dtype == "f16" else 1e-4 * scale
         assert (logits_LBF[1] - want).abs().max().item() < tolerance
-        # f16 takes b for 1, which it is as far as least squares can make it.
+        # In f16 training assumes b = 1, which least squares only approximates.
         b_T1 = bias_of(predictor, before.constant_R, x_LBD[1])
         tolerance = 0.25 if dtype == "f16" else 2e-3
         torch.testing.assert_close(
@@ -102,10 +102,10 @@ def test_a_module_computes_what_the_file_will(synthetic, recipe):
         )
 
 
-def test_padding_of_smaller_ranks_stays_nothing(synthetic, recipe):
-    made = start(synthetic, [28, 12], "q4_0")
-    assert not made.fc1_LRD[1, 12:].any()
-    module = predictor_module(recipe, "q4_0", made)
+def test_padding_of_smaller_ranks_stays_zero(synthetic, recipe):
+    weights = start(synthetic, [28, 12], "q4_0")
+    assert not weights.fc1_LRD[1, 12:].any()
+    module = predictor_module(recipe, "q4_0", weights)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     x_LBD = torch.stack([synthetic.rows("train", 0, layer).x_TD[:64] for layer in (0, 1)])
     for _ in range(3):
@@ -118,8 +118,8 @@ def test_padding_of_smaller_ranks_stays_nothing(synthetic, recipe):
     assert module.fc1_LRD[0, 12:].any()
 
 
-def test_the_reference_is_the_public_recipe(synthetic, recipe, monkeypatch):
-    """One step against AdamW on a loss written out for each layer alone."""
+def test_a_step_equals_the_public_recipes(synthetic, recipe, monkeypatch):
+    """One step against AdamW on a loss computed for each layer alone."""
     cfg = TrainConfig(activations=recipe.activations, out=recipe.out, recipe="reference")
     schedule = cfg.schedule
     assert (schedule.batch_tokens, schedule.peak_lr, schedule.num_epochs) == (1024, 1e-3, 20)
@@ -152,7 +152,7 @@ def test_the_reference_is_the_public_recipe(synthetic, recipe, monkeypatch):
         torch.testing.assert_close(module.fc2_LFR[layer].data, fc2.data, rtol=1e-3, atol=2e-5)
 
 
-def test_the_reference_keeps_best_recalls_and_stops_each_layer(recipe, synthetic, monkeypatch):
+def test_the_public_recipe_keeps_best_recalls_and_stops_each_layer(recipe, synthetic, monkeypatch):
     module = public_module(replace(recipe, target_recall=None, recipe="reference"), synthetic, 8)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     trainer = type("T", (), {"should_stop": False, "current_epoch": 0})()
@@ -160,7 +160,7 @@ def test_the_reference_keeps_best_recalls_and_stops_each_layer(recipe, synthetic
         PublicRecipeModule, "current_epoch", property(lambda _: trainer.current_epoch)
     )
     monkeypatch.setattr(PublicRecipeModule, "trainer", trainer)
-    # Layer 0 is best at epoch 2 and ends after 7; layer 1 gets a better one at epoch 6.
+    # Layer 0 is best at epoch 2 and stops after 7; layer 1 improves again at epoch 6.
     recalls = [(0.5, 0.5), (0.6, 0.7), (0.8, 0.6)] + [(0.7, 0.6)] * 3 + [(0.7, 0.75)]
     recalls += [(0.1, 0.1), (0.9, 0.1), (0.9, 0.1), (0.9, 0.1), (0.9, 0.1)]
     for epoch, pair in enumerate(recalls):
@@ -172,7 +172,7 @@ def test_the_reference_keeps_best_recalls_and_stops_each_layer(recipe, synthetic
     torch.testing.assert_close(module.best_recall_L, torch.tensor([0.8, 0.75]))
 
 
-def test_the_svd_at_full_rank_is_the_gate_itself(model_folder, acts):
+def test_the_svd_at_full_rank_equals_the_gate(model_folder, acts):
     model, _ = load_model(str(model_folder), device="cpu")
     weight_FD, constant_F = gate_of(model, 1)
     layer = model.model.layers[1]
@@ -224,7 +224,7 @@ def test_the_bisection_ends_within_a_tenth_of_the_most_misses(target):
     assert most_misses(lambda misses: 1.0, target) == 1.0
 
 
-def test_a_perplexity_is_kept_on_the_calibration_documents(
+def test_a_perplexity_target_is_met_on_the_calibration_documents(
     model_folder, acts, tmp_path, monkeypatch
 ):
     cfg = TrainConfig(
@@ -289,7 +289,7 @@ def test_a_traffic_budget_is_met_and_spent(recipe, synthetic, tmp_path):
         train(replace(cfg, out=tmp_path / "q", traffic_budget=0.05))
 
 
-def test_a_predictor_budget_is_shared_out_by_what_a_layer_gains(recipe, synthetic, tmp_path):
+def test_a_predictor_budget_is_met_and_spent(recipe, synthetic, tmp_path):
     cfg = replace(
         recipe, out=tmp_path / "p", rank=None, predictor_budget=0.2, epochs=1, predictor_dtype=None
     )
@@ -301,7 +301,7 @@ def test_a_predictor_budget_is_shared_out_by_what_a_layer_gains(recipe, syntheti
         train(replace(cfg, out=tmp_path / "q", predictor_budget=0.01))
 
 
-def test_bytes_go_where_they_lower_traffic_most():
+def test_blocks_go_where_they_lower_traffic_most():
     tried = [1, 2, 4]
     gains = [[0.5, 0.6, 0.9], [0.5, 0.7, 0.71], [0.8, 0.801, 0.802]]
     assert _spend(gains, tried, 7, unit=0.01) == [4, 2, 1]
@@ -310,7 +310,7 @@ def test_bytes_go_where_they_lower_traffic_most():
     assert math.isclose(sum(_spend(gains, tried, 3, unit=0.01)), 3)
 
 
-def test_the_svd_wants_the_recorded_model_and_spares_another_run(
+def test_the_svd_needs_the_recorded_model_and_keeps_an_unfinished_run(
     model_folder, acts, tmp_path, family_like
 ):
     cfg = TrainConfig(

@@ -1,4 +1,4 @@
-"""Training on labels that can be learned, the operating point, and the bias that carries it."""
+"""Training on labels that can be learned: results, refusals, interrupts and resumption."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start(synthetic, free: int, dtype: str = "f16"):
 
 
 def recount(predictor: Predictor, store, split: str, layer: int) -> Counts:
-    """What the weights of an f16 file decide, in float64 and without the package's own scoring."""
+    """Count the decisions of an f16 file's weights in float64, without the package's scoring."""
     total = Counts(0, 0, 0, 0)
     fc1, fc2 = predictor.fc1_RD.double(), predictor.fc2_FR.double()
     for x_TD, active_TF in layer_batches(store, split, layer):
@@ -38,8 +38,8 @@ def recount(predictor: Predictor, store, split: str, layer: int) -> Counts:
     return total
 
 
-def test_a_learnable_problem_is_learnt(trained, synthetic):
-    """Chance would skip 5 % at a recall of 0.95."""
+def test_a_learnable_problem_is_learned(trained, synthetic):
+    """At a recall of 0.95, chance would skip 5 %."""
     for layer, predictor in enumerate(trained.layers):
         counts = recount(predictor, synthetic, "held-out", layer)
         assert 0.8 < counts.true_sparsity < 0.95
@@ -111,7 +111,7 @@ def test_predictors_of_other_activations_are_not_kept(
 def test_predictors_of_other_tokens_are_not_taken_for_finished(
     recipe, trained, synthetic, tmp_path, edit_store
 ):
-    """As many tokens of the same corpus and model, but others."""
+    """As many other tokens of the same corpus and model."""
 
     def shuffle(tensors) -> None:
         tensors["id"] = tensors["id"].flip(0).contiguous()
@@ -147,9 +147,7 @@ def test_a_flipped_bit_is_found_before_training(
     assert not (tmp_path / "pred").exists()
 
 
-def test_inputs_that_are_no_numbers_are_not_a_learning_rate(
-    recipe, synthetic, tmp_path, edit_store
-):
+def test_nan_inputs_are_not_blamed_on_the_learning_rate(recipe, synthetic, tmp_path, edit_store):
     def spoil(tensors) -> None:
         tensors["layer.1.x"][3, 5] = float("nan")
 
@@ -158,7 +156,7 @@ def test_inputs_that_are_no_numbers_are_not_a_learning_rate(
         train(replace(recipe, activations=folder, out=tmp_path / "pred"))
 
 
-def test_predictors_are_no_activations(recipe, trained, tmp_path):
+def test_a_predictor_folder_is_not_taken_for_activations(recipe, trained, tmp_path):
     with pytest.raises(InputError, match="holds predictors .*--predictors takes; expected activ"):
         train(replace(recipe, activations=recipe.out, out=tmp_path / "pred"))
     with pytest.raises(InputError, match=r"is a file, expected its folder; give"):
@@ -177,7 +175,7 @@ def test_nothing_is_trained_where_nothing_fires(recipe, synthetic, tmp_path, edi
 
 
 def test_an_interrupt_in_the_first_epoch_leaves_nothing(recipe, tmp_path, monkeypatch):
-    """Ctrl-C still works afterwards: Lightning would leave it ignored."""
+    """Ctrl-C still works afterwards, although Lightning leaves it ignored."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -231,7 +229,7 @@ def test_a_run_killed_in_an_epoch_ends_as_an_uninterrupted_one(
 
 @pytest.mark.parametrize("objective", [{"target_recall": 0.9}, {"target_sparsity": 0.7}])
 def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monkeypatch):
-    """Layer 0 gets worse after the first epoch, layer 1 better; both keep the better weights."""
+    """After the first epoch layer 0 gets worse and layer 1 better; both keep the better weights."""
     cfg = replace(recipe, **{"target_recall": None, **objective})
     module = PredictorModule(
         start(synthetic, 28, "q8_0"),
@@ -254,7 +252,7 @@ def test_every_layer_keeps_its_own_best_epoch(recipe, synthetic, objective, monk
         module.fc2_LFR[0] = torch.randn_like(good[0])
         module.fc2_LFR[1] = good[1]
         epoch()
-    # Recall at a sparsity of 0.7 is nearly 1; no sparsity can be, with 12 % active.
+    # Recall at a sparsity of 0.7 is nearly 1; sparsity cannot be, with 12 % active.
     for score in module.best_score_L.tolist():
         assert (score > 0.92) == ("target_sparsity" in objective)
     for layer, weights in enumerate(module.best_weights([28, 28])):
@@ -305,13 +303,13 @@ def test_options_out_of_range_are_named(tmp_path, options, message):
         TrainConfig(activations=tmp_path, out=tmp_path / "pred", **options)
 
 
-def test_weights_that_are_no_numbers_end_the_run(recipe, tmp_path):
+def test_nan_weights_end_the_run(recipe, tmp_path):
     with pytest.raises(InputError, match="training diverged in epoch 0: .* a smaller --lr"):
         train(replace(recipe, out=tmp_path / "pred", lr=1e30, epochs=1))
     assert not (tmp_path / "pred").exists()
 
 
-def test_a_rank_beyond_what_the_start_can_give_is_refused(recipe, tmp_path):
+def test_a_rank_beyond_twice_the_hidden_size_is_refused(recipe, tmp_path):
     train(replace(recipe, out=tmp_path / "most", rank=128, epochs=1, batch_size=512))
     with pytest.raises(InputError, match="--rank: got 129, expected at most twice .* 128"):
         train(replace(recipe, out=tmp_path / "pred", rank=129))
@@ -336,10 +334,10 @@ def test_a_second_run_and_a_foreign_folder_are_refused_before_any_work(recipe, t
 
 @pytest.mark.parametrize("dtype", ["f16", "q4_0"])
 @pytest.mark.parametrize("silent", [True, False])
-def test_layers_with_nothing_to_learn_give_predictors_all_the_same(
+def test_layers_with_nothing_to_learn_still_get_predictors(
     recipe, synthetic, tmp_path, edit_store, capfd, silent, dtype
 ):
-    """Layer 0 is silent or always on, and layer 1 has inputs along one direction alone."""
+    """Layer 0 is silent or always active; layer 1 has inputs along a single direction."""
 
     def change(tensors) -> None:
         tensors["layer.0.mask"].fill_(0 if silent else 255)
