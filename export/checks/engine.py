@@ -99,7 +99,7 @@ def replies_to(
         build, file.path, len(spelling.texts), spelling.excluded, spelling.unsayable
     ) as server:
         return [
-            [spelling.read(server.next(prompt[: s + 1])) for s in range(len(prompt))]
+            [spelling.translate(server.next(prompt[: s + 1])) for s in range(len(prompt))]
             for prompt in prompts_PS.tolist()
         ]
 

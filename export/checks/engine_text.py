@@ -126,7 +126,7 @@ def _raised(
     logs = []
     with serving(build, file.path, len(spelling.texts), spelling.excluded) as server:
         for prompt, token, log in asked:
-            said = spelling.read(server.next(prompt, [(token, -log)])).probability(token)
+            said = spelling.translate(server.next(prompt, [(token, -log)])).probability(token)
             odds = said / (1 - said) * torch.tensor(log, dtype=torch.float64).exp()
             logs.append((odds / (1 + odds)).log().item())
     return logs

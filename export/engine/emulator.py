@@ -1,18 +1,17 @@
 """Evaluate a bundle's file as PowerInfer's CPU engine does, in plain torch.
 
-What the engine computes (PowerInfer's llama.cpp and ggml.c at d3ebd7c), reproduced from the file
-alone:
+The engine's arithmetic (PowerInfer's llama.cpp and ggml.c at d3ebd7c), from the file alone:
 - a product with f16 weights rounds its input to f16 and sums in float32 or better; with f32
-  weights nothing is rounded. ffn_down_t is such a product: relu(gate) * up is its input;
-- a product with q8_0 or q4_0 weights rounds its input to q8_0 and sums codes as integers, scales
-  them and adds up in float32 (here in float64, but where a predictor's terms cancel, see ties.py);
-- rope turns neighboring pairs, in a falcon the halves of a head, its angle by repeated float32
-  multiplication; an opt adds an embedding of the position plus 2;
-- softmax takes exp through an f16 table: argument and result are rounded to f16;
+  weights nothing is rounded. ffn_down_t is such a product, with the input relu(gate) * up;
+- a product with q8_0 or q4_0 weights rounds its input to q8_0, sums codes as integers, scales the
+  sums and adds them in float32 (here in float64, except where a predictor's terms cancel: ties.py);
+- rope rotates neighboring pairs, in a falcon the halves of a head; its angles come from repeated
+  float32 multiplication. An opt adds an embedding of the position plus 2;
+- softmax computes exp through an f16 table: argument and result are rounded to f16;
 - the KV cache is float32 (`--memory-f32`);
-- neuron j is skipped where fc2 @ relu(fc1 @ z) < threshold, z the residual before the FFN norm, in
-  a falcon the layer's input. A skipped neuron of an opt still counts, with relu of its bias, where
-  the input of a q4_0 ffn_down_t is rounded in blocks.
+- neuron j is skipped if fc2 @ relu(fc1 @ z) < threshold, where z is the residual before the FFN
+  norm, in a falcon the layer's input. A skipped neuron of an opt still counts, with relu of its
+  bias, when the input of a q4_0 ffn_down_t is rounded in blocks.
 
 Shape letters: B batch, S sequence, T = B S tokens, D hidden, H heads, K key/value heads, E head
 size, F FFN width, V vocabulary, N outputs of a product.
@@ -23,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecast.export.engine.ties import settled
+from sparsecast.export.engine.ties import resolve_ties
 from sparsecast.export.read.header import header_of
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.predictors.formats import rounded_input
@@ -36,12 +35,12 @@ Rope = tuple[Tensor, Tensor]
 class Emulator:
     """The engine's arithmetic on one file.
 
-    Memory: the file is mapped; one matrix at a time is widened to float32 (a quantized one to
-    float64), and the activations of the tokens given.
+    Memory: the mapped file, one matrix at a time in float32 (float64 if quantized), and the
+    activations of the given tokens.
 
     Args:
-        coarse: False rounds the inputs of quantized products to f16, like those of f16: the noise
-            of q8_0 would hide what else is wrong.
+        coarse: Round the inputs of quantized products to q8_0. False rounds them to f16: the noise
+            of q8_0 would hide other errors.
     """
 
     def __init__(self, file: GGUFFile, *, coarse: bool = True) -> None:
@@ -51,10 +50,10 @@ class Emulator:
 
     @torch.no_grad()
     def logits(self, ids_BS: Tensor, *, all_active: bool = False) -> Tensor:
-        """(B, S, V) float32 logits for sequences of one length.
+        """Compute (B, S, V) float32 logits for sequences of one length.
 
         Args:
-            ids_BS: int64; BOS is not added.
+            ids_BS: int64 ids; BOS is not added.
             all_active: Compute every neuron, as the engine does at a threshold of -1e30.
         """
         B, S = ids_BS.shape
@@ -70,7 +69,7 @@ class Emulator:
         return self._linear(self._norm(x_TD, "output_norm"), head).view(B, S, -1)
 
     def predictor_logits(self, x_TD: Tensor, layer: int) -> Tensor:
-        """(T, F) float32 of one layer for float32 inputs, see z above."""
+        """Compute one layer's (T, F) float32 logits from float32 inputs, z above."""
         hidden_TR = self._product(x_TD, f"blk.{layer}.fc1.weight").relu_()
         name = f"blk.{layer}.fc2.weight"
         logits_TF = self._product(hidden_TR, name)
@@ -79,7 +78,7 @@ class Emulator:
         width = self.header.ffn
         scale_N, code_NK = self.file.blocks(name)
         blocks = scale_N.view(width, -1), code_NK.view(width, -1, code_NK.shape[1])
-        return settled(logits_TF, hidden_TR, *blocks, self.header.threshold)
+        return resolve_ties(logits_TF, hidden_TR, *blocks, self.header.threshold)
 
     def _block(
         self, x_TD: Tensor, block: str, batch: int, rope: Rope | None, all_active: bool
@@ -108,10 +107,10 @@ class Emulator:
         return y_TN + self.file.tensor(bias) if bias in self.file.entries else y_TN
 
     def _product(self, x_TD: Tensor, name: str, skip_TD: Tensor | None = None) -> Tensor:
-        """x times a matrix whose rows are outputs; those of ffn_down_t are inputs.
+        """Multiply x by a matrix whose rows are outputs; the rows of ffn_down_t are inputs.
 
         Args:
-            skip_TD: Inputs that count as 0 once they are rounded.
+            skip_TD: Inputs that are set to 0 after rounding.
         """
         weight = self.file.tensor(name)
         stored = self.file.entries[name].type
@@ -124,7 +123,7 @@ class Emulator:
         return (x_TD.to(sums) @ (weight if ".ffn_down_t." in name else weight.T)).float()
 
     def _norm(self, x_TD: Tensor, name: str) -> Tensor:
-        """RMS norm, or LayerNorm where the file has a bias."""
+        """Apply the RMS norm, or LayerNorm if the file has a bias."""
         bias = f"{name}.bias"
         if bias in self.file.entries:
             x_TD = x_TD - x_TD.double().mean(-1, keepdim=True).float()
@@ -145,15 +144,15 @@ class Emulator:
         return angle_SE.double().cos().float(), angle_SE.double().sin().float()
 
     def _heads(self, x_TD: Tensor, batch: int) -> Tensor:
-        """(T, heads E) to (B, heads, S, E)."""
+        """Reshape (T, heads E) to (B, heads, S, E)."""
         size = self.header.head_dim
         return x_TD.view(batch, -1, x_TD.shape[1] // size, size).transpose(1, 2)
 
     def _attention(self, x_TD: Tensor, block: str, batch: int, rope: Rope | None) -> Tensor:
         q, k, v = (self._heads(y, batch) for y in self._projected(x_TD, block))
         if rope is not None:
-            turned = _halves_turned if self.header.arch == "falcon" else _pairs_turned
-            q, k = turned(q, *rope), turned(k, *rope)
+            rotate = _rotate_halves if self.header.arch == "falcon" else _rotate_pairs
+            q, k = rotate(q, *rope), rotate(k, *rope)
         group = self.header.heads // self.header.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores_BHSS = q @ k.mT * self.header.head_dim**-0.5
@@ -165,7 +164,7 @@ class Emulator:
         return self._linear(mixed_TD, f"{block}.attn_output")
 
     def _projected(self, x_TD: Tensor, block: str) -> list[Tensor]:
-        """Queries (T, H E), keys and values (T, K E)."""
+        """Project to queries (T, H E), keys and values (T, K E)."""
         if self.header.arch != "falcon":
             return [self._linear(x_TD, f"{block}.attn_{name}") for name in "qkv"]
         width = self.header.kv_heads * self.header.head_dim
@@ -176,12 +175,12 @@ class Emulator:
         return self._down(self._first(x_TD, block), block, skip_TF)
 
     def _first(self, x_TD: Tensor, block: str) -> list[Tensor]:
-        """Gate and up, or up alone (T, F), without bias."""
+        """Compute gate and up, or up alone, (T, F) without bias."""
         names = ("ffn_gate", "ffn_up") if self.header.gated else ("ffn_up",)
         return [self._product(x_TD, f"{block}.{name}.weight") for name in names]
 
     def _biased(self, first: list[Tensor], block: str, skip_TF: Tensor | None) -> list[Tensor]:
-        """The same, 0 where a neuron is skipped, with bias where the file has one."""
+        """Set skipped neurons to 0, then add the file's biases."""
         names = ("ffn_gate", "ffn_up") if self.header.gated else ("ffn_up",)
         parts = []
         for name, y_TF in zip(names, first, strict=True):
@@ -192,7 +191,7 @@ class Emulator:
         return parts
 
     def _x1(self, first: list[Tensor], block: str, skip_TF: Tensor | None) -> Tensor:
-        """(T, F): the input of the down projection."""
+        """Compute the input of the down projection, (T, F)."""
         parts = self._biased(first, block, skip_TF)
         x1_TF = parts[0].relu()
         if self.header.gated:
@@ -204,20 +203,22 @@ class Emulator:
         return self._linear(x1_TF, f"{block}.ffn_down_t", skip_TF)
 
 
-def _pairs_turned(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+def _rotate_pairs(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
     even, odd = x_BHSE[..., 0::2], x_BHSE[..., 1::2]
     pairs = (even * cos_SE - odd * sin_SE, even * sin_SE + odd * cos_SE)
     return torch.stack(pairs, -1).flatten(-2)
 
 
-def _halves_turned(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+def _rotate_halves(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
     first, second = x_BHSE.chunk(2, -1)
     return torch.cat([first * cos_SE - second * sin_SE, first * sin_SE + second * cos_SE], -1)
 
 
 def inverse_root(x: Tensor) -> Tensor:
-    """1 / sqrt(x) with both results rounded to float32 as C does; torch's own are a last bit off on
-    some CPUs, and a code may hang on it."""
+    """Compute 1 / sqrt(x), each step rounded to float32 as in C.
+
+    torch's own results are a last bit off on some CPUs, which can change a quantized code.
+    """
     return (1 / x.double().sqrt().float().double()).float()
 
 

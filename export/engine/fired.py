@@ -1,8 +1,8 @@
-"""A file evaluated with the model's own activation, beside or instead of its predictors' decisions.
+"""Evaluate a file with the model's own activation, or with random decisions in its place.
 
-Both classes find out which neurons fire: those whose x1 is not 0 under the model's own rule, every
-neuron computed. `Measured` goes on with exactly those, as the model does, and counts what the
-predictors would have let through; `Drawn` goes on with decisions that are drawn at given rates.
+Both classes compute every neuron and find those that fire: x1 is not 0 under the model's own rule.
+`Measured` continues with exactly these, as the model does, and counts the neurons that the
+predictors would have selected. `Drawn` continues with decisions drawn at given rates.
 
 Shape letters: B batch, S sequence, T tokens, F FFN width.
 """
@@ -20,16 +20,16 @@ from sparsecast.export.read.reader import GGUFFile
 
 
 class Rates(NamedTuple):
-    """How often a predictor lets a neuron through."""
+    """How often a predictor selects a neuron."""
 
     recall: float
-    """The share that is let through of the neurons that fire."""
+    """Share of the firing neurons that are selected."""
     false: float
-    """The share that is let through of those that do not fire."""
+    """Share of the silent neurons that are selected."""
 
     @property
     def informed(self) -> float:
-        """1 for perfect decisions, 0 for any that do not depend on the input (Youden's J)."""
+        """Youden's J: 1 for perfect decisions, 0 for decisions that ignore the input."""
         return self.recall - self.false
 
 
@@ -37,19 +37,19 @@ class _Firing(Emulator):
     def __init__(self, file: GGUFFile, threshold: float) -> None:
         """
         Args:
-            threshold: FATReLU's T; 0 is ReLU.
+            threshold: FATReLU's threshold; 0 is ReLU.
         """
         super().__init__(file)
         self._threshold = threshold
 
     def _fired(self, first: list[Tensor], block: str) -> Tensor:
-        """(T, F) bool."""
+        """Return which neurons fire, (T, F) bool."""
         gate_TF = self._biased(first, block, None)[0]
         return (self._x1(first, block, None) != 0) & (gate_TF >= self._threshold)
 
 
 class Measured(_Firing):
-    """Computes what the model does, in the file's types, and counts the predictors' decisions."""
+    """The model with the file's types; it also counts the predictors' decisions."""
 
     def __init__(self, file: GGUFFile, threshold: float) -> None:
         super().__init__(file, threshold)
@@ -57,8 +57,7 @@ class Measured(_Firing):
         self._skip_TF: Tensor | None = None
 
     def counts(self, layer: int) -> Tensor:
-        """(T, 3) float64 of all tokens so far: neurons that fire and are let through, that fire,
-        that are let through."""
+        """Return (T, 3) float64 counts per token so far: firing and selected, firing, selected."""
         return torch.cat(self._rows[layer]).double()
 
     def _skipped(self, x_TD: Tensor, block: str) -> Tensor | None:
@@ -68,14 +67,14 @@ class Measured(_Firing):
     def _ffn(self, x_TD: Tensor, block: str, skip_TF: Tensor | None) -> Tensor:
         assert self._skip_TF is not None
         first = self._first(x_TD, block)
-        fired_TF, through_TF = self._fired(first, block), ~self._skip_TF
-        sums = [mask.sum(1) for mask in (fired_TF & through_TF, fired_TF, through_TF)]
+        fired_TF, selected_TF = self._fired(first, block), ~self._skip_TF
+        sums = [mask.sum(1) for mask in (fired_TF & selected_TF, fired_TF, selected_TF)]
         self._rows[_layer(block)].append(torch.stack(sums, 1))
         return self._down(first, block, ~fired_TF)
 
 
 class Drawn(_Firing):
-    """Computes what the engine does, but lets neurons through at random."""
+    """The engine with neurons selected at random."""
 
     def __init__(self, file: GGUFFile, threshold: float, rates: Sequence[Rates]) -> None:
         super().__init__(file, threshold)
@@ -83,7 +82,7 @@ class Drawn(_Firing):
         self._generator = torch.Generator().manual_seed(0)
 
     def _skipped(self, x_TD: Tensor, block: str) -> None:
-        """Nothing yet: it takes what fires."""
+        """Skip nothing yet: `_ffn` draws once it knows which neurons fire."""
 
     def _ffn(self, x_TD: Tensor, block: str, skip_TF: Tensor | None) -> Tensor:
         first, rates = self._first(x_TD, block), self._rates[_layer(block)]

@@ -1,8 +1,8 @@
-"""Run PowerInfer's own binaries on a bundle, one thread, float KV cache.
+"""Run PowerInfer's own binaries on a bundle, with one thread and a float32 KV cache.
 
-One thread because the CPU down projection adds threads' partial sums without a lock. Everything
-runs in a scratch folder (the binaries write logs where they stand) and without
-LLAMA_SPARSE_PRED_THRESHOLD, which would override the file.
+One thread, because the CPU down projection adds threads' partial sums without a lock. Binaries run
+in a scratch folder, because they write logs to their working directory, and without
+LLAMA_SPARSE_PRED_THRESHOLD, which would override the file's threshold.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TIMEOUT = 3600
 START_TIMEOUT = 180
 REPLY_TIMEOUT = 300
 MOST_PROBS = 2048
-"""Of one reply: the server takes a second to spell out 65,000."""
+"""Most probabilities in one reply: the server takes a second to print 65,000."""
 THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
 OPTIONS = ["-t", "1", "-tb", "1", "-c", str(CHUNK), "-b", str(CHUNK), "--memory-f32"]
 
 
 class EngineError(RuntimeError):
-    """The engine did not do what was asked; the text has its own last words."""
+    """The engine failed; the message ends with its last line of output."""
 
 
 class Next(NamedTuple):
@@ -42,13 +42,13 @@ class Next(NamedTuple):
     token: str
     """Text of the most probable token."""
     probs: list[tuple[str, float]]
-    """Text and probability, most probable first."""
+    """Texts and probabilities, most probable first."""
     banned: bool
-    """The most probable token was one of `unsayable`; this is the distribution without them."""
+    """The most probable token was one of `unsayable`; this is the distribution without these."""
 
 
 def binary(build: Path, name: str) -> Path:
-    """`name` in a PowerInfer build folder, or in its bin folder given directly."""
+    """Find `name` in a PowerInfer build folder or in its bin folder."""
     for path in (build / "bin" / name, build / name):
         if path.is_file() and os.access(path, os.X_OK):
             return path.absolute()
@@ -61,7 +61,7 @@ def binary(build: Path, name: str) -> Path:
 def engine_perplexity(
     build: Path, model: Path, text: str, chunks: int, *, all_active: bool = False
 ) -> float:
-    """What `perplexity` prints for `text`; NaN and infinity included.
+    """Return the perplexity that `perplexity` prints for `text`, which may be NaN or infinite.
 
     Args:
         all_active: Compute every neuron, whatever the predictors say.
@@ -104,7 +104,7 @@ def run_to_end(
 
 
 class Server:
-    """A running `server`; ask it for next-token distributions, and for the tokens of a text."""
+    """A running `server`, which gives next-token distributions and the tokens of a text."""
 
     def __init__(
         self, port: int, vocab: int, excluded: Sequence[int], unsayable: Sequence[int]
@@ -115,7 +115,7 @@ class Server:
         self._unsayable = [[token, False] for token in unsayable]
 
     def tokens(self, text: str) -> list[int]:
-        """Ids without BOS."""
+        """Tokenize a text; ids without BOS."""
         raw = self._post("/tokenize", {"content": text})
         try:
             ids: list[int] = json.loads(raw)["tokens"]
@@ -124,14 +124,14 @@ class Server:
         return ids
 
     def next(self, ids: list[int], raised: Sequence[tuple[int, float]] = ()) -> Next:
-        """The distribution after `ids`, without the excluded tokens.
+        """Return the distribution after `ids`, without the excluded tokens.
 
         Args:
-            raised: Tokens and what is added to their logits.
+            raised: Tokens and the amounts added to their logits.
 
-        The server drops the probabilities of a token that is half a character or no text at all.
-        Where the most probable token is such a one, it is asked again with all of them forbidden.
-        Its prompt cache forgets such tokens too and then answers for another prompt, so it is off.
+        The server drops the probabilities of tokens that are part of a character or have no text.
+        If the most probable token is one of them, it is asked again with all of them forbidden.
+        Its prompt cache drops such tokens too and then answers for another prompt, so it is off.
         """
         bias = [*self._excluded, *raised]
         reply = self._ask(ids, bias)
@@ -156,7 +156,7 @@ class Server:
             "logit_bias": bias,
         }
         deadline = time.monotonic() + REPLY_TIMEOUT
-        # Its one slot stays taken for a moment after an answer; meanwhile replies are empty.
+        # The only slot stays busy for a moment after an answer; meanwhile replies are empty.
         while not (raw := self._post("/completion", body)) and time.monotonic() < deadline:
             time.sleep(0.002)
         events = [line[6:] for line in raw.split("\n") if line.startswith("data: ")]
@@ -186,11 +186,11 @@ def serving(
     excluded: Sequence[int] = (),
     unsayable: Sequence[int] = (),
 ) -> Iterator[Server]:
-    """A `server` on a free loopback port, ended with the block.
+    """Run a `server` on a free loopback port for the duration of the block.
 
     Args:
-        excluded: Tokens that are never to be chosen, EOS among them.
-        unsayable: Tokens that are a byte above 127 or no text, see `Server.next`.
+        excluded: Tokens that must never be chosen, such as EOS.
+        unsayable: Tokens that are a byte above 127 or have no text, see `Server.next`.
 
     Raises:
         EngineError: It did not start.
@@ -241,5 +241,6 @@ def _environment() -> dict[str, str]:
 
 
 def last_words(output: str) -> str:
+    """Return the last line of a binary's output, shortened."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it printed nothing"

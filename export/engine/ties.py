@@ -1,11 +1,11 @@
-"""Predictor logits at the threshold, summed in the very order of the engine's vector code.
+"""Sum predictor logits near the threshold in the order of the engine's vector code.
 
-Codes of quantized weights are small integers, so terms that cancel are no rarity: a sum may be 0 in
-exact arithmetic, an active neuron at threshold 0, and -1e-9 in the engine's, a skipped one. Where a
-logit is as near to the threshold as rounding may move it, it is computed again as
-`ggml_vec_dot_q4_0_q8_0` and `ggml_vec_dot_q8_0_q8_0` do with AVX2 (PowerInfer's ggml-quants.c at
-d3ebd7c): eight float32 sums, the k-th over elements 4 k to 4 k + 3 of every block, added up in
-halves at the end. Other processors add in other orders; there such a neuron is a coin toss.
+Codes of quantized weights are small integers, so terms often cancel. A sum may be 0 in exact
+arithmetic, an active neuron at threshold 0, and -1e-9 in the engine's, a skipped neuron. A logit
+that rounding could move across the threshold is therefore computed again as by
+`ggml_vec_dot_q4_0_q8_0` and `ggml_vec_dot_q8_0_q8_0` with AVX2 (PowerInfer's ggml-quants.c at
+d3ebd7c): eight float32 sums, the k-th over elements 4 k to 4 k + 3 of every block, added in halves
+at the end. Other processors add in other orders, so there such a neuron is a coin toss.
 
 Shape letters: T tokens, R rank, F FFN width, B blocks of 32, M logits near the threshold.
 """
@@ -18,19 +18,19 @@ from torch import Tensor
 from sparsecast.core.ggml_blocks import quantize_q8_0_input
 
 NEAR = 2.0**-20
-"""Of the norms' product, which bounds the sum of the terms' sizes: 16 roundings of float32."""
+"""16 float32 roundings, relative to the product of norms, which bounds the sum of the terms."""
 LANES = 8
 AT_ONCE = 2**14
 
 
-def settled(
+def resolve_ties(
     logits_TF: Tensor, hidden_TR: Tensor, scale_FB: Tensor, code_FBK: Tensor, threshold: float
 ) -> Tensor:
-    """`logits_TF` with those near the threshold as the engine has them.
+    """Replace the logits near the threshold by the engine's.
 
     Args:
-        hidden_TR: The input of fc2, float32, not yet rounded.
-        scale_FB, code_FBK: fc2's blocks; scales float32, codes int8 (F, B, 32).
+        hidden_TR: Input of fc2, float32, before rounding.
+        scale_FB, code_FBK: Blocks of fc2; scales float32, codes int8 (F, B, 32).
     """
     scale_TB, code_TBK = quantize_q8_0_input(hidden_TR)
     size_T = (scale_TB.square() * code_TBK.square().sum(-1)).sum(-1).sqrt()
@@ -48,7 +48,7 @@ def settled(
 
 
 def _lanes(x_MBK: Tensor, w_MBK: Tensor, scale_MB: Tensor) -> Tensor:
-    """(M,) float32 dot products; the product of two f16 scales is exact in float32."""
+    """Compute (M,) float32 dot products; the product of two f16 scales is exact in float32."""
     m, blocks = scale_MB.shape
     whole_MBL = (x_MBK * w_MBK).view(m, blocks, LANES, -1).sum(-1).double()
     sum_ML = torch.zeros(m, LANES)

@@ -125,7 +125,7 @@ def reply(logits_V: torch.Tensor, token: str) -> Next:
 
 
 def test_equal_distributions_differ_by_nothing():
-    gap, largest = SPELLING.compare(SPELLING.read(reply(LOGITS_V, "b")), LOGITS_V)
+    gap, largest = SPELLING.compare(SPELLING.translate(reply(LOGITS_V, "b")), LOGITS_V)
 
     assert gap == 0
     assert largest < 1e-7
@@ -135,20 +135,20 @@ def test_tokens_of_one_text_are_told_apart_by_their_order():
     swapped_V = LOGITS_V[[0, 1, 4, 3, 2, 5]]  # the two that read "a"
 
     for theirs_V, ours_V in ((swapped_V, LOGITS_V), (LOGITS_V, swapped_V)):
-        assert SPELLING.compare(SPELLING.read(reply(theirs_V, "b")), ours_V)[1] < 1e-7
+        assert SPELLING.compare(SPELLING.translate(reply(theirs_V, "b")), ours_V)[1] < 1e-7
 
 
 def test_another_distribution_is_seen_even_with_the_same_sorted_values():
     other_V = LOGITS_V[[0, 1, 3, 2, 4, 5]]
 
-    gap, largest = SPELLING.compare(SPELLING.read(reply(other_V, "a")), LOGITS_V)
+    gap, largest = SPELLING.compare(SPELLING.translate(reply(other_V, "a")), LOGITS_V)
 
     assert gap == pytest.approx(1.0)
     assert largest > 0.3
 
 
 def test_a_token_we_do_not_know_is_infinitely_far():
-    strange = SPELLING.read(Next("zebra", [("zebra", 0.5)], False))
+    strange = SPELLING.translate(Next("zebra", [("zebra", 0.5)], False))
 
     assert SPELLING.compare(strange, torch.zeros(6)) == (float("inf"), 1.0)
 
@@ -210,7 +210,9 @@ def test_where_ours_hardly_differ_the_engine_may_hardly_differ(distance, ok):
 def test_a_position_takes_the_evaluation_nearest_to_the_engine():
     other_V = LOGITS_V[[0, 1, 3, 2, 4, 5]]
 
-    found = position(SPELLING, SPELLING.read(reply(other_V, "a")), torch.stack([LOGITS_V, other_V]))
+    found = position(
+        SPELLING, SPELLING.translate(reply(other_V, "a")), torch.stack([LOGITS_V, other_V])
+    )
 
     assert found.gap == 0
     assert found.moved == pytest.approx(1.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsecast.export.engine.ties import settled
+from sparsecast.export.engine.ties import resolve_ties
 
 
 def by_hand(scale_x, code_x, scale_w, code_w) -> float:
@@ -50,7 +50,7 @@ def test_near_logits_are_summed_as_the_engine_does(blocks):
         exact = torch.tensor([[terms_BK.sum()]], dtype=torch.float32)
         weights = torch.from_numpy(scales)[None], torch.from_numpy(codes)[None]
 
-        got = settled(exact, torch.from_numpy(hidden_R)[None], *weights, exact.item())
+        got = resolve_ties(exact, torch.from_numpy(hidden_R)[None], *weights, exact.item())
 
         assert got.item() == by_hand(scale_B, code_BK, scales, codes)
         moved += got.item() != exact.item()
@@ -66,7 +66,7 @@ def test_terms_that_cancel_need_not_leave_zero():
     scale, weight_scale = np.float32(np.float16(0.1234)), np.float32(np.float16(0.777))
     weights = torch.full((1, 1), float(weight_scale)), torch.from_numpy(weight_K)[None, None]
 
-    got = settled(torch.zeros(1, 1), torch.from_numpy(scale * code_K)[None], *weights, 0.0)
+    got = resolve_ties(torch.zeros(1, 1), torch.from_numpy(scale * code_K)[None], *weights, 0.0)
 
     assert got.item() != 0
     assert got.item() == by_hand([scale], [code_K], [weight_scale], [weight_K])
@@ -78,6 +78,6 @@ def test_logits_away_from_the_threshold_and_true_zeros_stay():
     x_TR = torch.from_numpy(np.stack([hidden_R, 0 * hidden_R]))
     logits_TF[1] = 0
 
-    got = settled(logits_TF, x_TR, torch.from_numpy(scale_FB), torch.from_numpy(code_FBK), 0.0)
+    got = resolve_ties(logits_TF, x_TR, torch.from_numpy(scale_FB), torch.from_numpy(code_FBK), 0.0)
 
     assert torch.equal(got, logits_TF)

@@ -304,7 +304,7 @@ def test_the_engine_computes_a_format_as_we_do(dtype, engine, bundle_in, corpus,
     with serving(
         engine, file.path, len(spelling.texts), spelling.excluded, spelling.unsayable
     ) as server:
-        replies = [spelling.read(server.next(ids_NS[n, : s + 1].tolist())) for n, s in places]
+        replies = [spelling.translate(server.next(ids_NS[n, : s + 1].tolist())) for n, s in places]
 
     def share_near() -> float:
         nearest = [1.0] * len(places)
