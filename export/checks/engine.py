@@ -1,21 +1,22 @@
-"""The engine's binaries against our evaluation of the same file.
+"""Compare the engine's next tokens with our evaluation of the same file.
 
-Both compute the same arithmetic, but sum in another order; a difference of 1e-7 can turn a
-rounding to f16 or q8_0 over, and that a predictor's decision at the threshold. How far that moves
-probabilities depends on the model and the formats, and a single evaluation of ours says little
-about it: a few positions take most of it. So our own evaluation is made `EVALUATIONS` times with
-products perturbed by their last bits (perturbed.py), and the engine must look like one more:
-- at the median of positions and pairs its distance from ours is at most `FACTOR` times ours from
-  each other;
-- at 90 % of positions the nearest of ours is as near to it, up to `FACTOR`, as the nearest other
-  one is to one of ours. A turn that the engine alone takes shows from that position to the end of
-  the prompt, so the last 10 % say little;
-- its token is the choice of one of ours, or within `LOGIT_BOUND`, but for a few near ties. Prompts
-  where it is not are evaluated again, up to `MOST` times.
+Both compute the same arithmetic but sum in different orders. A difference of 1e-7 can flip a
+rounding to f16 or q8_0, and that can flip a predictor's decision at the threshold. How far this
+moves probabilities depends on the model and the formats, and a single evaluation of ours says
+little about it: a few positions have most of the effect. So the file is evaluated `EVALUATIONS`
+times with products perturbed by their last bits (perturbed.py), and the engine must look like one
+more such evaluation:
+- at the median of positions and pairs, its distance from our evaluations is at most `FACTOR` times
+  their distance from each other;
+- at 90 % of positions, our nearest evaluation is at most `FACTOR` times as far from it as from the
+  nearest other one. A flip that only the engine has shows from its position to the end of the
+  prompt, so the last 10 % say little;
+- its token is the argmax of one of our evaluations or within `LOGIT_BOUND` of it, except for a few
+  near ties. Other prompts are evaluated again, up to `MOST` times.
 Measured with everything in q4_0, 512 positions: on tiny-prosparse the engine is 0.92 times as far
-from ours as they are from each other, 3.5e-3 against 3.8e-3 at the median; on a random model of 3
-layers 0.3 times. An evaluation that rounds inputs to f16 instead of q8_0 is 43 and 63 times as far,
-one that leaves the scales of inputs in float32 2.1 and 4.1 times.
+from our evaluations as they are from each other, 3.5e-3 against 3.8e-3 at the median; on a random
+model of 3 layers 0.3 times. An evaluation that rounds inputs to f16 instead of q8_0 is 43 and 63
+times as far, one that leaves the scales of inputs in float32 2.1 and 4.1 times.
 
 Shape letters: N evaluations, P prompts, S prompt length, V vocabulary.
 """
@@ -45,15 +46,15 @@ from sparsecast.export.read.reader import GGUFFile
 
 EVALUATIONS, MOST = 8, 24
 LOGIT_BOUND = 1e-2
-"""An engine token that is the argmax of none of ours may be this far below one of them."""
+"""Largest distance of the engine's token below our argmax, in logits."""
 MOVED_SHARE = 0.01
-"""Of positions, may be further below, but not than our own logits move there."""
+"""Share of positions allowed beyond that bound, within the spread of our own evaluations."""
 FACTOR = 2.0
 MEDIAN_FLOOR, NEAREST_FLOOR = 1e-4, 1e-3
-"""Of a probability: this near is near enough, whatever ours do."""
+"""Distances of a probability that always pass."""
 PROMPTS, PROMPT_LENGTH = 8, 64
 NEAR, OUTLIERS = 1e-3, 3
-"""Of a probability; and how many positions further away are listed."""
+"""Distance of a probability beyond which positions are listed, and how many are."""
 
 
 def check_engine(
@@ -90,7 +91,7 @@ def check_engine(
 def replies_to(
     build: Path, file: GGUFFile, spelling: Spelling, prompts_PS: Tensor
 ) -> list[list[Reply]]:
-    """The engine's distributions after every prefix of every prompt.
+    """Ask the engine for its distributions after every prefix of every prompt.
 
     Raises:
         EngineError: The server did not start or gave no answer.
@@ -107,7 +108,7 @@ def replies_to(
 def check_next_tokens(
     file: GGUFFile, spelling: Spelling, prompts_PS: Tensor, replies: list[list[Reply]]
 ) -> list[Check]:
-    """Next-token distributions after every prefix of the prompts, teacher-forced."""
+    """Compare next-token distributions after every prefix of the prompts, teacher-forced."""
     logits_NPSV = [Perturbed(file, seed).logits(prompts_PS) for seed in range(EVALUATIONS)]
     positions = []
     for p, prompt_S in enumerate(prompts_PS):
@@ -120,7 +121,7 @@ def check_next_tokens(
 def _positions(
     file: GGUFFile, spelling: Spelling, prompt_S: Tensor, replies: list[Reply], logits_NSV: Tensor
 ) -> list[Position]:
-    """Of one prompt; while one of its tokens is far from ours, evaluated once more."""
+    """Compare one prompt; evaluate it again while one of its tokens is far from ours."""
     found = [
         position(spelling, reply, logits_NV)
         for reply, logits_NV in zip(replies, logits_NSV.unbind(1), strict=True)
@@ -141,26 +142,26 @@ def _positions(
 
 
 class Position(NamedTuple):
-    """The engine beside our evaluations of one position."""
+    """The engine and our evaluations at one position."""
 
     gap: float
-    """How far our logit of its token is below our best, in the evaluation where that is least."""
+    """Distance of the engine's token below our argmax, in logits, in the nearest evaluation."""
     moved: float
-    """How far our own logits move from one evaluation to another, at most."""
+    """Largest spread of a logit over our evaluations."""
     theirs: list[float]
-    """From each of ours to the engine: the largest difference of a probability."""
+    """Largest difference of a probability between each evaluation and the engine."""
     ours: list[float]
-    """The same from each of ours to each other one, row by row."""
+    """The same between each evaluation and every other one, row by row."""
 
     @property
     def nearest(self) -> list[float]:
-        """From each of ours to the nearest other one."""
+        """The same between each evaluation and the nearest other one."""
         others = len(self.theirs) - 1
         return [min(self.ours[k : k + others]) for k in range(0, len(self.ours), others)]
 
 
 def position(spelling: Spelling, reply: Reply, logits_NV: Tensor) -> Position:
-    """Compare one reply with our logits of that position."""
+    """Compare a reply with our logits at its position."""
     compared = [spelling.compare(reply, logits_V) for logits_V in logits_NV]
     probs_NV = torch.stack([spelling.distribution(logits_V) for logits_V in logits_NV])
     apart_NN = torch.stack([(probs_NV - probs_V).abs().amax(-1) for probs_V in probs_NV])
@@ -174,7 +175,7 @@ def position(spelling: Spelling, reply: Reply, logits_NV: Tensor) -> Position:
 
 
 def tokens_check(positions: list[Position]) -> Check:
-    """The engine's tokens are ours, or near ties."""
+    """Check that the engine's tokens are ours or near ties."""
     n = len(positions)
     agree = sum(p.gap == 0 for p in positions)
     far = [p for p in positions if p.gap > LOGIT_BOUND]
@@ -193,7 +194,7 @@ def tokens_check(positions: list[Position]) -> Check:
 
 
 def probability_check(positions: list[Position]) -> Check:
-    """The engine is as far from our evaluations as they are from each other."""
+    """Check that the engine is as near to our evaluations as they are to each other."""
     theirs = _quantile([p.theirs for p in positions], 0.5)
     ours = _quantile([p.ours for p in positions], 0.5)
     nearest = _quantile([[min(p.theirs)] for p in positions], 0.9)
@@ -209,21 +210,23 @@ def probability_check(positions: list[Position]) -> Check:
 
 
 def outlier_check(positions: list[Position], decisions: list[Decision]) -> Check:
-    """Where the engine is further from all of ours than `NEAR`, and which decision may have turned
-    over there; for the reader, `probability_check` judges.
+    """List where the engine is far from all our evaluations, and which decision may have flipped.
+
+    The check never fails: `probability_check` judges.
 
     Args:
-        decisions: Of each position, the one nearest to the threshold that it depends on.
+        decisions: For each position, the decision nearest to the threshold that it depends on.
     """
     far = [(min(place.theirs), i) for i, place in enumerate(positions) if min(place.theirs) > NEAR]
-    told = [
+    listed = [
         f"prompt {i // PROMPT_LENGTH} position {i % PROMPT_LENGTH} by {away:.1e}, {decisions[i]}"
         for away, i in sorted(far, reverse=True)[:OUTLIERS]
     ]
     detail = f"{len(positions) - len(far)} of {len(positions)} positions within {NEAR:g} of ours"
     if far:
         detail += (
-            "; furthest, with the decision nearest to the threshold up to there: " + "; ".join(told)
+            "; furthest, with the decision nearest to the threshold up to there: "
+            + "; ".join(listed)
         )
     return Check("engine outliers", True, detail)
 

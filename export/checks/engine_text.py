@@ -1,9 +1,9 @@
-"""What the engine makes of text: its tokens, and its perplexity.
+"""Compare the engine's tokenization and perplexity with ours.
 
-Its `perplexity` binary cuts text itself. With sentencepiece BPE the tokens are those of the file's
-tokenizer, so ours on the same text is the same number. With a gpt2 vocabulary they may differ, and
-the server, which takes ids, gives the probability of each next token instead: of all tokens but
-those that it cannot say (file_vocab.py), and ours is taken of the same.
+Its `perplexity` binary tokenizes text itself. With sentencepiece BPE its tokens are those of the
+file's tokenizer, so our perplexity of the same text must be equal. With a gpt2 vocabulary the
+tokens may differ. Then the server, which accepts ids, gives the probability of each next token,
+without the tokens that it cannot print (read/vocab.py); ours leaves out the same tokens.
 
 Shape letters: P prompts, S prompt length, V vocabulary.
 """
@@ -38,10 +38,10 @@ class EnginePerplexity(NamedTuple):
 def check_tokenization(
     build: Path, file: GGUFFile, tokenizer: FileVocabulary, docs: list[str]
 ) -> Check:
-    """The engine's tokens of every document against those of the file's tokenizer.
+    """Compare the engine's tokens of every document with those of the file's tokenizer.
 
-    A difference fails only where the engine claims to tokenize alike: with a gpt2 vocabulary it is
-    the engine's own, which no file can mend, and is counted for the reader.
+    With a gpt2 vocabulary the engine splits text in its own way, which no file can change: there
+    differences are counted, but do not fail the check.
     """
     name = "engine tokenization"
     try:
@@ -55,14 +55,14 @@ def check_tokenization(
         theirs, ours = (sum(map(len, ids)) for ids in zip(*differ, strict=True))
         detail += f", {theirs:,} tokens there and {ours:,} by the file's tokenizer"
         if not tokenizer.exact:
-            detail += "; give the engine token ids where that matters"
+            detail += "; pass token ids to the engine where that matters"
     return Check(name, not (differ and tokenizer.exact), detail)
 
 
 def check_engine_perplexity(
     build: Path, file: GGUFFile, emulator: Emulator, text: str, ids_NS: Tensor
 ) -> tuple[Check, EnginePerplexity]:
-    """`perplexity` on `text` against ours on `ids_NS`, the same chunks."""
+    """Compare the engine's perplexity of `text` with ours of `ids_NS`, the same chunks."""
     ours = perplexity(emulator.logits, ids_NS)
     try:
         theirs = engine_perplexity(build, file.path, text, len(ids_NS))
@@ -80,10 +80,10 @@ def check_perplexity_by_ids(
     prompts_PS: Tensor,
     replies: list[list[Reply]],
 ) -> tuple[Check, EnginePerplexity]:
-    """The server's probabilities of each prompt's next tokens against ours.
+    """Compare the server's probabilities of each prompt's next tokens with ours.
 
     Args:
-        replies: Per prompt and position.
+        replies: Replies by prompt and position.
     """
     theirs, ours = [], []
     missing: list[tuple[list[int], int, float]] = []
@@ -113,13 +113,13 @@ def _mean(logs: list[float]) -> float:
 def _raised(
     build: Path, file: GGUFFile, spelling: Spelling, asked: list[tuple[list[int], int, float]]
 ) -> list[float]:
-    """Log probabilities of tokens that are not among the most probable.
+    """Ask for log probabilities of tokens that are not among the most probable.
 
-    With b added to its logit, a token of odds o gets the odds o exp(b). Raised by what we hold it
-    to be, it gets about a half, where the reply is precise.
+    With b added to its logit, a token of odds o gets the odds o exp(b). Raised by minus our log
+    probability, its probability becomes about a half, where the reply is precise.
 
     Args:
-        asked: Prompt, token, our log probability.
+        asked: Prompt, token and our log probability of it.
     """
     if not asked:
         return []

@@ -17,7 +17,7 @@ from sparsecast.export.read.reader import GGUFFile
 
 
 def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
-    """activation_<i>.pt per layer, 1-D float32 or float64 of the FFN's width, counts."""
+    """Check activation_<i>.pt of every layer: counts, (F,) float32 or float64."""
     if not os.path.lexists(folder):
         return Check("hot and cold", True, "no activation folder: exported without activations")
     try:
@@ -41,7 +41,7 @@ def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
 
 
 def check_card(folder: Path) -> list[Check]:
-    """One check where README.md is there and is no file, such as a folder; none where it is."""
+    """Return a failed check if README.md is there but not a file, none otherwise."""
     path = folder / "README.md"
     if not os.path.lexists(path):
         return []
@@ -53,7 +53,7 @@ def check_card(folder: Path) -> list[Check]:
 
 
 def read_counts(path: Path, width: int) -> Tensor:
-    """(F,) float32 or float64: how often each neuron of a layer fired.
+    """Read how often each neuron of a layer fired, (F,) float32 or float64.
 
     Raises:
         InputError: The file is damaged, or holds something else.

@@ -1,10 +1,9 @@
-"""What a bundle's gpuidx file must look like, if there is one: order, types, the hottest neurons,
-their bytes, and that no other split of the same size has a greater total.
+"""Check a bundle's gpuidx file: order, types, bytes, and that its neurons are the hottest.
 
-Written from PowerInfer's loader (llama.cpp at d3ebd7c, `llama_gpu_split_loader`) and shares nothing
-with the exporter's choice. A split is best if no layer could give up its coldest chosen block for
-another layer's hottest one left: within a layer blocks get colder, so every split of that size is
-reached by such exchanges, none of which gains.
+Written from PowerInfer's loader (llama.cpp at d3ebd7c, `llama_gpu_split_loader`), without the
+exporter's code. A split is best if exchanging a layer's coldest chosen block for another layer's
+hottest remaining one never raises the total: within a layer blocks get colder, so such exchanges
+lead to every other split of the same size.
 
 Shape letters: F FFN width, K neurons on the GPU.
 """
@@ -32,21 +31,21 @@ REQUIRED = {
 
 
 class Edge(NamedTuple):
-    """Where a layer's hot neurons end: sums of counts of 256."""
+    """Sums of counts of the blocks of 256 on both sides of a layer's split."""
 
     layer: int
     last: float
-    """Of the coldest block on the GPU; infinite where there is none."""
+    """The coldest block on the GPU; infinite if there is none."""
     next: float
-    """Of the hottest block on the CPU; -1 where there is none."""
+    """The hottest block on the CPU; -1 if there is none."""
 
 
 def check_gpu_split(file: GGUFFile, folder: Path) -> list[Check]:
-    """One check where the bundle has a split, none where it has not."""
+    """Return one check if the bundle has a split, none otherwise."""
     path = folder / f"{file.path.name}.generated.gpuidx"
     others = sorted(p.name for p in folder.glob("*.gpuidx") if p != path)
     if others:
-        detail = f"{', '.join(others)}: PowerInfer reads {path.name} alone"
+        detail = f"{', '.join(others)}: PowerInfer reads only {path.name}"
         return [Check("gpu split", False, detail)]
     if not os.path.lexists(path):
         return []
@@ -88,7 +87,7 @@ def _tensors(split: GGUFFile, file: GGUFFile) -> list[str]:
         return [f"holds {len(there)} tensors, expected {len(want)}"]
     for name, expected in zip(there, want, strict=True):
         if name != expected:
-            return [f"{name} stands where the engine takes {expected}"]
+            return [f"{name} is at the place of {expected}"]
     wrong = []
     for name, entry in split.entries.items():
         if entry.type.name != "i32":
@@ -112,8 +111,11 @@ def _lists(split: GGUFFile, file: GGUFFile) -> list[str]:
 
 
 def _bytes(split: GGUFFile, file: GGUFFile) -> list[str]:
-    """Rows of the FFN's matrices as they lie in the file, and of a layer that is not whole on the
-    GPU the list of its neurons."""
+    """Compare the bytes of the split with split.vram_capacity.
+
+    A neuron takes its rows of the FFN's matrices; a layer that is not whole on the GPU also takes
+    the list of its neurons.
+    """
     header, need = header_of(file), 0
     matrices = ("gate", "up", "down_t") if header.gated else ("up", "down_t")
     for i in range(header.layers):

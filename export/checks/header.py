@@ -1,4 +1,4 @@
-"""The file's header against the model's config.json, in its old and its new spelling."""
+"""Compare the file's header with the model's config.json, whose fields have old and new names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
         "attention.head_count": ("num_attention_heads",),
     },
 }
-"""Keys of the file to fields of config.json, the first that is there."""
+"""Keys of the file to fields of config.json, of which the first that is there counts."""
 
 
 ARCHITECTURES = {
@@ -40,17 +40,17 @@ ARCHITECTURES = {
     "bamboo": "bamboo",
     "turbosparsemistral": "bamboo",
 }
-"""Of model_type; others are llamas unless they have ReLU on gate and up."""
+"""Architectures by model_type; other models are llamas unless they have ReLU on gate and up."""
 
 
 def check_header(source: Source) -> Check:
-    """Architecture, sizes, the norms' epsilon and rope."""
+    """Compare the architecture, sizes, the norms' epsilon and rope."""
     keys: dict[str, Any] = source.file.keys
     arch, config = source.header.arch, source.config
     both = config.get("hidden_act") == "drelu"
     meant = "bamboo" if both else ARCHITECTURES.get(config.get("model_type", ""), "llama")
     if arch != meant:
-        return Check("header", False, f"the file is of a {arch}, config.json makes it a {meant}")
+        return Check("header", False, f"the file holds a {arch}, config.json describes a {meant}")
     want = {
         key: next((config[name] for name in names if name in config), None)
         for key, names in FIELDS.get(arch, FIELDS["llama"]).items()
@@ -69,11 +69,11 @@ def check_header(source: Source) -> Check:
     for key, (found, value) in _optional(source).items():
         if not isclose(found, value, rel_tol=1e-6):
             wrong.append(f"{arch}.{key} is {found:g}, config.json has {value:g}")
-    return Check("header", not wrong, "; ".join(wrong) or "as config.json says")
+    return Check("header", not wrong, "; ".join(wrong) or "as in config.json")
 
 
 def _optional(source: Source) -> dict[str, tuple[float, float]]:
-    """Key to (what the engine takes, also where it is absent; what the model has)."""
+    """Return, by key, the value that the engine uses, defaults included, and the model's."""
     header, config = source.header, source.config
     arch, heads = header.arch, header.heads
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -95,7 +95,7 @@ def _optional(source: Source) -> dict[str, tuple[float, float]]:
 
 
 def _falcon_kv_heads(config: dict[str, Any], heads: int) -> int:
-    """Grouped in the new architecture; before it one of all, or one of each."""
+    """Number of key/value heads: grouped in the new architecture, else one or one per head."""
     if config.get("new_decoder_architecture", config.get("model_type") == "RefinedWeb"):
         return int(config.get("num_kv_heads") or config.get("n_head_kv") or heads)
     return 1 if config.get("multi_query", True) else heads

@@ -1,17 +1,17 @@
-"""The bundle evaluated as the engine would, against the model.
+"""Compare the bundle's logits, evaluated as the engine does, with the model's.
 
-With every neuron active the two differ by rounding alone. Weights are rounded to the types of the
-file; values.py compares them exactly, so here the model computes with such weights too. Inputs of
-products are rounded to f16, those of quantized weights to q8_0; the latter would hide an error (in
-a q4_0 file swapped rows of q moved the mean from 1.0 to 1.2 times its noise), so this check rounds
-all to f16, and q8_0 is left to the engine's own answer. How much that moves the logits depends on
-the model (depth, scale, saturation), so it is measured on the same tokens rather than guessed: d0
-is the difference that transformers itself shows with and without f16 inputs to every linear layer.
-Two realizations of rounding noise of one size differ from float32 by about the same; the engine
-adds the f16 table in softmax. The check allows 3 times d0 in the mean and 6 times at the worst
-logit. Measured on tiny-prosparse in f16 and in q4_0: a right bundle 1.0 in the mean and 1.0 and 1.5
-at the worst, one lost gate row 8 and 10 in the mean, two swapped rows of q in one layer 22 and 23,
-a wrong rope base 610 and 620.
+With every neuron active the two differ only by rounding. Weights are rounded to the types of the
+file; values.py compares them exactly, so here the model computes with rounded weights too. The
+engine rounds inputs of products to f16, and inputs of products with quantized weights to q8_0. The
+latter would hide errors (in a q4_0 file swapped rows of q moved the mean from 1.0 to 1.2 times its
+noise), so this check rounds all inputs to f16 and leaves q8_0 to the comparison with the engine.
+The effect on the logits depends on the model (depth, scale, saturation), so it is measured on the
+same tokens: d0 is the difference that transformers itself shows with and without f16 inputs to
+every linear layer. Two realizations of rounding noise of one size differ from float32 by about the
+same; the engine adds the f16 table in softmax. The check allows 3 times d0 in the mean and 6 times
+at the worst logit. Measured on tiny-prosparse in f16 and in q4_0: a correct bundle has 1.0 in the
+mean and 1.0 and 1.5 at the worst; one lost gate row 8 and 10 in the mean; two swapped rows of q in
+one layer 22 and 23; a wrong rope base 610 and 620.
 
 Shape letters: N chunks, S chunk length, V vocabulary.
 """
@@ -37,13 +37,13 @@ from sparsecast.export.read.reader import GGUFFile, TensorType
 
 MEAN_FACTOR, MAX_FACTOR = 3.0, 6.0
 FLOOR = 1e-5
-"""Of the logits' spread: float32's own noise, where a model has nothing to round."""
+"""float32 noise relative to the logits' spread, for a model that rounds nothing."""
 LOGIT_CHUNKS = 4
 """Chunks compared logit by logit: 512 tokens."""
 
 
 def check_logits(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> Check:
-    """Everything active against `model`, a float32 model on the CPU that computes ReLU."""
+    """Compare logits with every neuron active with `model`, a float32 ReLU model on the CPU."""
     ids_NS = ids_NS[:LOGIT_CHUNKS]
     types = linear_types(emulator.file)
     ours_NSV = Emulator(emulator.file, coarse=False).logits(ids_NS, all_active=True)
@@ -63,7 +63,7 @@ def check_logits(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> 
 
 
 def degenerate(logits: Tensor) -> str | None:
-    """Why these (..., V) logits are no logits: NaN, all zero, the same for every token."""
+    """Say why (..., V) logits cannot be right: NaN, all zero or constant; None if they can."""
     if not bool(logits.isfinite().all()):
         return "the logits hold NaN or infinity"
     if not bool(logits.any()):
@@ -77,15 +77,17 @@ def degenerate(logits: Tensor) -> str | None:
 
 @torch.inference_mode()
 def model_logits(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
-    """(N, S, V) float32."""
+    """Compute (N, S, V) float32 logits."""
     output: Any = model(ids_NS, use_cache=False)
     logits_NSV: Tensor = output.logits
     return logits_NSV.float()
 
 
 def with_relu(model: PreTrainedModel) -> PreTrainedModel:
-    """A twin that computes as the engine does, ReLU and, in an OPT, norms without an epsilon; it
-    shares the weights. ReLU on gate and up stays."""
+    """Return a twin with the engine's ReLU and, in an OPT, norms without an epsilon.
+
+    The twin shares the weights. ReLU on gate and up stays.
+    """
     twin = _twin(model)
     if not activation_rule(model.config, "model").on_up:
         set_activation(twin, ActivationRule("relu"))
@@ -97,13 +99,13 @@ def with_relu(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def linear_types(file: GGUFFile) -> dict[str, TensorType]:
-    """Type of the file by name of the model's module, for its matrices."""
+    """Return the file's type of each matrix, by the name of the model's module."""
     types = {}
     for name in expected_shapes(file):
         source, entry = module_of(file, name), file.entries[name]
         if source is not None and len(entry.shape) == 2:
             types[source] = entry.type
-    # An OPT's file has no output matrix: its embedding serves.
+    # An OPT's file has no output matrix and uses the embedding.
     types.setdefault("lm_head", file.entries["token_embd.weight"].type)
     return types
 
@@ -111,7 +113,7 @@ def linear_types(file: GGUFFile) -> dict[str, TensorType]:
 def as_stored(
     model: PreTrainedModel, types: dict[str, TensorType], *, inputs: bool = False
 ) -> PreTrainedModel:
-    """A twin that computes with weights as a file of these types holds them; shares the weights.
+    """Return a twin that computes with weights rounded to these types; it shares the weights.
 
     Args:
         inputs: Also round the input of every linear layer to f16.
@@ -119,9 +121,9 @@ def as_stored(
     twin, down = _twin(model), "." + family_of(model.config, "model").down
     for name, module in twin.named_modules():
         if isinstance(module, nn.Linear):
-            # The down projection is stored, and so divided into blocks, transposed.
+            # The down projection is stored, and split into blocks, transposed.
             hook = partial(_linear, types[name], name.endswith(down), inputs)
-            # In front of the ReLU that a bamboo has behind up.
+            # Before the ReLU that follows up in a bamboo.
             module.register_forward_hook(hook, prepend=True)
         elif isinstance(module, nn.Embedding):
             module.register_forward_hook(partial(_rows, types[name]))
@@ -146,5 +148,5 @@ def _rows(kind: TensorType, _: nn.Embedding, __: tuple[Tensor], output: Tensor) 
 
 
 def _weight(weight: Tensor, kind: TensorType) -> Tensor:
-    """As the file was rounded: of two codes equally near, the other is a whole step off."""
+    """Round as the exporter did: of two equally near codes, the other is a whole step off."""
     return rounded(weight.detach(), kind).float()

@@ -1,4 +1,4 @@
-"""The header's keys: what the engine would refuse, misread or never notice.
+"""Check the header's keys for what the engine would refuse, misread or not notice.
 
 Keys and value types are those of `llm_load_hparams` (PowerInfer's llama.cpp at d3ebd7c).
 """
@@ -26,19 +26,19 @@ OPTIONAL = {
     "rope.scaling.factor": FLOAT32,
     "rope.scale_linear": FLOAT32,
 }
-"""Of the architecture's own."""
+"""Optional keys of an architecture, with their types."""
 ELEMENTS = {
     "tokenizer.ggml.tokens": STRING,
     "tokenizer.ggml.scores": FLOAT32,
     "tokenizer.ggml.token_type": INT32,
     "tokenizer.ggml.merges": STRING,
 }
-"""Of arrays. The engine reads numbers as these whatever the file says."""
+"""Element types of arrays. The engine assumes them whatever the file says."""
 TOKENIZERS = ("llama", "gpt2")
 
 
 def check_metadata(file: GGUFFile) -> Check:
-    """Magic, keys and their types."""
+    """Check the magic, the keys and their types."""
     keys: dict[str, Any] = file.keys
     wrong = [] if file.magic == b"PWRI" else [f"magic is {file.magic!r}, expected b'PWRI'"]
     if file.alignment != 32:

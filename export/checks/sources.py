@@ -1,7 +1,7 @@
-"""What a model says each tensor of its PowerInfer file should hold.
+"""Compute from a model what each tensor of its PowerInfer file should hold.
 
-Written without the exporter's code: where names.py moves axes, this picks rows by index arithmetic,
-and the config is config.json as it stands instead of transformers' object.
+Written without the exporter's code: where tensor_map.py moves axes, this picks rows by index
+arithmetic, and it reads config.json itself instead of transformers' object.
 """
 
 from __future__ import annotations
@@ -68,20 +68,20 @@ def modules(file: GGUFFile) -> dict[str, str]:
 
 
 def module_of(file: GGUFFile, name: str) -> str | None:
-    """The model's module whose weight or bias a tensor of the file holds; None for a predictor."""
+    """Name the model's module whose weight or bias a tensor holds; None for a predictor."""
     block, kind = parts(name)
     module = modules(file).get(kind)
     return None if module is None else module.format(block)
 
 
 def parts(name: str) -> tuple[int | None, str]:
-    """Layer and kind of a tensor: blk.3.attn_q.weight is (3, "attn_q")."""
+    """Split a tensor's name into layer and kind: blk.3.attn_q.weight is (3, "attn_q")."""
     split = name.split(".")
     return (int(split[1]), split[2]) if split[0] == "blk" else (None, split[0])
 
 
 class Source:
-    """The model, asked by the names of the file."""
+    """The model's tensors under the names of the file."""
 
     def __init__(self, checkpoint: Checkpoint, file: GGUFFile) -> None:
         self.checkpoint = checkpoint
@@ -90,20 +90,20 @@ class Source:
         self.header = header_of(file)
 
     def raw(self, name: str) -> Tensor:
-        """The source's tensor as the checkpoint stores it."""
-        # A llama's config leaves the field out where it is false, a falcon's where it is true.
+        """Read the model's tensor as the checkpoint stores it."""
+        # A llama's config omits the field where it is false, a falcon's where it is true.
         tied = self.config.get("tie_word_embeddings", self.header.arch == "falcon")
         if name == "output.weight" and tied:
             name = "token_embd.weight"
         return self.checkpoint.tensor(f"{module_of(self.file, name)}.{name.rpartition('.')[2]}")
 
     def interleaved(self, name: str) -> bool:
-        """Whether rows are those of q or k in an order of the engine's own."""
+        """Whether the rows are q or k rows in the engine's order."""
         rotates_pairs = self.header.arch in ("llama", "bamboo")
         return rotates_pairs and parts(name)[1] in ("attn_q", "attn_k")
 
     def arranged(self, name: str) -> Tensor:
-        """(rows, columns) of the file, in the source's dtype."""
+        """Arrange rows and columns as in the file, in the model's dtype."""
         raw, kind = self.raw(name), parts(name)[1]
         if name.endswith(".ffn_down_t.weight"):
             return raw.t()
@@ -115,12 +115,12 @@ class Source:
         return raw
 
     def expected(self, name: str) -> Tensor:
-        """What our reader should give for the tensor, see `rounded`."""
+        """Compute what the reader should return for the tensor, see `rounded`."""
         return rounded(self.arranged(name), self.file.entries[name].type)
 
 
 def rounded(values: Tensor, kind: TensorType) -> Tensor:
-    """What a file of this type holds for `values`: in its dtype, float32 where it is quantized."""
+    """Round `values` to a type of the file: in its dtype, or float32 if it is quantized."""
     if kind.block == 1:
         return values.float().to(kind.dtype)
     type_ = GGMLQuantizationType[kind.name.upper()]
@@ -129,7 +129,7 @@ def rounded(values: Tensor, kind: TensorType) -> Tensor:
 
 
 def interleaved_rows(rows: int, heads: int) -> Tensor:
-    """The source's row for each row of the file: 2 j takes j, 2 j + 1 takes j + size / 2."""
+    """Return the model's row for each row of the file: 2 j is j, 2 j + 1 is j + size / 2."""
     size = rows // heads
     row = torch.arange(rows)
     head, within = row // size, row % size
@@ -137,10 +137,10 @@ def interleaved_rows(rows: int, heads: int) -> Tensor:
 
 
 def fused_rows(rows: int, heads: int, kv_heads: int) -> Tensor:
-    """The source's row for each row of a falcon's attn_qkv.
+    """Return the model's row for each row of a falcon's attn_qkv.
 
-    The file's n-th head is a query (n < heads), a key or a value. In the source every key/value
-    head is a group: its queries, its key, its value.
+    The file's n-th head is a query (n < heads), a key or a value. In the model every key/value head
+    is a group: its queries, its key, its value.
     """
     size, queries = rows // (heads + 2 * kv_heads), heads // kv_heads
     row = torch.arange(rows)

@@ -1,12 +1,13 @@
-"""Which tensors a bundle of each architecture holds, of which shape and type.
+"""Check names, shapes, types and finiteness of the tensors of each architecture.
 
-Types are those that the engine computes rightly, on a CPU and by its source on a GPU, and that
-sparsecast writes (PowerInfer's ggml.c and ggml-cuda.cu at d3ebd7c):
-- products with any matrix take f32, f16, q4_0 and q8_0; a GPU's sparse ones no q8_0;
-- the down step treats whatever is not q4_0 as f16, and gives NaN or zeros for other types;
+The allowed types are those that sparsecast writes and that the engine computes correctly, on a CPU
+and, judging by its source, on a GPU (PowerInfer's ggml.c and ggml-cuda.cu at d3ebd7c):
+- products with any matrix support f32, f16, q4_0 and q8_0; a GPU's sparse products do not support
+  q8_0;
+- the down step treats every type but q4_0 as f16, and gives NaN or zeros for other types;
 - 1-D tensors must be f32.
-The k-quants that `quantize` may choose (q6_K for output.weight) are not ours: reader.py refuses
-them.
+sparsecast does not write the k-quants that `quantize` may choose (q6_K for output.weight), and
+reader.py refuses to read them.
 
 Shape letters: V vocabulary, P positions, D hidden, K key/value width, Q = D + 2 K, F FFN width,
 R predictor rank.
@@ -51,7 +52,7 @@ OPT = {
     "ffn_down_t.bias": "D",
 }
 SECOND_NORM = {"attn_norm_2.weight": "D", "attn_norm_2.bias": "D"}
-"""Of a falcon with two norms; its first block's tensors say whether it is one."""
+"""Extra tensors of a falcon with two norms per layer."""
 ENDS = {"token_embd.weight": "VD", "output_norm.weight": "D"}
 LAYERS = {
     "llama": ({**ENDS, "output.weight": "VD"}, GATED),
@@ -72,13 +73,13 @@ TYPES = {
     "fc1": PREDICTOR,
     "fc2": PREDICTOR,
 }
-"""Of the matrices that may not be any of `MATRIX`."""
+"""Types of the matrices that do not support all of `MATRIX`."""
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2}
 """general.file_type by the type of the FFN's gate."""
 
 
 def check_tensors(file: GGUFFile) -> Check:
-    """Names, shapes and types, nothing missing and nothing more."""
+    """Check that every tensor is there, no other is, and shapes and types are right."""
     header, want, wrong = header_of(file), expected_shapes(file), []
     for name, letters in want.items():
         if name not in file.entries:
@@ -95,7 +96,7 @@ def check_tensors(file: GGUFFile) -> Check:
         if entry.shape[-1] % entry.type.block:
             wrong.append(
                 f"{name} is {entry.type.name} in rows of {entry.shape[-1]}, expected a multiple of "
-                f"{entry.type.block}: the engine reads rows that share a block wrongly"
+                f"{entry.type.block}: the engine misreads rows that share a block"
             )
     wrong += [f"{name} is not a tensor of this architecture" for name in file.entries.keys() - want]
     wrong += [] if wrong else _wrong_blocks_or_label(file, header)
@@ -106,8 +107,7 @@ def check_tensors(file: GGUFFile) -> Check:
 
 
 def _wrong_blocks_or_label(file: GGUFFile, header: Header) -> Iterator[str]:
-    """What no single tensor shows: the width that the engine rounds ffn_down_t's input along, and
-    what the header says of the types."""
+    """Check the FFN width against ffn_down_t's blocks, and the header's label of the types."""
     for name, entry in file.entries.items():
         if ".ffn_down_t.weight" in name and header.ffn % entry.type.block:
             yield (
@@ -123,7 +123,7 @@ def _wrong_blocks_or_label(file: GGUFFile, header: Header) -> Iterator[str]:
 
 
 def expected_shapes(file: GGUFFile) -> dict[str, str]:
-    """Every tensor name that belongs in the file, with its shape letters."""
+    """Return every tensor name that belongs in the file, with its shape letters."""
     header = header_of(file)
     ends, block = LAYERS[header.arch]
     block = {**block, **PREDICTOR_SHAPES}
@@ -137,7 +137,7 @@ def expected_shapes(file: GGUFFile) -> dict[str, str]:
 
 def _sizes(file: GGUFFile, header: Header, name: str, letters: str) -> tuple[int, ...]:
     kv_width = header.head_dim * header.kv_heads
-    # The rank is whatever fc1 has; fc2 must have the same.
+    # fc1 sets the rank; fc2 must have the same.
     fc1 = file.entries.get(name.replace("fc2", "fc1"))
     sizes = {
         "V": header.vocab,
@@ -152,7 +152,7 @@ def _sizes(file: GGUFFile, header: Header, name: str, letters: str) -> tuple[int
 
 
 def check_finite(file: GGUFFile) -> Check:
-    """No NaN and no infinity in any tensor."""
+    """Check that no tensor holds NaN or infinity."""
     wrong = [name for name in file.entries if not bool(file.tensor(name).isfinite().all())]
     detail = f"NaN or infinity in {', '.join(wrong)}" if wrong else "no NaN, no infinity"
     return Check("finite", not wrong, detail)

@@ -1,8 +1,8 @@
-"""Compare a bundle's tensors with the model they were made from.
+"""Compare a bundle's tensors with those of its model.
 
-Written without the exporter's code: sources.py says what a tensor should hold. Quantized tensors
-are compared by value, as our own reader dequantizes them, with what the gguf package makes of the
-model's.
+Written without the exporter's code: sources.py computes what a tensor should hold. Quantized
+tensors are compared by value: ours as read by reader.py, the model's as rounded by the gguf
+package.
 
 Shape letters: V vocabulary, D hidden, F FFN width; stored tensors are (rows, columns).
 """
@@ -18,7 +18,7 @@ from sparsecast.export.checks.tensors import expected_shapes
 
 
 def check_values(source: Source) -> list[Check]:
-    """Every tensor of the model, exactly; one check per kind, its detail names what differs."""
+    """Compare every tensor of the model exactly; each kind is one check."""
     failed: dict[str, list[str]] = {}
     names = [n for n in expected_shapes(source.file) if module_of(source.file, n) is not None]
     for name in names:
@@ -27,15 +27,15 @@ def check_values(source: Source) -> list[Check]:
         if not same(want, got):
             wrong.append(f"{name}: {_cause(source, name, want, got)}")
     return [
-        Check(kind, not wrong, "; ".join(wrong) or "as the model rounds to")
+        Check(kind, not wrong, "; ".join(wrong) or "equal to the model's, rounded")
         for kind, wrong in failed.items()
     ]
 
 
 def _cause(source: Source, name: str, want: Tensor, got: Tensor) -> str:
-    """Why `got` is not `want`, as far as the bytes tell."""
+    """Explain how `got` differs from `want`."""
     if want.shape != got.shape:
-        return f"is {tuple(got.shape)}, the model makes it {tuple(want.shape)}"
+        return f"is {tuple(got.shape)}, the model's is {tuple(want.shape)}"
     if not bool(got.isfinite().all()):
         return f"holds {int((~got.isfinite()).sum())} NaN or infinite values"
     kind = source.file.entries[name].type
@@ -45,7 +45,7 @@ def _cause(source: Source, name: str, want: Tensor, got: Tensor) -> str:
     if source.interleaved(name) and (cause := _row_order(source, name, want, got)):
         return cause
     if parts(name)[1] == "attn_qkv" and _same_rows(want, got):
-        return "permuted wrongly: queries, keys and values are not apart, in this order"
+        return "permuted wrongly: not all queries, then all keys, then all values"
     if twin := _twin(source, name, got):
         return f"equals {twin} of the model: swapped or written twice"
     flat, ours = got.flatten(), want.flatten()
@@ -68,7 +68,7 @@ def _row_order(source: Source, name: str, want: Tensor, got: Tensor) -> str | No
 
 
 def _same_rows(want: Tensor, got: Tensor) -> bool:
-    """The same rows in any order, by their float64 sums against random weights."""
+    """Compare rows in any order, by float64 dot products with random weights."""
     generator = torch.Generator().manual_seed(0)
     weights_D = torch.randn(want.shape[1], generator=generator, dtype=torch.float64)
     sums = [(rows.double() * weights_D).sum(1).sort().values for rows in (want, got)]
@@ -76,7 +76,7 @@ def _same_rows(want: Tensor, got: Tensor) -> bool:
 
 
 def _twin(source: Source, name: str, got: Tensor) -> str | None:
-    """Another tensor of this shape that the model would give these values to."""
+    """Find another tensor that should hold these values."""
     for other, entry in source.file.entries.items():
         if (
             other == name

@@ -1,6 +1,6 @@
-"""Whether the engine can load a file's vocabulary, checked on the file alone.
+"""Check, on the file alone, that the engine can load the vocabulary.
 
-GPT-2's alphabet is made from its rule here, not taken from the tokenizers library as in export.
+GPT-2's alphabet is computed from its rule here; export takes it from the tokenizers library.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 NEVER = (0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))
-"""Bytes of no text: not UTF-8, or of planes that hold no characters yet."""
+"""Bytes that occur in no text: not UTF-8, or of unassigned planes."""
 
 
 def check_vocabulary(file: GGUFFile) -> Check:
-    """Tokens and types: one each per row, unique, with every byte of text; and scores or merges.
+    """Check tokens, types, and scores or merges.
 
-    Control characters may be missing: export names them.
+    Every row needs a unique token and a type, and every byte of text needs a token. Control
+    characters may be missing: export names them.
     """
     bytewise = file.keys["tokenizer.ggml.model"] == "gpt2"
     third = "merges" if bytewise else "scores"
@@ -33,9 +34,9 @@ def check_vocabulary(file: GGUFFile) -> Check:
     if len(tokens) != len(types):
         wrong.append(f"{len(tokens)} tokens, {len(types)} types")
     if not all(isinstance(token, str) and token for token in tokens):
-        return Check("vocabulary", False, "a token is empty or no text")
+        return Check("vocabulary", False, "a token is empty or not a text")
     if len(set(tokens)) != len(tokens):
-        wrong.append("a token stands twice")
+        wrong.append("a token is there twice")
     if not all(isinstance(kind, int) and 1 <= kind <= 6 for kind in types):
         wrong.append("a token type is not 1 to 6")
     wrong += (_wrong_bytes if bytewise else _wrong_pieces)(tokens, types, others)
@@ -44,7 +45,7 @@ def check_vocabulary(file: GGUFFile) -> Check:
             wrong.append(f"{kind}_token_id is out of range")
     for kind in ("bos", "eos") if bytewise else ():
         if f"tokenizer.ggml.{kind}_token_id" not in file.keys:
-            wrong.append(f"{kind}_token_id is missing, the engine takes token 11 for it")
+            wrong.append(f"{kind}_token_id is missing, the engine would use token 11")
     detail = f"{len(tokens)} tokens" + (f", {len(others)} merges" if bytewise else "")
     return Check("vocabulary", not wrong, "; ".join(wrong) or detail)
 
@@ -54,7 +55,7 @@ def _wrong_pieces(tokens: list[str], types: list[int], scores: list[Any]) -> lis
     if len(scores) != len(tokens):
         wrong.append(f"{len(tokens)} tokens, {len(scores)} scores")
     if not all(isinstance(score, float) for score in scores):
-        wrong.append("a score is no float")
+        wrong.append("a score is not a float")
     if lost := BYTES - set(tokens):
         wrong.append(f"byte token {min(lost)} is missing")
     return wrong
@@ -65,7 +66,9 @@ def _wrong_bytes(tokens: list[str], types: list[int], merges: list[Any]) -> list
     order = alphabet()
     spare = {order[byte] for byte in (*range(9), 11, 12, *range(14, 32), *NEVER)}
     if lost := characters - known - spare:
-        wrong.append(f"{len(lost)} characters of the byte alphabet are no token, {min(lost)!r}")
+        wrong.append(
+            f"{len(lost)} characters of the byte alphabet are not tokens, {min(lost)!r} first"
+        )
     for i, (token, kind) in enumerate(zip(tokens, types, strict=False)):
         if kind == NORMAL and not set(token) <= characters:
             wrong.append(f"token {i}, {token!r}, holds a character that stands for no byte")
@@ -73,6 +76,6 @@ def _wrong_bytes(tokens: list[str], types: list[int], merges: list[Any]) -> list
     for i, merge in enumerate(merges):
         parts = merge.split(" ") if isinstance(merge, str) else []
         if len(parts) != 2 or not {*parts, "".join(parts)} <= known:
-            wrong.append(f"merge {i} is {merge!r}, expected two tokens that make a third")
+            wrong.append(f"merge {i} is {merge!r}, expected two tokens that form a third")
             break
     return wrong

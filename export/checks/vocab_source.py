@@ -1,7 +1,7 @@
-"""Whether a file's vocabulary is that of the model.
+"""Compare a file's vocabulary and tokens with the model's.
 
-Written without the exporter's code: a tokenizer's files as they stand instead of as the tokenizers
-library reads them, pieces from sentencepiece's processor instead of its protobuf.
+Written without the exporter's code: a tokenizer's files are read as JSON instead of through the
+tokenizers library, and pieces come from sentencepiece's processor instead of its protobuf.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CONTROL, UNUSED = 3, 5
 
 
 def check_pieces(source: Source) -> Check:
-    """Every token, type, score and merge against the tokenizer's files, and BOS and EOS against
-    the config."""
+    """Compare tokens, types, scores and merges with the tokenizer's files, BOS and EOS with the
+    config."""
     folder = source.checkpoint.folder
     try:
         if source.file.keys["tokenizer.ggml.model"] == "gpt2":
@@ -73,8 +73,7 @@ def _against_model(source: Source, path: Path) -> list[str]:
 
 
 def _added(folder: Path) -> list[dict[str, Any]]:
-    """Tokens that tokenizer.model does not hold: from tokenizer.json, or else from the tokenizer's
-    config."""
+    """List the tokens that tokenizer.model lacks, from tokenizer.json or the tokenizer's config."""
     if (folder / "tokenizer.json").is_file():
         raw = read_json(folder / "tokenizer.json", "the model's tokenizer")
         return list(raw["added_tokens"])
@@ -84,7 +83,7 @@ def _added(folder: Path) -> list[dict[str, Any]]:
 
 
 def _against_json(source: Source, folder: Path) -> list[str]:
-    """Scores fall along the merges, and only where none of the pieces so far is made again."""
+    """Check that scores fall along the merges, except between pieces whose merges alternate."""
     keys = source.file.keys
     raw = read_json(folder / "tokenizer.json", "the model's tokenizer")
     unknown = raw["model"].get("unk_token") or "<unk>"
@@ -103,7 +102,9 @@ def _against_json(source: Source, folder: Path) -> list[str]:
         last = max(last, again[first])
         fall = scores[ids[first]] - scores[ids[then]]
         if last > i and fall:
-            wrong.append(f"{then!r} has another score than {first!r}, though their merges mix")
+            wrong.append(
+                f"{then!r} has another score than {first!r}, though their merges alternate"
+            )
         elif last == i and fall <= 0:
             wrong.append(f"{then!r} has no lower score than {first!r}, which is merged before it")
     return wrong
@@ -120,7 +121,7 @@ def _against_bytes(source: Source, folder: Path) -> tuple[str, list[str]]:
         vocab = read_json(folder / "vocab.json", "the model's vocabulary")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = _pairs([line for line in lines if line and not line.startswith("#version")])
-        # Which of them are special stands in one of several files; the tokens check sees the rest.
+        # One of several files says which are special; the tokens check sees the rest.
         kinds = dict.fromkeys(vocab, {NORMAL, CONTROL, USER})
     wrong = _wrong_tokens(keys, vocab, kinds)
     written = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
@@ -134,7 +135,7 @@ def _against_bytes(source: Source, folder: Path) -> tuple[str, list[str]]:
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
-    """From either spelling: "left right" or ["left", "right"]."""
+    """Read merges in either form: "left right" or ["left", "right"]."""
     return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
 
 
@@ -144,7 +145,7 @@ def _ids(raw: dict[str, Any]) -> dict[str, int]:
 
 
 def _added_kinds(added: list[dict[str, Any]], folder: Path) -> dict[str, set[int]]:
-    """A token becomes special, whatever tokenizer.json says, where the config names it as one."""
+    """Return the types of added tokens; a token that the config names is a control token."""
     path = folder / "tokenizer_config.json"
     config = read_json(path, "the tokenizer's config") if path.is_file() else {}
     ends = [config.get(f"{end}_token") for end in ("bos", "eos", "unk", "pad")]
@@ -158,9 +159,10 @@ def _added_kinds(added: list[dict[str, Any]], folder: Path) -> dict[str, set[int
 def _wrong_tokens(
     keys: dict[str, Any], vocab: dict[str, int], kinds: dict[str, set[int]]
 ) -> list[str]:
-    """
+    """List tokens whose id or type is wrong.
+
     Args:
-        kinds: The types that a token may have, where it is not a normal one.
+        kinds: Allowed types of tokens that are not normal ones.
     """
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     wrong = []
@@ -175,8 +177,10 @@ def _wrong_tokens(
 
 
 def _wrong_ends(source: Source, folder: Path) -> list[str]:
-    """BOS and EOS as the config, the tokenizer's config or its model has them; BOS may be EOS where
-    there is none."""
+    """Compare BOS and EOS with the config, the tokenizer's config and its model.
+
+    A gpt2 vocabulary without BOS may use EOS.
+    """
     keys, known = source.file.keys, {}
     tokens = keys["tokenizer.ggml.tokens"]
     path = folder / "tokenizer_config.json"
@@ -201,10 +205,10 @@ def _wrong_ends(source: Source, folder: Path) -> list[str]:
 
 
 def check_tokens(model: Any, tokenizer: FileVocabulary, docs: list[str]) -> Check:
-    """Held-out text as the file's tokenizer and as the model's makes tokens of it.
+    """Compare the tokens of held-out text by the file's tokenizer and by the model's.
 
-    Where a gpt2 vocabulary's model has cuts of its own, tokens are compared without them, and the
-    documents that they change are counted: no such file can hold them.
+    A gpt2 vocabulary cannot express a model's own way to split text. Tokens are then compared
+    without it, and the documents that it changes are counted.
     """
 
     def own(text: str) -> list[int]:
@@ -214,18 +218,18 @@ def check_tokens(model: Any, tokenizer: FileVocabulary, docs: list[str]) -> Chec
 
     text = joined(docs)
     ids = tokenizer.encode(text)
-    want = own(text) if tokenizer.exact else _with_plain_cuts(model, text)
+    want = own(text) if tokenizer.exact else _without_own_splits(model, text)
     detail = f"{len(ids):,} tokens of held-out text, " + (
-        "as the model's tokenizer makes them"
+        "as by the model's tokenizer"
         if want == ids
-        else f"the model's own makes {len(want):,}, not all the same"
+        else f"{len(want):,} by the model's tokenizer, not all the same"
     )
     if not tokenizer.exact and (differ := sum(own(doc) != tokenizer.encode(doc) for doc in docs)):
-        detail += f"; its own way to cut text changes {differ} of {len(docs)} documents"
+        detail += f"; its own way to split text changes {differ} of {len(docs)} documents"
     return Check("tokens", want == ids, detail)
 
 
-def _with_plain_cuts(model: Any, text: str) -> list[int]:
+def _without_own_splits(model: Any, text: str) -> list[int]:
     plain = Tokenizer.from_str(model.backend_tokenizer.to_str())
     plain.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
     plain.encode_special_tokens = True

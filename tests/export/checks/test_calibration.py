@@ -228,7 +228,7 @@ def nll(value: float) -> torch.Tensor:
     ("bound", "allowed", "ok", "told"),
     [
         (0.20, None, True, "cost +10.52%, at most +20.00%"),
-        (0.05, None, False, "more than +5.00%, what as many misses at random would cost"),
+        (0.05, None, False, "more than +5.00%, the cost of as many random misses"),
         (0.05, 0.2, True, "at most +20.00% allowed by --max-perplexity-increase"),
         (0.20, 0.1, False, "at most +10.00% allowed by --max-perplexity-increase"),
         (None, None, True, "no calibration"),

@@ -223,7 +223,7 @@ CORRUPTIONS = [
     one("an unknown architecture", named("general.architecture", Value(STRING, "gemma")),
         "metadata", "general.architecture is 'gemma'"),
     one("the architecture with ReLU on up too", renamed_keys, "header",
-        "of a bamboo, config.json makes it a llama"),
+        "holds a bamboo, config.json describes a llama"),
     one("the threshold as f64", named("powerinfer.sparse_threshold", Value(F64, 0.0)), "metadata",
         "sparse_threshold has value type 12, expected 6"),
     one("the threshold as a whole number", named("powerinfer.sparse_threshold", Value(I32, 0)),
@@ -234,7 +234,7 @@ CORRUPTIONS = [
         "predictor folder", "threshold is 0.1, config.json has 0"),
     # The vocabulary: wrong tokens look like a wrong model.
     one("a token twice", column("tokens", lambda tokens: tokens.__setitem__(300, tokens[301])),
-        "vocabulary", "a token stands twice"),
+        "vocabulary", "a token is there twice"),
     one("an empty token", column("tokens", lambda tokens: tokens.__setitem__(300, "")),
         "vocabulary", "a token is empty"),
     one("a byte token lost", column("tokens", lambda tokens:
@@ -307,7 +307,7 @@ CORRUPTIONS = [
         s.tensors.items()]), "gpu split",
         r"tensor blk\.0\.gpu_idx has type id 26, expected .*18 \(i32\)", "split"),
     one("a split's layers in the order of text", in_split(reordered), "gpu split",
-        r"blk\.2\.gpu_idx stands where the engine takes blk\.1\.gpu_idx", "split"),
+        r"blk\.2\.gpu_idx is at the place of blk\.1\.gpu_idx", "split"),
     one("a split's index of other numbers",
         in_split(lambda s: [t.array.__imul__(2) for n, t in s.tensors.items() if "_idx" in n]),
         "gpu split", r"blk\.0\.gpu_idx holds values that are not 0 or 1", "split"),

@@ -67,14 +67,14 @@ def strange_merge(keys):
 
 
 DAMAGES = [
-    (drop_byte, "1 characters of the byte alphabet are no token, '!'"),
-    (twice, "a token stands twice"),
+    (drop_byte, "1 characters of the byte alphabet are not tokens, '!' first"),
+    (twice, "a token is there twice"),
     (empty, "a token is empty"),
     (normal_space, r"token 601, '<|a b|>', holds a character that stands for no byte"),
     (no_merge, "merge 7 is 'xx'"),
-    (strange_merge, "merge 7 is 'zq xj', expected two tokens that make a third"),
+    (strange_merge, "merge 7 is 'zq xj', expected two tokens that form a third"),
     (lambda keys: keys.pop("tokenizer.ggml.merges"), "merges is missing"),
-    (lambda keys: keys.pop("tokenizer.ggml.eos_token_id"), "the engine takes token 11"),
+    (lambda keys: keys.pop("tokenizer.ggml.eos_token_id"), "the engine would use token 11"),
     (lambda keys: keys.update({"tokenizer.ggml.bos_token_id": 605}), "bos_token_id is out of"),
     (lambda keys: keys["tokenizer.ggml.token_type"].pop(), "605 tokens, 604 types"),
     (lambda keys: keys["tokenizer.ggml.token_type"].__setitem__(3, 9), "type is not 1 to 6"),

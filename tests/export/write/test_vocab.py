@@ -174,7 +174,7 @@ def test_falcons_cuts_are_exported_with_a_warning(
     result = verify(VerifyConfig(bundle=bundle, corpus=str(corpus)))
     assert result.ok
     detail = next(c.detail for c in result.checks if c.name == "tokens")
-    assert "its own way to cut text changes 1 of 1 documents" in detail
+    assert "its own way to split text changes 1 of 1 documents" in detail
 
 
 def test_a_space_or_a_bos_put_before_text_is_told(byte_copy):
