@@ -11,7 +11,7 @@ from sparsecast.core.files import check_file, unreadable_error
 from sparsecast.core.folders import check_folder_kind
 
 SUFFIX = ".powerinfer.gguf"
-"""Of the model's file."""
+"""Suffix of the model's file."""
 GPUIDX_SUFFIX = ".generated.gpuidx"
 """What a GPU build of PowerInfer appends to the model's file name to find the split."""
 BESIDE = (f"*{GPUIDX_SUFFIX}", "predictor", "activation", "README.md")

@@ -60,7 +60,7 @@ def _kind(path: Path) -> str:
     if kind is None and MANIFEST in names:
         return "activations"  # damaged ones, which `inspect_store` describes
     if kind not in ("activations", "predictors", "bundle"):
-        what = KINDS.get(kind or "", "none of ours")
+        what = KINDS.get(kind or "", "nothing that sparsecast writes")
         raise InputError(f"{path}: holds {what}; expected {want}")
     return kind
 

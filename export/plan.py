@@ -1,4 +1,4 @@
-"""What an export writes, resolved from its options: model, predictors, counts, tensors, split."""
+"""Resolve an export's options into a plan: model, predictors, counts, tensors and split."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Counts(NamedTuple):
     layers: list[Tensor]
     """Per layer (F,) int64: tokens of the train and calibration splits."""
     checksum: str | None
-    """Of the recording's manifest."""
+    """Checksum of the recording's manifest."""
 
 
 class GPUBudget(NamedTuple):
-    """The options of PowerInfer that a split is made for."""
+    """The GPU memory that a split is for, by PowerInfer's options."""
 
     gib: float
     """--vram-budget."""
@@ -87,7 +87,7 @@ class ExportPlan:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """What two exports must share to give the same bundle."""
+        """Inputs and options that two exports must share to give the same bundle."""
         return {
             "sparsecast": version("sparsecast"),
             "model": self.checkpoint.fingerprint,
@@ -103,7 +103,7 @@ class ExportPlan:
 
     @property
     def recipe_text(self) -> str:
-        """The recipe as JSON, as the file stores it."""
+        """The recipe as JSON, stored in the file."""
         return json.dumps(self.recipe, sort_keys=True, allow_nan=False)
 
 

@@ -34,7 +34,7 @@ class Traffic:
     own: list[float]
     """With the file's types."""
     types: str
-    """The file's types, for people."""
+    """Description of the file's types."""
 
     @property
     def in_f16(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a check returns, and how checks compare tensors.
+"""The result of a check, and the comparison of tensors.
 
 The tables in metadata.py, tensors.py and sources.py are written from PowerInfer's llama.cpp a
 second time and share nothing with the exporter's: a table for both would confirm its own mistakes.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the result."""
+    """One line of verify's result."""
 
     name: str
     ok: bool

@@ -28,8 +28,8 @@ def check_activation_folder(file: GGUFFile, folder: Path) -> Check:
     wrong = []
     header = header_of(file)
     names = [f"activation_{i}.pt" for i in range(header.layers)]
-    if odd := set(names) ^ there:
-        wrong.append(f"{', '.join(sorted(odd))} missing or not expected")
+    if unmatched := set(names) ^ there:
+        wrong.append(f"{', '.join(sorted(unmatched))} missing or not expected")
     for name in names:
         if name not in there:
             continue
@@ -60,12 +60,12 @@ def read_counts(path: Path, width: int) -> Tensor:
     """
     expected = f"a tensor of {width} counts"
     counts = load_torch(path, f"a torch file with {expected}", f"expected {expected}")
-    odd = describe_unless_floats(counts)
-    if odd is not None or counts.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"{path}: is no float32 or float64 tensor ({odd or counts.dtype})")
+    reason = describe_unless_floats(counts)
+    if reason is not None or counts.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"{path}: is not a float32 or float64 tensor ({reason or counts.dtype})")
     if counts.shape != (width,):
         raise InputError(f"{path}: has shape {tuple(counts.shape)}, expected ({width},)")
     if not bool((counts >= 0).all()) or not bool(counts.isfinite().all()):
-        raise InputError(f"{path}: holds values that are no counts")
+        raise InputError(f"{path}: holds values that are not counts")
     kept: Tensor = counts.detach()
     return kept

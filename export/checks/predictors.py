@@ -84,7 +84,7 @@ def _check_model(manifest: PredictorManifest | None, wrong: list[str] | None) ->
 
 
 def check_predictor_folder(file: GGUFFile, predictors: PredictorSet) -> Check:
-    """predictor/ says what the file says: fc1, fc2 and the threshold."""
+    """Compare fc1, fc2 and the threshold in predictor/ with the file's."""
     wrong = []
     source = "manifest.json has" if predictors.manifest else "without a manifest.json it counts as"
     layers = header_of(file).layers
@@ -105,7 +105,7 @@ def check_predictor_folder(file: GGUFFile, predictors: PredictorSet) -> Check:
 
 
 def _check_traffic(file: GGUFFile, manifest: PredictorManifest | None) -> list[Check]:
-    """What the file's predictors save, by their own scores; nothing where they have none."""
+    """Report the traffic by the predictors' own scores; nothing without scores."""
     if manifest is None or len(manifest.calibration) != header_of(file).layers:
         return []
     stored = {name: (entry.type.name, entry.shape) for name, entry in file.entries.items()}

@@ -60,7 +60,7 @@ OPT = {
 
 
 def modules(file: GGUFFile) -> dict[str, str]:
-    """Kind of the file's tensor to the model's module; `{}` stands for the layer."""
+    """Map kinds of the file's tensors to the model's modules; `{}` stands for the layer."""
     arch = header_of(file).arch
     if arch == "falcon" and "blk.0.attn_norm_2.weight" in file.entries:
         return {**FALCON, **TWO_NORMS}

@@ -64,7 +64,7 @@ def _against_model(source: Source, path: Path) -> list[str]:
         kind = next((number for test, number in kinds if test(i)), NORMAL)
         want = (model.id_to_piece(i), model.get_score(i), kind)
         got = tuple(keys[f"tokenizer.ggml.{n}"][i] for n in ("tokens", "scores", "token_type"))
-        # The processor does not tell user-defined pieces from normal ones.
+        # The processor does not distinguish user-defined pieces from normal ones.
         if want != (*got[:2], NORMAL if got[2] == USER else got[2]):
             wrong.append(f"token {i} is {got}, tokenizer.model has {want}")
     added = [token for token in _added(path.parent) if token["id"] >= len(model)]
@@ -96,10 +96,10 @@ def _against_json(source: Source, folder: Path) -> list[str]:
         return wrong
     ids = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
     scores = keys["tokenizer.ggml.scores"]
-    made = [left + right for left, right in _pairs(raw["model"]["merges"])]
-    again, last = {text: i for i, text in enumerate(made)}, 0
-    for i, (first, then) in enumerate(pairwise(made)):
-        last = max(last, again[first])
+    merged = [left + right for left, right in _pairs(raw["model"]["merges"])]
+    final, last = {text: i for i, text in enumerate(merged)}, 0
+    for i, (first, then) in enumerate(pairwise(merged)):
+        last = max(last, final[first])
         fall = scores[ids[first]] - scores[ids[then]]
         if last > i and fall:
             wrong.append(
@@ -198,7 +198,7 @@ def _wrong_ends(source: Source, folder: Path) -> list[str]:
     if keys["tokenizer.ggml.model"] == "gpt2":
         known["bos"] |= known["eos"]
     return [
-        f"{end}_token_id is {got}, the model knows {sorted(known[end], key=str)}"
+        f"{end}_token_id is {got}, the model has {sorted(known[end], key=str)}"
         for end in ("bos", "eos")
         if (got := keys.get(f"tokenizer.ggml.{end}_token_id")) is not None and got not in known[end]
     ]

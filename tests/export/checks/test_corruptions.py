@@ -259,7 +259,7 @@ CORRUPTIONS = [
     one("BOS as a signed number", named(vocabulary("bos_token_id"), Value(I32, 1)), "metadata",
         "bos_token_id has value type 5, expected 4"),
     one("another EOS", named(vocabulary("eos_token_id"), Value(U32, 7)), "pieces",
-        "eos_token_id is 7, the model knows"),
+        "eos_token_id is 7, the model has"),
     one("an unknown tokenizer", named(vocabulary("model"), Value(STRING, "bert")), "metadata",
         "tokenizer.ggml.model is 'bert'"),
     # The predictors' folder: a missing file or a bias is not told by the engine's converter.
@@ -291,10 +291,10 @@ CORRUPTIONS = [
     # Counts and the split of a GPU build: f16 overflows, files sort as text, old type ids.
     *(one(f"counts: {what}", beside("activation/activation_1.pt", content), "hot and cold", detail)
       for what, content, detail in (
-          ("f16", COUNT.half(), "activation_1.pt: is no float32 or float64 tensor"),
-          ("i64", COUNT.long(), "activation_1.pt: is no float32 or float64 tensor"),
-          ("overflow", torch.inf * COUNT, "activation_1.pt: holds values that are no counts"),
-          ("negative", -COUNT, "activation_1.pt: holds values that are no counts"),
+          ("f16", COUNT.half(), "activation_1.pt: is not a float32 or float64 tensor"),
+          ("i64", COUNT.long(), "activation_1.pt: is not a float32 or float64 tensor"),
+          ("overflow", torch.inf * COUNT, "activation_1.pt: holds values that are not counts"),
+          ("negative", -COUNT, "activation_1.pt: holds values that are not counts"),
           ("of another width", COUNT[:-1], r"activation_1.pt: has shape \(1279,\)"),
           ("junk", b"junk", "activation_1.pt: (not a readable|holds more)"),
           ("missing", None, "activation_1.pt missing or not expected"))),
