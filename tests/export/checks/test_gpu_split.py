@@ -120,7 +120,7 @@ def at(key: bytes, skip: int, new: bytes):
         (lambda content: content[:150], "ends at byte 150|more than it can hold"),
         (renamed(b"generic.gpu_index\x1d", b"generic.gpu_indez\x1d"), "general.architecture is"),
         (renamed(b"split.vram_capacity", b"split.vram_kapacity"), "vram_capacity is missing"),
-        (exchanged(b"blk.0.gpu_idx", b"blk.2.gpu_idx"), "blk.2.gpu_idx stands where .* blk.0"),
+        (exchanged(b"blk.0.gpu_idx", b"blk.2.gpu_idx"), "blk.2.gpu_idx is at the place of blk.0"),
         (at(b"blk.1.gpu_idx", 12, b"\x00"), "blk.1.gpu_idx is f32, expected i32"),
     ],
 )
