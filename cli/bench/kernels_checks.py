@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecast.kernels.ops import bitmask, down, gate, gate_up, predictor
+from sparsecast.kernels.ops import active_list, bitmask, down, gate, gate_up, predictor
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights
 
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -71,21 +71,19 @@ def check_rows(
     case: Case,
     x_TD: Tensor,
     mask_W: Tensor,
-    source: gate_up.FromGate | gate_up.FromRows,
+    source: gate_up.DenseGate | gate_up.SelectedGate,
     weights: FFN,
-    got: gate_up.Rows | gate_up.Entries,
+    got: active_list.ActiveList,
 ) -> None:
     on_F = bitmask.reference(mask_W, case.f)
     row_K, x1_KT = gate_up.reference(x_TD, on_F, source, projections(weights)[1], False)
-    got_K, got_KT = gate_up.listed(got)
+    got_K, got_KT = active_list.unpacked(got)
     if not torch.equal(got_K, row_K.int()):
         raise RuntimeError(f"{case.name}: the list of rows is not the set's")
     _check(case, "up", got_KT, x1_KT)
 
 
-def check_down(
-    case: Case, weights: FFN, chosen: gate_up.Rows | gate_up.Entries, whole_TD: Tensor
-) -> None:
+def check_down(case: Case, weights: FFN, chosen: active_list.ActiveList, whole_TD: Tensor) -> None:
     want_TD = down.reference(chosen, weights.down_FD, None)
     _check(case, "down", down.down(chosen, weights.down_FD, None), want_TD)
     _check(case, "whole FFN", whole_TD, want_TD)

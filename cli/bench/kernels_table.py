@@ -36,7 +36,7 @@ from sparsecast.cli.bench.kernels_checks import (
 )
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.kernels.in_models.dispatch import most_tokens
-from sparsecast.kernels.ops import down, gate, gate_up, predictor
+from sparsecast.kernels.ops import active_list, down, gate, gate_up, predictor
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
 
 SHAPES = {
@@ -124,13 +124,13 @@ def steps(case: Case, against: Dense) -> Iterator[Timed]:
     first_FD, up_FD = projections(weights)
     act_FT, fired = gate.gate(x_TD, first_FD, None, 0.0)
     check_gate(case, x_TD, first_FD, act_FT)
-    source = gate_up.FromGate(act_FT)
-    chosen = gate_up.rows(x_TD, fired, source, up_FD, relu_up=False)
+    source = gate_up.DenseGate(act_FT)
+    chosen = gate_up.gate_up(x_TD, fired, source, up_FD, relu_up=False)
     active = int(chosen.total)
     check_rows(case, x_TD, fired.mask_W, source, weights, chosen)
     check_down(case, weights, chosen, exact_ffn(x_TD, weights)[0])
 
-    up = partial(gate_up.rows, x_TD, fired, source, relu_up=False)
+    up = partial(gate_up.gate_up, x_TD, fired, source, relu_up=False)
     gates = [_matrix(case) for _ in range(timing.copies(case.f * row_bytes, case.device))]
     runs: list[Any] = [partial(gate.gate, x_TD, w, None, 0.0) for w in gates]
     yield _timed("gate", runs, against.gate, case.f * row_bytes)
@@ -169,12 +169,12 @@ def _predicted(
     named, chosen_F = predictor.predict(x_TD, *ours[:3])
     check_predictor(case, x_TD, ours)
     first_FD, up_FD = projections(weights)
-    source = gate_up.FromRows(first_FD, None, 0.0, chosen_F)
-    chosen = gate_up.rows(x_TD, named, source, up_FD, relu_up=False)
+    source = gate_up.SelectedGate(first_FD, None, 0.0, chosen_F)
+    chosen = gate_up.gate_up(x_TD, named, source, up_FD, relu_up=False)
     check_rows(case, x_TD, named.mask_W, source, weights, chosen)
     check_down(case, weights, chosen, predicted_ffn(x_TD, x_TD, weights, ours)[0])
     predicted = int(chosen.total)
-    fired = int((gate_up.listed(chosen)[1] != 0).any(1).sum())
+    fired = int((active_list.unpacked(chosen)[1] != 0).any(1).sum())
     own = sum(w.nbytes for w in (ours.fc1_RD, ours.fc2_FR))
     cascade = (predicted + (case.matrices - 2) * fired) * row_bytes
     read = own + cascade + fired * row_bytes
@@ -186,7 +186,12 @@ def _predicted(
     if with_cascade:
         runs = [
             partial(
-                gate_up.rows, x_TD, named, source._replace(first_FD=first_FD), up_FD, relu_up=False
+                gate_up.gate_up,
+                x_TD,
+                named,
+                source._replace(first_FD=first_FD),
+                up_FD,
+                relu_up=False,
             )
             for first_FD, up_FD in map(projections, ffns)
         ]

@@ -1,18 +1,25 @@
-"""The list of one token's neurons, which the down projection reads while it is being written.
+"""The list of selected neurons, which `gate_up` writes and `down` reads.
 
-An entry is one int64, the neuron's number above the bits of x1 in float32; the last place holds how
-many there are. -1 means not yet: who selects neurons blanks the list, `rows` fills it in whatever
-order its programs run, and `down` waits for the entries that it is about to use. An entry is
-written whole and read whole, and nothing but itself is concluded from it: so relaxed accesses at
-the GPU's scope do, which go through the L2, and no fence is needed. Once a poll has seen that an
-entry is there, it is read by a plain load past the L1: what lies in the L2 by then is that entry.
-(A relaxed or volatile load would say so to the memory model as well, but takes 0.5 us and more.)
+Several tokens have a `BatchList`, which is complete when `down` starts.
 
-Whoever waits here keeps its place on the GPU, so those it waits for must have theirs already: CUDA
-starts `down` early only once every program of `rows` has let it, after its own wait: so the list is
-blank by then, in the L2 where `down` looks, and those programs wait for nothing more.
+One token has an `EntryList`, which `down` reads while it is being written. An entry is one int64:
+the neuron's index in the high half, x1 in float32 in the low half. The last place holds the number
+of entries. -1 means not written yet: the selecting kernel blanks the list, `gate_up` fills it in
+whatever order its programs run, and `down` waits for the entries that it needs next.
 
-Shape letters: N neurons of a tile, K places of a tile, E places of the list: FFN width + 1.
+Memory order: an entry is written and read as a whole, and no other data depends on seeing it. So
+relaxed accesses at GPU scope, which go through the L2, are enough, without release, acquire or
+fences. Once a poll has seen the entry, a plain load that bypasses the L1 reads it, because the
+entry is in the L2 by then. (A relaxed or volatile load would state this to the memory model too,
+but costs 0.5 us or more.)
+
+A waiting program occupies the GPU, so the programs it waits for must already be resident. CUDA
+launches `down` early only after every program of `gate_up` has called `start_next`, which it does
+after its own wait. So by then the list is blank in the L2, where `down` looks, and the programs of
+`gate_up` wait for nothing else.
+
+Shape letters: T tokens, F FFN width, W words of 16 neurons, N neurons of a tile, K entries, E = F +
+1 places of the list, C blocks of the hidden size in `down`.
 """
 
 from __future__ import annotations
@@ -26,77 +33,111 @@ from torch import Tensor
 
 from sparsecast.kernels.ops.launch import INTERPRETED
 
-AT_ONCE = 32
-"""Places that a program waits for together, one for each thread of a warp."""
-_AT_ONCE = tl.constexpr(AT_ONCE)
+TILE = 32
+"""Entries that a program waits for at once, one per thread of a warp."""
+_TILE = tl.constexpr(TILE)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-class Selected(NamedTuple):
-    """Who is to be computed, and the room for their list."""
+class Selection(NamedTuple):
+    """The neurons to compute."""
 
     mask_W: Tensor
+    """int16, see bitmask.py."""
     blank_E: Tensor | None
-    """int64 -1s, which one call of `rows` uses up; None for several tokens."""
+    """int64, all -1: memory for the `EntryList` of one call of `gate_up`. None for several
+    tokens."""
 
 
-def room(width: int, tokens: int, device: torch.device) -> Tensor | None:
-    """What a kernel that selects neurons shall blank."""
+class BatchList(NamedTuple):
+    """The list of several tokens, on the device."""
+
+    row_F: Tensor
+    """int32; the first `total` elements are neuron indices in rising order."""
+    x1_FT: Tensor
+    """Inputs of the down projection for these neurons, in x's dtype."""
+    total: Tensor
+    """() int32."""
+    ticket_C: Tensor
+    """int32 zeros, with which `down` counts the programs that have finished."""
+
+
+class EntryList(NamedTuple):
+    """The list of one token, on the device."""
+
+    entry_E: Tensor
+    """int64, as above."""
+    total: Tensor
+    """() int32."""
+    ticket_C: Tensor
+    """As in `BatchList`."""
+
+
+ActiveList = BatchList | EntryList
+
+
+def unpacked(active: ActiveList) -> tuple[Tensor, Tensor]:
+    """Return the neurons of a complete list, int32 (K,), and their x1 (K, T)."""
+    if isinstance(active, EntryList):
+        entry_K = active.entry_E[: int(active.entry_E[-1])]
+        bits_K, row_K = entry_K.view(torch.int32).view(-1, 2).unbind(1)
+        return row_K, bits_K.contiguous().view(torch.float32)[:, None]
+    total = int(active.total)
+    return active.row_F[:total], active.x1_FT[:total]
+
+
+def allocate_entries(width: int, tokens: int, device: torch.device) -> Tensor | None:
+    """Allocate the list that a selecting kernel must blank; None for several tokens."""
     return torch.empty(width + 1, dtype=torch.int64, device=device) if tokens == 1 else None
-
-
-def listed(entry_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The neurons of a complete list, int32 (K,), and their x1, float32 (K,)."""
-    bits_K, row_K = entry_E[: int(entry_E[-1])].view(torch.int32).view(-1, 2).unbind(1)
-    return row_K, bits_K.contiguous().view(torch.float32)
 
 
 @triton.jit
 def blank(entry, f_N, F):
-    """Blank the places `f_N`, and the total, which is nobody's, in the first program."""
+    """Blank the entries `f_N`, and in the first program the number of entries."""
     tl.store(entry + f_N, tl.full(f_N.shape, -1, tl.int64), mask=f_N < F)
     if tl.program_id(0) == 0:
         tl.store(entry + F, tl.full((), -1, tl.int64))
 
 
 @triton.jit
-def put(entry, k_N, n_N, x1_N, in_N):
-    """Write entries, x1 in float32."""
+def write_entries(entry, k_N, n_N, x1_N, in_N):
+    """Write neurons n_N and their x1_N (float32) at k_N."""
     bits_N = x1_N.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     tl.atomic_xchg(entry + k_N, (n_N.to(tl.int64) << 32) | bits_N, mask=in_N, sem="relaxed")
 
 
 @triton.jit
-def put_total(entry, F, total):
+def write_total(entry, F, total):
+    """Write the number of entries."""
     tl.atomic_xchg(entry + F, total.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
-def total_of(entry, F):
-    """How many entries there are, int32, once that is known."""
-    return tl.load(entry + F + _there(entry + F, 0), cache_modifier=".cg").to(tl.int32)
+def read_total(entry, F):
+    """Wait for the number of entries and return it, int32."""
+    return tl.load(entry + F + _wait_until_written(entry + F, 0), cache_modifier=".cg").to(tl.int32)
 
 
 @triton.jit
-def tile(entry, first, total):
-    """Neurons, int64, and x1, float32, at `AT_ONCE` places from the first, once they are there;
-    behind the end of the list x1 is 0."""
-    k_K = first + tl.arange(0, _AT_ONCE)
-    there = 0
+def read_tile(entry, first, total):
+    """Wait for `TILE` entries from `first` on and return neurons (int64) and x1 (float32); x1 is 0
+    behind the end of the list."""
+    k_K = first + tl.arange(0, _TILE)
+    offset = 0
     if first < total:
-        there = _there(entry + first, tl.minimum(total - first, _AT_ONCE) - 1)
-    entry_K = tl.load(entry + there + k_K, mask=k_K < total, other=0, cache_modifier=".cg")
+        offset = _wait_until_written(entry + first, tl.minimum(total - first, _TILE) - 1)
+    entry_K = tl.load(entry + offset + k_K, mask=k_K < total, other=0, cache_modifier=".cg")
     return entry_K >> 32, entry_K.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _there(entry, last):
-    """0, once none of the entries 0 to last (at most 31) is blank.
+def _wait_until_written(entry, last):
+    """Wait until none of the entries 0 to last (at most 31) is blank, then return 0.
 
-    Every thread of a warp watches one. What comes back is the sign of what it saw, so that a load
-    from an address it was added to cannot be moved to before this loop.
+    Each thread of a warp polls one entry. The 0 is the sign of what it saw: a load whose address
+    contains it cannot be moved in front of the loop.
     """
-    if _INTERPRETED:  # whose programs run one after the other
+    if _INTERPRETED:  # programs run one after the other
         return 0
     return tl.inline_asm_elementwise(
         """

@@ -1,4 +1,4 @@
-"""What the kernels are given, refused in one line where it does not fit."""
+"""Checks of the operators' arguments. An error is one line: the name, its value and what fits."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from sparsecast.core.ggml_blocks import BLOCK
-from sparsecast.kernels.ops.launch import padded
+from sparsecast.kernels.ops.launch import padded_tokens
 from sparsecast.kernels.ops.quantized import Quantized
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_input(x_TD: Tensor, d: int) -> None:
-    """1 to 16 tokens of a 16-bit dtype, `d` wide."""
+    """Refuse anything but 1 to 16 tokens of width `d` in a 16-bit dtype."""
     if x_TD.dim() != 2 or x_TD.shape[1] != d or x_TD.dtype not in HALVES:
         raise ValueError(
             f"x: is {tuple(x_TD.shape)} in {x_TD.dtype}, expected (tokens, {d}) in float16 or "
             "bfloat16"
         )
-    padded(len(x_TD))
+    padded_tokens(len(x_TD))
 
 
 def check_weight(
@@ -29,7 +29,7 @@ def check_weight(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
-    """This shape, one of these dtypes, this device, contiguous."""
+    """Refuse another shape, dtype or device, and what is not contiguous."""
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name}: is {tuple(weight.shape)}, expected {shape}")
     if weight.dtype not in dtypes or weight.device != device:
@@ -44,7 +44,7 @@ def check_weight(
 def check_quantized(
     name: str, weight: Quantized, shape: tuple[int, int], device: torch.device
 ) -> None:
-    """Blocks of q8_0 or q4_0 that hold a matrix of this shape."""
+    """Refuse blocks that do not hold a matrix of this shape."""
     rows, columns = shape
     if columns % BLOCK:
         raise ValueError(f"{name}: rows of {columns} do not divide into blocks of {BLOCK}; use f16")

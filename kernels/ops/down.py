@@ -1,12 +1,18 @@
-"""The down projection over a list of neurons (S3).
+"""The down projection over a list of selected neurons.
 
     y = sum over k of x1[k] * down[row[k]] + bias
 
-Programs split the hidden size and the list; each sums its tiles of the list, and the last of a
-piece of the hidden size adds what they found (partial_sums.py). Rows whose x1 is 0 for all tokens
-are not read. Here are several tokens; one token's kernel is in down_one.py.
+Programs split the hidden size into blocks and share the list. Rows whose x1 is 0 for all tokens are
+not read. Each program stores a partial sum of its block; the last program to finish the block adds
+the partial sums in a fixed order, so every run gives the same bits.
 
-Shape letters: T tokens, D hidden, F FFN width, K places of a tile of the list, G programs that
+Several tokens go through the tensor cores, a tile of the list at a time. One token is summed in
+registers while the list is still being written: its programs have one warp each, so that many fit
+on the GPU beside the kernel that writes the list. They start once every program of that kernel has
+started, wait for list entries instead of for its end (active_list.py), and request the next tile's
+entries while the rows of this tile are loading.
+
+Shape letters: T tokens, D hidden, F FFN width, K entries of a tile of the list, G programs that
 share the list.
 """
 
@@ -17,18 +23,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecast.kernels.ops import down_one
-from sparsecast.kernels.ops.dot import dot
-from sparsecast.kernels.ops.gate_up import Entries, Rows, listed
-from sparsecast.kernels.ops.launch import after_previous, options, padded
-from sparsecast.kernels.ops.partial_sums import add_up, sharers
+from sparsecast.kernels.ops.active_list import (
+    TILE,
+    ActiveList,
+    EntryList,
+    read_tile,
+    read_total,
+    unpacked,
+)
+from sparsecast.kernels.ops.dot import dot, rounded
+from sparsecast.kernels.ops.launch import after_previous, launch_options, padded_tokens
 
 CONFIG = {"BLOCK_K": 32, "BLOCK_D": 128, "GROUPS": 16, "STAGES": 5, "num_warps": 4}
+"""Block sizes for several tokens. GROUPS is the maximum number of programs that share the list."""
+ONE_TOKEN_GROUPS = 24
+"""The same maximum for one token."""
+MAX_PROGRAMS = 1024
+"""More programs made one token slower. This was not measured for several tokens."""
+_TILE = tl.constexpr(TILE)
 
 
-def reference(rows: Rows | Entries, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
-    """What the kernel must equal, (T, D) float64."""
-    row_K, x1_KT = listed(rows)
+def reference(active: ActiveList, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
+    """Compute what the kernels must return, (T, D) float64."""
+    row_K, x1_KT = unpacked(active)
     y_TD = x1_KT.double().T @ down_FD[row_K.long()].double()
     return y_TD if bias_D is None else y_TD + bias_D.double()
 
@@ -52,6 +69,7 @@ def _kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Several tokens."""
     after_previous(PDL)
     group = tl.program_id(1)
     total = tl.load(count)
@@ -76,31 +94,119 @@ def _kernel(
             other=0.0,
         )
         acc_TD = dot(x1_TK, w_KD, acc_TD)
-    add_up(acc_TD, part, ticket, bias, y, group, sharing, t, tokens, d, D, GROUPS)
+    _add_up(acc_TD, part, ticket, bias, y, group, sharing, t, tokens, d, D, GROUPS)
 
 
-def down(rows: Rows | Entries, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
-    """Run it; y_TD in the weights' dtype. `rows.ticket_C` is zero before and after.
+@triton.jit
+def _one_token_kernel(
+    entry,
+    ticket,
+    down,
+    bias,
+    part,
+    y,
+    F,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    group = tl.program_id(1)
+    total = read_total(entry, F)
+    sharing = tl.minimum(tl.maximum(tl.cdiv(total, _TILE), 1), GROUPS)
+    if group >= sharing:
+        return
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc_KD = tl.zeros((_TILE, BLOCK_D), tl.float32)
+    n_K, x1_K = read_tile(entry, group * _TILE, total)
+    for first in range(group * _TILE, total, sharing * _TILE):
+        w_KD = tl.load(
+            down + n_K[:, None] * D + d[None, :],
+            mask=(x1_K != 0)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        n_K, next_K = read_tile(entry, first + sharing * _TILE, total)
+        acc_KD += x1_K[:, None] * w_KD.to(tl.float32)
+        x1_K = next_K
+    after_previous(PDL)
+    acc_TD = tl.sum(acc_KD, 0)[None, :]
+    t = tl.arange(0, 1)
+    _add_up(acc_TD, part, ticket, bias, y, group, sharing, t, 1, d, D, GROUPS)
 
-    One token's list may still be on its way; the weights must be older than who selected it.
+
+@triton.jit
+def _add_up(
+    acc_TD,
+    part,
+    ticket,
+    bias,
+    y,
+    group,
+    sharing,
+    t,
+    tokens,
+    d,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Store this program's partial sum (float32) of columns d. The last of the `sharing` programs,
+    by the ticket of the block, adds the partial sums and the bias, writes y and resets the ticket
+    to 0."""
+    ok_TD = (t < tokens)[:, None] & (d < D)[None, :]
+    tl.store(part + (group * tokens + t)[:, None] * D + d[None, :], acc_TD, mask=ok_TD)
+    tl.debug_barrier()  # the whole partial sum is stored before the ticket is taken
+    if tl.atomic_add(ticket + tl.program_id(0), 1, sem="acq_rel") == sharing - 1:
+        tl.store(ticket + tl.program_id(0), 0)
+        y_TD = tl.zeros(acc_TD.shape, tl.float32)
+        for g in tl.static_range(GROUPS):
+            y_TD += tl.load(
+                part + (g * tokens + t)[:, None] * D + d[None, :],
+                mask=ok_TD & (g < sharing),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+        if bias is not None:
+            y_TD += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + t[:, None] * D + d[None, :], rounded(y_TD, y.dtype.element_ty), mask=ok_TD)
+
+
+def down(active: ActiveList, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
+    """Launch the kernel; return y_TD in the weights' dtype. `active.ticket_C` is zero before and
+    after.
+
+    The list of one token may still be incomplete at the launch. The weights must be written before
+    the selecting kernel launches.
     """
     f, d = down_FD.shape
-    if isinstance(rows, Entries):
-        tokens, config = 1, down_one.config(d)
+    if isinstance(active, EntryList):
+        tokens, config = 1, _one_token_config(d)
     else:
-        tokens, config = rows.x1_FT.shape[1], _config(d)
+        tokens, config = active.x1_FT.shape[1], _config(d)
     part_GTD = torch.empty(config["GROUPS"], tokens, d, dtype=torch.float32, device=down_FD.device)
     y_TD = torch.empty(tokens, d, dtype=down_FD.dtype, device=down_FD.device)
     grid = (triton.cdiv(d, config["BLOCK_D"]), config["GROUPS"])
     weights = (down_FD, bias_D)
-    common = {"D": d, **config, **options(down_FD)}
-    if isinstance(rows, Entries):
-        down_one.kernel[grid](rows.entry_E, rows.ticket_C, *weights, part_GTD, y_TD, f, **common)
+    common = {"D": d, **config, **launch_options(down_FD)}
+    if isinstance(active, EntryList):
+        _one_token_kernel[grid](
+            active.entry_E, active.ticket_C, *weights, part_GTD, y_TD, f, **common
+        )
     else:
-        _kernel[grid](*rows, *weights, part_GTD, y_TD, tokens, T=padded(tokens), **common)
+        _kernel[grid](*active, *weights, part_GTD, y_TD, tokens, T=padded_tokens(tokens), **common)
     return y_TD
 
 
 def _config(d: int) -> dict[str, int]:
-    pieces = triton.cdiv(d, CONFIG["BLOCK_D"])
-    return CONFIG | {"GROUPS": sharers(CONFIG["GROUPS"], pieces)}
+    return CONFIG | {"GROUPS": _groups(CONFIG["GROUPS"], triton.cdiv(d, CONFIG["BLOCK_D"]))}
+
+
+def _one_token_config(d: int) -> dict[str, int]:
+    """Block sizes by hidden size. BLOCK_D is at least gate_up.py's MIN_DOWN_BLOCK."""
+    block = 64 if d <= 2048 else 128
+    groups = _groups(ONE_TOKEN_GROUPS, triton.cdiv(d, block))
+    return {"BLOCK_D": block, "GROUPS": groups, "num_warps": 1}
+
+
+def _groups(most: int, blocks: int) -> int:
+    """Return how many programs share the list, at most `most`."""
+    return max(1, min(most, MAX_PROGRAMS // blocks))

@@ -1,16 +1,16 @@
-"""A ReLU-sparse FFN that reads the weights it needs: exactly, or behind a predictor.
+"""A ReLU-sparse FFN that reads only the weight rows it needs, exact or with a predictor.
 
     exact       gate over all neurons, then up and down where the gate fired
-    predicted   gate over the neurons that the predictor names, then up and down where it fired
+    predicted   gate over the predicted neurons, then up and down where it fired
 
 An FFN of two matrices has no gate: its first projection takes the gate's place, and down follows.
-Decisions are per token, and differ between batch sizes within rounding of the threshold alone;
-behind a predictor in codes a last bit may turn over a code of its input, and so a step of q8_0.
-Weight rows are read for the union of a batch's tokens; where a token did not select a neuron, that
-neuron adds nothing to it.
 
-Both are torch operators: they run under torch.compile and inside CUDA graphs, wait for nothing on
-the host, and launch the same programs whatever was selected.
+Decisions are made per token. They depend on the batch size only within rounding of the threshold;
+with a q8_0 or q4_0 predictor, rounding may also change an input's code by one. Weight rows are read
+for the union of the tokens' neurons; a neuron adds nothing to a token that did not select it.
+
+Both are torch operators: they run under torch.compile and inside CUDA graphs, never wait on the
+host, and launch the same grids whatever is selected.
 
 Shape letters: T tokens (1 to 16), D hidden, F FFN width, R rank of the predictor.
 """
@@ -26,7 +26,7 @@ from sparsecast.kernels.ops.bitmask import MAX_WIDTH
 from sparsecast.kernels.ops.checks import HALVES, check_input, check_quantized, check_weight
 from sparsecast.kernels.ops.down import down
 from sparsecast.kernels.ops.gate import gate
-from sparsecast.kernels.ops.gate_up import FromGate, FromRows, rows
+from sparsecast.kernels.ops.gate_up import DenseGate, SelectedGate, gate_up
 from sparsecast.kernels.ops.launch import rounded_threshold
 from sparsecast.kernels.ops.predictor import predict
 from sparsecast.kernels.ops.predictor import reference as predictor_reference
@@ -42,42 +42,42 @@ class FFN(NamedTuple):
     """None in an FFN of two matrices."""
     up_FD: Tensor
     down_FD: Tensor
-    """One row per neuron: the transpose of what `nn.Linear` keeps."""
+    """One row per neuron: the transpose of `nn.Linear.weight`."""
     up_bias_F: Tensor | None = None
-    """Biases belong to FFNs of two matrices alone (OPT)."""
+    """Only FFNs of two matrices have biases (OPT)."""
     down_bias_D: Tensor | None = None
     act: str = "relu"
     """relu, fatrelu, or drelu: ReLU on gate and up."""
     threshold: float = 0.0
-    """T of FATReLU, >= 0; it is rounded to the weights' dtype. Other activations ignore it."""
+    """T of FATReLU, >= 0, rounded to the weights' dtype. Other activations ignore it."""
 
 
 class PredictorWeights(NamedTuple):
-    """logits = fc2 @ relu(fc1 @ z); a neuron is predicted where its logit >= threshold."""
+    """logits = fc2 @ relu(fc1 @ z); a neuron is predicted if its logit >= threshold."""
 
     fc1_RD: Tensor | Quantized
     """A float16 or bfloat16 tensor, which rounds its input to its own dtype (up to 65504 in
     float16), or q8_0 or q4_0, which rounds it to q8_0 as PowerInfer's engine does (up to 8.3
-    million). What an input beyond that, or one that is not finite, predicts is left open."""
+    million). The prediction for a larger input, or one that is not finite, is unspecified."""
     fc2_FR: Tensor | Quantized
-    """Of the same kind: codes beside codes."""
+    """A tensor if fc1_RD is one, `Quantized` if fc1_RD is."""
     threshold: float = 0.0
     input_dtype: torch.dtype | None = None
-    """What float32 weights, which only plain torch takes, round their inputs to; int8 is q8_0."""
+    """What float32 weights, which only plain torch takes, round their input to; int8 means q8_0."""
 
 
 def exact_ffn(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
-    """The FFN without a predictor.
+    """Compute the FFN without a predictor.
 
     Args:
-        x_TD: The FFN's (normed) input, 1 to 16 tokens, of the weights' dtype.
+        x_TD: The FFN's input (after the norm), 1 to 16 tokens, in the weights' dtype.
 
     Returns:
-        y_TD in the input's dtype, and on the device as int32 for how many neurons the gate fired
-        for any of the tokens.
+        y_TD in the input's dtype, and the number of neurons that fired for any token (int32 on the
+        device).
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes, dtypes or devices do not match.
     """
     _check(x_TD, ffn)
     weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
@@ -90,26 +90,26 @@ def exact_ffn(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
 def predicted_ffn(
     x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorWeights
 ) -> tuple[Tensor, Tensor]:
-    """The FFN of the neurons that the predictor names.
+    """Compute the FFN for the predicted neurons only.
 
     Args:
-        x_TD: The FFN's (normed) input, 1 to 16 tokens, of the weights' dtype.
-        z_TD: The predictor's input, any float dtype: where PowerInfer takes it, the residual
-            before the FFN's norm.
+        x_TD: The FFN's input (after the norm), 1 to 16 tokens, in the weights' dtype.
+        z_TD: The predictor's input, in any float dtype. PowerInfer takes the residual before the
+            FFN's norm.
 
     Returns:
-        y_TD in the input's dtype, and on the device as int32 how many neurons were predicted for
-        any of the tokens.
+        y_TD in the input's dtype, and the number of neurons predicted for any token (int32 on the
+        device).
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes, dtypes or devices do not match.
     """
     _check(x_TD, ffn)
     _check_predictor(x_TD, z_TD, ffn, predictor)
     weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
     result: tuple[Tensor, Tensor] = _predicted(
         x_TD.contiguous(), z_TD.contiguous(), *weights, _threshold(ffn), ffn.act == "drelu",
-        *_flat(predictor.fc1_RD), *_flat(predictor.fc2_FR), predictor.threshold,
+        *_code_and_scale(predictor.fc1_RD), *_code_and_scale(predictor.fc2_FR), predictor.threshold,
     )  # fmt: skip
     return result
 
@@ -128,8 +128,8 @@ def _exact(
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         act_FT, fired = gate(x, first, up_bias, threshold)
-        chosen = rows(x, fired, FromGate(act_FT), up_FD, relu_up=relu_up)
-        return down(chosen, down_weight, down_bias), chosen.total
+        active = gate_up(x, fired, DenseGate(act_FT), up_FD, relu_up=relu_up)
+        return down(active, down_weight, down_bias), active.total
 
 
 @torch.library.custom_op("sparsecast::predicted_ffn", mutates_args=())
@@ -147,16 +147,16 @@ def _predicted(
     fc1_scale: torch.Tensor | None,
     fc2: torch.Tensor,
     fc2_scale: torch.Tensor | None,
-    cut: float,
+    predictor_threshold: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     fc1_RD = fc1 if fc1_scale is None else Quantized(fc1, fc1_scale)
     fc2_FR = fc2 if fc2_scale is None else Quantized(fc2, fc2_scale)
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
     with torch.cuda.device_of(x):
-        named, chosen_F = predict(z, fc1_RD, fc2_FR, cut)
-        source = FromRows(first, up_bias, threshold, chosen_F)
-        chosen = rows(x, named, source, up_FD, relu_up=relu_up)
-        return down(chosen, down_weight, down_bias), chosen.total
+        predicted, chosen_F = predict(z, fc1_RD, fc2_FR, predictor_threshold)
+        selected_gate = SelectedGate(first, up_bias, threshold, chosen_F)
+        active = gate_up(x, predicted, selected_gate, up_FD, relu_up=relu_up)
+        return down(active, down_weight, down_bias), active.total
 
 
 def _shapes(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +168,7 @@ _predicted.register_fake(_shapes)
 
 
 def exact_reference(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
-    """`exact_ffn` in plain torch, sums in float64."""
+    """Compute `exact_ffn` in plain torch, with sums in float64."""
     act_TF, x1_TF = _x1(x_TD, ffn)
     return _down(x1_TF, ffn, x_TD.dtype), _union(act_TF != 0)
 
@@ -176,7 +176,7 @@ def exact_reference(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
 def predicted_reference(
     x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorWeights
 ) -> tuple[Tensor, Tensor]:
-    """`predicted_ffn` in plain torch, sums in float64."""
+    """Compute `predicted_ffn` in plain torch, with sums in float64."""
     fc1_RD, fc2_FR, _, dtype = predictor
     _, logits_TF = predictor_reference(z_TD, fc1_RD, fc2_FR, dtype)
     predicted_TF = logits_TF >= predictor.threshold
@@ -185,7 +185,7 @@ def predicted_reference(
 
 
 def _x1(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
-    """What the gate lets through, as it decides in its own dtype, and the input of the down
+    """Compute the activation, which is decided in the gate's dtype, and the inputs of the down
     projection; both (T, F) float64."""
     first = ffn.up_FD if ffn.gate_FD is None else ffn.gate_FD
     gate_TF = x_TD.double() @ first.double().T
@@ -214,7 +214,7 @@ def _threshold(ffn: FFN) -> float:
     return rounded_threshold(ffn.threshold, ffn.up_FD.dtype) if ffn.act == "fatrelu" else 0.0
 
 
-def _flat(weight: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
+def _code_and_scale(weight: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
     return (weight, None) if isinstance(weight, Tensor) else (weight.code_NC, weight.scale_NB)
 
 
@@ -224,9 +224,12 @@ def _check(x_TD: Tensor, ffn: FFN) -> None:
     if not ffn.threshold >= 0:
         raise ValueError(f"threshold: got {ffn.threshold}, expected a number >= 0")
     if ffn.gate_FD is None and ffn.act == "drelu":
-        raise ValueError("act: drelu is ReLU on gate and up, but there is no gate; use relu")
+        raise ValueError("act: drelu is ReLU on gate and up, but gate_FD is None; use relu")
     if ffn.gate_FD is not None and (ffn.up_bias_F is not None or ffn.down_bias_D is not None):
-        raise ValueError("biases belong to an FFN of two matrices, but there is a gate")
+        raise ValueError(
+            "up_bias_F, down_bias_D: expected None in an FFN with a gate; only an FFN of two "
+            "matrices has biases"
+        )
     f, d = ffn.up_FD.shape
     if f > MAX_WIDTH:
         raise ValueError(f"up_FD: has {f} neurons, expected at most {MAX_WIDTH}; use the dense FFN")
@@ -245,8 +248,8 @@ def _check_predictor(x_TD: Tensor, z_TD: Tensor, ffn: FFN, predictor: PredictorW
         )
     if isinstance(predictor.fc1_RD, Tensor) != isinstance(predictor.fc2_FR, Tensor):
         raise ValueError(
-            "fc1_RD, fc2_FR: one is a tensor and one in blocks, expected both of one kind; "
-            "quantize both or none"
+            "fc1_RD, fc2_FR: one is a tensor and one Quantized, expected the same kind; quantize "
+            "both or neither"
         )
     (f, d), rank = ffn.up_FD.shape, predictor.fc1_RD.shape[0]
     shapes = ((rank, d), (f, rank))

@@ -1,8 +1,10 @@
-"""The exact path's first step: a dense first projection, its activation, and who fired.
+"""The first step of the exact path: a dense first projection, its activation, and the neurons that
+fired.
 
     g = first . x + bias, rounded to x's dtype;  act = g if g >= T and g > 0 else 0
 
-The decision is made on g as the dense model rounds it. T is 0 for ReLU. Bytes: all of the matrix.
+The first projection is the gate, or `up` in an FFN without one. The decision is made on g as the
+dense model rounds it. T is 0 for ReLU. Bytes: the whole matrix.
 
 Shape letters: T tokens, D hidden, F FFN width, W words of 16 neurons.
 """
@@ -14,22 +16,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecast.kernels.ops.active_list import Selected, blank, room
-from sparsecast.kernels.ops.bitmask import WORD, words
+from sparsecast.kernels.ops.active_list import Selection, allocate_entries, blank
+from sparsecast.kernels.ops.bitmask import WORD, pack
 from sparsecast.kernels.ops.dot import products, rounded
-from sparsecast.kernels.ops.launch import after_previous, options, padded, start_next
+from sparsecast.kernels.ops.launch import (
+    after_previous,
+    launch_options,
+    padded_tokens,
+    start_next,
+)
 
 CONFIGS = {
     1: {"BLOCK_F": 16, "BLOCK_D": 512, "STAGES": 3, "num_warps": 4},
     16: {"BLOCK_F": 64, "BLOCK_D": 128, "STAGES": 3, "num_warps": 4},
 }
-"""By padded tokens."""
+"""Block sizes by padded tokens."""
 
 
 def reference(
     x_TD: Tensor, first_FD: Tensor, bias_F: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel must equal: act_FT in x's dtype, sums in float64, and the set as bools."""
+    """Compute what the kernel must return, with sums in float64: act_FT in x's dtype, and as bools
+    the neurons that fired for any token."""
     gate_TF = x_TD.double() @ first_FD.double().T
     if bias_F is not None:
         gate_TF = gate_TF + bias_F.double()
@@ -39,15 +47,15 @@ def reference(
 
 
 @triton.jit
-def fired(gate, threshold, dtype: tl.constexpr):
-    """The activation of float32 gates, float32 of the values that `dtype` holds. NaN fires."""
+def activated(gate, threshold, dtype: tl.constexpr):
+    """Round float32 gates to `dtype` and apply the activation; return float32. NaN fires."""
     gate = rounded(gate, dtype).to(tl.float32)
     return tl.where((gate < threshold) | (gate <= 0), 0.0, gate)
 
 
 @triton.jit
-def fires(act_NT):
-    """Which neurons fired for any token."""
+def any_fired(act_NT):
+    """Return which neurons fired for any token."""
     return tl.max((act_NT != 0).to(tl.int32), 1) > 0
 
 
@@ -75,7 +83,7 @@ def _kernel(
     gate_FT = products(first, f, f < F, x, tokens, D, BLOCK_D, STAGES, T)
     if bias is not None:
         gate_FT += tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
-    act_FT = fired(gate_FT, threshold, x.dtype.element_ty)
+    act_FT = activated(gate_FT, threshold, x.dtype.element_ty)
     t = tl.arange(0, T)
     ok_FT = (f < F)[:, None] & (t < tokens)[None, :]
     act_FT = tl.where(ok_FT, act_FT, 0.0)
@@ -83,31 +91,31 @@ def _kernel(
         act + f[:, None] * tokens + t[None, :], rounded(act_FT, x.dtype.element_ty), mask=ok_FT
     )
     w = tl.program_id(0) * (BLOCK_F // 16) + tl.arange(0, BLOCK_F // 16)
-    tl.store(mask + w, words(fires(act_FT)), mask=w * 16 < F)
+    tl.store(mask + w, pack(any_fired(act_FT)), mask=w * 16 < F)
     if entry is not None:
         blank(entry, f, F)
 
 
 def gate(
     x_TD: Tensor, first_FD: Tensor, bias_F: Tensor | None, threshold: float
-) -> tuple[Tensor, Selected]:
-    """Run it.
+) -> tuple[Tensor, Selection]:
+    """Launch the kernel.
 
     Args:
-        threshold: T, rounded to x's dtype already.
+        threshold: T, already rounded to x's dtype.
 
     Returns:
-        act_FT in x's dtype, zero where a token's neuron did not fire, and the neurons that fired
-        for any token.
+        act_FT in x's dtype, 0 where a neuron did not fire for a token, and the selection of the
+        neurons that fired for any token.
     """
     (tokens, d), (f, _) = x_TD.shape, first_FD.shape
-    pad = padded(tokens)
+    pad = padded_tokens(tokens)
     act_FT = torch.empty(f, tokens, dtype=x_TD.dtype, device=x_TD.device)
     mask_W = torch.empty(triton.cdiv(f, WORD), dtype=torch.int16, device=x_TD.device)
-    blank_E = room(f, tokens, x_TD.device)
+    blank_E = allocate_entries(f, tokens, x_TD.device)
     config = CONFIGS[pad]
     _kernel[(triton.cdiv(f, config["BLOCK_F"]),)](
         x_TD, first_FD, bias_F, act_FT, mask_W, blank_E, threshold, tokens, f,
-        D=d, T=pad, **config, **options(x_TD),
+        D=d, T=pad, **config, **launch_options(x_TD),
     )  # fmt: skip
-    return act_FT, Selected(mask_W, blank_E)
+    return act_FT, Selection(mask_W, blank_E)

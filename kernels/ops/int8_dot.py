@@ -1,11 +1,13 @@
-"""Products of codes by codes: weights in q8_0 or q4_0, inputs rounded to q8_0 as ggml rounds them.
+"""Products of q8_0 or q4_0 weights by inputs that are rounded to q8_0 as ggml rounds them.
 
-A block's products are summed as integers, four by one instruction or many by the tensor cores, and
-scaled once; blocks add up in float32. So a decision is that of PowerInfer's engine but for the
-order of that last sum, which also depends on the number of tokens.
+A block's products are summed as integers, four per instruction (dp4a) or by the tensor cores, and
+scaled once; blocks are added in float32. So a decision differs from that of PowerInfer's engine
+only by the order of this last sum, which also depends on the number of tokens.
+
+Codes are the signed integers of a format, packed into int32 words.
 
 Shape letters: T tokens, N rows of a tile, K columns, B blocks of 32 columns, W words of half a
-block of codes, C words of a row, H halves of a block, S the words of STRIDE.
+block, C words of a block, H halves of a block, S words of a quantized input block (STRIDE).
 """
 
 from __future__ import annotations
@@ -16,33 +18,46 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecast.core.ggml_blocks import BLOCK
-from sparsecast.kernels.ops.launch import INTERPRETED, after_previous, options, padded, start_next
+from sparsecast.kernels.ops.launch import (
+    INTERPRETED,
+    after_previous,
+    launch_options,
+    padded_tokens,
+    start_next,
+)
 
 STRIDE = 12
-"""Words from a block of an input to the next: 8 of four codes, the first lowest, one of the bits of
-the scale in float32, and three that keep codes at multiples of 16 bytes."""
-AT_ONCE = 4
-"""Blocks that one program rounds."""
+"""Words of a quantized input block: 8 with four codes each, the first code in the lowest byte, one
+with the bits of the float32 scale, and 3 of padding, which align codes to 16 bytes."""
+BLOCKS_PER_PROGRAM = 4
+"""Input blocks that one program rounds."""
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _STRIDE = tl.constexpr(STRIDE)
 
 
-def codes(x_TK: Tensor, *, early: bool = False) -> Tensor:
-    """(T, B, STRIDE) int32: an input of any float dtype. See `quantize_q8_0_input` for the rule.
+def quantize_input(x_TK: Tensor, *, early: bool = False) -> Tensor:
+    """Round an input of any float dtype to q8_0, (T, B, STRIDE) int32, by the rule of
+    `quantize_q8_0_input`.
 
     Args:
-        early: Whether the next kernel may start before x is there (launch.py).
+        early: Whether the next kernel may start before x is written (launch.py).
 
     Raises:
-        ValueError: Not between 1 and 16 tokens.
+        ValueError: The number of tokens is not 1 to 16.
     """
     tokens, columns = x_TK.shape
-    padded(tokens)
+    padded_tokens(tokens)
     shape = (tokens, columns // BLOCK, STRIDE)
     rounded_TBS = torch.empty(shape, dtype=torch.int32, device=x_TK.device)
-    grid = (triton.cdiv(columns // BLOCK, AT_ONCE), tokens)
+    grid = (triton.cdiv(columns // BLOCK, BLOCKS_PER_PROGRAM), tokens)
     _kernel[grid](
-        x_TK, rounded_TBS, K=columns, EARLY=early, BLOCK_B=AT_ONCE, num_warps=1, **options(x_TK)
+        x_TK,
+        rounded_TBS,
+        K=columns,
+        EARLY=early,
+        BLOCK_B=BLOCKS_PER_PROGRAM,
+        num_warps=1,
+        **launch_options(x_TK),
     )
     return rounded_TBS
 
@@ -58,7 +73,7 @@ def _kernel(x, out, K: tl.constexpr, EARLY: tl.constexpr, BLOCK_B: tl.constexpr,
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     k_BC4 = (b[:, None] * 32 + tl.arange(0, 8)[None, :] * 4)[:, :, None] + tl.arange(0, 4)
     x_BC4 = tl.load(x + t * K + k_BC4, mask=k_BC4 < K, other=0.0)
-    code_BC, scale_B = _in_codes(x_BC4.to(tl.float32))
+    code_BC, scale_B = _quantize(x_BC4.to(tl.float32))
     place_B = (t * (K // 32) + b) * _STRIDE
     ok_B = b < K // 32
     tl.store(out + place_B[:, None] + tl.arange(0, 8)[None, :], code_BC, mask=ok_B[:, None])
@@ -66,10 +81,10 @@ def _kernel(x, out, K: tl.constexpr, EARLY: tl.constexpr, BLOCK_B: tl.constexpr,
 
 
 @triton.jit
-def _in_codes(x_BC4):
-    """(B, 8, 4) float32 as (B, 8) words of codes and (B,) float16 scales."""
+def _quantize(x_BC4):
+    """Convert (B, 8, 4) float32 to (B, 8) words of codes and (B,) float16 scales."""
     largest_B = tl.max(tl.max(tl.abs(x_BC4), 2), 1)
-    some_B = largest_B > 127 * 2.0**-128  # else 127 / largest is infinite, and the codes are 0
+    some_B = largest_B > 127 * 2.0**-128  # else 127 / largest is infinite; the codes are 0
     inverse_B = tl.div_rn(
         tl.where(some_B, 127.0, 0.0).to(tl.float32), tl.where(some_B, largest_B, 1.0)
     )
@@ -80,7 +95,7 @@ def _in_codes(x_BC4):
 
 
 @triton.jit
-def code_products(
+def int8_products(
     code,
     scale,
     row_N,
@@ -94,11 +109,12 @@ def code_products(
     T: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """(N, T) float32: the rows `row_N` of a weight in codes times an input of `tokens` by K.
+    """Multiply the rows `row_N` of a quantized weight by a quantized input of `tokens` rows and K
+    columns; return (N, T) float32.
 
-    Rows that are not ok are not read; their products are 0. Up to 4 tokens are multiplied in
-    registers, more by the tensor cores. With PDL this waits for x to be written (launch.py), up to
-    4 tokens after asking for all of the weights.
+    Rows that are not ok are not read, and their products are 0. Up to 4 tokens are multiplied in
+    registers, more by the tensor cores. With PDL this waits until x is written (launch.py); up to 4
+    tokens it requests all weights before that.
     """
     row_N = row_N.to(tl.int64)
     N: tl.constexpr = row_N.shape[0]
@@ -106,30 +122,31 @@ def code_products(
     if T <= 4:
         tiles = ()
         for start in tl.static_range(0, K // 32, BLOCK_B):
-            tile = _words(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
-            tiles = tiles + (tile,)  # type: ignore[assignment]  # it grows
+            tile = _weight_words(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
+            tiles = tiles + (tile,)  # type: ignore[assignment]  # a tuple that grows
         after_previous(PDL)
         acc_TNB = tl.zeros((T, N, BLOCK_B), tl.float32)
         for start in tl.static_range(0, K // 32, BLOCK_B):
-            acc_TNB += _word_sums(tiles[start // BLOCK_B], start, x, tokens, K, T)
+            acc_TNB += _word_products(tiles[start // BLOCK_B], start, x, tokens, K, T)
         return tl.trans(tl.sum(acc_TNB, 2))
     after_previous(PDL)
     acc_BNT = tl.zeros((BLOCK_B, N, T), tl.float32)
     for start in tl.range(0, K // 32, BLOCK_B, num_stages=STAGES):
-        w_BN32, d_BN = _bytes(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
-        x_B32T, scale_BT = _columns(x, start, tokens, K, BLOCK_B, T)
+        w_BN32, d_BN = _weight_bytes(code, scale, row_N, ok_N, start, K, BITS, BLOCK_B)
+        x_B32T, scale_BT = _input_bytes(x, start, tokens, K, BLOCK_B, T)
         scale_BNT = d_BN[:, :, None] * scale_BT[:, None, :]
         acc_BNT += _dot(w_BN32, x_B32T).to(tl.float32) * scale_BNT
     return tl.sum(acc_BNT, 0)
 
 
 @triton.jit
-def _words(
+def _weight_words(
     code, scale, row_N, ok_N, start, K: tl.constexpr, BITS: tl.constexpr, BLOCK_B: tl.constexpr
 ):
-    """Of a tile of blocks the first 16 codes and the last, as words of signed bytes, and the scale.
+    """Load the first and the last 16 codes of each block, as words of signed bytes, and the scales.
 
-    A code of 4 bits is the high half of its byte, 16 times itself, which the scale makes good.
+    A 4-bit code stands in the high half of its byte, as 16 times its value; the scale is divided by
+    16.
     """
     b = start + tl.arange(0, BLOCK_B)
     ok_NB = ok_N[:, None] & (b < K // 32)[None, :]
@@ -144,15 +161,15 @@ def _words(
 
 
 @triton.jit
-def _word_sums(tile, start, x, tokens, K: tl.constexpr, T: tl.constexpr):
-    """(T, N, B) float32: every block's sum of products."""
+def _word_products(tile, start, x, tokens, K: tl.constexpr, T: tl.constexpr):
+    """Sum the products of each block, (T, N, B) float32."""
     low_NBW, high_NBW, d_NB = tile
     N: tl.constexpr = low_NBW.shape[0]
     BLOCK_B: tl.constexpr = low_NBW.shape[1]
     b = start + tl.arange(0, BLOCK_B)
     t = tl.arange(0, T)[:, None, None]
     ok_TNB = tl.broadcast_to((t < tokens) & (b < K // 32)[None, None, :], (T, N, BLOCK_B))
-    # Every thread loads what its own words are multiplied by: no exchange between threads.
+    # Each thread loads the input words that its own weights need, so threads exchange nothing.
     place_TNB = tl.broadcast_to(t * (K // 32) + b[None, None, :], (T, N, BLOCK_B)) * _STRIDE
     x_TNBW = x + (place_TNB[:, :, :, None] + tl.arange(0, 4)[None, None, None, :])
     ok_TNBW = ok_TNB[:, :, :, None]
@@ -164,10 +181,11 @@ def _word_sums(tile, start, x, tokens, K: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _bytes(
+def _weight_bytes(
     code, scale, row_N, ok_N, start, K: tl.constexpr, BITS: tl.constexpr, BLOCK_B: tl.constexpr
 ):
-    """(B, N, 32) int8 and (B, N): a tile of blocks as `_words`, block by block."""
+    """Load a tile of codes, (B, N, 32) int8, and scales, (B, N). For 4-bit codes see
+    `_weight_words`."""
     b = start + tl.arange(0, BLOCK_B)
     ok_BN = (b < K // 32)[:, None] & ok_N[None, :]
     block_BN = row_N[None, :] * (K // 32) + b[:, None]
@@ -181,8 +199,8 @@ def _bytes(
 
 
 @triton.jit
-def _columns(x, start, tokens, K: tl.constexpr, BLOCK_B: tl.constexpr, T: tl.constexpr):
-    """(B, 32, T) int8 and (B, T): a tile of blocks of every token, and their scales."""
+def _input_bytes(x, start, tokens, K: tl.constexpr, BLOCK_B: tl.constexpr, T: tl.constexpr):
+    """Load a tile of input codes of all tokens, (B, 32, T) int8, and their scales, (B, T)."""
     b = start + tl.arange(0, BLOCK_B)
     t = tl.arange(0, T)
     ok_BT = (b < K // 32)[:, None] & (t < tokens)[None, :]
@@ -195,7 +213,7 @@ def _columns(x, start, tokens, K: tl.constexpr, BLOCK_B: tl.constexpr, T: tl.con
 
 @triton.jit
 def _dot(a, b):
-    """a @ b of int8, in int32."""
+    """Return a @ b of int8, in int32."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee").to(tl.int32)
     return tl.dot(a, b, out_dtype=tl.int32)
@@ -203,7 +221,7 @@ def _dot(a, b):
 
 @triton.jit
 def _dp4a(a, b, acc):
-    """acc plus the products of four signed bytes each, int32."""
+    """Return acc plus the dot products of four signed bytes each, int32."""
     if _INTERPRETED:
         for byte in tl.static_range(4):
             acc += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
@@ -215,7 +233,7 @@ def _dp4a(a, b, acc):
 
 @triton.jit
 def _nearest(x):
-    """float32 below 2^22 to the nearest int32, ties to even."""
+    """Round float32 below 2^22 to the nearest int32, ties to even."""
     if _INTERPRETED:
         return ((x + 12582912.0) - 12582912.0).to(tl.int32)
     return tl.inline_asm_elementwise(

@@ -1,18 +1,24 @@
-"""How every kernel here is launched: where it can run, and in which order.
+"""Where the kernels can run, and how one starts before the previous one has ended.
 
-Kernels of one FFN follow each other within microseconds, so on Hopper and later each may start
-before the last one has ended (programmatic dependent launch). It waits in `after_previous` before
-it reads what that one wrote, and before it writes; its own weights it may read earlier. The first
-kernel of an FFN waits before it lets the next one start, so nothing is read too early of what was
-written before the FFN. So does `rows` of one token, since `down` does not wait for its end but for
-the entries of its list (entries.py), which must be blank by then; what `down` writes waits.
-Predictors in codes let the next one start after their products where there are several tokens: with
-five kernels waiting behind it the FFN took longer (1B, 4 tokens: 35 us instead of 26). The last one
-lets nothing start: what follows in a model waits for its end anyway, and a benchmark of many FFNs
-shall not gain what a model would not.
+The kernels of an FFN follow each other within microseconds. On Hopper and later they use
+programmatic dependent launch (PDL): `start_next` lets the next kernel start once all programs of
+this one have called it, and `after_previous` waits until the previous kernel has ended and its
+writes can be read. A kernel calls `after_previous` before it reads what the previous one wrote and
+before it writes anything; it may read weights earlier. So weights must be written before the
+selecting kernel launches.
 
-Blocks are tables that were measured, not Triton's autotuner: that one times kernels at their first
-call, which a CUDA graph cannot record.
+- The first kernel of an FFN waits before it lets the next one start. So no kernel reads the FFN's
+  inputs too early.
+- `gate_up` of one token does the same. `down` waits for single list entries instead of for its end
+  (active_list.py), so the list must be blank by then. `down` waits before it writes.
+- Predictors in q8_0 and q4_0 let the next kernel start after their products if there are several
+  tokens. With five kernels waiting behind it the FFN was slower (1B, 4 tokens: 35 us instead of
+  26).
+- The last kernel lets nothing start. In a model the next operation waits for its end anyway, and a
+  benchmark of many FFNs must not gain what a model would not.
+
+Block sizes are tables of measured values. Triton's autotuner times kernels at their first call,
+which a CUDA graph cannot record.
 """
 
 from __future__ import annotations
@@ -28,28 +34,28 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_TOKENS = 16
 INTERPRETED = triton.knobs.runtime.interpret
-"""Set by TRITON_INTERPRET=1 in the environment: kernels run in Python, on CPU tensors."""
+"""Whether TRITON_INTERPRET=1 is set in the environment: kernels run in Python, on CPU tensors."""
 
 
 @triton.jit
 def after_previous(PDL: tl.constexpr):
-    """Wait until the kernel before this one has ended and its results can be read."""
+    """Wait until the previous kernel has ended and its results can be read."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def start_next(PDL: tl.constexpr):
-    """Let the kernel after this one start, once all programs of this one have come here."""
+    """Let the next kernel start once all programs of this one have called this or ended."""
     if PDL:
         gdc_launch_dependents()
 
 
-def padded(tokens: int) -> int:
-    """Columns of a product: 1, or what the tensor cores' tiles hold.
+def padded_tokens(tokens: int) -> int:
+    """Return the columns of a product: 1, or 16, the smallest tile of the tensor cores.
 
     Raises:
-        ValueError: Not between 1 and 16 tokens.
+        ValueError: The number of tokens is not 1 to 16.
     """
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(
@@ -58,11 +64,11 @@ def padded(tokens: int) -> int:
     return 1 if tokens == 1 else MAX_TOKENS
 
 
-def options(x: Tensor) -> dict[str, Any]:
-    """Keyword arguments of every launch on this tensor's device.
+def launch_options(x: Tensor) -> dict[str, Any]:
+    """Return the keyword arguments of every launch on this tensor's device.
 
     Raises:
-        ValueError: The kernels cannot run there.
+        ValueError: The kernels cannot run on this device.
     """
     if x.device.type == "cuda" and not INTERPRETED:
         pdl = _capability(x.device.index)[0] >= 9
@@ -71,13 +77,13 @@ def options(x: Tensor) -> dict[str, Any]:
         return {"PDL": False}
     raise ValueError(
         f"x: is on {x.device}, expected a CUDA device (or the CPU under TRITON_INTERPRET=1); use "
-        "the functions called reference there"
+        "exact_reference or predicted_reference there"
     )
 
 
 @torch.compiler.assume_constant_result
 def rounded_threshold(threshold: float, dtype: torch.dtype) -> float:
-    """T as a comparison in this dtype sees it; torch.compile need not look inside."""
+    """Return T rounded to this dtype, as a constant for torch.compile."""
     return _rounded(threshold, dtype)
 
 

@@ -1,11 +1,11 @@
 """Predictor weights in q8_0 and q4_0, laid out for a GPU: codes and scales as two tensors.
 
-Codes and scales are ggml's (core/ggml_blocks.py), signed and in ggml's order, four bytes to a
-word, the first lowest: a byte of q8_0 is a code; byte j of a block of q4_0 holds the code of column
-j in its low half and that of column 16 + j in its high half. Quantizing is idempotent, so values
-that were rounded to a format once get the codes that stand in PowerInfer's file.
+Codes and scales are ggml's (core/ggml_blocks.py). Codes are signed and in ggml's order, four bytes
+to an int32 word, the first in the lowest byte. A byte of q8_0 is one code; byte j of a q4_0 block
+holds the code of column j in its low half and of column 16 + j in its high half. Quantization is
+idempotent: values that were rounded to a format before get the codes of PowerInfer's file.
 
-Shape letters: N rows, K columns, a multiple of 32, B = K / 32 blocks of a row, C words of a row.
+Shape letters: N rows, K columns (a multiple of 32), B = K / 32 blocks of a row, C words of a row.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sparsecast.core.ggml_blocks import BLOCK, quantize_blocks
 
 
 class Quantized(NamedTuple):
-    """A matrix (N, K) in blocks of 32."""
+    """A matrix (N, K) in q8_0 or q4_0."""
 
     code_NC: Tensor
-    """int32, C = 8 B in q8_0, 4 B in q4_0."""
+    """int32; C is 8 B in q8_0 and 4 B in q4_0."""
     scale_NB: Tensor
     """float16."""
 
@@ -32,7 +32,7 @@ class Quantized(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code, 8 or 4."""
         return 4 if self.code_NC.shape[1] == 4 * self.scale_NB.shape[1] else 8
 
     @property
@@ -41,10 +41,10 @@ class Quantized(NamedTuple):
 
 
 def quantized(weight_NK: Tensor, dtype: str) -> Quantized:
-    """The codes and scales of a matrix in `dtype`, "q8_0" or "q4_0".
+    """Quantize a matrix to `dtype`, "q8_0" or "q4_0".
 
     Raises:
-        ValueError: The rows do not divide into blocks of 32, or the format is another.
+        ValueError: The rows do not divide into blocks of 32, or `dtype` is neither.
     """
     if dtype not in ("q8_0", "q4_0"):
         raise ValueError(f"dtype: got {dtype!r}, expected 'q8_0' or 'q4_0'")
@@ -63,7 +63,7 @@ def quantized(weight_NK: Tensor, dtype: str) -> Quantized:
 
 
 def dequantized(weight: Tensor | Quantized) -> Tensor:
-    """(N, K) float32: the values that the format holds; of a plain tensor, its own."""
+    """Return the values of a matrix, (N, K) float32."""
     if isinstance(weight, Tensor):
         return weight.float()
     scale_NB = weight.scale_NB

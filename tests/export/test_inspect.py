@@ -217,7 +217,10 @@ def empty_file(folder: Path) -> Path:
         (lost_predictor, "model_1.pt is missing"),
         (two_models, "holds 2 files"),
         (empty_file, "x.gguf: is empty"),
-        (lambda folder: folder / "activation", "activation: holds nothing that sparsecast writes; expected"),
+        (
+            lambda folder: folder / "activation",
+            "activation: holds nothing that sparsecast writes; expected",
+        ),
         (lambda folder: folder / "nowhere", "nowhere: no such file, expected"),
     ],
 )

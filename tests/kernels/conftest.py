@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from sparsecast.kernels.ops import gate, gate_up, predictor
+from sparsecast.kernels.ops import active_list, gate, gate_up, predictor
 from sparsecast.kernels.ops.launch import INTERPRETED, rounded_threshold
 
 BAND = 64
@@ -147,18 +147,20 @@ def decided():
         token_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None]
         if named is None:
             act_FT, selected = gate.gate(x_TD, first, ffn.up_bias_F, cut)
-            source = gate_up.FromGate(act_FT)
+            source = gate_up.DenseGate(act_FT)
             selected_TF = act_FT.T != 0
         else:
             selected, chosen_F = predictor.predict(z_TD, *named[:3])
-            source = gate_up.FromRows(first, ffn.up_bias_F, cut, chosen_F)
+            source = gate_up.SelectedGate(first, ffn.up_bias_F, cut, chosen_F)
             selected_TF = (chosen_F >> token_T1) & 1 == 1
             logits_TF = predictor.reference(z_TD, named.fc1_RD, named.fc2_FR)[1]
             kept = predictor.input_dtype(named.fc1_RD)
             check(selected_TF, logits_TF, named.threshold, kept)
         up_FD = None if ffn.gate_FD is None else ffn.up_FD
         relu_up = ffn.act == "drelu"
-        row_K, x1_KT = gate_up.listed(gate_up.rows(x_TD, selected, source, up_FD, relu_up=relu_up))
+        row_K, x1_KT = active_list.unpacked(
+            gate_up.gate_up(x_TD, selected, source, up_FD, relu_up=relu_up)
+        )
         fires_TF = torch.zeros_like(selected_TF)
         fires_TF[:, row_K.long()] = x1_KT.T != 0
 

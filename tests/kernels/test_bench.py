@@ -13,7 +13,7 @@ from sparsecast.cli.bench import kernels_table as bench_steps
 from sparsecast.cli.bench.kernels import BenchKernelsConfig, bench
 from sparsecast.core.errors import InputError
 from sparsecast.kernels.in_models import dispatch
-from sparsecast.kernels.ops import down, down_one
+from sparsecast.kernels.ops import down
 
 KEYS = {
     "shape", "step", "sparsity", "batch", "us", "dense_us", "speedup", "gb_per_s",
@@ -35,7 +35,7 @@ def untimed(monkeypatch, device):
     monkeypatch.setattr("sparsecast.cli.bench.kernels.copy_bandwidth", lambda _: 1e-3)
     monkeypatch.setattr("sparsecast.cli.bench.kernels._device", lambda: device)
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
-    monkeypatch.setattr(down_one, "GROUPS", 4)
+    monkeypatch.setattr(down, "ONE_TOKEN_GROUPS", 4)
     monkeypatch.setitem(down.CONFIG, "GROUPS", 4)
     shapes = {"1b": (32, 32, 3), "opt-1.3b": (32, 32, 2)}
     monkeypatch.setattr("sparsecast.cli.bench.kernels_table.SHAPES", shapes)

@@ -9,7 +9,7 @@ from sparsecast.cli.bench import kernels_problem
 from sparsecast.core.ggml_blocks import quantize_q8_0_input
 from sparsecast.kernels.ops import predictor
 from sparsecast.kernels.ops.ffn import exact_ffn, predicted_ffn
-from sparsecast.kernels.ops.int8_dot import codes
+from sparsecast.kernels.ops.int8_dot import quantize_input
 from sparsecast.kernels.ops.quantized import dequantized, quantized
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -77,7 +77,7 @@ def test_inputs_get_the_codes_that_torch_gives_them(dtype, device):
     x = torch.randn(16, 65536, device=device) * torch.logspace(-3, 3, 16, device=device)[:, None]
     x[3, :4096], x[4, :64] = 0, 1e-30
     x = x.to(dtype)
-    got = codes(x)
+    got = quantize_input(x)
     scale, code = quantize_q8_0_input(x)
     assert torch.equal(got[..., :8].contiguous().view(torch.int8).float(), code)
     assert torch.equal(got[..., 8].view(torch.float32), scale)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsecast.kernels.ops import down, down_one, gate, gate_up, int8_dot, predictor
+from sparsecast.kernels.ops import down, gate, gate_up, int8_dot, predictor
 
 D, R = 1536, 384
 POINTERS = {
@@ -40,7 +40,7 @@ def kernels() -> Iterator[Kernel]:
     for early in (True, False):
         name = "codes early" if early else "codes"
         yield name, int8_dot._kernel, {}, {
-            "K": D, "EARLY": early, "BLOCK_B": int8_dot.AT_ONCE, "num_warps": 1
+            "K": D, "EARLY": early, "BLOCK_B": int8_dot.BLOCKS_PER_PROGRAM, "num_warps": 1
         }  # fmt: skip
     for pad in (1, 16):
         one_token = {} if pad == 1 else {"entry": None}
@@ -61,20 +61,20 @@ def kernels() -> Iterator[Kernel]:
             "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, False, True, D),
         }  # fmt: skip
     for d in (D, 5120):  # blocks of 64 columns and of 128
-        yield f"down 1 of {d}", down_one.kernel, {}, {
-            "D": d, **down_one.config(d)
+        yield f"down 1 of {d}", down._one_token_kernel, {}, {
+            "D": d, **down._one_token_config(d)
         }  # fmt: skip
     yield "down 16", down._kernel, {}, {"D": D, **down._config(D)}
     for pad in (1, 2, 4, 16):
         for bits in (8, 4):
             yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {
                 **IN_CODES, "z": "*i32", "hidden": "*fp32"
-            }, {"K": D, "BITS": bits, **predictor._hidden_codes_config(pad, D)}  # fmt: skip
+            }, {"K": D, "BITS": bits, **predictor._hidden_int8_config(pad, D)}  # fmt: skip
             yield f"select {pad} q{bits}_0", predictor._select_kernel, {
                 **IN_CODES, "hidden": "*i32"
             }, {
                 "K": R, "BITS": bits, **({} if pad == 1 else {"entry": None}),
-                **predictor._select_codes_config(pad, R),
+                **predictor._select_int8_config(pad, R),
             }  # fmt: skip
 
 

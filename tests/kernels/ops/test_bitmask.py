@@ -7,12 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsecast.kernels.ops.bitmask import kth_ones, ones, reference, words, words_before
+from sparsecast.kernels.ops.bitmask import kth_bit, pack, popcount, reference, words_before
 
 
 @triton.jit
 def _write(on, mask, N: tl.constexpr):
-    tl.store(mask + tl.arange(0, N // 16), words(tl.load(on + tl.arange(0, N)) != 0))
+    tl.store(mask + tl.arange(0, N // 16), pack(tl.load(on + tl.arange(0, N)) != 0))
 
 
 @triton.jit
@@ -20,8 +20,8 @@ def _read(mask, places, before, WORDS: tl.constexpr):
     w = tl.program_id(0)
     k = tl.arange(0, 16)
     word = tl.load(mask + w).to(tl.int32) & 0xFFFF
-    tl.store(places + w * 16 + k, kth_ones(word, k))
-    tl.store(before + w, tl.sum(ones(words_before(mask, w, WORDS)), 0))
+    tl.store(places + w * 16 + k, kth_bit(word, k))
+    tl.store(before + w, tl.sum(popcount(words_before(mask, w, WORDS)), 0))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecast.kernels.ops import down, down_one, gate_up
+from sparsecast.kernels.ops import active_list, down
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def listed(banded):
             entry = torch.full((f + 1,), -1)
             entry[:total] = row << 32 | x1.view(torch.int32).long() & 0xFFFFFFFF
             entry[-1] = total
-            return gate_up.Entries(banded(entry), count, ticket)
+            return active_list.EntryList(banded(entry), count, ticket)
         row = torch.empty(f, dtype=torch.int32)
         row[:total] = torch.randperm(f)[:total].sort().values
         x1 = torch.empty(f, tokens, dtype=dtype)
         x1[:total] = torch.randn(total, tokens) * (torch.rand(total, tokens) < 0.7)
         x1[:total:3] = 0
-        return gate_up.Rows(banded(row), banded(x1), count, ticket)
+        return active_list.BatchList(banded(row), banded(x1), count, ticket)
 
     return make
 
@@ -37,11 +37,11 @@ def listed(banded):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_it_sums_the_listed_rows(dtype, tokens, total, listed, banded, near, monkeypatch):
     monkeypatch.setitem(down.CONFIG, "GROUPS", 4)  # so few that each has several tiles
-    monkeypatch.setattr(down_one, "GROUPS", 4)
+    monkeypatch.setattr(down, "ONE_TOKEN_GROUPS", 4)
     f, d = 700, 130
     weight = banded(torch.randn(f, d).to(dtype))
     chosen = listed(f, total, tokens, dtype)
-    row, x1 = gate_up.listed(chosen)
+    row, x1 = active_list.unpacked(chosen)
     read = row[(x1 != 0).any(1)].long()
     unread = torch.ones(f, dtype=torch.bool).scatter(0, read.cpu(), False)
     want = down.reference(chosen, weight, None)
@@ -66,6 +66,6 @@ def test_a_bias_is_added_once(total, tokens, listed, banded, near):
 
 def test_few_programs_share_a_wide_hidden_size():
     for d, groups in ((128, 24), (5120, 24), (8192, 16), (16384, 8), (10**6, 1)):
-        assert down_one.config(d)["GROUPS"] == groups
+        assert down._one_token_config(d)["GROUPS"] == groups
     for d, groups in ((5120, 16), (8192, 16), (16384, 8), (10**6, 1)):
         assert down._config(d)["GROUPS"] == groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsecast.kernels.ops import down_one
+from sparsecast.kernels.ops import down
 from sparsecast.kernels.ops.ffn import (
     FFN,
     PredictorWeights,
@@ -33,7 +33,7 @@ def cases(*first):
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """Most of the usual number would find nothing to do here, and the interpreter is slow."""
-    monkeypatch.setattr(down_one, "GROUPS", 4)
+    monkeypatch.setattr(down, "ONE_TOKEN_GROUPS", 4)
 
 
 @pytest.fixture
@@ -168,7 +168,10 @@ def test_torch_compile_sees_operators_without_a_break(ffn, predictor, banded):
         ({"threshold": -1.0}, "threshold: got -1.0, expected a number >= 0"),
         ({"threshold": float("nan")}, "threshold: got nan"),
         ({"gate_FD": None, "act": "drelu"}, "drelu is ReLU on gate and up"),
-        ({"up_bias_F": torch.zeros(F)}, "biases belong to an FFN of two matrices"),
+        (
+            {"up_bias_F": torch.zeros(F)},
+            "up_bias_F, down_bias_D: expected None in an FFN with a gate",
+        ),
         ({"down_FD": torch.zeros(D, F).half()}, r"down_FD: is \(96, 77\), expected \(77, 96\)"),
         ({"gate_FD": torch.zeros(F, D)}, "gate_FD: is torch.float32 on"),
         ({"up_FD": torch.zeros(D, F).half().T}, "up_FD: is not contiguous"),
@@ -207,8 +210,8 @@ def test_inputs_and_predictors_that_do_not_fit_are_refused(ffn, predictor, devic
         (named, fc2._replace(scale_NB=fc2.scale_NB.float()), "scale_NB: is torch.float32"),
         (plain, torch.zeros(F, R - 1, device=device).half(), "fc2_FR: is"),
         (plain, torch.zeros(F, R, device=device), "fc2_FR: is torch.float32"),
-        (plain, fc2, "fc1_RD, fc2_FR: one is a tensor and one in blocks, expected both"),
-        (named, plain.fc2_FR, "quantize both or none"),
+        (plain, fc2, "fc1_RD, fc2_FR: one is a tensor and one Quantized, expected the same kind"),
+        (named, plain.fc2_FR, "quantize both or neither"),
     ):
         with pytest.raises(ValueError, match=told):
             predicted_ffn(x, x, weights, named_by._replace(fc2_FR=wrong))

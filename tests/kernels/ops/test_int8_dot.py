@@ -7,7 +7,7 @@ import torch
 
 from sparsecast.core.ggml_blocks import quantize_q8_0_input, round_to_q8_0
 from sparsecast.kernels.ops import predictor
-from sparsecast.kernels.ops.int8_dot import codes
+from sparsecast.kernels.ops.int8_dot import quantize_input
 from sparsecast.kernels.ops.quantized import Quantized, dequantized, quantized
 
 
@@ -22,7 +22,7 @@ def test_inputs_are_rounded_as_torch_rounds_them(columns, dtype, banded, values)
     x[3, :32] = 3e4 * torch.randn(32).clamp(-2, 2)
     x = banded(x.to(dtype))
 
-    got = codes(x)
+    got = quantize_input(x)
 
     scale, code = quantize_q8_0_input(x)
     assert torch.equal(got[..., :8].contiguous().view(torch.int8).float(), code)
@@ -68,4 +68,4 @@ def test_the_sum_of_a_block_is_the_same_in_every_batch(dtype, banded):
 
 def test_more_tokens_than_a_kernel_takes_are_refused():
     with pytest.raises(ValueError, match="holds 17 tokens, expected 1 to 16"):
-        codes(torch.zeros(17, 32))
+        quantize_input(torch.zeros(17, 32))

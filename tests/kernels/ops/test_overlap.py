@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparsecast.cli.bench import kernels_problem
-from sparsecast.kernels.ops import down, gate_up
+from sparsecast.kernels.ops import active_list, down
 from sparsecast.kernels.ops.ffn import (
     exact_ffn,
     exact_reference,
@@ -98,7 +98,7 @@ def test_the_down_projection_waits_for_every_entry(total, last, device):
     whole = whole.to(device)
     count = torch.tensor(total, dtype=torch.int32, device=device)
     ticket = torch.zeros(128, dtype=torch.int32, device=device)
-    done = gate_up.Entries(whole, count, ticket)
+    done = active_list.EntryList(whole, count, ticket)
     want = down.down(done, weight, None)  # and the kernel is compiled
     near_by = down.reference(done, weight, None)
     assert (want.double() - near_by).abs().max() <= 1e-2 * near_by.abs().max()
@@ -108,7 +108,7 @@ def test_the_down_projection_waits_for_every_entry(total, last, device):
     chunks = torch.arange(f + 1).chunk(8)
     torch.cuda.synchronize()
     with torch.cuda.stream(reads):
-        got = down.down(gate_up.Entries(entry, count, ticket), weight, None)
+        got = down.down(active_list.EntryList(entry, count, ticket), weight, None)
         read = torch.cuda.Event()
         read.record()
     with torch.cuda.stream(writes):

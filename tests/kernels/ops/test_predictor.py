@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
 from sparsecast.kernels.ops import bitmask, predictor
-from sparsecast.kernels.ops.int8_dot import codes
+from sparsecast.kernels.ops.int8_dot import quantize_input
 from sparsecast.kernels.ops.quantized import Quantized, dequantized, quantized
 from sparsecast.predictors.formats import rounded
 
@@ -58,7 +58,7 @@ def test_it_decides_as_its_reference(
 
     met, _ = predictor.reference(z, fc1, fc2)
     if isinstance(fc1, Quantized):
-        rounded_TBS = codes(hidden)
+        rounded_TBS = quantize_input(hidden)
         scale_TB, hidden = rounded_TBS[..., 8].view(torch.float32), values(rounded_TBS)
         # A float32 sum beside a float64 one may fall to the other side of a half, in a code or a
         # block's scale.
@@ -87,9 +87,9 @@ def test_nothing_starts_before_the_first_kernel_has_waited(
 
     def told(x, *, early=False):
         taken.append(early)
-        return codes(x, early=early)
+        return quantize_input(x, early=early)
 
-    monkeypatch.setattr(predictor, "codes", told)
+    monkeypatch.setattr(predictor, "quantize_input", told)
     fc1, fc2 = weights(32, 64, "q8_0"), weights(17, 32, "q8_0")
     predictor.predict(banded(torch.randn(tokens, 64)), fc1, fc2, 0.0)
     assert taken == early
