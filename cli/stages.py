@@ -66,38 +66,38 @@ STAGES = {
     ),
     "bench collect": Stage(
         "tokens/s with and without recording, on the same batches",
-        "sparsecast.cli.bench.collect:BenchConfig",
-        "sparsecast.cli.bench.collect:bench",
+        "sparsecast.cli.bench.collect:BenchCollectConfig",
+        "sparsecast.cli.bench.collect:bench_collect",
     ),
     "bench train": Stage(
         "token-layers/s of training, ours and the public recipe's",
         "sparsecast.cli.bench.train:BenchTrainConfig",
-        "sparsecast.cli.bench.train:bench",
+        "sparsecast.cli.bench.train:bench_train",
     ),
     "bench predictors": Stage(
         "our predictors against the public recipe's: misses, bytes, traffic at a perplexity",
-        "sparsecast.cli.bench.predictors:CompareConfig",
-        "sparsecast.cli.bench.predictors:compare",
+        "sparsecast.cli.bench.predictors:BenchPredictorsConfig",
+        "sparsecast.cli.bench.predictors:bench_predictors",
     ),
     "bench export": Stage(
         "MB/s and memory of export beside cp and PowerInfer's converter",
         "sparsecast.cli.bench.export:BenchExportConfig",
-        "sparsecast.cli.bench.export:bench",
+        "sparsecast.cli.bench.export:bench_export",
     ),
     "bench engine": Stage(
         "tokens/s of PowerInfer's engine with predictors, with everything active, and dense",
         "sparsecast.cli.bench.engine:BenchEngineConfig",
-        "sparsecast.cli.bench.engine:bench",
+        "sparsecast.cli.bench.engine:bench_engine",
     ),
     "bench kernels": Stage(
         "our GPU kernels and the whole sparse FFN against dense torch",
         "sparsecast.cli.bench.kernels:BenchKernelsConfig",
-        "sparsecast.cli.bench.kernels:bench",
+        "sparsecast.cli.bench.kernels:bench_kernels",
     ),
     "bench generate": Stage(
         "tokens/s of a model with its FFNs dense, exact, predicted, and as auto chooses",
         "sparsecast.cli.bench.generate:BenchGenerateConfig",
-        "sparsecast.cli.bench.generate:bench",
+        "sparsecast.cli.bench.generate:bench_generate",
     ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",

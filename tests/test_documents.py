@@ -161,9 +161,9 @@ SMALL = {
         "eval_tokens": 200,
         "corpus": "CORPUS",
     },
-    "BenchConfig": {"tokens": 1000, "rounds": 1},
+    "BenchCollectConfig": {"tokens": 1000, "rounds": 1},
     "BenchTrainConfig": {"steps": 1, "rounds": 1},
-    "CompareConfig": {"epochs": 1, "reference_epochs": 1, "perplexity": 0.5},
+    "BenchPredictorsConfig": {"epochs": 1, "reference_epochs": 1, "perplexity": 0.5},
     "BenchExportConfig": {"rounds": 1},
     "BenchGenerateConfig": {"tokens": 4, "rounds": 1},
 }

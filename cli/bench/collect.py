@@ -1,46 +1,35 @@
-"""`sparsecast bench collect`: what recording costs, on the same batches in one run.
+"""`sparsecast bench collect`: what recording costs, measured on the same batches in one run.
 
-    bare        the batches through the decoder, without the LM head
-    recording   the same with everything `sparsecast collect` does from the hooks on, until the
+    bare        the decoder's forward pass, without the LM head
+    recording   the same plus everything that `sparsecast collect` does from the hooks on, until the
                 last shard is hashed and written
-    recipe      the same with two float16 matrices per layer, inputs and x1, copied to the host and
-                into NumPy memory maps layer by layer, as public predictor trainers do
+    recipe      the forward pass plus what public predictor trainers do: copy two float16 matrices
+                per layer, inputs and x1, to the host and into NumPy memory maps, layer by layer
 
-A round runs bare, recording, bare, so that a device that slows as it warms up favors neither;
-ratios are taken within a round, and medians reported.
+A round runs bare, recording, bare, so a device that slows down as it warms up favors neither.
+Ratios are taken within a round; medians over rounds are reported.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sparsecast.cli.bench.collect_runs import (
-    bare,
-    empty,
-    recipe,
-    recipe_share,
-    recording,
-    timed,
-    write_rate,
-)
-from sparsecast.collect.store.shard import Shape, ShardBuffer
-from sparsecast.collect.store.units import Unit, units
-from sparsecast.collect.store.writer import Writer, to_folder, to_memory
+from sparsecast.cli.bench.collect_model import SHAPES, random_model, random_rows
+from sparsecast.cli.bench.collect_rounds import Workload, run_rounds
+from sparsecast.cli.bench.results import check_json, new_table, publish
+from sparsecast.cli.bench.rounds import device_name
+from sparsecast.collect.store.shard import Shape
+from sparsecast.collect.store.units import units
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import (
     check_seq_len,
@@ -51,23 +40,13 @@ from sparsecast.core.models.loading import (
 )
 from sparsecast.core.models.shape import model_shape
 from sparsecast.core.options import ModelDtype, validate_fields
-from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import read_documents
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import Sequence, tokenize_documents
 
-SHAPES = {
-    "60m": (768, 2048, 8),
-    "7b": (4096, 11008, 32),
-}
-"""(hidden size, FFN width, layers) of llamas with random weights: 57 million and 6.5 billion
-parameters in the decoder layers."""
-HEAD_DIM = 128
-VOCAB = 32_000
-
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchCollectConfig:
     """Time recording against the bare forward pass and the public recipe."""
 
     model: str | None = None
@@ -95,7 +74,7 @@ class BenchConfig:
     """auto (float32 on the CPU, else the checkpoint's or bfloat16), float32, float16, bfloat16."""
 
     sink: Literal["disk", "memory"] = "disk"
-    """disk, or memory: shards are finished and hashed, then dropped."""
+    """disk, or memory: finish and hash shards, then drop them."""
 
     folder: Path | None = None
     """Where to write; unset: a temporary folder."""
@@ -104,7 +83,7 @@ class BenchConfig:
     """Record energies too."""
 
     rounds: int = 3
-    """Timed rounds, after one that is not."""
+    """Timed rounds, after one untimed round."""
 
     json: Path | None = None
     """Write the numbers to this file."""
@@ -117,184 +96,70 @@ class BenchConfig:
             )
 
 
-def bench(cfg: BenchConfig) -> dict[str, Any]:
-    """Run it; tokens/s, ratios and bytes, also written to `cfg.json`.
+def bench_collect(cfg: BenchCollectConfig) -> dict[str, Any]:
+    """Tokens/s, ratios and bytes, also written to `cfg.json`.
 
-    Memory beyond the model: as `collect`, and the recipe's files, about 2 GiB or one batch.
+    Memory beyond the model: as for `collect`, plus the recipe's files: about 2 GiB, or one batch
+    if that is larger.
     """
-    if cfg.json is not None:
-        check_writable_file(cfg.json, "--json")
+    check_json(cfg.json)
     if cfg.folder is not None and not (cfg.folder.is_dir() and os.access(cfg.folder, os.W_OK)):
         raise InputError(f"--folder: {cfg.folder} is not a folder that can be written")
-    model, rows = _subject(cfg)
-    sizes = model_shape(model)
-    x_dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float16"
-    shape = Shape(
-        layers=range(sizes.layers),
-        hidden_size=sizes.hidden_size,
-        ffn_width=sizes.ffn_width,
-        x_dtype=x_dtype,
-        energy=cfg.energy,
-    )
-    plan = list(
-        units(rows, seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=shape.shard_tokens)
-    )
-    if not plan:
-        raise InputError(f"{cfg.corpus or 'builtin'}: no text to time on")
-    capacity = shape.nbytes(max(unit.tokens for unit in plan))
+    work = _workload(cfg)
     folder = Path(tempfile.mkdtemp(prefix="sparsecast-bench-", dir=cfg.folder))
     try:
-        sink = _Sink(folder if cfg.sink == "disk" else None)
-        with Writer(shape, capacity, sink, pinned=model.device.type == "cuda") as writer:
-            values = _rounds(cfg, model, shape, plan, writer, folder, sink)
+        values = run_rounds(work, cfg.rounds, folder, to_disk=cfg.sink == "disk")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     values |= {
         "sink": cfg.sink,
-        "device": _device_name(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(work.model.device),
+        "dtype": str(work.model.dtype).removeprefix("torch."),
         "model": cfg.model or f"random {cfg.shape}",
-        "parameters": sum(p.numel() for p in model.base_model.parameters()),
-        "tokens": sum(unit.tokens for unit in plan),
-        "layers": sizes.layers,
-        "hidden_size": sizes.hidden_size,
-        "ffn_width": sizes.ffn_width,
+        "parameters": sum(p.numel() for p in work.model.base_model.parameters()),
+        "tokens": work.tokens,
+        "layers": len(work.shape.layers),
+        "hidden_size": work.shape.hidden_size,
+        "ffn_width": work.shape.ffn_width,
         "torch": torch.__version__,
     }
-    _show(values)
-    if cfg.json is not None:
-        write_json(cfg.json, values)
-    return values
+    return publish(values, cfg.json, _show)
 
 
-class _Sink:
-    """Where finished shards go, and the bytes of a round, those of energies apart too."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._write = None if folder is None else to_folder(folder)
-        self._lock = Lock()
-        self.clear()
-
-    def clear(self) -> None:
-        self.written = self.energies = 0
-
-    def __call__(self, name: str, buffer: ShardBuffer) -> None:
-        if self._write is None:
-            written = to_memory(name, buffer)
-        else:
-            self._write(name, buffer)
-            written = buffer.nbytes
-        with self._lock:
-            self.written += written
-            self.energies += buffer.energy_bytes
-
-
-def _rounds(
-    cfg: BenchConfig,
-    model: PreTrainedModel,
-    shape: Shape,
-    plan: list[Unit],
-    writer: Writer,
-    folder: Path,
-    sink: _Sink,
-) -> dict[str, Any]:
-    tokens = sum(unit.tokens for unit in plan)
-    recipe_units, recipe_tokens = recipe_share(shape, plan)
-    seconds: dict[str, list[float]] = {}
-    with progress_bar("bench", 5 * (cfg.rounds + 1)) as progress, torch.inference_mode():
-        for number in range(cfg.rounds + 1):
-            sink.clear()
-            took = {"bare": timed(model, lambda: bare(model, plan)) / 2}
-            progress.advance()
-            took["recording"] = timed(model, lambda: recording(model, shape, plan, writer))
-            progress.advance()
-            took["bare"] += timed(model, lambda: bare(model, plan)) / 2
-            progress.advance()
-            if cfg.sink == "disk":
-                empty(folder)
-                took["write"] = write_rate(folder, sink.written)
-            progress.advance()
-            took["recipe"] = timed(
-                model, lambda: recipe(model, shape, recipe_units, folder, disk=cfg.sink == "disk")
-            )
-            empty(folder)
-            progress.advance()
-            if number:
-                for name, value in took.items():
-                    seconds.setdefault(name, []).append(value)
-    bares = seconds["bare"]
-    kept = [b / r for b, r in zip(bares, seconds["recording"], strict=True)]
-    rate = {"bare": tokens, "recording": tokens, "recipe": recipe_tokens}
-    values: dict[str, Any] = {
-        "kept": statistics.median(kept),
-        "kept_rounds": kept,
-        "tokens_per_s": {
-            name: count / statistics.median(seconds[name]) for name, count in rate.items()
-        },
-        "bytes_per_token_layer": sink.written / tokens / len(shape.layers),
-        "bound": shape.bound + sink.energies / tokens / len(shape.layers),
-        "recipe_bytes_per_token_layer": 2 * (shape.hidden_size + shape.ffn_width),
-        "write_mb_per_s": None,
-        "kept_of_limit": None,
-    }
-    speed = values["tokens_per_s"]
-    values["recipe_kept"] = speed["recipe"] / speed["bare"]
-    if "write" in seconds:
-        written = [sink.written / 1e6 / s for s in seconds["write"]]
-        values["write_mb_per_s"] = statistics.median(written)
-        slower = [max(pair) for pair in zip(bares, seconds["write"], strict=True)]
-        limit = [b / r for b, r in zip(slower, seconds["recording"], strict=True)]
-        values["kept_of_limit"] = statistics.median(limit)
-    return values
-
-
-def _subject(cfg: BenchConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:
-    """The model and the sequences to time."""
-    if cfg.model is not None:
-        model, tokenizer = load_model(cfg.model, device=cfg.device, dtype=cfg.dtype)
-        check_seq_len(cfg.seq_len, model, cfg.model)
-        rows = tokenize_documents(
-            assign_splits(read_documents(cfg.corpus or "builtin", seq_len=cfg.seq_len)),
-            tokenizer,
-            {"train": cfg.tokens},
-            cfg.seq_len,
-            embedding_rows(model),
-        )
-        return model, rows
-    device = pick_device(cfg.device)
-    hidden_size, ffn_width, layers = SHAPES[cfg.shape]
-    config = LlamaConfig(
-        hidden_size=hidden_size,
-        intermediate_size=ffn_width,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // HEAD_DIM,
-        num_key_value_heads=hidden_size // HEAD_DIM,
-        vocab_size=VOCAB,
-        hidden_act="relu",
-        max_position_embeddings=cfg.seq_len,
+def _workload(cfg: BenchCollectConfig) -> Workload:
+    """The model, and its batches in units as `collect` makes them."""
+    model, rows = _given(cfg, cfg.model) if cfg.model is not None else _random(cfg)
+    sizes = model_shape(model)
+    shape = Shape(
+        layers=range(sizes.layers),
+        hidden_size=sizes.hidden_size,
+        ffn_width=sizes.ffn_width,
+        x_dtype="bfloat16" if model.dtype == torch.bfloat16 else "float16",
+        energy=cfg.energy,
     )
-    torch.manual_seed(0)
-    with device:
-        made: Any = AutoModelForCausalLM.from_config(
-            config, dtype=pick_dtype(cfg.dtype, None, device), trust_remote_code=False
-        )
-    return made.eval(), _random_rows(cfg)
+    found = units(
+        rows, seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=shape.shard_tokens
+    )
+    if not (batches := list(found)):
+        raise InputError(f"{cfg.corpus or 'builtin'}: no text to time on")
+    return Workload(model, shape, batches)
 
 
-def _random_rows(cfg: BenchConfig) -> Iterator[Sequence]:
-    """Lengths uniform up to twice --seq-len, so that half of the documents are cut."""
-    draw = np.random.default_rng(0)
-    left = cfg.tokens
-    while left > 0:
-        length = min(int(draw.integers(2, 2 * cfg.seq_len)), cfg.seq_len, left)
-        yield Sequence("train", draw.integers(0, VOCAB, length).tolist(), length == cfg.seq_len)
-        left -= length
+def _given(cfg: BenchCollectConfig, source: str) -> tuple[PreTrainedModel, Iterator[Sequence]]:
+    """The user's model, and documents of the corpus."""
+    model, tokenizer = load_model(source, device=cfg.device, dtype=cfg.dtype)
+    check_seq_len(cfg.seq_len, model, source)
+    docs = assign_splits(read_documents(cfg.corpus or "builtin", seq_len=cfg.seq_len))
+    wanted = {"train": cfg.tokens}
+    return model, tokenize_documents(docs, tokenizer, wanted, cfg.seq_len, embedding_rows(model))
 
 
-def _device_name(model: PreTrainedModel) -> str:
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
-    return f"CPU, {torch.get_num_threads()} threads"
+def _random(cfg: BenchCollectConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:
+    """A model with random weights, and documents of random tokens."""
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, None, device)
+    model = random_model(SHAPES[cfg.shape], cfg.seq_len, dtype, device)
+    return model, random_rows(cfg.tokens, cfg.seq_len)
 
 
 def _show(values: dict[str, Any]) -> None:
@@ -303,9 +168,7 @@ def _show(values: dict[str, Any]) -> None:
         f"{values['dtype']} on {values['device']}, {values['tokens']:,} tokens, "
         f"sink {values['sink']}"
     )
-    table = Table()
-    for name in ("", "tokens/s", "of bare", "bytes per token and layer"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = new_table("", "tokens/s", "of bare", "bytes per token and layer")
     speed = values["tokens_per_s"]
     table.add_row("bare forward", f"{speed['bare']:,.0f}", "", "")
     table.add_row(
@@ -322,7 +185,7 @@ def _show(values: dict[str, Any]) -> None:
     )
     show(table)
     if values["tokens"] < speed["bare"]:
-        log.warning("a round took less than a second, which says little; raise --tokens")
+        log.warning("a round took less than a second, too short to measure well; raise --tokens")
     if values["write_mb_per_s"] is not None:
         log.info(
             f"sequential write {values['write_mb_per_s']:,.0f} MB/s; recording reaches "

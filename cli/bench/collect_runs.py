@@ -1,10 +1,9 @@
-"""What `sparsecast bench collect` times: bare forward, recording, public recipe, disk alone."""
+"""What `sparsecast bench collect` times: bare forward, recording, the public recipe, the disk."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,48 +21,36 @@ from sparsecast.core.models.recorder import Recorder
 from sparsecast.core.text.tokens import TokenBatch
 
 RECIPE_BYTES = 2 * 2**30
-"""The recipe runs on as many batches as give about this much, at least one."""
+"""The recipe runs on as many batches as give about this many bytes, at least one."""
 MIN_WRITE_BYTES = 2**30
 
 
-def timed(model: PreTrainedModel, run: Callable[[], None]) -> float:
-    synchronize(model)
-    start = time.perf_counter()
-    run()
-    synchronize(model)
-    return time.perf_counter() - start
-
-
-def synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-
-
-def bare(model: PreTrainedModel, plan: list[Unit]) -> None:
-    for unit in plan:
+def bare(model: PreTrainedModel, units: list[Unit]) -> None:
+    """Every batch through the decoder."""
+    for unit in units:
         for batch in unit.batches:
-            forward(model, batch)
+            _forward(model, batch)
 
 
-def forward(model: PreTrainedModel, batch: TokenBatch) -> None:
-    """The decoder, without the LM head."""
+def _forward(model: PreTrainedModel, batch: TokenBatch) -> None:
     model.base_model(batch.to(model.device).ids_BS, use_cache=False)
 
 
-def recording(model: PreTrainedModel, shape: Shape, plan: list[Unit], writer: Writer) -> None:
+def recording(model: PreTrainedModel, shape: Shape, units: list[Unit], writer: Writer) -> None:
+    """Record every unit, as `collect` does; returns when all of them are written."""
     filler = Filler(shape, down_norms(model, shape))
     with Recorder(model, filler):
-        for unit in plan:
-            record_unit(filler, writer, unit, partial(forward, model))
+        for unit in units:
+            record_unit(filler, writer, unit, partial(_forward, model))
     writer.drain()
 
 
-def recipe_share(shape: Shape, plan: list[Unit]) -> tuple[list[Unit], int]:
+def recipe_share(shape: Shape, units: list[Unit]) -> tuple[list[Unit], int]:
     """The first batches that give about `RECIPE_BYTES`, and their tokens."""
     per_token = 2 * (shape.hidden_size + shape.ffn_width) * len(shape.layers)
     chosen: list[Unit] = []
     tokens = 0
-    for unit in plan:
+    for unit in units:
         for batch in unit.batches:
             if tokens and (tokens + batch.tokens) * per_token > RECIPE_BYTES:
                 return chosen, tokens
@@ -73,10 +60,14 @@ def recipe_share(shape: Shape, plan: list[Unit]) -> tuple[list[Unit], int]:
 
 
 def recipe(
-    model: PreTrainedModel, shape: Shape, plan: list[Unit], folder: Path, *, disk: bool
+    model: PreTrainedModel, shape: Shape, units: list[Unit], folder: Path, *, disk: bool
 ) -> None:
-    """Two float16 matrices a layer: inputs and x1."""
-    tokens = sum(unit.tokens for unit in plan)
+    """Keep two float16 matrices per layer, inputs and x1, as public trainers do.
+
+    Args:
+        disk: Keep them in memory maps under `folder`, not in memory.
+    """
+    tokens = sum(unit.tokens for unit in units)
     widths = {"x": shape.hidden_size, "x1": shape.ffn_width}
     matrices: dict[tuple[str, int], Any] = {}
     for layer in shape.layers:
@@ -96,18 +87,21 @@ def recipe(
             matrices[name, layer][row : row + len(part)] = part
 
     with Recorder(model, keep):
-        for unit in plan:
+        for unit in units:
             for batch in unit.batches:
                 kept_N = batch.keep_BS.flatten()
-                forward(model, batch)
+                _forward(model, batch)
                 row += batch.tokens
     if disk:
         for matrix in matrices.values():
             matrix.flush()
 
 
-def write_rate(folder: Path, n_bytes: int) -> float:
-    """Seconds to write and sync `n_bytes` as shards of random bytes, in sequence."""
+def write_seconds(folder: Path, n_bytes: int) -> float:
+    """Seconds to write and sync `n_bytes` of random data in files of a shard's size, one by one.
+
+    Writes at least `MIN_WRITE_BYTES` and scales the time down.
+    """
     total = max(n_bytes, MIN_WRITE_BYTES)
     block = np.random.default_rng(0).bytes(SHARD_BYTES)
     start = time.perf_counter()
@@ -122,5 +116,6 @@ def write_rate(folder: Path, n_bytes: int) -> float:
 
 
 def empty(folder: Path) -> None:
+    """Remove the files of a folder."""
     for path in folder.iterdir():
         path.unlink()

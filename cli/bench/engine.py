@@ -2,30 +2,29 @@
 
     predictors   the bundle as it is
     all active   the same file with a threshold below every logit
-    dense        the same model without predictors, as a plain GGUF of the same types (dense.py);
-                 none of a falcon, whose dense graph reads a tensor that the engine does not load
+    dense        the same model without predictors, as a plain GGUF of the same types (see
+                 export/write/dense.py); not for falcon, whose dense graph reads a tensor that the
+                 engine does not load
 
-Each generates the same number of tokens from the same prompt, in turn, round by round; medians of
-the engine's own timing of generation are reported. More than one thread is for speed alone: the
-CPU down projection of PowerInfer's engine adds the threads' partial sums without a lock.
+All generate the same number of tokens from the same prompt, in turn, round by round. Reported are
+medians of the engine's own timing of generation. With several threads only the speed means
+something: PowerInfer's CPU down projection adds the threads' partial sums without a lock.
 """
 
 from __future__ import annotations
 
 import re
-import statistics
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from sparsecast.cli.bench.results import check_json, new_table, publish
+from sparsecast.cli.bench.rounds import in_rounds, medians
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.options import validate_fields
-from sparsecast.core.progress import progress_bar
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.engine.process import EngineError, binary, last_words, run_to_end
@@ -38,7 +37,7 @@ PROMPT = " def"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchEngineConfig:
-    """Tokens per second of the engine with predictors, with everything active, and dense."""
+    """Time PowerInfer's engine with predictors, with every neuron active, and dense."""
 
     bundle: Path
     """Folder written by `sparsecast export`."""
@@ -62,35 +61,33 @@ class BenchEngineConfig:
         validate_fields(self, tokens=2, rounds=1, threads=1)
 
 
-def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
-    """Run it; the dense file goes to a temporary folder, as large as the model.
+def bench_engine(cfg: BenchEngineConfig) -> dict[str, Any]:
+    """Tokens per second and their ratios.
+
+    Disk: a dense file as large as the model, in a temporary folder.
 
     Raises:
-        InputError: No bundle, no engine there, or see `write_dense`.
+        InputError: No bundle or no engine there; see also `write_dense`.
         EngineError: The engine failed.
     """
-    if cfg.json is not None:
-        check_writable_file(cfg.json, "--json")
+    check_json(cfg.json)
     program = binary(cfg.engine, "main")
     file = GGUFFile(bundle_file(cfg.bundle))
     if not (metadata := check_metadata(file)).ok:
         raise InputError(f"{file.path}: {metadata.detail}; export it again")
     with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as scratch:
-        kinds = {
-            "predictors": (file.path.absolute(), False),
-            "all_active": (file.path.absolute(), True),
+        command = _command(cfg, program, file.path.absolute())
+        measures = {
+            "predictors": partial(_rate, command, scratch, all_active=False),
+            "all_active": partial(_rate, command, scratch, all_active=True),
         }
         if file.keys["general.architecture"] != "falcon":
-            kinds["dense"] = (Path(scratch, "dense.gguf"), False)
-            write_dense(file, kinds["dense"][0])
-        rates: dict[str, list[float]] = {name: [] for name in kinds}
-        with progress_bar("bench", cfg.rounds * len(kinds)) as progress:
-            for _ in range(cfg.rounds):
-                for name, (model, all_active) in kinds.items():
-                    command = _command(cfg, program, model)
-                    rates[name].append(_rate(command, scratch, all_active=all_active))
-                    progress.advance()
-    median: dict[str, float | None] = {n: statistics.median(runs) for n, runs in rates.items()}
+            dense = Path(scratch, "dense.gguf")
+            write_dense(file, dense)
+            command = _command(cfg, program, dense)
+            measures["dense"] = partial(_rate, command, scratch, all_active=False)
+        rates = in_rounds(measures, cfg.rounds)
+    median: dict[str, float | None] = {**medians(rates)}
     median.setdefault("dense", None)
     values = {
         "bundle": str(cfg.bundle),
@@ -101,10 +98,7 @@ def bench(cfg: BenchEngineConfig) -> dict[str, Any]:
         "over_dense": _ratio(median, "dense"),
         "runs": rates,
     }
-    _show(values)
-    if cfg.json is not None:
-        write_json(cfg.json, values)
-    return values
+    return publish(values, cfg.json, _show)
 
 
 def _command(cfg: BenchEngineConfig, program: Path, model: Path) -> list[str]:
@@ -129,9 +123,8 @@ def _ratio(median: dict[str, float | None], other: str) -> float | None:
 
 
 def _show(values: dict[str, Any]) -> None:
-    table = Table(title=f"{values['tokens']} tokens, {values['threads']} thread(s)")
-    for name in ("", "tokens/s"):
-        table.add_column(name, justify="right" if name else "left")
+    title = f"{values['tokens']} tokens, {values['threads']} thread(s)"
+    table = new_table("", "tokens/s", title=title)
     for name, rate in values["tokens_per_s"].items():
         table.add_row(name.replace("_", " "), "-" if rate is None else f"{rate:,.1f}")
     show(table)

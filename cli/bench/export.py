@@ -1,19 +1,18 @@
-"""`sparsecast bench export`: how near exporting is to copying a file of the same size.
+"""`sparsecast bench export`: the speed of export compared to copying a file of the same size.
 
-    export     `sparsecast export`, in a process of its own: of the function alone, and of the whole
-               process with its imports; the bundle's model file is synced
+    export     `sparsecast export` in a process of its own, which syncs the bundle's model file;
+               both the function and the whole process with its imports are timed
     cp         `cp --reflink=never` of that model file, and a sync
     convert    PowerInfer's convert.py on the same model and predictors, and a sync
 
 Every round runs them in turn, each with its source in the page cache; medians are reported. Rates
-count the model file alone. peak_mb is the most anonymous memory seen above that after the imports;
-its bound is two of the largest tensor in f32 and 100 MB. A MB is 10^6 bytes.
+count only the bytes of the model file. peak_mb is the largest anonymous memory seen, less what the
+imports take; its bound is twice the largest tensor in f32, plus 100 MB. 1 MB is 10^6 bytes.
 """
 
 from __future__ import annotations
 
 import shutil
-import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -22,12 +21,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-
 from sparsecast.cli.bench.export_model import SHAPES, write_random
 from sparsecast.cli.bench.export_runs import check_converter, converted, copied, exported, files_of
+from sparsecast.cli.bench.results import check_json, new_table, publish
+from sparsecast.cli.bench.rounds import medians
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.location import resolve_model
 from sparsecast.core.options import validate_fields
@@ -37,6 +35,7 @@ from sparsecast.export.config import ExportDtype
 from sparsecast.export.read.reader import GGUFFile
 
 SLACK = 100e6
+"""Bytes of memory allowed beyond two of the largest tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class BenchExportConfig:
     """f16, f32 or q4_0, as for export."""
 
     convert: Path | None = None
-    """PowerInfer's convert.py, in its repository: also time it."""
+    """Path of PowerInfer's convert.py, to time it too."""
 
     converter_python: str = "python3"
     """Python that runs --convert; it needs sentencepiece and a numpy below 2."""
@@ -80,32 +79,31 @@ class BenchExportConfig:
             raise InputError(f"--convert: writes f16, so --dtype {self.dtype} cannot be compared")
 
 
-def bench(cfg: BenchExportConfig) -> dict[str, Any]:
-    """Run it; rates, memory and ratios, also written to `cfg.json`.
+def bench_export(cfg: BenchExportConfig) -> dict[str, Any]:
+    """Rates, memory and ratios.
 
     Raises:
         InputError: Too little space on the disk, a converter that does not start, or a model that
             export refuses.
         BenchError: A run failed.
     """
-    if cfg.json is not None:
-        check_writable_file(cfg.json, "--json")
+    check_json(cfg.json)
     command = [cfg.converter_python, str(cfg.convert)]
     if cfg.convert is not None:
         check_converter(command)
     runs: dict[str, list[float]] = {name: [] for name in ("export", "process", "cp", "convert")}
     growth = []
     with ExitStack() as stack:
-        made = tempfile.TemporaryDirectory(prefix="sparsecast-bench-", dir=cfg.folder)
-        scratch = Path(stack.enter_context(made))
-        model, predictors = _subject(cfg, scratch)
+        temporary = tempfile.TemporaryDirectory(prefix="sparsecast-bench-", dir=cfg.folder)
+        scratch = Path(stack.enter_context(temporary))
+        model, predictors = _sources(cfg, scratch)
         progress = stack.enter_context(progress_bar("bench", cfg.rounds))
         for _ in range(cfg.rounds):
-            ours = exported(str(model), predictors, scratch / "bundle", cfg.dtype)
+            export = exported(str(model), predictors, scratch / "bundle", cfg.dtype)
             (file,) = (scratch / "bundle").glob(f"*{SUFFIX}")
-            runs["export"].append(ours.seconds)
-            runs["process"].append(ours.process)
-            growth.append(ours.growth)
+            runs["export"].append(export.seconds)
+            runs["process"].append(export.process)
+            growth.append(export.growth)
             runs["cp"].append(copied(file, scratch / "copy"))
             if cfg.convert is not None:
                 took = converted(command, model, predictors, scratch / "theirs.gguf")
@@ -114,8 +112,8 @@ def bench(cfg: BenchExportConfig) -> dict[str, Any]:
         nbytes = file.stat().st_size
         entries = GGUFFile(file).entries.values()
         bound = 2 * 4 * max(prod(entry.shape) for entry in entries) + SLACK
-    seconds = {name: statistics.median(times) for name, times in runs.items() if times}
-    theirs = seconds.get("convert")
+    seconds = medians(runs)
+    converter = seconds.get("convert")
     values = {
         "model": cfg.model or cfg.shape,
         "dtype": cfg.dtype,
@@ -125,25 +123,22 @@ def bench(cfg: BenchExportConfig) -> dict[str, Any]:
         "of_cp": seconds["cp"] / seconds["export"],
         "peak_mb": max(growth) / 1e6,
         "bound_mb": bound / 1e6,
-        "over_convert": theirs / seconds["process"] if theirs else None,
+        "over_convert": converter / seconds["process"] if converter else None,
         "seconds": seconds,
         "runs": runs,
     }
-    _show(values)
-    if cfg.json is not None:
-        write_json(cfg.json, values)
-    return values
+    return publish(values, cfg.json, _show)
 
 
-def _subject(cfg: BenchExportConfig, scratch: Path) -> tuple[Path, Path]:
-    """Folders of the model and its predictors."""
+def _sources(cfg: BenchExportConfig, scratch: Path) -> tuple[Path, Path]:
+    """The folders of the model and its predictors; random ones are written to `scratch`."""
     if cfg.model is not None and cfg.predictors is not None:
         model, predictors = resolve_model(cfg.model), cfg.predictors
         sources = sum(path.stat().st_size for path in (*files_of(model), *files_of(predictors)))
         _check_space(scratch, 3 * sources)
         return model, predictors
     shape = SHAPES[cfg.shape]
-    # Source, bundle and a copy of it; f32 takes twice the source.
+    # The source, the bundle and a copy of the bundle; in f32 a bundle is twice the source.
     _check_space(scratch, (5 if cfg.dtype == "f32" else 3) * shape.nbytes)
     model, predictors = scratch / f"random-{cfg.shape}", scratch / "predictors"
     with progress_bar("model", shape.nbytes) as progress:
@@ -155,14 +150,13 @@ def _check_space(scratch: Path, need: int) -> None:
     if need > (free := shutil.disk_usage(scratch).free):
         raise InputError(
             f"{scratch.parent}: needs {need / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free "
-            "there; name another place with --folder"
+            "there; choose another place with --folder"
         )
 
 
 def _show(values: dict[str, Any]) -> None:
-    table = Table(title=f"{values['model']} in {values['dtype']}, {values['mb']:,.0f} MB")
-    for name in ("", "MB/s", "seconds", "with the process"):
-        table.add_column(name, justify="right" if name else "left")
+    title = f"{values['model']} in {values['dtype']}, {values['mb']:,.0f} MB"
+    table = new_table("", "MB/s", "seconds", "with the process", title=title)
     seconds = values["seconds"]
     rates = (("export", values["mb_per_s"]), ("cp", values["cp_mb_per_s"]))
     for name, rate in rates:

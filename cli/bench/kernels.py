@@ -1,4 +1,7 @@
-"""`sparsecast bench kernels`: our GPU kernels and the whole FFN against dense torch."""
+"""`sparsecast bench kernels`: our GPU kernels and the whole sparse FFN against dense torch.
+
+Steps are listed in kernels_steps.py; times are taken as kernels_timing.py describes.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 import triton
-from rich.table import Table
 
 from sparsecast.cli.bench.kernels_checks import Case
-from sparsecast.cli.bench.kernels_table import SHAPES, as_row, dense, steps
-from sparsecast.cli.bench.timing import copy_bandwidth
+from sparsecast.cli.bench.kernels_steps import SHAPES, as_row, dense, steps
+from sparsecast.cli.bench.kernels_timing import copy_bandwidth
+from sparsecast.cli.bench.results import check_json, new_table, publish
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.options import validate_fields
 from sparsecast.core.progress import progress_bar
@@ -37,7 +39,7 @@ class BenchKernelsConfig:
     """Shares of inactive neurons per token, 0 to 0.99."""
 
     batches: list[int] = field(default_factory=lambda: [1, 4, 16])
-    """Tokens of a batch, 1 to 16."""
+    """Tokens per batch, 1 to 16."""
 
     rank: int | None = None
     """Hidden width of the predictor; unset: a quarter of the hidden size."""
@@ -53,16 +55,22 @@ class BenchKernelsConfig:
         if not all(0 <= s <= 0.99 for s in self.sparsities):
             raise InputError(
                 f"--sparsities: got {self.sparsities}, expected numbers from 0 to 0.99; sparser "
-                "steps read so little that no memory holds enough weights to rotate over"
+                "steps read so little that the copies of weights to rotate over fit no memory"
             )
         if not all(1 <= b <= MAX_TOKENS for b in self.batches):
             raise InputError(f"--batches: got {self.batches}, expected numbers from 1 to 16")
 
 
-def bench(cfg: BenchKernelsConfig) -> dict[str, Any]:
-    """Run it. Takes up to 22 GiB of GPU memory at a sparsity of 0.99."""
-    if cfg.json is not None:
-        check_writable_file(cfg.json, "--json")
+def bench_kernels(cfg: BenchKernelsConfig) -> dict[str, Any]:
+    """Microseconds, speed-ups and bandwidth of every step.
+
+    Memory: up to 22 GiB on the GPU, at a sparsity of 0.99.
+
+    Raises:
+        InputError: No CUDA device.
+        RuntimeError: A kernel disagrees with its reference.
+    """
+    check_json(cfg.json)
     device = _device()
     copy = copy_bandwidth(device)
     count = len(cfg.shapes) * len(cfg.batches) * len(cfg.sparsities)
@@ -81,23 +89,20 @@ def bench(cfg: BenchKernelsConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
-    _show(values)
-    if cfg.json is not None:
-        write_json(cfg.json, values)
-    return values
+    return publish(values, cfg.json, _show)
 
 
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         raise InputError(
-            "bench kernels: this machine has no CUDA device, and nothing else would say how fast "
-            "the kernels are; run it where there is one"
+            "bench kernels: this machine has no CUDA device, which the timings need; run it where "
+            "there is one"
         )
     return torch.device("cuda", 0)
 
 
 def _cases(cfg: BenchKernelsConfig, device: torch.device) -> Iterator[list[Case]]:
-    """Those that share their dense side."""
+    """Cases in groups that share their dense times."""
     for name in cfg.shapes:
         d, f, matrices = SHAPES[name]
         for tokens in cfg.batches:
@@ -112,13 +117,11 @@ def _show(values: dict[str, Any]) -> None:
         f"{values['device']}, {values['dtype']}, torch {values['torch']}, triton "
         f"{values['triton']}; a copy moves {values['copy_gb_per_s']:,.0f} GB/s"
     )
-    table = Table()
-    names = (
+    table = new_table(
         "shape", "batch", "sparsity", "step",
         "us", "dense us", "speedup", "GB/s", "of copy", "auto",
+        left=("shape", "step"),
     )  # fmt: skip
-    for name in names:
-        table.add_column(name, justify="left" if name in ("shape", "step") else "right")
     for row in values["rows"]:
         has_dense = row["dense_us"] is not None
         table.add_row(

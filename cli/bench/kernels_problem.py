@@ -1,9 +1,9 @@
-"""Random FFNs and predictors that select exactly what a benchmark asks for.
+"""Random FFNs and predictors in which a chosen set of neurons fires.
 
-Token t has a coordinate of its own in the input, where every gate row holds +0.5 or -0.5: beside
-noise of standard deviation 1, +4 where the neuron shall fire and -4 where it shall not. A hidden
-unit of the predictor does the same for its logits. Nothing is zero, and every decision is made by
-the kernels themselves; 3 in 100,000 fall the other way.
+Each token has an input coordinate of its own. There, every gate row holds +0.5 or -0.5, which adds
++4 to the gate if the neuron is to fire and -4 if not, to noise of standard deviation 1. A hidden
+unit of the predictor does the same for the logits. No value is zero and the kernels make every
+decision themselves; 3 in 100,000 go the other way.
 
 Shape letters: T tokens, D hidden, F FFN width, R rank.
 """
@@ -25,7 +25,7 @@ AMPLITUDE = 8.0
 
 
 class Targets(NamedTuple):
-    """Who shall fire and who shall be predicted."""
+    """Which neurons fire for each token, and which are predicted to."""
 
     active_TF: Tensor
     predicted_TF: Tensor
@@ -45,19 +45,19 @@ def targets(f: int, tokens: int, sparsity: float, device: torch.device) -> Targe
 
 
 def inputs(tokens: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """x_TD (and z_TD), with the tokens' own coordinates first."""
+    """FFN inputs (T, D), which serve as predictor inputs too; the tokens' own coordinates first."""
     x_TD = torch.randn(tokens, d, device=device)
     x_TD[:, :tokens] = AMPLITUDE * torch.eye(tokens, device=device)
     return x_TD.to(dtype)
 
 
 def matrix(f: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(F, D) whose products with an input are of order 1."""
+    """Random (F, D) weights whose products with an input are of order 1."""
     return torch.randn(f, d, device=device, dtype=dtype).mul_(d**-0.5)
 
 
 def ffn(active_TF: Tensor, d: int, dtype: torch.dtype, matrices: int = 3) -> FFN:
-    """An FFN with ReLU that fires as told, of three matrices or of two."""
+    """A ReLU FFN of three matrices or two, in which `active_TF` fires."""
     tokens, f = active_TF.shape
     first_FD, second_FD = (matrix(f, d, dtype, active_TF.device) for _ in range(2))
     first_FD[:, :tokens] = _signs(active_TF) * 4 / AMPLITUDE
@@ -69,7 +69,12 @@ def ffn(active_TF: Tensor, d: int, dtype: torch.dtype, matrices: int = 3) -> FFN
 def predictor(
     predicted_TF: Tensor, d: int, rank: int, dtype: str, kept: torch.dtype
 ) -> PredictorWeights:
-    """A predictor in `dtype` (f16, q8_0, q4_0; f16 means `kept`) that predicts as told."""
+    """A predictor that predicts `predicted_TF`.
+
+    Args:
+        dtype: f16, q8_0 or q4_0.
+        kept: The torch dtype that f16 weights have.
+    """
     tokens, f = predicted_TF.shape
     device = predicted_TF.device
     fc1_RD = matrix(rank, d, torch.float32, device)

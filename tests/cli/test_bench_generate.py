@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.cli.bench.generate import BenchGenerateConfig, bench
+from sparsecast.cli.bench.generate import BenchGenerateConfig, bench_generate
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
@@ -42,7 +42,7 @@ def cfg(model_folder, predictors, tmp_path):
 
 
 def test_every_policy_generates_and_is_compared(cfg, model_folder):
-    values = bench(cfg)
+    values = bench_generate(cfg)
 
     assert json.loads(cfg.json.read_text()) == values
     rows = {row["policy"]: row for row in values["rows"]}
@@ -68,8 +68,8 @@ def test_the_tokens_are_those_of_generate(cfg, model_folder):
     want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
     decoder = Decoder(model, ids[0], 12)
     assert decoder.run()[0] == decoder.run()[0] == want[0, ids.shape[1] :].tolist()
-    assert bench(cfg)["prompt_tokens"] == ids.shape[1]
-    assert bench(replace(cfg, prompt="", policies=["exact"]))["prompt_tokens"] == 1
+    assert bench_generate(cfg)["prompt_tokens"] == ids.shape[1]
+    assert bench_generate(replace(cfg, prompt="", policies=["exact"]))["prompt_tokens"] == 1
 
 
 def test_what_cannot_be_compared_is_told(cfg, predictors, tmp_path, sealed):
@@ -79,17 +79,17 @@ def test_what_cannot_be_compared_is_told(cfg, predictors, tmp_path, sealed):
         replace(cfg, tokens=1)
     told = r"--tokens: got 300, but .* made for 256 positions .* choose at most 2\d\d, or a shorter"
     with pytest.raises(InputError, match=told):
-        bench(replace(cfg, tokens=300))
+        bench_generate(replace(cfg, tokens=300))
     with pytest.raises(
         InputError, match=r"trained for fatrelu\(0.2\) in the FFN, but .* fatrelu\(0.7"
     ):
-        bench(replace(cfg, activation_threshold=0.7))
+        bench_generate(replace(cfg, activation_threshold=0.7))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "m.powerinfer.gguf").touch()
     with pytest.raises(InputError, match="is a bundle"):
-        bench(replace(cfg, predictors=tmp_path / "b"))
+        bench_generate(replace(cfg, predictors=tmp_path / "b"))
     manifest = json.loads((predictors / "manifest.json").read_text())
     (predictors / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "1" * 16}))
     sealed(predictors)
     with pytest.raises(InputError, match=r"/p: was trained for .* \(fingerprint 1111"):
-        bench(cfg)
+        bench_generate(cfg)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsecast.cli.bench.engine import BenchEngineConfig, bench
+from sparsecast.cli.bench.engine import BenchEngineConfig, bench_engine
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.core.errors import InputError
@@ -344,7 +344,7 @@ def test_the_engine_computes_every_architecture_as_we_do(
 def test_the_engine_is_timed_dense_where_it_can_run_dense(engine, exported, name, dense):
     cfg = BenchEngineConfig(bundle=exported(name, "f16"), engine=engine, tokens=8, rounds=1)
 
-    rates = bench(cfg)["tokens_per_s"]
+    rates = bench_engine(cfg)["tokens_per_s"]
 
     assert rates["predictors"] > 0
     assert (rates["dense"] is not None) == dense

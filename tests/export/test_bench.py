@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecast.cli.bench.engine import BenchEngineConfig, bench
+from sparsecast.cli.bench.engine import BenchEngineConfig, bench_engine
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.engine.process import EngineError
@@ -61,7 +61,7 @@ def test_rates_are_the_engines_own_and_the_runs_what_they_say(made, tmp_path, mo
     cfg = BenchEngineConfig(
         bundle=made, engine=engine, tokens=600, rounds=2, threads=3, json=tmp_path / "b.json"
     )
-    values = bench(cfg)
+    values = bench_engine(cfg)
     assert json.loads(cfg.json.read_text()) == values
     assert values["tokens_per_s"] == {"predictors": 20.5, "all_active": 10.5, "dense": 30.5}
     assert values["over_dense"] == pytest.approx(20.5 / 30.5)
@@ -78,16 +78,16 @@ def test_an_engine_that_fails_and_folders_without_a_bundle_are_told(made, tmp_pa
     broken = fake_engine(tmp_path / "broken", "#!/bin/sh\necho oh dear >&2\nexit 3\n")
     cfg = BenchEngineConfig(bundle=made, engine=broken, rounds=1)
     with pytest.raises(EngineError, match=r"main gave no timing \(exit 3\): oh dear"):
-        bench(cfg)
+        bench_engine(cfg)
     with pytest.raises(InputError, match="holds 0 files"):
-        bench(replace(cfg, bundle=tmp_path))
+        bench_engine(replace(cfg, bundle=tmp_path))
     with pytest.raises(InputError, match="no executable bin/main"):
-        bench(replace(cfg, engine=tmp_path))
+        bench_engine(replace(cfg, engine=tmp_path))
     with pytest.raises(InputError, match="--tokens: must be at least 2, got 1"):
         replace(cfg, tokens=1)
 
 
 @pytest.mark.engine
 def test_the_engine_runs_all_three(engine, made):
-    values = bench(BenchEngineConfig(bundle=made, engine=engine, tokens=20, rounds=1))
+    values = bench_engine(BenchEngineConfig(bundle=made, engine=engine, tokens=20, rounds=1))
     assert min(values["tokens_per_s"].values()) > 1

@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.cli.bench import kernels_checks, kernels_problem, timing
-from sparsecast.cli.bench import kernels_table as bench_steps
-from sparsecast.cli.bench.kernels import BenchKernelsConfig, bench
+from sparsecast.cli.bench import kernels_checks, kernels_problem, kernels_steps, kernels_timing
+from sparsecast.cli.bench.kernels import BenchKernelsConfig, bench_kernels
 from sparsecast.core.errors import InputError
 from sparsecast.kernels.in_models import dispatch
 from sparsecast.kernels.ops import down
@@ -30,15 +29,15 @@ def untimed(monkeypatch, device):
             run()
         return 1.0
 
-    monkeypatch.setattr("sparsecast.cli.bench.timing.microseconds", once)
-    monkeypatch.setattr("sparsecast.cli.bench.timing.copies", lambda *_: 1)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels_timing.microseconds", once)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels_timing.copies", lambda *_: 1)
     monkeypatch.setattr("sparsecast.cli.bench.kernels.copy_bandwidth", lambda _: 1e-3)
     monkeypatch.setattr("sparsecast.cli.bench.kernels._device", lambda: device)
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
     monkeypatch.setattr(down, "ONE_TOKEN_GROUPS", 4)
     monkeypatch.setitem(down.CONFIG, "GROUPS", 4)
     shapes = {"1b": (32, 32, 3), "opt-1.3b": (32, 32, 2)}
-    monkeypatch.setattr("sparsecast.cli.bench.kernels_table.SHAPES", shapes)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels_steps.SHAPES", shapes)
     monkeypatch.setattr("sparsecast.cli.bench.kernels.SHAPES", shapes)
     paths = {"exact": {0.75: 1, 0.8: 2}, "predicted": {0.532: 1}}
     monkeypatch.setattr(dispatch, "MOST_TOKENS", {device.type: {(32, 32, 3): paths}})
@@ -49,7 +48,7 @@ def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
     cfg = BenchKernelsConfig(
         shapes=["1b"], sparsities=[0.75], batches=[1], rank=32, json=tmp_path / "k.json"
     )
-    values = bench(cfg)
+    values = bench_kernels(cfg)
 
     assert json.loads((tmp_path / "k.json").read_text()) == values
     rows = values["rows"]
@@ -85,9 +84,9 @@ def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
 
 
 def test_an_ffn_without_a_gate_has_a_step_less_and_reads_less(untimed, monkeypatch):
-    monkeypatch.setattr(bench_steps, "FORMATS", ("f16",))
+    monkeypatch.setattr(kernels_steps, "FORMATS", ("f16",))
     cfg = BenchKernelsConfig(shapes=["opt-1.3b"], sparsities=[0.75], batches=[1, 2], rank=32)
-    rows = bench(cfg)["rows"]
+    rows = bench_kernels(cfg)["rows"]
 
     assert [row["batch"] for row in rows] == [1] * 6 + [2] * 6
     one = {row["step"]: row["gb_per_s"] * 1e3 for row in rows if row["batch"] == 1}
@@ -119,7 +118,7 @@ def test_an_ffn_without_a_gate_has_a_step_less_and_reads_less(untimed, monkeypat
 )
 def test_a_row_says_what_auto_would_do(step, sparsity, tokens, rank, auto, untimed, device):
     case = kernels_checks.Case("1b", 32, 32, 3, rank, sparsity, tokens, torch.bfloat16, device)
-    row = bench_steps.as_row(case, bench_steps.Timed(step, 1.0, 2.0, 1e6), 1e3)
+    row = kernels_steps.as_row(case, kernels_steps.Timed(step, 1.0, 2.0, 1e6), 1e3)
     assert row["auto"] is auto
 
 
@@ -128,7 +127,7 @@ def test_a_wrong_kernel_is_not_timed(untimed, monkeypatch):
     monkeypatch.setattr(down, "down", lambda *given: real(*given) * 1.03)
     # bfloat16 itself moves the 0.03 by up to 0.004
     with pytest.raises(RuntimeError, match=r"down is off its reference by 0.0[23]"):
-        bench(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
+        bench_kernels(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
 
 
 @pytest.mark.parametrize("check", ["check_gate", "check_predictor", "check_rows", "check_down"])
@@ -136,9 +135,9 @@ def test_every_step_is_checked(check, untimed, monkeypatch):
     def refuse(case, *_):
         raise RuntimeError(f"{check} of {case.name}")
 
-    monkeypatch.setattr(bench_steps, check, refuse)
+    monkeypatch.setattr(kernels_steps, check, refuse)
     with pytest.raises(RuntimeError, match=f"{check} of 1b"):
-        bench(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
+        bench_kernels(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
 
 
 def test_a_predictor_that_decides_otherwise_is_not_timed(untimed, monkeypatch):
@@ -150,7 +149,7 @@ def test_a_predictor_that_decides_otherwise_is_not_timed(untimed, monkeypatch):
 
     monkeypatch.setattr(kernels_checks.predictor, "predict", all_but_one)
     with pytest.raises(RuntimeError, match="decides unlike its reference"):
-        bench(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
+        bench_kernels(BenchKernelsConfig(shapes=["1b"], sparsities=[0.5], batches=[1], rank=32))
 
 
 def test_dense_is_the_faster_side_and_compiled_for_every_shape(untimed, monkeypatch, device):
@@ -165,10 +164,10 @@ def test_dense_is_the_faster_side_and_compiled_for_every_shape(untimed, monkeypa
             return 1.0 if "linear" in func[0].__name__ else 2.0
         return 3.0
 
-    monkeypatch.setattr("sparsecast.cli.bench.kernels_table.partial", _Bound)
-    monkeypatch.setattr(timing, "microseconds", microseconds)
+    monkeypatch.setattr("sparsecast.cli.bench.kernels_steps.partial", _Bound)
+    monkeypatch.setattr(kernels_timing, "microseconds", microseconds)
     case = kernels_checks.Case("1b", 32, 32, 3, 32, 0.5, 1, torch.bfloat16, device)
-    assert bench_steps.dense(case) == (2.0, 2.0, 1.0, 1.0)
+    assert kernels_steps.dense(case) == (2.0, 2.0, 1.0, 1.0)
     assert reset == [1]
 
 
@@ -183,9 +182,9 @@ def test_weights_rotate_over_more_than_four_times_the_l2(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Properties)
     for read in (1e6, 7e6, 60e6):
-        count = timing.copies(read, torch.device("cuda"))
+        count = kernels_timing.copies(read, torch.device("cuda"))
         assert 4 * 50e6 < count * read < 4 * 50e6 + 2 * read + 10e6
-    assert timing.copies(1e12, torch.device("cuda")) == 2
+    assert kernels_timing.copies(1e12, torch.device("cuda")) == 2
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -215,4 +214,4 @@ def test_what_the_benchmark_refuses():
 def test_without_a_gpu_there_is_nothing_to_measure(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="no CUDA device"):
-        bench(BenchKernelsConfig())
+        bench_kernels(BenchKernelsConfig())

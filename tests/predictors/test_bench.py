@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.cli.bench.predictors import CompareConfig, compare
-from sparsecast.cli.bench.train import ACTIVE, BenchTrainConfig, _Rows, bench, random_store
+from sparsecast.cli.bench.predictors import BenchPredictorsConfig, bench_predictors
+from sparsecast.cli.bench.train import BenchTrainConfig, bench_train
+from sparsecast.cli.bench.train_runs import Rows
+from sparsecast.cli.bench.train_store import ACTIVE, random_store
 from sparsecast.core.errors import InputError
-from sparsecast.predictors.layer_data import layer_batches
-from sparsecast.predictors.training.data import TokenBlocks
+from sparsecast.predictors.training.data import TokenBlocks, layer_batches
 
 
 def test_the_random_store_is_a_store(tmp_path):
@@ -30,7 +31,7 @@ def test_the_recipes_rows_are_float_tensors_and_never_silent():
     import numpy as np
 
     x, label = np.ones((2, 3), np.float16), np.array([[0, 2.5], [0, 0]], np.float16)
-    rows = _Rows(x, label)
+    rows = Rows(x, label)
     assert len(rows) == 2
     assert [part.dtype for part in rows[0]] == [torch.float32] * 2
     assert rows[0][1].tolist() == [0, 2.5]
@@ -40,9 +41,9 @@ def test_the_recipes_rows_are_float_tensors_and_never_silent():
 
 def test_bench_train_says_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsecast.cli.bench.train.SHAPES", {"tiny": (64, 200, 2)})
-    monkeypatch.setattr("sparsecast.cli.bench.train.MATMUL", {"cpu": 64})
+    monkeypatch.setattr("sparsecast.cli.bench.train_runs.MATMUL", {"cpu": 64})
     cfg = BenchTrainConfig(batch_size=32, steps=2, rounds=1, device="cpu", json=tmp_path / "b.json")
-    values = bench(cfg)
+    values = bench_train(cfg)
     assert json.loads((tmp_path / "b.json").read_text()) == values
     rates = values["token_layers_per_s"]
     assert set(rates) == {"store", "resident", "read", "reference"}
@@ -62,7 +63,7 @@ def test_bench_train_says_what_it_measured(tmp_path, monkeypatch):
 def test_the_comparison_counts_ours_at_the_references_sparsity(
     model_folder, acts, tmp_path, monkeypatch
 ):
-    cfg = CompareConfig(
+    cfg = BenchPredictorsConfig(
         activations=acts.folder,
         model=str(model_folder),
         out=tmp_path / "compare",
@@ -72,7 +73,7 @@ def test_the_comparison_counts_ours_at_the_references_sparsity(
         device="cpu",
         json=tmp_path / "c.json",
     )
-    result = compare(cfg)
+    result = bench_predictors(cfg)
     assert json.loads((tmp_path / "c.json").read_text()) == result
     assert result["reference"]["rank"] == 32
     same = result["same_bytes"]
@@ -86,5 +87,7 @@ def test_the_comparison_counts_ours_at_the_references_sparsity(
     assert at["traffic_ratio"] == pytest.approx(at["ours"]["traffic"] / at["reference"]["traffic"])
     assert at["reference"]["threshold"] != 0
     # Everything is kept: a second run trains nothing.
-    monkeypatch.setattr("sparsecast.predictors.recipes.fit", lambda *_: pytest.fail("trained"))
-    assert compare(cfg)["same_bytes"] == same
+    monkeypatch.setattr(
+        "sparsecast.predictors.training.recipes.fit", lambda *_: pytest.fail("trained")
+    )
+    assert bench_predictors(cfg)["same_bytes"] == same

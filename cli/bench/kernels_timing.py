@@ -1,7 +1,7 @@
-"""Microseconds of a step, as a CUDA graph that runs it on many weights in turn.
+"""Time a GPU step as a CUDA graph that runs it on many copies of its weights.
 
-A graph holds one run per copy of the weights, so neither launches from Python nor the cache count:
-enough copies make the bytes that a replay reads exceed four times the L2.
+The graph holds one run per copy, so launches from Python are not timed. A replay reads more than
+four times the size of the L2 cache, so the cache does not help.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ REPLAYS = 9
 
 
 def copies(read_bytes: float, device: torch.device) -> int:
-    """Sets of weights to rotate over, where a run reads this much of one."""
+    """How many copies of the weights to rotate over.
+
+    Args:
+        read_bytes: Bytes that one run reads of its weights.
+    """
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, math.ceil(OVER_L2 * l2 / max(read_bytes, 1)))
 
 
 def microseconds(runs: Sequence[Callable[[], object]]) -> float:
-    """The median over replays of the time per run."""
+    """The time per run: the median over replays of the graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -49,8 +53,7 @@ def microseconds(runs: Sequence[Callable[[], object]]) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of device-to-device copies, bytes read and written: the better of the driver's own copy
-    and one by a kernel."""
+    """GB/s read and written by a device copy: the faster of the driver's and a kernel's."""
     sources = [torch.randn(2**26, device=device) for _ in range(4)]
     target = torch.empty_like(sources[0])
     by_driver = microseconds([partial(target.copy_, s) for s in sources])

@@ -1,17 +1,17 @@
-"""Every kernel and the whole FFN against dense torch, checked before they are timed.
+"""Check every kernel and the whole FFN, then time them against dense torch.
 
-    gate, up, down      the exact path's three steps; up is ProSparse's S2 and down its S3; where
-                        there is no gate, "gate" is the first projection, and there is no "up"
-    exact               all of it
-    predictor TYPE      both products, threshold and set, with weights in f16, q8_0 or q4_0
-    cascade             gate over the predicted rows, up where it fired
+    gate, up, down      the three steps of the exact path; without a gate, "gate" is the first
+                        projection and there is no "up"
+    exact               the whole exact path
+    predictor TYPE      both products, threshold and selection, with weights in f16, q8_0 or q4_0
+    cascade             the gate for predicted neurons, up for those that fired
     predicted TYPE      predictor, cascade and down
 
-Dense is the faster of cuBLAS and torch.compile, both of the same step; the predictor and the
-cascade have none (the whole has). Tokens of a batch select independently, which is the largest
-union there can be. Bytes are those of the weight rows that had to be read. Both sides are CUDA
-graphs over weights that rotate (timing.py). Of a whole FFN a row also says whether the policy auto
-would take this path; where it would not, the model's own FFN runs.
+Dense time is that of the faster of cuBLAS and torch.compile on the same step; the predictor and the
+cascade have none, "predicted" has. The tokens of a batch select neurons independently, which gives
+the largest possible union. Bytes are those of the weight rows that had to be read. Both sides are
+CUDA graphs over rotating copies of the weights, see kernels_timing.py. Rows of a whole FFN also say
+whether the policy auto would take this path; if not, it runs the model's own FFN.
 
 Shape letters: T tokens, D hidden, F FFN width, R rank.
 """
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecast.cli.bench import kernels_problem, timing
+from sparsecast.cli.bench import kernels_problem, kernels_timing
 from sparsecast.cli.bench.kernels_checks import (
     Case,
     check_down,
@@ -53,7 +53,7 @@ FORMATS = ("f16", "q8_0", "q4_0")
 
 
 class Dense(NamedTuple):
-    """Microseconds of the dense steps."""
+    """Microseconds of the dense steps; `up` is None without a gate."""
 
     gate: float
     up: float | None
@@ -62,6 +62,8 @@ class Dense(NamedTuple):
 
 
 class Timed(NamedTuple):
+    """One step's time, the dense time to compare with, and the bytes it had to read."""
+
     step: str
     us: float
     dense_us: float | None
@@ -69,12 +71,14 @@ class Timed(NamedTuple):
 
 
 def dense(case: Case) -> Dense:
-    """The faster of cuBLAS and torch.compile for each step, down in both layouts; sparsity does not
-    matter to them."""
-    torch.compiler.reset()  # past a number of shapes, torch.compile would quietly run eagerly
+    """Time each dense step with cuBLAS and torch.compile, down in both layouts; keep the fastest.
+
+    The times do not depend on the case's sparsity.
+    """
+    torch.compiler.reset()  # after some number of shapes, torch.compile silently runs eagerly
     row_bytes = case.d * case.dtype.itemsize
-    # One matrix of a set is read by a step alone, so a step's own bytes decide how many there are.
-    count = timing.copies(case.f * row_bytes, case.device)
+    # A step reads one matrix of a set, so the bytes of one matrix decide the number of sets.
+    count = kernels_timing.copies(case.f * row_bytes, case.device)
     weights = [[_matrix(case) for _ in range(case.matrices)] for _ in range(count)]
     x_TD = kernels_problem.inputs(case.tokens, case.d, case.dtype, case.device)
     act_TF = torch.randn(case.tokens, case.f, dtype=case.dtype, device=case.device).relu()
@@ -114,7 +118,7 @@ def steps(case: Case, against: Dense) -> Iterator[Timed]:
     """Check and time every step of one case.
 
     Raises:
-        RuntimeError: A kernel's result is not its reference's.
+        RuntimeError: A kernel disagrees with its reference.
     """
     row_bytes = case.d * case.dtype.itemsize
     goal = kernels_problem.targets(case.f, case.tokens, case.sparsity, case.device)
@@ -131,10 +135,10 @@ def steps(case: Case, against: Dense) -> Iterator[Timed]:
     check_down(case, weights, chosen, exact_ffn(x_TD, weights)[0])
 
     up = partial(gate_up.gate_up, x_TD, fired, source, relu_up=False)
-    gates = [_matrix(case) for _ in range(timing.copies(case.f * row_bytes, case.device))]
+    gates = [_matrix(case) for _ in range(kernels_timing.copies(case.f * row_bytes, case.device))]
     runs: list[Any] = [partial(gate.gate, x_TD, w, None, 0.0) for w in gates]
     yield _timed("gate", runs, against.gate, case.f * row_bytes)
-    ups = [_matrix(case) for _ in range(timing.copies(active * row_bytes, case.device))]
+    ups = [_matrix(case) for _ in range(kernels_timing.copies(active * row_bytes, case.device))]
     if up_FD is not None:
         yield _timed("up", [partial(up, w) for w in ups], against.up, active * row_bytes)
     runs = [partial(down.down, chosen, w, None) for w in ups]
@@ -158,14 +162,15 @@ def _predicted(
     *,
     with_cascade: bool,
 ) -> Iterator[Timed]:
+    """Check and time the predicted path with a predictor in `dtype`."""
     if dtype != "f16" and (case.d % BLOCK or case.rank % BLOCK):
         return
     row_bytes = case.d * case.dtype.itemsize
 
-    def made() -> PredictorWeights:
+    def new_predictor() -> PredictorWeights:
         return kernels_problem.predictor(goal.predicted_TF, case.d, case.rank, dtype, case.dtype)
 
-    ours = made()
+    ours = new_predictor()
     named, chosen_F = predictor.predict(x_TD, *ours[:3])
     check_predictor(case, x_TD, ours)
     first_FD, up_FD = projections(weights)
@@ -179,7 +184,7 @@ def _predicted(
     cascade = (predicted + (case.matrices - 2) * fired) * row_bytes
     read = own + cascade + fired * row_bytes
 
-    predictors = [made() for _ in range(timing.copies(own, case.device))]
+    predictors = [new_predictor() for _ in range(kernels_timing.copies(own, case.device))]
     runs: list[Any] = [partial(predictor.predict, x_TD, *p[:3]) for p in predictors]
     yield _timed(f"predictor {dtype}", runs, None, own)
     ffns = _ffns(case, goal.active_TF, cascade if with_cascade else read)
@@ -206,18 +211,18 @@ def _predicted(
 def _timed(
     step: str, runs: Sequence[Callable[[], object]], dense_us: float | None, read: float
 ) -> Timed:
-    return Timed(step, timing.microseconds(runs), dense_us, read)
+    return Timed(step, kernels_timing.microseconds(runs), dense_us, read)
 
 
 def _fastest(
     steps: Sequence[Callable[..., Tensor]], arguments: Sequence[tuple[Tensor, ...]]
 ) -> float:
     sides = [side for step in steps for side in (step, torch.compile(step, dynamic=False))]
-    return min(timing.microseconds([partial(run, *a) for a in arguments]) for run in sides)
+    return min(kernels_timing.microseconds([partial(run, *a) for a in arguments]) for run in sides)
 
 
 def _ffns(case: Case, active_TF: Tensor, read: float) -> list[FFN]:
-    count = timing.copies(read, case.device)
+    count = kernels_timing.copies(read, case.device)
     return [kernels_problem.ffn(active_TF, case.d, case.dtype, case.matrices) for _ in range(count)]
 
 
