@@ -35,7 +35,7 @@ from sparsecast.cli.bench.kernels_checks import (
     projections,
 )
 from sparsecast.core.ggml_blocks import BLOCK
-from sparsecast.kernels.in_models.dispatch import most_tokens
+from sparsecast.kernels.in_models.dispatch import max_tokens
 from sparsecast.kernels.ops import active_list, down, gate, gate_up, predictor
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
 
@@ -241,7 +241,7 @@ def as_row(case: Case, timed: Timed, copy_gb_per_s: float) -> dict[str, Any]:
             own = max(0.0, 1 - (1 - own) * kernels_problem.PREDICTED_PER_ACTIVE)
         shape = (case.d, case.f, case.matrices)
         rank = case.rank if path == "predicted" else None
-        most = most_tokens(path, own, device=case.device.type, shape=shape, rank=rank)
+        most = max_tokens(path, own, device=case.device.type, shape=shape, rank=rank)
         auto = most >= case.tokens
     return {
         "shape": case.name,

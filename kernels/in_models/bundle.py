@@ -1,11 +1,11 @@
-"""A BUNDLE's weights in a transformers model: the model then computes what the file says.
+"""Load a bundle's weights into a transformers model, so that it computes what the file says.
 
-Every tensor of the file goes into the model's own parameters, the down projections as the others,
-q4_0 and q8_0 as the values that they hold; attention's rows go back to where transformers has them.
-The activation becomes ReLU (on gate and up in a bamboo), and an OPT's norms lose their epsilon, as
-in PowerInfer. Not as in PowerInfer, inputs of the model's own products are not rounded to f16 or
-q8_0 and softmax takes no table, so logits differ by that noise; inputs of the predictors' are. A
-model in bfloat16 rounds what f16 holds.
+Every tensor of the file is copied into the model's own parameters, q4_0 and q8_0 as float values;
+rows of the attention return to transformers' order. As in PowerInfer, the activation becomes ReLU
+(on gate and up in Bamboo), and OPT's norms have no epsilon. Unlike PowerInfer, the model's own
+products do not round their inputs to f16 or q8_0, and softmax uses no table, so logits differ by
+that noise; predictors round their inputs as PowerInfer does. A model in bfloat16 rounds f16
+weights.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from sparsecast.predictors.predictor import Predictor
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a path is a bundle's folder or file; if not, it may be PRED."""
+    """Return whether a path is a bundle's folder or file; if not, it may be a predictor folder."""
     return path.is_file() or any(path.glob(f"*{SUFFIX}"))
 
 
 def open_bundle(path: Path) -> tuple[GGUFFile, PredictorSet]:
-    """Its file, checked for what a model could not use, and the predictors in it, with the manifest
-    that lies beside the file where there is one.
+    """Open a bundle: its file, with metadata and tensors checked, and its predictors, with the
+    manifest of its predictor folder if there is one.
 
     Raises:
-        InputError: Not one bundle, or a damaged one.
+        InputError: There is no bundle or more than one, or it is damaged.
     """
     file = GGUFFile(bundle_file(path))
     for check in (check_metadata, check_tensors):
@@ -53,7 +53,7 @@ def open_bundle(path: Path) -> tuple[GGUFFile, PredictorSet]:
     header = header_of(file)
     if manifest is not None and len(manifest.dtypes) != header.layers:
         raise InputError(
-            f"{folder}: is of {len(manifest.dtypes)} layers, but {file.path} has {header.layers}; "
+            f"{folder}: has {len(manifest.dtypes)} layers, but {file.path} has {header.layers}; "
             "export it again"
         )
     layers = [_predictor(file, layer) for layer in range(header.layers)]
@@ -65,8 +65,8 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
     """Copy every tensor but the predictors into `model`, in place, and set its activation.
 
     Raises:
-        InputError: The file is of another architecture or of other shapes, or holds numbers that
-            are not finite; nothing was changed.
+        InputError: The file has another architecture or other shapes, or holds numbers that are not
+            finite. The model is unchanged then.
     """
     name, header = str(model.config.name_or_path), header_of(file)
     drelu = activation_rule(model.config, name).on_up
@@ -74,8 +74,7 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
     arch = "bamboo" if drelu else arch
     if arch != header.arch:
         raise InputError(
-            f"{file.path}: holds a {header.arch}, but {name} is a {arch}; give a bundle of this "
-            "model"
+            f"{file.path}: is for {header.arch}, but {name} is {arch}; give a bundle of this model"
         )
     norms = 2 if "blk.0.attn_norm_2.weight" in file.entries else 1
     tied = bool(model.config.tie_word_embeddings)
@@ -83,7 +82,9 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
     targets = {row.target: _parameter(model, row, file) for row in rows}
     for row in rows:
         if not file.tensor(row.target).isfinite().all():
-            raise InputError(f"{file.path}: {row.target} is not finite; export it again")
+            raise InputError(
+                f"{file.path}: {row.target} holds values that are not finite; export it again"
+            )
     if tied and arch != "opt":
         _untie(model, file, targets)
     for row in rows:
@@ -91,15 +92,15 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
         targets[row.target].copy_(_as_in_source(stored, row, header))
     if not drelu:
         set_activation(model, ActivationRule("relu"))
-        _say_relu(model)
+        _set_relu_in_config(model)
     if arch == "opt":
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 0.0
 
 
-def _say_relu(model: PreTrainedModel) -> None:
-    """In the config too, so that the model is the same after it was saved."""
+def _set_relu_in_config(model: PreTrainedModel) -> None:
+    """Set ReLU in the config, so that a saved model is the same."""
     config: Any = model.config
     setattr(config, family_of(config, str(config.name_or_path)).act_key, "relu")
     if hasattr(config, "hidden_act_param"):
@@ -118,7 +119,7 @@ def _predictor(file: GGUFFile, layer: int) -> Predictor:
 
 
 def _parameter(model: PreTrainedModel, row: Row, file: GGUFFile) -> Tensor:
-    """The model's parameter that a tensor of the file belongs into."""
+    """Return the model's parameter for a tensor of the file."""
     shape = file.entries[row.target].shape
     wanted = shape[::-1] if row.target.endswith("ffn_down_t.weight") else shape
     try:
@@ -128,14 +129,14 @@ def _parameter(model: PreTrainedModel, row: Row, file: GGUFFile) -> Tensor:
     if parameter is None or parameter.shape != wanted:
         found = "has none" if parameter is None else f"has {tuple(parameter.shape)}"
         raise InputError(
-            f"{file.path}: {row.target} is {shape}, but {model.config.name_or_path} {found} as "
+            f"{file.path}: {row.target} is {shape}, but {model.config.name_or_path} {found} for "
             f"{row.source}; give a bundle of this model"
         )
     return parameter
 
 
 def _untie(model: PreTrainedModel, file: GGUFFile, targets: dict[str, Tensor]) -> None:
-    """Give the head weights of its own, where the file stores the embedding in two types."""
+    """Give the head its own weights if the file stores head and embedding in two types."""
     if file.entries["output.weight"].type == file.entries["token_embd.weight"].type:
         return
     head: Any = model.get_output_embeddings()
@@ -149,7 +150,7 @@ def _as_in_source(stored: Tensor, row: Row, header: Header) -> Tensor:
         return stored.T
     if stored.dim() == 1:
         return stored
-    # Which of the source's rows stands in each row of the file.
+    # The row of the source that each row of the file holds.
     number_N1 = torch.arange(len(stored))[:, None]
     source_N = arranged(number_N1, row.layout, header.heads, header.kv_heads).flatten()
     weight = torch.empty_like(stored)

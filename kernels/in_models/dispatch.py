@@ -1,15 +1,19 @@
-"""Where the sparse paths are no slower than dense ones, as measured; what `auto` goes by.
+"""Measurements of where the sparse paths are no slower than dense; `auto` goes by them.
 
-    MOST_TOKENS[device type][hidden size, FFN width, matrices][path][sparsity] = tokens
+    MEASURED[device type][hidden size, FFN width, matrices][path][sparsity] = tokens
 
 means that at this sparsity (true sparsity for `exact`, predicted sparsity for `predicted`) the path
-took no longer than the dense FFN for one token and every measured batch up to that many. On a GPU
-dense had to take 5 % longer, half of the neurons be silent, and `predicted` be faster than `exact`
-where predictors name 1.9 times what is active. Between two measured shapes both must say so; a
-shape above all of them counts as the largest, a sparsity between two as the lower. What lies below
-all that was measured does not pay, nor does a predictor of a larger rank than was measured. An H100
-stands for every CUDA device; of an H200, whose dense FFNs are faster still, one token at 89 % and
-two matrices at 4 tokens were measured, and count where they say less.
+took no longer than the dense FFN for one token and for every measured batch up to `tokens`. An
+entry for a GPU also requires that dense took 5 % longer, that half of the neurons were silent, and
+that `predicted` was faster than `exact` with predictors that select 1.9 times the active neurons.
+
+A shape between two measured ones needs both to agree; a shape above all of them counts as the
+largest, and a sparsity between two measured ones as the lower. A smaller shape or a lower sparsity
+than any measured stays dense, as does a predictor of a higher rank.
+
+`auto` applies H100 measurements to every CUDA device. On an H200, whose dense FFNs are faster, one
+token at a sparsity of 0.89 and 4 tokens with two matrices were measured; an entry is the lower of
+the two GPUs' results.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ import torch
 
 Sparsities = dict[float, int]
 
-MOST_TOKENS: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
-    # The tokens of a batch selected independently; predictors of rank hidden size / 4.
-    # float32, two AMD EPYCs, one thread and two, the slowest of all; predictors in q4_0.
+MEASURED: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
+    # Tokens of a batch select independently; predictors have rank hidden size / 4.
+    # float32, the slowest result of two AMD EPYCs with 1 and 2 threads; predictors in q4_0.
     "cpu": {
         (1024, 2816, 3): {"exact": {0.8: 1, 0.9: 4}, "predicted": {0.7: 1, 0.8: 2, 0.9: 4}},
         (1536, 3840, 3): {
@@ -33,8 +37,8 @@ MOST_TOKENS: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
         },
         (4096, 11008, 3): {"exact": {0.7: 1, 0.8: 4}, "predicted": {0.6: 1, 0.7: 4, 0.8: 8}},
     },
-    # bfloat16, `sparsecast bench kernels`, 1, 4 and 16 tokens (1 and 4 of two matrices), the worst
-    # of the predictors' formats; H100, but 4 tokens of two matrices on an H200.
+    # bfloat16, `sparsecast bench kernels`, 1, 4 and 16 tokens (1 and 4 with two matrices), the
+    # slowest predictor format; H100, but 4 tokens with two matrices on an H200.
     "cuda": {
         (512, 2048, 3): {"exact": {0.5: 1, 0.8: 4, 0.98: 16}},
         (1536, 3840, 3): {"exact": {0.5: 1, 0.8: 4, 0.98: 16}},
@@ -44,13 +48,13 @@ MOST_TOKENS: dict[str, dict[tuple[int, int, int], dict[str, Sparsities]]] = {
         (4096, 16384, 2): {"exact": {0.5: 1, 0.8: 4}, "predicted": {0.618: 1}},
     },
 }
-MOST_RANK = 0.25
-"""Of the hidden size: what the predictors that were measured had."""
-CPU_THREADS = 2
-"""With more than were measured, a CPU stays dense: its dense products use them better."""
+MAX_RANK = 0.25
+"""Largest rank measured, as a share of the hidden size."""
+MAX_CPU_THREADS = 2
+"""With more threads a CPU stays dense: dense products use them better."""
 
 
-def most_tokens(
+def max_tokens(
     path: str,
     sparsity: float | None,
     *,
@@ -58,24 +62,24 @@ def most_tokens(
     shape: tuple[int, int, int],
     rank: int | None = None,
 ) -> int:
-    """Up to how many tokens a path pays; 0 where the FFN had better stay dense.
+    """Return the largest number of tokens for which a path pays; 0 if the FFN should stay dense.
 
     Args:
         path: exact or predicted.
-        sparsity: None where it is not known: then the lowest that was measured decides.
+        sparsity: None if it is unknown; then the lowest measured sparsity decides.
         device: A torch device type.
         shape: Hidden size, FFN width, matrices.
-        rank: Of the predictor.
+        rank: The predictor's rank.
     """
-    if device == "cpu" and torch.get_num_threads() > CPU_THREADS:
+    if device == "cpu" and torch.get_num_threads() > MAX_CPU_THREADS:
         return 0
     hidden, width, matrices = shape
-    if rank is not None and rank > MOST_RANK * hidden:
+    if rank is not None and rank > MAX_RANK * hidden:
         return 0
     size = hidden * width
     by_size = {
         key[0] * key[1]: paths.get(path, {})
-        for key, paths in MOST_TOKENS.get(device, {}).items()
+        for key, paths in MEASURED.get(device, {}).items()
         if key[2] == matrices
     }
     below, above = ([s for s in by_size if s <= size], [s for s in by_size if s >= size])

@@ -1,10 +1,11 @@
-"""A module that stands where a model's FFN stood and reads the rows that its tokens need.
+"""The module that replaces a model's FFN and reads only the weight rows that its tokens need.
 
-Few tokens (a decoding step) go through the kernels, or on a CPU through the rows one by one; many
-(a prompt), and float32 on a GPU, through dense products. Which one is decided by shapes, dtypes and
-devices alone, so torch.compile takes one path, and CUDA graphs never wait for the host.
+Few tokens (a decoding step) go through the kernels, or on a CPU through the needed rows in plain
+torch. Many tokens (a prompt), and float32 on a GPU, go through dense products. The choice depends
+on shapes, dtypes and devices alone, so torch.compile sees one path and CUDA graphs never wait for
+the host.
 
-Inference only: the operators have no gradient.
+For inference only: the operators have no gradient.
 
 Shape letters: T tokens, D hidden, F FFN width, R rank.
 """
@@ -20,30 +21,31 @@ from sparsecast.kernels.ops.launch import INTERPRETED, MAX_TOKENS, rounded_thres
 from sparsecast.kernels.ops.predictor import input_dtype
 from sparsecast.kernels.ops.quantized import Quantized, dequantized
 
-CPU_TOKENS = 8
-"""Beyond, dense products were faster on a CPU at every shape and sparsity that was measured."""
+MAX_CPU_TOKENS = 8
+"""With more tokens, dense products were faster on a CPU at every measured shape and sparsity."""
 
 
 def runs_kernels(weight: Tensor) -> bool:
-    """Whether the kernels take weights of this dtype and device."""
+    """Return whether the kernels take weights of this dtype and device."""
     here = weight.device.type == ("cpu" if INTERPRETED else "cuda")
     return here and weight.dtype in (torch.float16, torch.bfloat16)
 
 
 class SparseFFN(nn.Module):
-    """One layer's FFN, exact or behind a predictor.
+    """One layer's FFN, exact or predicted.
 
     Args:
-        ffn: Its weights; parameters are taken as they are, not copied.
+        ffn: The weights; parameters are shared, not copied.
         predictor: None for the exact path.
-        most_tokens: Up to how many tokens go this way. By default what the device is made for: 16
-            in the kernels, `CPU_TOKENS` on a CPU.
-        exact_tokens: Above those, up to how many go the exact way in spite of a predictor.
-        masks_prompts: Whether dense products of more tokens leave out what the predictor does. If
-            not, prompts are computed as the model itself does.
+        max_tokens: Largest number of tokens for this path. By default the device's limit: 16 in the
+            kernels, `MAX_CPU_TOKENS` on a CPU.
+        max_exact_tokens: Up to this number, more tokens than `max_tokens` go the exact way even if
+            there is a predictor.
+        mask_prompts: Whether dense products of still more tokens zero the neurons that are not
+            predicted. If not, prompts are computed as in the dense model.
 
-    Its parameters are transposed where `nn.Linear` had them otherwise; a predictor's weights are
-    buffers that no state dict holds. Move a model to its device and dtype before, not after.
+    `down_FD` is the transpose of the weight in `nn.Linear`. A predictor's weights are buffers that
+    are not in the state dict. Move the model to its device and dtype before, not after.
     """
 
     gate_FD: nn.Parameter | None
@@ -61,9 +63,9 @@ class SparseFFN(nn.Module):
         ffn: FFN,
         predictor: PredictorWeights | None = None,
         *,
-        most_tokens: int | None = None,
-        exact_tokens: int = 0,
-        masks_prompts: bool = True,
+        max_tokens: int | None = None,
+        max_exact_tokens: int = 0,
+        mask_prompts: bool = True,
     ) -> None:
         super().__init__()
         for name, weight in zip(ffn._fields[:5], ffn[:5], strict=True):
@@ -72,7 +74,7 @@ class SparseFFN(nn.Module):
         self.threshold = rounded_threshold(ffn.threshold, ffn.up_FD.dtype)
         self.predicts = predictor is not None
         if predictor is not None:
-            self.cut = predictor.threshold
+            self.predictor_threshold = predictor.threshold
             self.input_dtype = input_dtype(predictor.fc1_RD)
             for name, matrix in zip(("fc1", "fc2"), predictor[:2], strict=True):
                 if not runs_kernels(ffn.up_FD):
@@ -80,11 +82,11 @@ class SparseFFN(nn.Module):
                 parts = (matrix, None) if isinstance(matrix, Tensor) else matrix
                 for suffix, part in zip(("", "_scale"), parts, strict=True):
                     self.register_buffer(name + suffix, part, persistent=False)
-        limit = MAX_TOKENS if runs_kernels(ffn.up_FD) else CPU_TOKENS
-        self.most_tokens = limit if most_tokens is None else min(limit, most_tokens)
-        self.exact_tokens = min(limit, exact_tokens)
-        self.masks_prompts = masks_prompts
-        self._seen: Tensor | None = None
+        limit = MAX_TOKENS if runs_kernels(ffn.up_FD) else MAX_CPU_TOKENS
+        self.max_tokens = limit if max_tokens is None else min(limit, max_tokens)
+        self.max_exact_tokens = min(limit, max_exact_tokens)
+        self.mask_prompts = mask_prompts
+        self._predictor_input: Tensor | None = None
 
     @property
     def ffn(self) -> FFN:
@@ -93,27 +95,28 @@ class SparseFFN(nn.Module):
 
     @property
     def predictor(self) -> PredictorWeights:
-        """Only where `predicts`."""
+        """The predictor's weights; only if `predicts`."""
         fc1, fc2 = _matrix(self.fc1, self.fc1_scale), _matrix(self.fc2, self.fc2_scale)
-        return PredictorWeights(fc1, fc2, self.cut, self.input_dtype)
+        return PredictorWeights(fc1, fc2, self.predictor_threshold, self.input_dtype)
 
-    def see(self, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook for the module whose input the predictor reads: the norm in front."""
-        self._seen = args[0]
+    def keep_predictor_input(self, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Keep the predictor's input: a forward pre-hook of the norm in front of the FFN."""
+        self._predictor_input = args[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D), in one dtype.
+        """Compute the FFN of (..., D); return the same shape and dtype.
 
         Raises:
-            RuntimeError: There is a predictor, but `see` was not called since the last time.
+            RuntimeError: There is a predictor, but `keep_predictor_input` was not called since the
+                last call.
         """
         x_TD = x.reshape(-1, x.shape[-1])
-        z_TD = self._taken(x_TD) if self.predicts else None
+        z_TD = self._take_predictor_input(x_TD) if self.predicts else None
         ffn = self.ffn
-        picks = len(x_TD) <= max(self.most_tokens, self.exact_tokens)
-        if len(x_TD) > self.most_tokens and (picks or not self.masks_prompts):
+        reads_rows = len(x_TD) <= max(self.max_tokens, self.max_exact_tokens)
+        if len(x_TD) > self.max_tokens and (reads_rows or not self.mask_prompts):
             z_TD = None
-        if picks and runs_kernels(x_TD):
+        if reads_rows and runs_kernels(x_TD):
             if z_TD is None:
                 y_TD, _ = exact_ffn(x_TD, ffn)
             else:
@@ -121,23 +124,28 @@ class SparseFFN(nn.Module):
         else:
             predicted_TF = None if z_TD is None else torch_fallback.predicted(z_TD, self.predictor)
             product = (
-                torch_fallback.over_rows if picks and not x_TD.is_cuda else torch_fallback.dense
+                torch_fallback.over_rows
+                if reads_rows and not x_TD.is_cuda
+                else torch_fallback.dense
             )
             y_TD = product(x_TD, ffn, predicted_TF)
         return y_TD.view(x.shape)
 
-    def _taken(self, x_TD: Tensor) -> Tensor:
-        """What `see` saw, and forget it: a kept tensor would outlive its CUDA graph."""
-        z, self._seen = self._seen, None
+    def _take_predictor_input(self, x_TD: Tensor) -> Tensor:
+        """Return the predictor's input and drop it: a kept tensor would outlive its CUDA graph."""
+        z, self._predictor_input = self._predictor_input, None
         if z is None:
-            raise RuntimeError("the predictor's input is missing: register `see` at the FFN's norm")
+            raise RuntimeError(
+                "the predictor's input is missing; register `keep_predictor_input` as a forward "
+                "pre-hook of the norm in front of the FFN"
+            )
         return z.reshape(x_TD.shape)
 
     def extra_repr(self) -> str:
         (width, hidden), path = self.up_FD.shape, "predicted" if self.predicts else "exact"
-        told = f"{hidden}, {width}, {self.act}, {path} up to {self.most_tokens} tokens"
-        more = self.exact_tokens > self.most_tokens
-        return f"{told}, exact up to {self.exact_tokens}" if more else told
+        text = f"{hidden}, {width}, {self.act}, {path} up to {self.max_tokens} tokens"
+        more = self.max_exact_tokens > self.max_tokens
+        return f"{text}, exact up to {self.max_exact_tokens}" if more else text
 
 
 def _parameter(weight: Tensor | None) -> nn.Parameter | None:

@@ -1,14 +1,15 @@
 """`sparsify_model`: put `SparseFFN` into a transformers model, in place.
 
     exact       no prediction; up and down where the gate fired
-    predicted   the rows that the predictors name, and the model's own activation on them
-    auto        layer by layer: predicted where the calibration says that little is lost and it was
-                measured to pay (measured.py), else exact; and dense, as the model was, where
-                neither pays; more tokens at once than predicting pays for are exact
+    predicted   the rows that the predictors select, with the model's own activation
+    auto        per layer: predicted if its calibration shows little loss and dispatch.py expects it
+                to be faster, else exact or dense, whichever is expected to be faster; more tokens
+                than predicting pays for go the exact way
 
-Prompts are dense but for what `predicted` leaves out. Every path but the predicted one gives the
-model's own output up to rounding. From a BUNDLE the model first gets all of the file's weights, and
-ReLU, so that it computes what PowerInfer would (bundle.py).
+Prompts are dense; with `predicted`, the neurons that a predictor leaves out are zero in them too.
+Every path but the predicted one gives the model's own output up to rounding. From a bundle the
+model first gets all weights of the file, and ReLU: it then computes what PowerInfer would
+(bundle.py).
 
 Shape letters: D hidden, F FFN width.
 """
@@ -28,8 +29,9 @@ from sparsecast.core.models.activations import ActivationRule, FATReLU
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import Family, activation_rule, family_of
 from sparsecast.core.models.shape import model_shape
+from sparsecast.export.read.reader import GGUFFile
 from sparsecast.kernels.in_models.bundle import is_bundle, load_weights, open_bundle
-from sparsecast.kernels.in_models.dispatch import most_tokens
+from sparsecast.kernels.in_models.dispatch import max_tokens
 from sparsecast.kernels.in_models.sparse_ffn import SparseFFN, runs_kernels
 from sparsecast.kernels.ops.ffn import FFN, PredictorWeights
 from sparsecast.kernels.ops.quantized import Quantized, quantized
@@ -48,79 +50,76 @@ def sparsify_model(
     least_recall: float = 0.9,
     least_energy_recall: float = 0.95,
 ) -> PreTrainedModel:
-    """Replace the FFNs of `model`, which is returned.
+    """Replace the FFNs of `model` and return it.
 
     The weights are the model's own parameters. The down projection is transposed once, layer by
-    layer, and the one that was there is let go. `state_dict` and `save_pretrained` still give the
-    checkpoint's names and shapes; the way back is to load the model again. Compile afterwards.
+    layer, and the old one is freed. `state_dict` and `save_pretrained` still give the checkpoint's
+    names and shapes. To undo this, load the model again. Call `torch.compile` afterwards.
 
     Args:
         model: On its device and in its dtype. In float16 or bfloat16 on CUDA it runs the kernels,
-            else plain torch, see `module`.
-        source: PRED, predictors that were loaded already, or a BUNDLE, its folder or its file. None
-            where nothing shall be predicted.
-        policy: See above.
-        least_recall: `auto` predicts a layer whose calibration in PRED's manifest reaches this
-            recall; without a manifest it is exact.
-        least_energy_recall: The same for energy recall, where the manifest has one.
+            else plain torch, see `SparseFFN`.
+        source: A predictor folder, loaded predictors, or a bundle (its folder or file). None for no
+            prediction.
+        policy: exact, predicted or auto, see above.
+        least_recall: `auto` predicts a layer whose calibration reaches this recall. A layer without
+            a calibration in the manifest is not predicted.
+        least_energy_recall: The same for energy recall, if the manifest has one.
 
     Raises:
-        InputError: Another policy; predictors of another model (known by its fingerprint where the
-            model has a folder, else by its shapes); an unsupported family, activation or FFN;
-            weights that are not in memory; or see `load_predictors`, `open_bundle`, `load_weights`.
+        InputError: An unknown policy; predictors of another model (compared by fingerprint if the
+            model has a folder, else by shape); an unsupported family, activation or FFN; weights
+            that are not in memory; or see `load_predictors`, `open_bundle`, `load_weights`.
     """
     name = str(model.config.name_or_path) or "the model"
     if policy not in POLICIES:
         raise InputError(f"policy: got {policy!r}, expected one of {', '.join(POLICIES)}")
     if source is None and policy == "predicted":
-        raise InputError("policy: predicted needs predictors; give PRED or a BUNDLE, or use exact")
+        raise InputError(
+            "policy: predicted needs predictors; give a predictor folder or a bundle, or use exact"
+        )
     family = family_of(model.config, name)
     layers = family.decoder_layers(model)
     for number, layer in enumerate(layers):
-        _check(layer, family, f"{name}: layer {number}")
-        _rule(layer, family, model, name)
-    file, predictors = None, source if isinstance(source, PredictorSet) else None
-    if isinstance(source, (str, Path)) and is_bundle(Path(source)):
-        file, predictors = open_bundle(Path(source))
-    elif isinstance(source, (str, Path)):
-        predictors = load_predictors(source)
+        _check_layer(layer, family, f"{name}: layer {number}")
+        _current_rule(layer, family, model, name)
+    file, predictors = _open(source)
     if predictors is not None:
         where = "the predictors" if isinstance(source, PredictorSet) else str(source)
         _check_model(predictors, where, model, name)
-        if file is None:  # a bundle computes what it says itself
-            rule = _rule(layers[0], family, model, name)
+        if file is None:  # a bundle sets the activation
+            rule = _current_rule(layers[0], family, model, name)
             check_usage(predictors, where, rule, family.convention, name)
     if file is not None:
         load_weights(file, model)
-    bounds = (least_recall, least_energy_recall)
+    min_recalls = (least_recall, least_energy_recall)
     for number, layer in enumerate(layers):
         up: Any = layer.get_submodule(family.up)
-        plan = _plan(policy, predictors, number, up.weight, family.matrices, bounds)
-        if plan.most_tokens == 0:
-            continue
-        predictor = None
-        if plan.predicted:
-            assert predictors is not None
-            predictor = _on_device(predictors, number, up.weight.device)
-        sparse = SparseFFN(
-            _ffn(layer, family, _rule(layer, family, model, name)),
-            predictor,
-            most_tokens=plan.most_tokens,
-            exact_tokens=plan.exact_tokens,
-            masks_prompts=policy == "predicted",
-        )
-        _swap(layer, family, sparse)
+        plan = _plan(policy, predictors, number, up.weight, family.matrices, min_recalls)
+        if plan.max_tokens != 0:
+            rule = _current_rule(layer, family, model, name)
+            _replace(layer, family, _sparse_ffn(layer, number, family, rule, predictors, plan))
     return model
 
 
+def _open(
+    source: str | Path | PredictorSet | None,
+) -> tuple[GGUFFile | None, PredictorSet | None]:
+    """Open a source; the file is None unless it is a bundle."""
+    if source is None or isinstance(source, PredictorSet):
+        return None, source
+    return open_bundle(Path(source)) if is_bundle(Path(source)) else (None, load_predictors(source))
+
+
 class Plan(NamedTuple):
-    """What becomes of one layer."""
+    """What one layer becomes."""
 
     predicted: bool
-    most_tokens: int | None
-    """None for all that the device is made for, 0 for a layer that stays as it is."""
-    exact_tokens: int = 0
-    """Of a predicted layer: see `SparseFFN`."""
+    max_tokens: int | None
+    """None for the device's limit, 0 for a layer that stays as it is."""
+    max_exact_tokens: int = 0
+    """For a predicted layer, see `SparseFFN`."""
+    mask_prompts: bool = False
 
 
 def _plan(
@@ -129,42 +128,42 @@ def _plan(
     layer: int,
     up_FD: Tensor,
     matrices: int,
-    bounds: tuple[float, float],
+    min_recalls: tuple[float, float],
 ) -> Plan:
     if policy != "auto":
-        return Plan(policy == "predicted", None)
+        return Plan(policy == "predicted", None, mask_prompts=policy == "predicted")
     manifest = None if predictors is None else predictors.manifest
     scores: dict[str, float] = {} if manifest is None else manifest.calibration[layer]
-    least_recall, least_energy_recall = bounds
+    min_recall, min_energy_recall = min_recalls
     energy_recall = scores.get("energy_recall")
-    predicted = scores.get("recall", 0.0) >= least_recall and (
-        energy_recall is None or energy_recall >= least_energy_recall
+    predicted = scores.get("recall", 0.0) >= min_recall and (
+        energy_recall is None or energy_recall >= min_energy_recall
     )
     device = "cuda" if runs_kernels(up_FD) else "cpu"
     if device == "cpu" and (up_FD.is_cuda or up_FD.dtype != torch.float32):
         return Plan(False, 0)
     shape = (up_FD.shape[1], up_FD.shape[0], matrices)
-    exact = most_tokens("exact", scores.get("true_sparsity"), device=device, shape=shape)
+    exact = max_tokens("exact", scores.get("true_sparsity"), device=device, shape=shape)
     if predicted:
         assert predictors is not None
         rank = predictors.layers[layer].rank
         sparsity = scores.get("predicted_sparsity")
-        tokens = most_tokens("predicted", sparsity, device=device, shape=shape, rank=rank)
+        tokens = max_tokens("predicted", sparsity, device=device, shape=shape, rank=rank)
         if tokens:
             return Plan(True, tokens, exact)
     return Plan(False, exact)
 
 
-def _check(layer: nn.Module, family: Family, where: str) -> None:
+def _check_layer(layer: nn.Module, family: Family, where: str) -> None:
     if any(isinstance(module, SparseFFN) for module in layer.modules()):
-        raise InputError(f"{where} is sparse already; load the model again")
+        raise InputError(f"{where} is already sparse; load the model again")
     for path in filter(None, (family.gate, family.up, family.down)):
         linear = layer.get_submodule(path)
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             kind = type(linear).__name__
             raise InputError(
-                f"{where} has {path} as a {kind} that holds no plain weights, expected "
-                "nn.Linear in a float dtype; load the model without quantization or adapters"
+                f"{where} has {path} as a {kind} without plain weights, expected nn.Linear in a "
+                "float dtype; load the model without quantization or adapters"
             )
         if linear.weight.is_meta:
             raise InputError(
@@ -173,13 +172,15 @@ def _check(layer: nn.Module, family: Family, where: str) -> None:
             )
         if family.gate is not None and linear.bias is not None:
             raise InputError(
-                f"{where} has a bias in {path}, which PowerInfer's gated FFNs have not; use the "
-                "model as it is"
+                f"{where} has a bias in {path}, expected none in a gated FFN (as in PowerInfer); "
+                "use the model as it is"
             )
 
 
-def _rule(layer: nn.Module, family: Family, model: PreTrainedModel, name: str) -> ActivationRule:
-    """What the layer computes now: a threshold in the module goes before the config's."""
+def _current_rule(
+    layer: nn.Module, family: Family, model: PreTrainedModel, name: str
+) -> ActivationRule:
+    """Return the layer's activation; a threshold in the module overrides the config's."""
     act = layer.get_submodule(family.act)
     if isinstance(act, FATReLU) and act.threshold is not None:
         return ActivationRule("fatrelu", act.threshold)
@@ -196,12 +197,24 @@ def _check_model(predictors: PredictorSet, where: str, model: PreTrainedModel, n
     check_model(predictors, where, model_shape(model), fingerprint=fingerprint, model=name)
 
 
-def _ffn(layer: nn.Module, family: Family, rule: ActivationRule) -> FFN:
+def _sparse_ffn(
+    layer: nn.Module,
+    number: int,
+    family: Family,
+    rule: ActivationRule,
+    predictors: PredictorSet | None,
+    plan: Plan,
+) -> SparseFFN:
+    """Build a layer's FFN; the transposed copy of the down projection is made here."""
     gate: Any = None if family.gate is None else layer.get_submodule(family.gate)
     up: Any = layer.get_submodule(family.up)
     down: Any = layer.get_submodule(family.down)
+    predictor = None
+    if plan.predicted:
+        assert predictors is not None
+        predictor = _predictor_weights(predictors, number, up.weight.device)
     down_FD = nn.Parameter(down.weight.detach().T.contiguous(), down.weight.requires_grad)
-    return FFN(
+    ffn = FFN(
         None if gate is None else gate.weight,
         up.weight,
         down_FD,
@@ -210,9 +223,18 @@ def _ffn(layer: nn.Module, family: Family, rule: ActivationRule) -> FFN:
         rule.name,
         rule.threshold,
     )
+    return SparseFFN(
+        ffn,
+        predictor,
+        max_tokens=plan.max_tokens,
+        max_exact_tokens=plan.max_exact_tokens,
+        mask_prompts=plan.mask_prompts,
+    )
 
 
-def _on_device(predictors: PredictorSet, layer: int, device: torch.device) -> PredictorWeights:
+def _predictor_weights(
+    predictors: PredictorSet, layer: int, device: torch.device
+) -> PredictorWeights:
     predictor: Predictor = predictors.layers[layer].to(device)
 
     def stored(weight: Tensor) -> Tensor | Quantized:
@@ -222,11 +244,12 @@ def _on_device(predictors: PredictorSet, layer: int, device: torch.device) -> Pr
     return PredictorWeights(fc1_RD, fc2_FR, predictors.threshold)
 
 
-def _swap(layer: nn.Module, family: Family, sparse: SparseFFN) -> None:
+def _replace(layer: nn.Module, family: Family, sparse: SparseFFN) -> None:
+    """Put `sparse` where the layer's FFN is."""
     if sparse.predicts:
-        family.norm(layer).register_forward_pre_hook(sparse.see)
+        family.norm(layer).register_forward_pre_hook(sparse.keep_predictor_input)
     place = family.down.rpartition(".")[0]
-    if not place:  # an OPT, whose layer holds the parts itself
+    if not place:  # in OPT the layer holds the parts itself
         place = family.up
         for name in (family.act, family.down):
             setattr(layer, name, nn.Identity())
@@ -238,13 +261,13 @@ def _swap(layer: nn.Module, family: Family, sparse: SparseFFN) -> None:
         "down_bias_D": f"{family.down}.bias",
         **({} if family.gate is None else {"gate_FD": f"{family.gate}.weight"}),
     }
-    sparse.register_state_dict_post_hook(partial(_renamed, place, names))
+    sparse.register_state_dict_post_hook(partial(_rename_state, place, names))
 
 
-def _renamed(
+def _rename_state(
     place: str, names: dict[str, str], _: nn.Module, state: dict[str, Any], prefix: str, __: Any
 ) -> None:
-    """Give a state dict the checkpoint's names, and the down projection as `nn.Linear` has it."""
+    """Give a state dict the checkpoint's names and the down projection's shape in `nn.Linear`."""
     for ours, name in names.items():
         if (weight := state.pop(prefix + ours, None)) is not None:
             theirs = prefix.removesuffix(f"{place}.") + name

@@ -40,8 +40,8 @@ def untimed(monkeypatch, device):
     monkeypatch.setattr("sparsecast.cli.bench.kernels_steps.SHAPES", shapes)
     monkeypatch.setattr("sparsecast.cli.bench.kernels.SHAPES", shapes)
     paths = {"exact": {0.75: 1, 0.8: 2}, "predicted": {0.532: 1}}
-    monkeypatch.setattr(dispatch, "MOST_TOKENS", {device.type: {(32, 32, 3): paths}})
-    monkeypatch.setattr(dispatch, "CPU_THREADS", torch.get_num_threads())
+    monkeypatch.setattr(dispatch, "MEASURED", {device.type: {(32, 32, 3): paths}})
+    monkeypatch.setattr(dispatch, "MAX_CPU_THREADS", torch.get_num_threads())
 
 
 def test_bench_kernels_says_what_it_measured(untimed, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsecast.kernels.in_models import dispatch, sparse_ffn, torch_fallback
-from sparsecast.kernels.in_models.dispatch import most_tokens
+from sparsecast.kernels.in_models.dispatch import max_tokens
 from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
 from sparsecast.kernels.in_models.sparsify import sparsify_model
 
@@ -18,14 +18,14 @@ ALWAYS = {"exact": {0.0: 4}, "predicted": {0.0: 4}}
 
 @pytest.fixture(autouse=True)
 def _all_was_measured(monkeypatch):
-    monkeypatch.setattr(dispatch, "CPU_THREADS", torch.get_num_threads())
-    monkeypatch.setattr(dispatch, "MOST_RANK", 0.5)
+    monkeypatch.setattr(dispatch, "MAX_CPU_THREADS", torch.get_num_threads())
+    monkeypatch.setattr(dispatch, "MAX_RANK", 0.5)
 
 
 @pytest.fixture
 def table(monkeypatch):
     def set_to(row, device: str = "cpu", matrices: int = 3) -> None:
-        monkeypatch.setattr(dispatch, "MOST_TOKENS", {device: {(1, 1, matrices): row}})
+        monkeypatch.setattr(dispatch, "MEASURED", {device: {(1, 1, matrices): row}})
 
     return set_to
 
@@ -111,7 +111,7 @@ def test_where_kernels_run_the_gpus_table_decides(table, make, predictors):
 
 def test_more_threads_than_were_measured_are_dense(table, make, predictors, monkeypatch):
     table(ALWAYS)
-    monkeypatch.setattr(dispatch, "CPU_THREADS", torch.get_num_threads() - 1)
+    monkeypatch.setattr(dispatch, "MAX_CPU_THREADS", torch.get_num_threads() - 1)
     assert paths(sparsify_model(make("llama"), predictors())) == ["dense", "dense"]
 
 
@@ -124,9 +124,9 @@ def test_ranks_above_those_that_were_measured_are_exact(monkeypatch, table, make
     table(ALWAYS)
     source = predictors(calibration=[GOOD, GOOD])
     share = source.layers[0].rank / make("llama").config.hidden_size
-    monkeypatch.setattr(dispatch, "MOST_RANK", share)
+    monkeypatch.setattr(dispatch, "MAX_RANK", share)
     assert paths(sparsify_model(make("llama"), source)) == ["predicted"] * 2
-    monkeypatch.setattr(dispatch, "MOST_RANK", share - 0.01)
+    monkeypatch.setattr(dispatch, "MAX_RANK", share - 0.01)
     assert paths(sparsify_model(make("llama"), source)) == ["exact"] * 2
 
 
@@ -164,7 +164,7 @@ def test_more_tokens_than_predicting_pays_for(
     for count, path in ((1, "predicted"), (2, "predicted"), (3, want), (5, "dense")):
         got = logits(model, ids(1, count))
         assert taken == [path] * 2, count
-        assert all(layer.mlp._seen is None for layer in model.base_model.layers)
+        assert all(layer.mlp._predictor_input is None for layer in model.base_model.layers)
         if path != "predicted":
             near(got, logits(dense, ids(1, count)))
         taken.clear()
@@ -213,7 +213,7 @@ def test_in_the_kernels_more_tokens_go_the_exact_way(monkeypatch, make, predicto
 )
 def test_what_a_gpu_was_measured_to_gain(shape, path, sparsity, tokens):
     """As docs/results.md has it."""
-    assert most_tokens(path, sparsity, device="cuda", shape=shape) == tokens
+    assert max_tokens(path, sparsity, device="cuda", shape=shape) == tokens
 
 
 def test_the_nearest_measurements_decide(monkeypatch):
@@ -224,10 +224,10 @@ def test_the_nearest_measurements_decide(monkeypatch):
         (40, 100, 3): {"exact": {0.7: 2}},
         (11, 100, 2): {"exact": {0.0: 16}},
     }
-    monkeypatch.setattr(dispatch, "MOST_TOKENS", {"cuda": shapes})
+    monkeypatch.setattr(dispatch, "MEASURED", {"cuda": shapes})
 
     def tokens(hidden: int, sparsity: float | None, matrices: int = 3, path: str = "exact") -> int:
-        return most_tokens(path, sparsity, device="cuda", shape=(hidden, 100, matrices))
+        return max_tokens(path, sparsity, device="cuda", shape=(hidden, 100, matrices))
 
     assert tokens(9, 0.9) == 0
     assert tokens(10, 0.9) == 3
@@ -239,4 +239,4 @@ def test_the_nearest_measurements_decide(monkeypatch):
     assert tokens(50, 0.9) == 2
     assert tokens(30, 0.9, matrices=2) == 16
     assert tokens(30, 0.9, path="predicted") == 0
-    assert most_tokens("exact", 0.9, device="cpu", shape=(99, 99, 3)) == 0
+    assert max_tokens("exact", 0.9, device="cpu", shape=(99, 99, 3)) == 0

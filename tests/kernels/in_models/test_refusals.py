@@ -82,7 +82,7 @@ def test_models_and_layers(make):
 
 def test_twice(make):
     model = sparsify_model(make("llama"), None, "exact")
-    with pytest.raises(InputError, match="layer 0 is sparse already; load the model again"):
+    with pytest.raises(InputError, match="layer 0 is already sparse; load the model again"):
         sparsify_model(model, None, "exact")
 
 

@@ -79,7 +79,7 @@ def test_batches_change_no_token(make, predictors):
     def run(count: int) -> torch.Tensor:
         parts = []
         for x, z in zip(x_TD.split(count), z_TD.split(count), strict=True):
-            layer.see(layer, (z[None],))
+            layer.keep_predictor_input(layer, (z[None],))
             parts.append(layer(x[None])[0])
         return torch.cat(parts)
 
@@ -180,7 +180,7 @@ def test_it_compiles_as_one_graph(family, policy, make, predictors, ids, logits)
 
     for shape in (SHAPES[0], SHAPES[2]):
         assert torch.equal(logits(compiled, ids(*shape)), logits(model, ids(*shape)))
-    assert all(layer._seen is None for layer in sparse_layers(model))
+    assert all(layer._predictor_input is None for layer in sparse_layers(model))
 
 
 @pytest.mark.slow
