@@ -82,8 +82,9 @@ def as_nobody() -> Iterator[Nobody]:
 
 IMPORTED = ["sparsecast.collect.run", "sparsecast.predictors.train", "sparsecast.export.run"]
 RUN = """
-import os, sys
+import os, signal, sys
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 os.dup2(os.open(error, os.O_WRONLY | os.O_CREAT), 2)
 os.environ.update(environment)
