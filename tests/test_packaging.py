@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"}
 DOCUMENTS |= {"CONTRIBUTING.md", "mkdocs.yml"}
 CODE = {"core", "collect", "predictors", "export", "kernels", "sparsify", "cli"}
-FOLDERS = CODE | {"docs", "tests"}
+FOLDERS = CODE | {"docs", "examples", "tests"}
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -47,7 +47,7 @@ def test_the_source_archive_has_the_documents_and_the_tests(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= DOCUMENTS
     assert {"cli/entry/__main__.py", "tests/test_packaging.py", "tests/conftest.py"} <= names
-    assert {"docs/index.md", "docs/guides/collect.md"} <= names
+    assert {"docs/index.md", "docs/guides/collect.md", "examples/model_to_report.ipynb"} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
