@@ -1,9 +1,9 @@
-"""What each kernel reads and writes before it waits for the one in front of it, from its PTX.
+"""Print what each kernel reads and writes before it waits for the previous one, from its PTX.
 
-Compiled for Hopper, which needs no GPU but a process without Triton's interpreter. Prints JSON:
-kernel to how often it waits, the names of the arguments read and written before it does, whether
-it lets the next kernel start before (null where it never does), and by what instructions it touches
-the list of entries.
+Compiles for Hopper, which needs no GPU, but a process without Triton's interpreter. Prints JSON:
+for each kernel how often it waits, the arguments that it reads and writes before that, whether it
+lets the next kernel start before that (null if it never does), and the instructions by which it
+reads and writes the list of entries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Kernel = tuple[str, Any, dict[str, str], dict[str, Any]]
 
 
 def kernels() -> Iterator[Kernel]:
-    """A name, the function, types that differ from `POINTERS`, and constants."""
+    """Yield a name, the function, types that differ from `POINTERS`, and constants."""
     for early in (True, False):
         name = "codes early" if early else "codes"
         yield name, int8_dot._kernel, {}, {
@@ -100,7 +100,12 @@ def ptx_of(function: Any, types: dict[str, str], constants: dict[str, Any], pad:
 
 
 def before_waiting(ptx: str, arguments: list[str | None]) -> dict[str, Any]:
-    """Arguments that are no pointers are None. What goes through shared memory counts as one."""
+    """Follow pointers through registers; all of shared memory counts as one register.
+
+    Args:
+        ptx: The compiled kernel.
+        arguments: Its arguments' names in order, None for those that are not pointers.
+    """
     sources: dict[str, set[str]] = {}
     shared: set[str] = set()
     found: dict[str, Any] = {"waits": 0, "read": set(), "written": set(), "starts_early": None}
@@ -135,15 +140,15 @@ def before_waiting(ptx: str, arguments: list[str | None]) -> dict[str, Any]:
 
 
 def main() -> None:
-    told = {}
+    found = {}
     for name, function, types, constants in kernels():
         named = [n for n in function.arg_names if n not in {*constants, "T", "PDL"}]
         arguments = [
             n if n in POINTERS.keys() | types and n != "threshold" else None for n in named
         ]
         pad = next((int(word) for word in name.split() if word.isdigit()), 1)
-        told[name] = before_waiting(ptx_of(function, types, constants, pad), arguments)
-    sys.stdout.write(json.dumps(told))
+        found[name] = before_waiting(ptx_of(function, types, constants, pad), arguments)
+    sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":
