@@ -31,6 +31,7 @@ typecheck: $(VENV)/.installed
 	$(BIN)/mypy .typecheck/sparsecast
 
 wheel: $(VENV)/.installed
+	rm -rf build  # setuptools would add what an earlier build left there
 	$(BIN)/python -m build --wheel
 
 docs: $(VENV)/.docs
