@@ -14,7 +14,8 @@ from sparsecast.cli.bench.train import BenchTrainConfig, bench_train
 from sparsecast.cli.bench.train_runs import Rows
 from sparsecast.cli.bench.train_store import ACTIVE, random_store
 from sparsecast.core.errors import InputError
-from sparsecast.predictors.training.data import TokenBlocks, layer_batches
+from sparsecast.predictors.layer_data import layer_batches
+from sparsecast.predictors.training.data import TokenBlocks
 
 
 def test_the_random_store_is_a_store(tmp_path):
