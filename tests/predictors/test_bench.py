@@ -88,7 +88,5 @@ def test_the_comparison_counts_ours_at_the_references_sparsity(
     assert at["traffic_ratio"] == pytest.approx(at["ours"]["traffic"] / at["reference"]["traffic"])
     assert at["reference"]["threshold"] != 0
     # Everything is kept: a second run trains nothing.
-    monkeypatch.setattr(
-        "sparsecast.predictors.training.recipes.fit", lambda *_: pytest.fail("trained")
-    )
+    monkeypatch.setattr("sparsecast.predictors.recipes.fit", lambda *_: pytest.fail("trained"))
     assert bench_predictors(cfg)["same_bytes"] == same
