@@ -1,8 +1,8 @@
-"""What the manifests of activations and of predictors share: version, keys, and own checksum.
+"""The format that both manifests share, of activations and of predictors: version, keys, checksum.
 
 A manifest is a frozen dataclass whose field `checksums` gives the xxh3_128 of every file by name.
-The entry of the manifest itself is the checksum of its fields without that entry. Checksums show
-that a folder was damaged or edited; they do not stop somebody who computes them again.
+The entry of the manifest itself is the checksum of its fields without that entry. Checksums
+detect accidents, not tampering: whoever edits a file can compute them again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsecast.core.files import write_json
 
 MANIFEST = "manifest.json"
 DEEPEST = 50
-"""Levels of lists and objects in a field; anything can walk through so many."""
+"""Maximum nesting of lists and objects in a field, which keeps recursive code within its limits."""
 
 
 def write_manifest(folder: Path, manifest: Any) -> None:

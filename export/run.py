@@ -30,7 +30,8 @@ def export(cfg: ExportConfig) -> Path:
     """Write the bundle and return the path of its GGUF file.
 
     A bundle that an earlier export wrote from the same inputs with the same options is kept.
-    Memory: see writer.py; predictors stay memory maps where their files hold f16, q8_0 or q4_0.
+    Memory: see export/write/writer.py; predictors stay memory maps where their files hold f16,
+    q8_0 or q4_0.
 
     Raises:
         InputError: See `plan_export`; too little space on the disk; another export writing

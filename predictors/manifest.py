@@ -1,7 +1,7 @@
 """manifest.json of a predictor folder: the model the predictors belong to, and checksums.
 
-Checksums do not stop somebody who computes them again, see sealed.py: `sparsecast verify` measures
-what the predictors do.
+Checksums detect accidents, not tampering (core/manifests.py); `sparsecast verify` measures what the
+predictors do.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
     epoch (20 bytes a weight), four batches of these layers, and one (D, D) and one (F, D) matrix.
     Rounding to a quantized format takes another 8 bytes a weight. The store is read through memory
     maps. At the end the leading process holds the trained predictors of all layers. For a running
-    model see online.py.
+    model see predictors/training/online.py.
 
     Raises:
         InputError: No finished store, or one that lacks a layer; a finished or unfinished run for

@@ -6,7 +6,7 @@
     layer.<i>.active  (T,) int32       how many neurons fired on each token
     layer.<i>.scale   (T,) float32     int8 inputs only: x = scale * layer.<i>.x
     layer.<i>.x       (T, D)           predictor inputs: float16, bfloat16, float32 or int8
-    layer.<i>.mask    (T, P) uint8     what fired, see bits.py
+    layer.<i>.mask    (T, P) uint8     what fired, see core/bitmask.py
     layer.<i>.energy  (N,) uint8       with energies only, see energy.py
 
 Shards of counted tokens have `id`, `position`, `fired` and `active` alone. The header's metadata

@@ -6,7 +6,7 @@
 
 `Shape.bound` states the bytes per token and layer. Whoever opens a store checks the manifest
 against its own checksum and every shard's header against the manifest; what a shard holds is
-checked tensor by tensor as it is first read, see shard_file.py.
+checked tensor by tensor as it is first read, see shard_reader.py.
 
 Shape letters: T tokens, D hidden, F FFN width, P packed width.
 """
@@ -129,7 +129,7 @@ class Rows(NamedTuple):
     x_TD: Tensor
     """A view of the memory map; float32 and a copy where int8 is stored."""
     mask_TP: Tensor
-    """A view of the memory map; see bits.py."""
+    """A view of the memory map; see core/bitmask.py."""
 
 
 def seal(folder: Path, manifest: Manifest, shards: Iterable[ShardInfo]) -> Manifest:

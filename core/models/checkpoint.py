@@ -166,7 +166,7 @@ _INDIFFERENT = {
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config in a folder, without remote code; see remap.py for what stands in for it.
+    """The config in a folder, without remote code; see remote_configs.py for what stands in for it.
 
     Raises:
         InputError: No config.json, fields that make no sense, or a family without a class.

@@ -1,7 +1,7 @@
 """Which submodule is what, for every model family; the only place that knows module names.
 
 Adding a family is adding a row to `FAMILIES`; a model that transformers has no class for also
-needs a row in remap.py. The predictor's input is taken where PowerInfer takes it (its
+needs a row in remote_configs.py. The predictor's input is taken where PowerInfer takes it (its
 `llm_build_ffn_sparse` and the callers): for falcon the layer's own input, for all others the
 residual stream after attention and before the FFN norm. Both are the input of the norm named here.
 """

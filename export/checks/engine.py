@@ -4,8 +4,8 @@ Both compute the same arithmetic but sum in different orders. A difference of 1e
 rounding to f16 or q8_0, and that can flip a predictor's decision at the threshold. How far this
 moves probabilities depends on the model and the formats, and a single evaluation of ours says
 little about it: a few positions have most of the effect. So the file is evaluated `EVALUATIONS`
-times with products perturbed by their last bits (perturbed.py), and the engine must look like one
-more such evaluation:
+times with products perturbed by their last bits (export/engine/perturbed.py), and the engine must
+look like one more such evaluation:
 - at the median of positions and pairs, its distance from our evaluations is at most `FACTOR` times
   their distance from each other;
 - at 90 % of positions, our nearest evaluation is at most `FACTOR` times as far from it as from the

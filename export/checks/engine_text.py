@@ -3,7 +3,7 @@
 Its `perplexity` binary tokenizes text itself. With sentencepiece BPE its tokens are those of the
 file's tokenizer, so our perplexity of the same text must be equal. With a gpt2 vocabulary the
 tokens may differ. Then the server, which accepts ids, gives the probability of each next token,
-without the tokens that it cannot print (read/vocab.py); ours leaves out the same tokens.
+without the tokens that it cannot print (export/read/vocab.py); ours leaves out the same tokens.
 
 Shape letters: P prompts, S prompt length, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """Compute from a model what each tensor of its PowerInfer file should hold.
 
-Written without the exporter's code: where tensor_map.py moves axes, this picks rows by index
-arithmetic, and it reads config.json itself instead of transformers' object.
+Written without the exporter's code: where export/write/tensor_map.py moves axes, this picks
+rows by index arithmetic, and it reads config.json itself instead of transformers' object.
 """
 
 from __future__ import annotations

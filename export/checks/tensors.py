@@ -7,7 +7,7 @@ and, judging by its source, on a GPU (PowerInfer's ggml.c and ggml-cuda.cu at d3
 - the down step treats every type but q4_0 as f16, and gives NaN or zeros for other types;
 - 1-D tensors must be f32.
 sparsecast does not write the k-quants that `quantize` may choose (q6_K for output.weight), and
-reader.py refuses to read them.
+export/read/reader.py refuses to read them.
 
 Shape letters: V vocabulary, P positions, D hidden, K key/value width, Q = D + 2 K, F FFN width,
 R predictor rank.

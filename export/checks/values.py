@@ -1,8 +1,8 @@
 """Compare a bundle's tensors with those of its model.
 
 Written without the exporter's code: sources.py computes what a tensor should hold. Quantized
-tensors are compared by value: ours as read by reader.py, the model's as rounded by the gguf
-package.
+tensors are compared by value: ours as read by export/read/reader.py, the model's as rounded by
+the gguf package.
 
 Shape letters: V vocabulary, D hidden, F FFN width; stored tensors are (rows, columns).
 """

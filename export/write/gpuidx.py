@@ -1,7 +1,7 @@
 """Write a split as the gpuidx file that a GPU build of PowerInfer reads beside its model.
 
 <model file>.generated.gpuidx has the layout of a GGUF version 3 file with the magic "PWRI" (see
-reader.py), alignment 32:
+export/read/reader.py), alignment 32:
 
     general.architecture            string "generic.gpu_index"
     generic.gpu_index.block_count   u32    layers

@@ -109,7 +109,7 @@ def assembled(
 
     Args:
         first_F: Value for the first digit of a quantized offset; the offset unless given.
-        gradient: Round with straight-through gradients (formats.py), for training.
+        gradient: Round with straight-through gradients (predictors/formats.py), for training.
     """
     u_1D = bias_D.unsqueeze(-2)
     offset_F1 = offset_F.unsqueeze(-1)

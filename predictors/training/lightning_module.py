@@ -4,8 +4,9 @@
 
 Training on RMS-normalized inputs changes no decision at threshold 0, because p is positively
 homogeneous in x. The operating point on the recall-sparsity curve is chosen after training, by a
-threshold that bias.py folds into the weights. Quantized predictors are trained as they will be
-exported: weights and inputs of both products are rounded, with straight-through gradients.
+threshold that predictors/calibration/bias.py folds into the weights. Quantized predictors are
+trained as they will be exported: weights and inputs of both products are rounded, with
+straight-through gradients.
 
 The loss is binary cross entropy with inactive entries weighted by the layer's share of active ones.
 This focuses a small predictor on the decision boundary used at high recall: weighted probabilities

@@ -2,8 +2,9 @@
 
 The gate is linear in the normalized input, so a linear predictor is a strong start. PowerInfer's
 format has a ReLU in the middle, and the identity relu(z) - relu(-z) = z takes two units per rank.
-One unit is enough if the inputs have a nearly constant direction u (u x_hat ~ 1, see bias.py):
-relu(z + K u x_hat) is linear while z > -K, and K u x_hat moves into the bias units.
+One unit is enough if the inputs have a nearly constant direction u (u x_hat ~ 1, see
+predictors/calibration/bias.py): relu(z + K u x_hat) is linear while z > -K, and K u x_hat moves
+into the bias units.
 
 The linear predictor is the reduced-rank regression of the mask y on the inputs: with whitened,
 centered inputs x_w = S^(-1/2) (x_hat - m) and C = E[(y - E y) x_w^T], the best rank-r map is
@@ -11,9 +12,9 @@ C V V^T, where V holds the top r eigenvectors of C^T C. The derivative of the lo
 turns its slopes into slopes of logits. Training weights inactive entries by the layer's share of
 active ones, so the logarithm of that share is subtracted from the offsets.
 
-f16 has no units for the offsets (bias.py). If z has unit variance, the combination of R hidden
-units nearest to 1 has the coefficient K / (1 + K^2 R) on each, so every column takes that part of
-the offset.
+f16 has no units for the offsets (predictors/calibration/bias.py). If z has unit variance, the
+combination of R hidden units nearest to 1 has the coefficient K / (1 + K^2 R) on each, so every
+column takes that part of the offset.
 
 Shape letters: L layers, T tokens, D hidden, F FFN width, R free hidden units.
 """
