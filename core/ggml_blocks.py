@@ -14,8 +14,13 @@ BLOCK = 32
 
 
 def quantize_blocks(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Of q8_0 or q4_0: scales (..., K / 32, 1) before their rounding to f16, and codes
-    (..., K / 32, 32) with 0 for a weight of 0, both float32."""
+    """Quantize rows to the blocks of `dtype`, "q8_0" or "q4_0".
+
+    Returns:
+        Scales (..., K / 32, 1) before their rounding to f16, and codes (..., K / 32, 32) with 0 for
+        a weight of 0, both float32.
+    """
+    assert dtype in ("q8_0", "q4_0"), dtype
     blocks = weight_NK.float().reshape(*weight_NK.shape[:-1], -1, BLOCK)
     if dtype == "q8_0":
         scale = blocks.abs().amax(-1, keepdim=True) / 127
