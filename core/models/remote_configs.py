@@ -5,7 +5,7 @@
     minicpm                 Granite, which is Llama with MiniCPM's scales applied at run time
     falcon, RefinedWeb...   Falcon, whose first configs named sizes n_layer, n_head and n_head_kv
 
-Tensor names are those of Llama in all of them, so a config is all that changes. No remote code is
+Tensor names are those of the class that stands in, so only the config changes. No remote code is
 loaded. The configs' fields: ProSparse-7B, Bamboo-base-v0_1, MiniCPM-S-1B-sft on the hub.
 """
 

@@ -3,7 +3,8 @@
 The engine's sums and ours differ by the last bits of float32. Where such a bit flips a rounding to
 f16 or q8_0, or a predictor's decision, the logits of that position and of later ones differ by
 whole steps, so no single evaluation is near the engine everywhere. Products perturbed by random
-noise of that size flip at random, and one of a few evaluations takes the engine's side.
+noise of that size flip at random, so at least one of a few such evaluations usually rounds as the
+engine did.
 
 Exact zeros stay zero. Where a quantized predictor's terms cancel, ties.py says what the engine
 computes.

@@ -4,8 +4,9 @@
 
 means that at this sparsity (true sparsity for `exact`, predicted sparsity for `predicted`) the path
 took no longer than the dense FFN for one token and for every measured batch up to `tokens`. An
-entry for a GPU also requires that dense took 5 % longer, that half of the neurons were silent, and
-that `predicted` was faster than `exact` with predictors that select 1.9 times the active neurons.
+entry for a GPU requires three more things: dense took at least 5 % longer, at least half of the
+neurons were silent, and `predicted`, with predictors that select 1.9 times the active neurons, was
+faster than `exact`.
 
 A shape between two measured ones needs both to agree; a shape above all of them counts as the
 largest, and a sparsity between two measured ones as the lower. A smaller shape or a lower sparsity

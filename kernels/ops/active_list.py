@@ -134,8 +134,8 @@ def read_tile(entry, first, total):
 def _wait_until_written(entry, last):
     """Wait until none of the entries 0 to last (at most 31) is blank, then return 0.
 
-    Each thread of a warp polls one entry. The 0 is the sign of what it saw: a load whose address
-    contains it cannot be moved in front of the loop.
+    Each thread of a warp polls one entry. The 0 is computed from the polled value, so the compiler
+    cannot move a load whose address contains it in front of the loop.
     """
     if _INTERPRETED:  # programs run one after the other
         return 0

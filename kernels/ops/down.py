@@ -51,7 +51,7 @@ def reference(active: ActiveList, down_FD: Tensor, bias_D: Tensor | None) -> Ten
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _kernel(
+def _batch_kernel(
     row,
     x1,
     count,
@@ -192,7 +192,9 @@ def down(active: ActiveList, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
             active.entry_E, active.ticket_C, *weights, part_GTD, y_TD, f, **common
         )
     else:
-        _kernel[grid](*active, *weights, part_GTD, y_TD, tokens, T=padded_tokens(tokens), **common)
+        _batch_kernel[grid](
+            *active, *weights, part_GTD, y_TD, tokens, T=padded_tokens(tokens), **common
+        )
     return y_TD
 
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecast.kernels.ops.arguments import HALVES, check_input, check_quantized, check_weight
 from sparsecast.kernels.ops.bitmask import MAX_WIDTH
-from sparsecast.kernels.ops.checks import HALVES, check_input, check_quantized, check_weight
 from sparsecast.kernels.ops.down import down
 from sparsecast.kernels.ops.gate import gate
 from sparsecast.kernels.ops.gate_up import DenseGate, SelectedGate, gate_up

@@ -240,7 +240,7 @@ def gate_up(
 ) -> ActiveList:
     """Launch the kernel for the selected neurons; `up_FD` is None in an FFN without a gate.
 
-    The list of one token takes over `selection.blank_E`, so a selection serves one call.
+    One token consumes `selection.blank_E`, which becomes its list: use each selection once.
     """
     tokens, d = x_TD.shape
     mask_W, blank_E = selection

@@ -5,14 +5,14 @@ active entries (s is the logistic function, n the number of entries):
 
     loss = -mean(y log s(z) + r (1 - y) log(1 - s(z))),    dloss/dz = (s(z) - y) (y + r (1 - y)) / n
 
-It may end with a smoothed count of wrong decisions at z = 0:
+It may end with a smooth approximation of the weighted number of errors at threshold 0:
 
     loss = 4 mean(-y s(z) + r (1 - y) s(z))
 
 The gradient of the count vanishes far from zero, so a small predictor can give up entries it would
 miss anyway. Both losses place the same threshold: under cross entropy, z is the logit of
 p / (p + r (1 - p)) for an entry that is active with probability p, so z = 0 where the odds of p are
-r, and that is where the count wants the decision.
+r. The count has its optimum at the same odds.
 
 The logits are by far the largest tensor of a training step, and a step needs only the gradient:
 one logistic function, two products and a selection, where torch's loss makes a dozen tensors of
@@ -48,7 +48,7 @@ def weighted_loss(
     Args:
         mask_LBP: uint8, packed; see core/bitmask.py.
         rate_L: Weight of each layer's inactive entries.
-        counting: Use the gradient of the smoothed count.
+        counting: Use the gradient of the approximated count.
     """
     apply: Any = _Weighted.apply
     loss: Tensor = apply(logits_LBF, mask_LBP, rate_L, counting)

@@ -64,7 +64,7 @@ def kernels() -> Iterator[Kernel]:
         yield f"down 1 of {d}", down._one_token_kernel, {}, {
             "D": d, **down._one_token_config(d)
         }  # fmt: skip
-    yield "down 16", down._kernel, {}, {"D": D, **down._config(D)}
+    yield "down 16", down._batch_kernel, {}, {"D": D, **down._config(D)}
     for pad in (1, 2, 4, 16):
         for bits in (8, 4):
             yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "predictors"
 FOLDERS = ("calibration", "training", "baselines", "report")
 """Each folder may import the ones before it."""
-DOORS = {"train", "planning", "recipes", "evaluate"}
+ENTRY_MODULES = {"train", "planning", "recipes", "evaluate"}
 """Top-level files above the folders; all others are below them."""
 SEES_OPTIONS = {"train.py", "planning.py", "evaluate.py", "report/run.py"}
 
@@ -28,7 +28,7 @@ def level(module: str) -> int:
     first = module.split(".")[0]
     if first in FOLDERS:
         return 1 + FOLDERS.index(first)
-    return 1 + len(FOLDERS) if first in DOORS else 0
+    return 1 + len(FOLDERS) if first in ENTRY_MODULES else 0
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
