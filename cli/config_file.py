@@ -18,7 +18,7 @@ WHAT = "YAML with one option a line, such as tokens: 1000"
 
 
 def read_options(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a file sets, by field; null leaves one unset.
+    """Return a file's options by field name; null leaves an option unset.
 
     Raises:
         InputError: No such file, one that is not YAML, an option that is none, or a value of

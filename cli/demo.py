@@ -1,4 +1,4 @@
-"""Every stage in a row, on the model that ships with the package and the builtin corpus."""
+"""`sparsecast demo`: every stage in a row, on the shipped model and the builtin corpus."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sparsecast.predictors.train import train
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """From the shipped model to a bundle that PowerInfer runs; nothing is downloaded."""
+    """Take the shipped model to a bundle that PowerInfer runs; nothing is downloaded."""
 
     out: Path = Path("sparsecast-demo")
     """Folder for activations, predictors, report and bundle; what is finished there is kept."""

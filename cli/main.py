@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    """SIGTERM leaves nothing half-written either; another one does not disturb the clearing."""
+    """Handle SIGTERM as Ctrl-C, and ignore further ones during the clean-up."""
     from sparsecast.core.interrupts import Terminated
 
     signal.signal(number, signal.SIG_IGN)
@@ -89,7 +89,7 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
 
 
 def _quiet() -> None:
-    """Keep other libraries' chatter off the screen; errors still come through."""
+    """Silence other libraries' messages except errors."""
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

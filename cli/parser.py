@@ -48,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(
     name: str, config_type: type[Any], positional: str | None, args: Sequence[str]
 ) -> dict[str, Any]:
-    """The fields that are given, on the command line or in the file of --config, which yields.
+    """Return the fields given on the command line, or in the file of --config, which yields.
 
     Raises:
         InputError: An option that is none, or a required one missing.
@@ -83,7 +83,7 @@ def parse(
 def _parser(
     name: str, config_type: type[Any], kinds: dict[str, Any], needed: dict[str, str]
 ) -> _Parser:
-    """Help lists required options first, then the others in their groups."""
+    """Build the parser; help lists required options first, then the others in groups."""
     text = parse_from_object(config_type)
     helps = {param.arg_name: " ".join((param.description or "").split()) for param in text.params}
     typed = [
@@ -119,7 +119,7 @@ def _parser(
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """As help shows it."""
+    """Return a default as help shows it."""
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = ",".join(map(str, field.default_factory()))
@@ -129,14 +129,14 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 class _Several(argparse.Action):
-    """Lists of one option, `a,b c`, are one list."""
+    """Join the lists of one option: `a,b c` is one list of three."""
 
     def __call__(self, parser: Any, given: Any, lists: Any, option: str | None = None) -> None:
         setattr(given, self.dest, list(chain.from_iterable(lists)))
 
 
 def _kind(kind: Any) -> dict[str, Any]:
-    """What argparse is told of a type."""
+    """Return argparse's arguments for a type."""
 
     def reader(text: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The stages by name: what each is for, the dataclass of its options, and its function.
+"""The commands: purpose, dataclass of options, and function of each.
 
 Both are named by import path and loaded on demand, so `sparsecast --help` imports no torch.
 """
@@ -108,7 +108,7 @@ STAGES = {
 
 
 def usage() -> str:
-    """The help of the whole program."""
+    """Return the help of the whole program."""
     width = max(map(len, STAGES))
     lines = [f"  {name:<{width}}  {stage.help}" for name, stage in STAGES.items()]
     return "\n".join(
@@ -123,6 +123,6 @@ def usage() -> str:
 
 
 def load(path: str) -> Any:
-    """What `module:name` names."""
+    """Import the object that `module:name` names."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)

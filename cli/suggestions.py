@@ -1,4 +1,4 @@
-"""The name that somebody may have meant."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from difflib import get_close_matches
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing where no known name is near."""
+    """Return `; did you mean X?`, or an empty text if no known name is similar."""
     near = get_close_matches(found.replace("_", "-"), list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,4 +1,4 @@
-"""What the program says, also where nobody can hear it: a full disk, a closed pipe, no stream."""
+"""Write to stdout and stderr, also if they are closed, full, or missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TextIO
 
 
 def print_output(text: str) -> None:
-    """Write to standard output; a reader that has gone away ends the program without a word."""
+    """Write to standard output; end the program silently if its reader has gone."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -24,7 +24,7 @@ def print_output(text: str) -> None:
 
 
 def print_error(message: str, code: int) -> int:
-    """One line on standard error; returns the exit code."""
+    """Write one line to standard error and return the exit code."""
     place = f" rank {process_rank()}" if process_rank() else ""
     try:
         sys.stderr.write(f"sparsecast{place}: {message}\n")
@@ -37,12 +37,12 @@ def print_error(message: str, code: int) -> int:
 
 
 def process_rank() -> int:
-    """This process among those of torchrun; what the variables hold is checked by `team`."""
+    """Return this process's rank under torchrun; `distributed_context` checks the variables."""
     value = os.environ.get("RANK", "0")
     return int(value) if value.isdecimal() and len(value) < 10 else 0
 
 
 def _discard(stream: TextIO) -> None:
-    """Let what is still in its buffer go nowhere: Python writes that again when it ends."""
+    """Discard the stream's buffer, which Python would write again at exit."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""Types of options: how help writes them, and what a word of the command line stands for."""
+"""Types of options: how help shows them, and how words are converted to them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def is_list(kind: Any) -> bool:
-    """Whether an option takes several values."""
+    """Return whether an option takes several values."""
     return get_origin(kind) is list
 
 
 def format_type(kind: Any) -> str:
-    """The type of one value as help shows it."""
+    """Return the type of one value as help shows it."""
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"
     return {int: "N", float: "X", str: "TEXT", bool: "true|false"}.get(kind, "PATH")
 
 
 def parse_value(kind: Any, value: Any) -> Any:
-    """What a word stands for; for a list `a,b` or JSON. Anything else stays what it is.
+    """Convert a word; a list is `a,b` or JSON. Any other value is returned unchanged.
 
     Raises:
         ValueError: The home folder of nobody.

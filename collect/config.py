@@ -1,4 +1,4 @@
-"""What `sparsecast collect` takes."""
+"""Options of `sparsecast collect`."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def estimate(
     tokens: Mapping[str, int],
     largest_shard: int,
 ) -> Needs:
-    """What recording takes.
+    """Estimate what recording takes.
 
     Args:
         outline: The model on the meta device, see `empty_model`.

@@ -1,4 +1,4 @@
-"""The stage: what an activation store holds, how sparse it is, and whether it is intact."""
+"""`sparsecast inspect` for an activation store: its content, sparsity and integrity."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _damage(store: ActivationStore, *, whole: bool) -> list[str]:
 
 
 def _size(folder: Path, split: str, made: Manifest) -> int:
-    """Bytes of the shards of a split that are there."""
+    """Return the size in bytes of a split's existing shards."""
     names = (shard_name(split, number) for number in range(len(made.shard_tokens.get(split, []))))
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
 

@@ -88,7 +88,7 @@ def begin_or_resume(out: Path, manifest: Manifest) -> None:
 
 
 def finished_shards(folder: Path) -> list[Path]:
-    """The finished shards in a folder."""
+    """Return the finished shards in a folder."""
     return sorted(folder.glob("*-*.safetensors"))
 
 

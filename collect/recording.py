@@ -77,7 +77,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _is_recorded(unit: Unit, plan: CollectionPlan) -> bool:
-    """Whether an earlier run has written this shard, intact and of the same tokens."""
+    """Return whether an earlier run wrote this shard, intact and of the same tokens."""
     path = plan.partial / unit.info.name
     if not path.is_file():
         return False
@@ -147,7 +147,7 @@ def keeping_shards(plan: CollectionPlan, stop: StopFlag) -> Iterator[None]:
 def _with_outcome(
     error: BaseException, plan: CollectionPlan, kept: int, stop: StopFlag
 ) -> BaseException:
-    """An interrupt or a disk error that also says what is kept; any other error as it is."""
+    """Add what is kept to an interrupt or a disk error; return other errors unchanged."""
     left = (
         f"{kept} finished shards are kept, the same command goes on from there"
         if kept

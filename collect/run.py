@@ -96,7 +96,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
 
 
 def _device(cfg: CollectConfig, ranks: DistributedContext) -> str:
-    """This rank's device."""
+    """Return this rank's device."""
     if ranks.size == 1:
         return cfg.device
     if is_stream(cfg.corpus):
@@ -155,7 +155,7 @@ def _plan(
 
 
 def _shape(cfg: CollectConfig, outline: PreTrainedModel, dtype: torch.dtype) -> Shape:
-    """The store's shape for a model that computes in `dtype`."""
+    """Return the store's shape for a model that computes in `dtype`."""
     sizes = model_shape(outline)
     layers = list(range(sizes.layers)) if cfg.layers is None else cfg.layers
     if out_of_range := [i for i in layers if not 0 <= i < sizes.layers]:
@@ -183,7 +183,7 @@ def _manifest(
     tokenizer: Tokenizer,
     shape: Shape,
 ) -> Manifest:
-    """The manifest before any token is recorded."""
+    """Build the manifest as it is before any token is recorded."""
     family = family_of(checkpoint.config, cfg.model)
     return Manifest(
         **_identity(cfg, checkpoint, tokenizer),
@@ -202,7 +202,7 @@ def _manifest(
 
 
 def _identity(cfg: CollectConfig, checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of a manifest that follow from files and options, without loading the model.
+    """Return the manifest's fields that follow from files and options, not from the model.
 
     A run that resumes or repeats another must have the same.
     """
@@ -220,7 +220,7 @@ def _identity(cfg: CollectConfig, checkpoint: Checkpoint, tokenizer: Tokenizer) 
 
 
 def _tokenizer_id(tokenizer: Tokenizer) -> str:
-    """Class, vocabulary size, and a checksum of all that decides the ids of a text."""
+    """Identify a tokenizer: class, vocabulary size, and a checksum of what decides ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = (
         backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
@@ -232,7 +232,7 @@ def _tokenizer_id(tokenizer: Tokenizer) -> str:
 
 
 def _finished(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
-    """The finished store in `cfg.out`, if `cfg` would make the same."""
+    """Open the finished store in `cfg.out` if `cfg` would make the same."""
     store = ActivationStore(cfg.out)
     manifest = store.manifest
     now = replace(manifest, **_identity(cfg, checkpoint, load_tokenizer(checkpoint)))

@@ -1,4 +1,4 @@
-"""Bool masks as packed bytes, eight neurons a byte, the first neuron in the lowest bit.
+"""Pack bool masks: eight neurons per byte, the first neuron in the lowest bit.
 
 A bool matrix is read as little-endian 64-bit words of eight 0/1 bytes: one multiplication gathers
 the eight, and one addition adds eight counters, which hold up to 255 each.
@@ -20,26 +20,26 @@ LANE = 255
 
 
 def pack(mask_TF: Tensor) -> Tensor:
-    """(T, F) bool to (T, P) uint8 on the same device; bits past F are zero."""
+    """Pack (T, F) bool to (T, P) uint8 on the same device; bits past F are zero."""
     words_TP = _words(mask_TF)
     return (words_TP * GATHER).flatten().view(torch.uint8)[7::8].reshape(words_TP.shape)
 
 
 def unpack(packed_TP: Tensor, width: int) -> Tensor:
-    """(..., P) uint8 to (..., width) bool on the same device."""
+    """Unpack (..., P) uint8 to (..., width) bool on the same device."""
     words = _spread(packed_TP.device)[packed_TP.int()]
     return words.view(torch.bool)[..., :width]
 
 
 @cache
 def _spread(device: torch.device) -> Tensor:
-    """(256,) int64: the eight bits of a byte as eight 0/1 bytes, lowest first."""
+    """Return (256,) int64: each byte's eight bits as eight 0/1 bytes, lowest first."""
     bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     return bits.to(torch.uint8).contiguous().view(torch.int64)[:, 0].to(device)
 
 
 def count_per_token(mask_TF: Tensor) -> Tensor:
-    """(T, F) bool to (T,) int32: how many neurons fired."""
+    """Count the neurons that fired on each token, (T, F) bool to (T,) int32."""
     words_TP = _words(mask_TF)
     n_tokens, width = words_TP.shape
     group = next(size for size in range(min(width, LANE), 0, -1) if width % size == 0)
@@ -48,7 +48,7 @@ def count_per_token(mask_TF: Tensor) -> Tensor:
 
 
 def count_per_neuron(mask_TF: Tensor) -> Tensor:
-    """(T, F) bool to (F,) int32: on how many tokens each neuron fired."""
+    """Count the tokens on which each neuron fired, (T, F) bool to (F,) int32."""
     words_TP = _words(mask_TF)
     full = len(words_TP) // LANE * LANE
     lanes = [
@@ -60,7 +60,7 @@ def count_per_neuron(mask_TF: Tensor) -> Tensor:
 
 
 def _words(mask_TF: Tensor) -> Tensor:
-    """(T, P) int64."""
+    """Return (T, P) int64."""
     if spare := -mask_TF.shape[1] % 8:
         mask_TF = torch.nn.functional.pad(mask_TF, (0, spare))
     words = mask_TF.contiguous().flatten().view(torch.int64)

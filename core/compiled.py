@@ -1,4 +1,4 @@
-"""Chains of small tensor operations as one kernel on a GPU."""
+"""Fuse chains of small tensor operations into one kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ R = TypeVar("R")
 
 
 def compile_when_large(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` through torch.compile for a large first argument on a GPU; as it stands otherwise,
-    also where nothing can be compiled, such as without a C compiler. Results agree up to rounding.
+    """Compile `function` for a large first argument on a GPU; call it uncompiled otherwise,
+    and if compilation fails, for example without a C compiler. Results agree up to rounding.
 
-    A large intermediate result is then never written: that, not arithmetic, is what bounds them.
+    Large intermediate results are then never written; memory traffic, not arithmetic, limits them.
     """
     compiled: Any = None
     broken = False

@@ -1,4 +1,4 @@
-"""Room on a disk: what a stage needs, what is free, and what is said when it runs out."""
+"""Disk space: what a stage needs, what is free, and the message when a disk is full."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def format_bytes(nbytes: float) -> str:
-    """A number of bytes as a person reads it, with three digits: 123 GB."""
+    """Format a number of bytes with three digits, such as 123 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"
@@ -28,7 +28,7 @@ def format_bytes(nbytes: float) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that may be written where `path` is or will be."""
+    """Return how many bytes can be written at `path`, which need not exist yet."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free
 
@@ -39,7 +39,7 @@ def describe_space(path: Path, need: float) -> str:
 
 
 def check_disk_space(out: Path, need: int, what: str, instead: str = "") -> None:
-    """Raises `InputError` where the disk cannot hold what a stage will write.
+    """Raise `InputError` if the disk cannot hold what a stage will write.
 
     Args:
         need: Bytes that are still to be written.
@@ -55,11 +55,11 @@ def check_disk_space(out: Path, need: int, what: str, instead: str = "") -> None
 
 @contextmanager
 def explain_full_disk(out: Path, need: int, what: str, kept: Callable[[], str]) -> Iterator[None]:
-    """Where a disk fills up all the same: the folder, what it needs, what is free, and what next.
+    """Turn a full disk inside the block into an error that says what to do.
 
     Args:
-        need: Bytes that `what` takes altogether.
-        kept: Called then; clears up, and says what is kept and how to go on.
+        need: Bytes that `what` takes in total.
+        kept: Called when the disk is full: clean up and say what is kept and how to go on.
     """
     try:
         yield
@@ -70,7 +70,7 @@ def explain_full_disk(out: Path, need: int, what: str, kept: Callable[[], str]) 
 
 
 def full_disk_error(error: BaseException, out: Path, need: float, what: str, left: str) -> OSError:
-    """What `explain_full_disk` says; `error` is one that `full_disk_errno` knows."""
+    """Build the error of `explain_full_disk` from an `error` that `full_disk_errno` recognizes."""
     name = getattr(error, "filename", None)
     file = f"{Path(name).name}: " if isinstance(name, str) else ""
     reason = os.strerror(full_disk_errno(error) or 0)
@@ -81,7 +81,7 @@ def full_disk_error(error: BaseException, out: Path, need: float, what: str, lef
 
 
 def full_disk_errno(error: BaseException) -> int | None:
-    """The error number of a full disk, quota or file, or None.
+    """Return the errno of a full disk, quota or file size limit, or None for other errors.
 
     torch and safetensors wrap it in errors of their own.
     """

@@ -1,4 +1,4 @@
-"""The processes of one torchrun: who they are, and where they wait for each other.
+"""The processes of one torchrun: ranks, barriers, and errors that end all of them.
 
 Every rank walks the same plan and does its share of the units, so nothing passes between them but
 barriers and what went wrong, on gloo, whatever the device.
@@ -24,7 +24,7 @@ from sparsecast.core.progress import console
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among `size`."""
+    """This process's rank among `size` processes."""
 
     rank: int = 0
     size: int = 1
@@ -35,22 +35,22 @@ class DistributedContext:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device of this process where the user has named none of several GPUs."""
+        """Return this process's device; `auto` and `cuda` give each local rank a GPU of its own."""
         if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             with _quiet_loss():
                 distributed.barrier()
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block on every rank, and go on if it went well on all of them.
+        """Run a block on every rank; continue only if it succeeded on all of them.
 
-        An `InputError` of any rank is raised on the leading one; the others leave without a word.
+        An `InputError` of any rank is raised again on rank 0; the other ranks exit silently.
         """
         said: list[Any] = [None]
         try:
@@ -69,7 +69,7 @@ class DistributedContext:
 
 @contextmanager
 def _quiet_loss() -> Iterator[None]:
-    """A rank that went away has said why; those that waited for it have nothing to add."""
+    """Silence ranks that only lost their connection: the rank that failed has said why."""
     try:
         yield
     except RuntimeError as error:
@@ -78,7 +78,7 @@ def _quiet_loss() -> Iterator[None]:
 
 @contextmanager
 def distributed_context() -> Iterator[DistributedContext]:
-    """The ranks that torchrun has set up, or this process alone; one stage may run another."""
+    """Join the ranks that torchrun started, or run alone; contexts may be nested."""
     size = int_from_environment("WORLD_SIZE", 1, least=1)
     if size == 1:
         yield DistributedContext()
@@ -97,7 +97,7 @@ def distributed_context() -> Iterator[DistributedContext]:
 
 
 def int_from_environment(name: str, unset: int, *, least: int = 0, most: int = 2**31 - 1) -> int:
-    """A number that torchrun hands to its processes.
+    """Read a number that torchrun sets in the environment of its processes.
 
     Raises:
         InputError: The variable holds something else.
@@ -118,7 +118,7 @@ def _refused(name: str, text: str, expected: str) -> InputError:
 
 
 def _check_launched(size: int) -> None:
-    """What every process of a torchrun is told, before it waits for the others."""
+    """Check torchrun's environment variables before waiting for other ranks."""
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise InputError(

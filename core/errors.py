@@ -1,4 +1,4 @@
-"""The one exception that means "the user must change something"."""
+"""InputError, the exception for everything that the user has to change."""
 
 
 class InputError(ValueError):
@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 def reason_of(error: Exception) -> str:
-    """What a library's error says, in one line: its first that says more than a heading."""
+    """Return a library's error message in one line: the first line that is not a heading."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     told = next((line for line in lines if not line.endswith(":")), "")
     return told or type(error).__name__

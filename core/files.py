@@ -1,4 +1,4 @@
-"""Outputs appear under their final name whole or not at all."""
+"""Read and write files; outputs appear under their final name complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsecast.core.errors import InputError
 def check_new_folder(
     path: Path, *, replaces: str | None = None, beside: tuple[str, ...] | None = None
 ) -> Path:
-    """The folder that `new_folder` would make, refused where that would; before long work."""
+    """Check before long work that `new_folder` can make a folder, and return its path."""
     path = Path(os.path.realpath(path))  # a link stays one, and "." has a name
     check_writable_folder(path)
     if path.is_dir() and any(path.iterdir()):
@@ -36,7 +36,7 @@ def check_new_folder(
 
 
 def check_writable_folder(path: Path) -> None:
-    """Raises `InputError` where no folder could be put under this name; before long work."""
+    """Check before long work that a folder can be created at `path`."""
     try:
         if path.is_symlink():
             raise InputError(f"{path}: links lead in a loop; remove it or choose another --out")
@@ -56,7 +56,7 @@ def check_writable_folder(path: Path) -> None:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Raises `OSError` where no file can be made in a folder, or in what there is of its parents.
+    """Raise `OSError` if no file can be created in a folder or its nearest existing parent.
 
     What permissions say is not enough: /proc and a disk mounted for reading refuse root too.
     """
@@ -100,7 +100,7 @@ def new_folder(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step; what is no file, as /dev/stdout or a shell's >(command), as it is.
+    """Write a file atomically; write directly to /dev/stdout, a FIFO or a shell's >(command).
 
     Raises:
         OSError: With the file's name.
@@ -122,7 +122,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _opened(path: Path) -> int | Path | None:
-    """What cannot be replaced: a copy of a descriptor of this process, a device, or a FIFO.
+    """Open a target that cannot be replaced: a process's descriptor, a device, or a FIFO.
 
     A file that is opened by its descriptor's name would be written from its beginning.
     """
@@ -134,17 +134,17 @@ def _opened(path: Path) -> int | Path | None:
 
 
 def json_text(value: Any) -> str:
-    """JSON for people and programs; NaN and infinity are refused, absent numbers are null."""
+    """Serialize to indented JSON; NaN and infinity are refused, absent numbers are null."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `json_text` in one step."""
+    """Write `json_text` atomically."""
     write_text(path, json_text(value))
 
 
 def check_writable_file(path: Path, option: str) -> None:
-    """An `InputError` before long work, where its result could not be written."""
+    """Check before long work that its result can be written."""
     try:
         if path.is_dir():
             raise IsADirectoryError(EISDIR, "is a folder")
@@ -163,7 +163,7 @@ def check_writable_file(path: Path, option: str) -> None:
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """A small file of a user's, whole.
+    """Read a small file of the user's.
 
     Raises:
         InputError: No such file, one that may not be read, or none of a file's kind: a folder, a
@@ -177,7 +177,7 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 
 def check_file(path: Path, what: str) -> None:
-    """Raises `InputError` unless `path` is a regular file, or a link to one, that can be read."""
+    """Raise `InputError` unless `path` is a readable regular file or a link to one."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
@@ -198,7 +198,7 @@ _KINDS = {
 
 
 def unreadable_error(path: Path, error: OSError, what: str) -> InputError:
-    """What to say of a file that could not be opened: missing is not the same as forbidden."""
+    """Build the error for a file that could not be opened: missing, forbidden or unreadable."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return InputError(f"{path}: no such file, expected {what}")
     if isinstance(error, PermissionError):
@@ -207,7 +207,7 @@ def unreadable_error(path: Path, error: OSError, what: str) -> InputError:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` for files of a user's; every fault of theirs is a `ValueError`.
+    """Parse JSON from a user's file; every fault in it is a `ValueError`.
 
     NaN and Infinity are refused, which JSON has no words for, and numbers beyond float64, which
     Python reads as infinity. So is nesting beyond Python's stack.
@@ -229,7 +229,7 @@ def _finite(digits: str) -> float:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object, by the rules of `parse_json`.
+    """Read a file that holds a JSON object, by the rules of `parse_json`.
 
     Raises:
         InputError: Anything else, with the words for what the file should have been.

@@ -1,4 +1,4 @@
-"""What a folder holds, where it was given in another one's place or by another version."""
+"""Recognize folders that sparsecast wrote, to explain one given in another's place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANY = 100
 
 
 def folder_kind(folder: Path) -> str | None:
-    """What a folder holds, as a key of `KINDS` other than text; it need not be whole or sound."""
+    """Return the kind of a folder, a key of `KINDS`; the folder need not be complete or intact."""
     if any(folder.glob("model_*.pt")):
         return "predictors"
     if any(folder.glob("*.powerinfer.gguf")):

@@ -1,4 +1,4 @@
-"""ggml's blocks: 32 neighbors of a row, of a weight or of a product's input, share a scale.
+"""ggml's quantized blocks: 32 neighbors in a row of a weight or an input share a scale.
 
 It needs torch alone, so that kernels may read it.
 
@@ -30,7 +30,7 @@ def quantize_blocks(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 
 
 def quantize_q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (N, K / 32) and codes (N, K / 32, 32) of the input of a product, both float32.
+    """Quantize a product's input: scales (N, K / 32), codes (N, K / 32, 32), both float32.
 
     Codes are x (127 / max), as the engine's vector code has it: the same codes at 5 million of 5
     million random inputs. x (1 / (max / 127)), the reference code's rule for weights, gives another
@@ -44,12 +44,12 @@ def quantize_q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_to_q8_0(x_NK: Tensor) -> Tensor:
-    """float32, of x's shape: what the codes of an input stand for."""
+    """Round an input to the values of its q8_0 codes, float32, of x's shape."""
     scale_NB, code_NBC = quantize_q8_0_input(x_NK)
     return (code_NBC * scale_NB[..., None]).flatten(-2)
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale; 0 where that is no number, which stands for a block of zeros or nearly so."""
+    """Return 1 / scale; 0 where that is not finite, as in a block of zeros."""
     inverse = 1 / scale
     return torch.where(inverse.isfinite(), inverse, 0.0)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that long work asks between two batches."""
+"""Cooperative SIGINT and SIGTERM handling: a flag polled between batches."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ T = TypeVar("T")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which takes the way of Ctrl-C."""
+    """SIGTERM, handled as Ctrl-C is."""
 
 
 def interrupt_like(error: BaseException | None, told: str = "") -> KeyboardInterrupt:
-    """An interrupt by the signal that `error` is, or came of, with what there is to say of it.
+    """Build an interrupt with a message and the signal that `error` or its cause has.
 
     Args:
-        error: An interrupt; or the SystemExit that Lightning makes of one, whose context it is.
-        told: Shown to the user.
+        error: An interrupt, or the SystemExit that Lightning raises with the interrupt as context.
+        told: Message for the user.
     """
     came_of = error.__context__ if isinstance(error, SystemExit) else error
     return Terminated(told) if isinstance(came_of, Terminated) else KeyboardInterrupt(told)
 
 
 class StopFlag:
-    """Whether somebody wants the work to end."""
+    """A flag that a signal sets to ask for the work to end."""
 
     asked = False
     terminated = False
     """By SIGTERM, which torchrun sends to all ranks when one of them fails."""
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if so; for SIGTERM, the one that says so."""
+        """Raise KeyboardInterrupt if the flag is set, `Terminated` if SIGTERM set it."""
         if self.asked:
             raise Terminated if self.terminated else KeyboardInterrupt
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, and no more of them once somebody wants the work to end; `check` after it."""
+        """Yield `items` until the flag is set; call `check` afterwards."""
         for item in items:
             if self.asked:
                 return
@@ -49,7 +49,7 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """The first signal sets the flag; a second one acts as it would have without us."""
+    """Set the flag at the first signal; a second one takes its default action."""
     stop = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""One run at a time writes a folder."""
+"""A lock that lets one run at a time write a folder."""
 
 from __future__ import annotations
 

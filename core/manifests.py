@@ -29,14 +29,14 @@ def write_manifest(folder: Path, manifest: Any) -> None:
 
 
 def manifest_checksum(manifest: Any) -> str:
-    """xxh3_128 of a manifest's fields, without this checksum itself."""
+    """Return the xxh3_128 of a manifest's fields without its own checksum."""
     value = asdict(manifest)
     value["checksums"].pop(MANIFEST, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def find_edit(path: Path, manifest: Any, again: str) -> str | None:
-    """What was changed since a manifest was written, by its own checksum; None if nothing was."""
+    """Describe an edit that a manifest's own checksum reveals; None if there is none."""
     states, found = manifest.checksums.get(MANIFEST, "none"), manifest_checksum(manifest)
     if states == found:
         return None
@@ -77,11 +77,11 @@ def check_keys(path: Path, value: dict[str, Any], kind: type[Any], again: str) -
 
 
 def is_count(value: Any, least: int = 1) -> bool:
-    """Whether a value out of JSON is a whole number of at least `least`."""
+    """Return whether a JSON value is a whole number of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_shallow(value: Any, levels: int = DEEPEST) -> bool:
-    """Whether a value out of JSON is nested no deeper than `levels`."""
+    """Return whether a JSON value is nested no deeper than `levels`."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels > 0 and all(is_shallow(item, levels - 1) for item in inner)

@@ -1,4 +1,4 @@
-"""What stages tell, through `logging`: the caller of a library decides where it goes.
+"""Messages of the stages, sent through `logging` so that the caller decides where they go.
 
 The command line prints it (cli/terminal.py). From Python, `logging.basicConfig(level="INFO")` shows
 it, and without that warnings and errors alone reach stderr.
@@ -18,7 +18,7 @@ TABLE_WIDTH = 120
 
 
 class Rendered:
-    """A table or a heading as a log message: the command line draws it, others get its text."""
+    """A table or a heading as a log message: the command line draws it, other handlers get text."""
 
     def __init__(self, renderable: RenderableType) -> None:
         self.renderable = renderable

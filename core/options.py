@@ -29,17 +29,17 @@ _short.maxstring = _short.maxother = _short.maxlong = 60
 
 
 def option_of(name: str) -> str:
-    """A field as it is typed."""
+    """Return a field as its command-line option."""
     return "--" + name.replace("_", "-")
 
 
 def short_repr(value: object) -> str:
-    """A value in a message, cut where it is long."""
+    """Return a value's repr for a message, shortened if it is long."""
     return _short.repr(value)
 
 
 def command_of(stage: str, config: Any) -> str:
-    """The command that a configuration stands for, as a shell takes it; defaults are left out."""
+    """Return the shell command of a configuration, without defaults."""
     words = ["sparsecast", stage]
     for field in fields(config):
         value = getattr(config, field.name)
@@ -55,7 +55,7 @@ def _word(value: object) -> str:
 
 
 def without_none(kind: Any) -> Any:
-    """`T` of `T | None`; any other type is returned as it is."""
+    """Return `T` for `T | None`, and any other type unchanged."""
     if get_origin(kind) not in (Union, UnionType):
         return kind
     rest = tuple(arg for arg in get_args(kind) if arg is not NoneType)
@@ -91,7 +91,7 @@ def validate_fields(config: Any, **least: float) -> None:
 
 
 def check_between(config: Any, low: float, high: float, *names: str) -> None:
-    """Raises `InputError` where a field that is set is not above `low` and below `high`."""
+    """Raise `InputError` if a field that is set is not above `low` and below `high`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not low < value < high:
@@ -101,7 +101,7 @@ def check_between(config: Any, low: float, high: float, *names: str) -> None:
 
 
 def convert_value(kind: Any, value: Any) -> Any:
-    """A value as its type has it.
+    """Convert a value to the type of its option.
 
     Raises:
         ValueError: One of another type, or none of the choices; what was found and expected.

@@ -1,4 +1,4 @@
-"""Run an iterator in a thread, a few items ahead of whoever reads it."""
+"""Run an iterator in a thread, a few items ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 def prefetch(
     items: Iterable[T], ahead: int = 2, waiting: Callable[[], None] = lambda: None
 ) -> Iterator[T]:
-    """Yield `items` in order; what raises in the thread raises here.
+    """Yield `items` in order; an exception in the thread is raised here.
 
     Closing the iterator ends the thread with the item it is at. One that never comes, from a pipe
     that nobody fills, is left to the end of the process. Memory: `ahead` items.

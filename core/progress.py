@@ -31,7 +31,7 @@ LOG_SECONDS = 60.0
 
 
 class Bar:
-    """A running bar; `advance` counts units, `note` shows a short figure behind it."""
+    """A running bar: `advance` counts units, `note` is a short text behind them."""
 
     def __init__(self, progress: Progress, title: str, total: int | None) -> None:
         self._progress = progress
@@ -45,7 +45,7 @@ class Bar:
 
 
 class LogBar(Bar):
-    """The same as lines of a file or a pipe."""
+    """A bar as lines of a log file or a pipe."""
 
     def __init__(self, title: str, total: int | None) -> None:
         self._title, self._total, self._done, self._note = title, total, 0, ""
@@ -71,7 +71,7 @@ class LogBar(Bar):
 
 @contextmanager
 def progress_bar(title: str, total: int | None, *, visible: bool = True) -> Iterator[Bar]:
-    """A bar on stderr for `total` units; unknown totals show a pulse."""
+    """Show a bar on stderr for `total` units; an unknown total shows a pulse."""
     visible = visible and os.environ.get("SPARSECAST_DISABLE_PROGRESS", "0") in ("", "0")
     if visible and not console.is_terminal:
         lines = LogBar(title, total)

@@ -1,4 +1,4 @@
-"""Whether anything fires at all, and whether anything is silent: nothing else can be predicted.
+"""Checks that some neurons fire and some do not: else there is nothing to predict.
 
 Where no neuron of any layer was active on any token, recall is 1 and traffic next to nothing by
 definition, so every stage stops. One silent layer among others is a fact of the model, whose FFN
@@ -19,7 +19,7 @@ ENOUGH = 1_000
 
 
 class Silent(InputError):
-    """Nothing fires, so what was recorded is of no use."""
+    """No neuron fires, so the recording is useless."""
 
     def __init__(self, where: str, tokens: int) -> None:
         super().__init__(
@@ -31,7 +31,7 @@ class Silent(InputError):
 def check_firing(
     stats: Stats, layers: list[int], where: str, splits: Iterable[str] | None = None
 ) -> None:
-    """Stop where nothing fires on the tokens of `splits`, all by default; name odd layers.
+    """Stop if no neuron fires on the tokens of `splits`; warn about unusual layers.
 
     Args:
         where: What the counts are of.
@@ -60,7 +60,7 @@ def check_firing(
 
 
 def _named(layers: list[int]) -> str:
-    """The numbers of at most 8 layers, and how many more there are."""
+    """Name at most 8 layers, and how many more there are."""
     more = f" and {len(layers) - 8} more" if len(layers) > 8 else ""
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:8]))}{more}"
 

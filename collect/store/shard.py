@@ -63,7 +63,7 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What decides a shard's layout, but for its number of tokens."""
+    """What decides a shard's layout, except its number of tokens."""
 
     layers: Sequence[int]
     hidden_size: int
@@ -74,17 +74,17 @@ class Shape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes per token over all layers, without energies."""
+        """Return the bytes per token over all layers, without energies."""
         return sum(f.nbytes for f in self.fields(1)) - sum(f.nbytes for f in self._fired())
 
     @property
     def shard_tokens(self) -> int:
-        """Tokens after which a shard is full."""
+        """Return the number of tokens after which a shard is full."""
         return max(1, SHARD_BYTES // self.token_bytes)
 
     @property
     def bound(self) -> float:
-        """Bytes per token and layer that a store may take: inputs and masks, and 2 %.
+        """Return the bound of bytes per token and layer: inputs, masks, and 2 %.
 
         Energies add one byte per active entry.
         """
@@ -93,7 +93,7 @@ class Shape:
         return 1.02 * (itemsize * self.hidden_size + scale + self.ffn_width / 8)
 
     def fields(self, tokens: int, *, stored: bool = True) -> list[Field]:
-        """All tensors but energies in file order, wider types first so that each is aligned."""
+        """Return all tensors but energies in file order, wider types first for alignment."""
         counts = [
             Field("id", torch.int32, (tokens,)),
             Field("position", torch.int32, (tokens,)),
@@ -115,7 +115,7 @@ class Shape:
         return sum(field.nbytes for field in self.fields(tokens))
 
     def misfit(self, found: Mapping[str, Field], tokens: int, *, stored: bool = True) -> str | None:
-        """What keeps `found` from being a shard of this shape; None where nothing does.
+        """Describe how `found` differs from a shard of this shape; None if it does not.
 
         How many energies there are, the active entries say; see `ActivationStore`.
         """
@@ -172,12 +172,12 @@ class ShardBuffer:
 
     @property
     def energy_bytes(self) -> int:
-        """One for each active entry, where energies are recorded."""
+        """Return the bytes of energies: one per active entry, if they are recorded."""
         return sum(len(part) for parts in self.energies.values() for part in parts)
 
     @property
     def nbytes(self) -> int:
-        """Size of the finished file."""
+        """Return the size of the finished file."""
         return len(self._header(["0" * 32] * len(self._all_fields()))) + sum(
             field.nbytes for field in self._all_fields()
         )
@@ -189,7 +189,7 @@ class ShardBuffer:
         ]
 
     def blocks(self) -> Iterator[memoryview]:
-        """The finished file, in order, checksums included."""
+        """Yield the finished file in order, checksums included."""
         sums = [checksum([view]) for view in self.views.values()]
         sums += [checksum(parts) for parts in self.energies.values()]
         yield memoryview(self._header(sums))
@@ -199,7 +199,7 @@ class ShardBuffer:
                 yield part.numpy().data
 
     def _header(self, sums: Sequence[str]) -> bytes:
-        """Length and JSON header as the safetensors format has them."""
+        """Return length and JSON header in the safetensors format."""
         fields, offset = self._all_fields(), 0
         named = {field.name: value for field, value in zip(fields, sums, strict=True)}
         table: dict[str, object] = {
@@ -218,7 +218,7 @@ class ShardBuffer:
 
 
 def checksum(parts: Iterable[Tensor]) -> str:
-    """xxh3_128 of the bytes of contiguous tensors, one behind the other."""
+    """Return the xxh3_128 of the concatenated bytes of contiguous tensors."""
     digest = xxhash.xxh3_128()
     for part in parts:
         digest.update(part.flatten().view(torch.uint8).numpy().data)

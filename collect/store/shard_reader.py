@@ -1,4 +1,4 @@
-"""Read shards back; nothing is believed that a checksum does not vouch for.
+"""Read shards, and verify each tensor's checksum before its first use.
 
 The store's manifest has the checksum of every shard's header, and the header one of every tensor.
 Opening a shard reads its header alone. A tensor is hashed when it is first asked for, whole, which
@@ -29,7 +29,7 @@ _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 class Header(NamedTuple):
-    """What a shard says of itself before its data."""
+    """A shard's header: its fields and checksums."""
 
     checksum: str
     """Checksum of the header itself."""
@@ -102,7 +102,7 @@ class ShardFile(Mapping[str, Tensor]):
 
 
 def read_header(path: Path, want: str | None = None) -> Header:
-    """A shard's header, checked against `want`, its file's name and its file's size.
+    """Read a shard's header and check it against `want`, its file's name and size.
 
     Raises:
         InputError: See `ShardFile`.
@@ -142,12 +142,12 @@ def read_header(path: Path, want: str | None = None) -> Header:
 
 
 def header_checksum(path: Path) -> str:
-    """Checksum of a shard's header, which holds those of its data."""
+    """Return the checksum of a shard's header, which holds those of its data."""
     return read_header(path).checksum
 
 
 def _raw_header(file: BinaryIO) -> bytes:
-    """Length and text of a safetensors header."""
+    """Return length and text of a safetensors header."""
     length = file.read(8)
     size = int.from_bytes(length, "little")
     if len(length) < 8 or size > 100_000_000:
@@ -156,8 +156,8 @@ def _raw_header(file: BinaryIO) -> bytes:
 
 
 def _parsed(text: bytes) -> tuple[dict[str, Field], dict[str, str], str, int]:
-    """Fields by offset, checksums, the name that a shard gives itself, and the bytes of its data.
-    Whatever is odd about it ends in an error of Python's."""
+    """Parse a header: fields by offset, checksums, the shard's name, and its data size.
+    Damage raises one of Python's own errors."""
     table: dict[str, Any] = parse_json(text)
     metadata = table.pop("__metadata__")
     rows = sorted(table.items(), key=lambda row: row[1]["data_offsets"])

@@ -1,4 +1,4 @@
-"""Counts over every token of a collection, whether its activations were stored or only counted.
+"""Firing counts over every token of a collection, stored or only counted.
 
     <split>.layer.<i>.fired    (F,) int64       on how many tokens each neuron fired
     <split>.layer.<i>.active   (F + 1,) int64   how many tokens had that many active neurons
@@ -51,11 +51,11 @@ class Stats:
         return sorted({name.partition(".")[0] for name in self.tables})
 
     def fired(self, layer: int, splits: Iterable[str] | None = None) -> Tensor:
-        """(F,) int64 over the given splits, or over every token."""
+        """Return (F,) int64 firing counts over the given splits, or over every token."""
         return self._sum(layer, "fired", splits)
 
     def spread(self, layer: int, splits: Iterable[str] | None = None) -> Spread:
-        """Sparsity of the tokens of the given splits, or of every token."""
+        """Return the spread of sparsity over tokens of the given splits, or over all."""
         tokens_F = self._sum(layer, "active", splits).double()
         width = len(tokens_F) - 1
         sparsity_F = 1 - torch.arange(width + 1, dtype=torch.float64) / width
@@ -135,7 +135,7 @@ def read_stats(
 
 
 def _counts(fired: Tensor, active: Tensor, tokens: int, width: int) -> bool:
-    """Whether they can be the two counts of one layer on so many tokens."""
+    """Return whether these can be the two counts of one layer on so many tokens."""
     if (fired.dtype, active.dtype) != (torch.int64, torch.int64):
         return False
     if (fired.shape, active.shape) != ((width,), (width + 1,)) or int(active.min()) < 0:

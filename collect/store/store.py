@@ -1,4 +1,4 @@
-"""ACTS: recorded activations on disk.
+"""The activation store (ACTS): a folder of recorded activations.
 
     manifest.json               what was recorded, from which model and text, and the real counts
     <split>-<nnnnn>.safetensors one shard each, see shard.py
@@ -51,7 +51,7 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an activation store holds; `options` are those of the command that made it.
+    """Description of an activation store; `options` are those of the command that wrote it.
 
     While a collection runs, its folder has a manifest without counts.
     """
@@ -104,7 +104,7 @@ class Manifest:
 
     @property
     def model_shape(self) -> ModelShape:
-        """Of the recorded layers."""
+        """Return the shape of the recorded layers."""
         return ModelShape(
             layers=len(self.layers),
             hidden_size=self.hidden_size,
@@ -114,11 +114,11 @@ class Manifest:
 
     @property
     def rule(self) -> ActivationRule:
-        """What decided which neurons fire."""
+        """Return the activation rule that decided which neurons fire."""
         return ActivationRule(self.activation, self.activation_threshold)
 
     def tokens(self, split: str | None = None) -> int:
-        """Stored tokens, of one split or of all three."""
+        """Return the number of stored tokens of one split or of all three."""
         splits = SPLITS if split is None else (split,)
         return sum(sum(self.shard_tokens.get(name, [])) for name in splits)
 
@@ -152,7 +152,7 @@ def seal(folder: Path, manifest: Manifest, shards: Iterable[ShardInfo]) -> Manif
 
 
 def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
-    """The manifest of a store, finished or not.
+    """Read the manifest of a store, finished or not.
 
     Args:
         checked: Whether it must be as it was written; see `find_edit`.
@@ -178,7 +178,7 @@ def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
 
 
 def _senseless(made: Manifest) -> str | None:
-    """The field of a manifest that no collection could have written; None where all is well."""
+    """Name a field that no collection could have written; None if there is none."""
     texts = ("model", "fingerprint", "model_type", "dtype", "tokenizer", "convention", "activation")
     sizes = ("threads", "hidden_size", "ffn_width")
     rules: dict[str, bool] = {
@@ -244,17 +244,17 @@ class ActivationStore:
 
     @property
     def checksum(self) -> str:
-        """Checksum of the manifest, which vouches for all that the folder holds."""
+        """Return the manifest's checksum, which covers all files through their checksums."""
         return self._states(MANIFEST)
 
     def shards(self, split: str) -> list[int]:
-        """Tokens per shard of a split."""
+        """Return the number of tokens of each shard of a split."""
         return self.manifest.shard_tokens.get(split, [])
 
     def rows(
         self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
     ) -> Rows:
-        """Tokens [start, stop) of one layer in one shard."""
+        """Return tokens [start, stop) of one layer in one shard."""
         tensors = self._shard(split, shard)
         x_TD = tensors[f"layer.{layer}.x"][start:stop]
         if self.manifest.x_dtype == "int8":
@@ -262,7 +262,7 @@ class ActivationStore:
         return Rows(x_TD, tensors[f"layer.{layer}.mask"][start:stop])
 
     def tokens(self, split: str, shard: int) -> tuple[Tensor, Tensor]:
-        """Token ids and positions in their documents of one shard, both (T,) int32."""
+        """Return one shard's token ids and positions in their documents, both (T,) int32."""
         tensors = self._shard(split, shard)
         return tensors["id"], tensors["position"]
 
@@ -280,7 +280,7 @@ class ActivationStore:
         return torch.zeros(mask_TF.shape).masked_scatter_(mask_TF, decode(codes_N))
 
     def stats(self) -> Stats:
-        """Counts over every token, stored or only counted.
+        """Read the firing counts over every token, stored or only counted.
 
         Raises:
             InputError: They are not as they were written, or are no counts of these tokens.
@@ -297,7 +297,7 @@ class ActivationStore:
             self._shard(split, number).check()
 
     def damages(self, *, whole: bool = True) -> Iterator[tuple[str, str | None]]:
-        """Every file with what is wrong with it, or None.
+        """Yield every file with its damage, or None.
 
         Args:
             whole: Read all of them to the end, not the shards' headers alone.
@@ -320,7 +320,7 @@ class ActivationStore:
             yield STATS, str(error)
 
     def _states(self, name: str) -> str:
-        """The checksum that the manifest states for a file."""
+        """Return the checksum that the manifest states for a file."""
         if (states := self.manifest.checksums.get(name)) is None:
             raise InputError(f"{self.folder / MANIFEST}: has no checksum of {name}; {AGAIN}")
         return states

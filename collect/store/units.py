@@ -21,7 +21,7 @@ from sparsecast.core.text.tokens import COUNTED, Sequence, TokenBatch, batch_by_
 
 
 class ShardInfo(NamedTuple):
-    """What a store's manifest says about one shard."""
+    """A shard as the store's manifest lists it."""
 
     split: str
     tokens: int
@@ -43,7 +43,7 @@ class Unit:
 
     @property
     def stored(self) -> bool:
-        """Whether activations are stored, not only counted."""
+        """Return whether activations are stored, not only counted."""
         return self.split != COUNTED
 
     @cached_property
@@ -51,11 +51,11 @@ class Unit:
         return sum(batch.tokens for batch in self.batches)
 
     def ids(self) -> Tensor:
-        """(T,) int32 token ids."""
+        """Return (T,) int32 token ids."""
         return torch.cat([b.ids_BS[b.keep_BS] for b in self.batches]).to(torch.int32)
 
     def positions(self) -> Tensor:
-        """(T,) int32, position of each token in its document."""
+        """Return (T,) int32, the position of each token in its document."""
         grids = [torch.arange(b.ids_BS.shape[1]).expand_as(b.ids_BS) for b in self.batches]
         kept = [grid[b.keep_BS] for grid, b in zip(grids, self.batches, strict=True)]
         return torch.cat(kept).to(torch.int32)
@@ -77,7 +77,7 @@ class Tally:
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file name of a shard."""
+    """Return the file name of a shard."""
     return f"{split}-{number:05d}.safetensors"
 
 

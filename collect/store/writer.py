@@ -84,7 +84,7 @@ class Writer:
             self._done(future)
 
     def buffer(self) -> ShardBuffer:
-        """A free buffer.
+        """Return a free buffer.
 
         Raises what went wrong with an earlier shard, and `Silent` if nothing has fired so far.
         """
@@ -118,7 +118,7 @@ class Writer:
 
 
 def to_memory(name: str, buffer: ShardBuffer) -> int:
-    """Finish a shard and drop it; its size in bytes. Measures recording without a disk."""
+    """Finish a shard, drop it, and return its size: for timing recording without a disk."""
     return sum(len(block) for block in buffer.blocks())
 
 

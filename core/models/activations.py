@@ -1,4 +1,4 @@
-"""The activations of ReLU-sparse models, as modules and as a rule that can be written down.
+"""The activations of ReLU-sparse models, as torch modules and as a rule for manifests.
 
 FATReLU (ProSparse, arXiv 2402.13516, section 3.3) keeps what reaches a threshold T:
 
@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 
 @dataclass(frozen=True)
 class ActivationRule:
-    """What stands between the first projections and x1."""
+    """The function between the first projections and x1."""
 
     name: str
     """`relu`, `fatrelu` or `drelu`."""
@@ -32,11 +32,11 @@ class ActivationRule:
 
     @property
     def on_up(self) -> bool:
-        """Whether up passes through ReLU as well."""
+        """Return whether up passes through ReLU as well."""
         return self.name == "drelu"
 
     def module(self) -> nn.Module:
-        """The activation behind the gate, or behind the first projection without one."""
+        """Build the activation of the gate, or of the first projection if there is no gate."""
         return FATReLU(self.threshold) if self.name == "fatrelu" else nn.ReLU()
 
 

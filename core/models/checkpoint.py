@@ -1,4 +1,4 @@
-"""A model's folder read tensor by tensor, without building the model.
+"""Read a model's folder tensor by tensor, without building the model.
 
 Memory: one tensor at a time; the files are memory maps.
 """
@@ -57,11 +57,11 @@ class Checkpoint:
 
     @property
     def safetensors(self) -> bool:
-        """Whether the weights are safetensors, else .bin."""
+        """Return whether the weights are safetensors rather than .bin."""
         return ".safetensors" in main_file(self.folder).name
 
     def check(self) -> None:
-        """Open every file once, so that a missing or damaged one is named before work starts.
+        """Open every file once, so that a missing or damaged file is reported before work starts.
 
         Raises:
             InputError: That; weights that are quantized and would be taken for plain numbers, or
@@ -90,7 +90,7 @@ class Checkpoint:
         check_shapes(self.config, shapes, self.folder)
 
     def _open(self, path: Path) -> Any:
-        """The last .bin file stays open: of torch's older format each opening reads it whole."""
+        """Keep the last .bin file open: opening torch's older format reads the whole file."""
         if path.suffix != ".bin":
             return open_weights(path)
         if self._pickled is None or self._pickled[0] != path:
@@ -107,7 +107,7 @@ class Checkpoint:
         return short if name not in self and short in self else name
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU; pages are read when it is used."""
+        """Return one tensor in its stored dtype on the CPU; its pages are read on first use."""
         name = self.stored_name(name)
         if name not in self._file_of:
             raise InputError(
@@ -119,7 +119,7 @@ class Checkpoint:
             return tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors by name, one at a time, each file opened once."""
+        """Yield all tensors with their names, one at a time; each file is opened once."""
         with ExitStack() as stack:
             paths = set(self._file_of.values())
             files = {path: stack.enter_context(open_weights(path)) for path in paths}
@@ -128,7 +128,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell this model's weights from any other's.
+        """Return 16 hex digits that identify this model's weights.
 
         Hashes every tensor's name, shape and, as float32, 64 values spread over it: milliseconds
         for a file of any size, and the same for a file stored again in other shards.
@@ -166,7 +166,7 @@ _INDIFFERENT = {
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config in a folder, without remote code; see remote_configs.py for what stands in for it.
+    """Read a folder's config without remote code; remote_configs.py lists the substitutes.
 
     Raises:
         InputError: No config.json, fields that make no sense, or a family without a class.
@@ -204,7 +204,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """peft's files change a model only where peft is installed, and export would not see them."""
+    """Refuse adapters: transformers applies them only if peft is installed, export never does."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if os.path.exists(folder / name):  # false in a folder that may not be searched
             raise InputError(

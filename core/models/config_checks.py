@@ -1,4 +1,4 @@
-"""config.json held to sense before anything is built from it: types, ranges, and the files' shapes.
+"""Check config.json before a model is built from it: types, ranges, and the weights' shapes.
 
 A config is a stranger's text. Its sizes decide how much is allocated and how long a loop runs, so
 they are compared with what the weights' headers say first.
@@ -53,7 +53,7 @@ _LARGEST_NUMBER = 1e12
 
 
 def check_fields(raw: Mapping[str, Any], path: Path) -> None:
-    """Refuse numbers in config.json that no model has, before a config class computes with them.
+    """Refuse impossible numbers in config.json before a config class computes with them.
 
     Absent fields and null are left to the classes, which have defaults.
 
@@ -94,7 +94,7 @@ def _check_rope(rope: object, path: Path, name: str) -> None:
 def _check_number(
     raw: Mapping[str, Any], path: Path, name: str, wanted: str, least: float, most: float
 ) -> None:
-    """`least` itself is one of them only where `wanted` says "from"."""
+    """Check one number; `least` itself is allowed only if `wanted` says "from"."""
     value = raw.get(name)
     if value is None:
         return
@@ -118,7 +118,7 @@ def _wrong(path: Path, name: str, value: object, wanted: str) -> InputError:
 def check_shapes(
     config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]], folder: Path
 ) -> None:
-    """Hold the model that a config describes to the shapes in the weights' headers.
+    """Compare the model that a config describes with the shapes in the weights' headers.
 
     Time and memory are those of the files' layers, whatever the config says.
 
@@ -154,7 +154,7 @@ def check_shapes(
 
 
 def check_pad_token(config: PreTrainedConfig, folder: Path) -> None:
-    """Refuse a padding token that the embedding, which is built around it, has no row for."""
+    """Refuse a padding token without a row in the embedding."""
     pad, rows = getattr(config, "pad_token_id", None), config.vocab_size
     if pad is not None and not (_whole(pad) and -rows <= pad < rows):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Which submodule is what, for every model family; the only place that knows module names.
+"""The submodules of every model family; the only place that knows module names.
 
 Adding a family is adding a row to `FAMILIES`; a model that transformers has no class for also
 needs a row in remote_configs.py. The predictor's input is taken where PowerInfer takes it (its
@@ -46,7 +46,7 @@ class Family:
 
     @property
     def matrices(self) -> int:
-        """m of the traffic formulas."""
+        """Matrices of the FFN: m of the traffic formulas."""
         return 2 if self.gate is None else 3
 
     def decoder_layers(self, model: PreTrainedModel) -> list[nn.Module]:
@@ -55,7 +55,7 @@ class Family:
         return list(layers)
 
     def norm(self, layer: nn.Module) -> nn.Module:
-        """The FFN norm of one decoder layer."""
+        """Return the FFN norm of one decoder layer."""
         return layer.get_submodule(next(name for name in self.norms if hasattr(layer, name)))
 
 
@@ -104,7 +104,7 @@ FAMILIES = {
 
 
 def family_of(config: PreTrainedConfig, where: str) -> Family:
-    """The row for a model; `where` names the model in the error."""
+    """Return the family of a model; `where` names the model in the error."""
     if config.model_type not in FAMILIES:
         raise InputError(unknown_family_message(config.model_type, where))
     if config.model_type == "opt" and not config.do_layer_norm_before:
@@ -123,7 +123,7 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
 
 
 def unknown_family_message(model_type: object, where: str, *, brings_code: bool = False) -> str:
-    """The error for a model without a row."""
+    """Build the error for a model of no known family."""
     known = ", ".join(sorted({*FAMILIES, *REMAPPED}, key=str.lower))
     code = "; the code that comes with it (auto_map) is never run" if brings_code else ""
     return (
@@ -135,7 +135,7 @@ def unknown_family_message(model_type: object, where: str, *, brings_code: bool 
 def activation_rule(
     config: PreTrainedConfig, where: str, threshold: float | None = None
 ) -> ActivationRule:
-    """The activation as the checkpoint's config states it.
+    """Return the activation that a checkpoint's config states.
 
     Args:
         config: With an activation "relu" or "drelu", or "fatrelu" and `hidden_act_param` as
@@ -172,7 +172,7 @@ def activation_rule(
 
 
 def lost_threshold_warning(config: PreTrainedConfig, where: str) -> str | None:
-    """A warning where a config says relu but its other fields say that it was FATReLU once.
+    """Return a warning if a config says relu but other fields show that it was FATReLU.
 
     MiniCPM-S in LLaMA format still lists MiniCPM's scales, and the conversion dropped 0.03.
     """

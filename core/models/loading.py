@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
+    """Return the device for `name`; `auto` is CUDA if there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, stored: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's dtype on a GPU and float32 on the CPU, where half is slow."""
+    """Return the dtype for `name`; `auto` is the checkpoint's on a GPU, float32 on a CPU."""
     if name == "auto":
         on_gpu = stored if isinstance(stored, torch.dtype) else torch.bfloat16
         return torch.float32 if device.type == "cpu" else on_gpu
@@ -60,7 +60,7 @@ def load_model(
     activation_threshold: float | None = None,
     device_map: str | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """A sparse causal LM in eval mode with its activation's threshold set, and its tokenizer.
+    """Load a sparse causal LM, in eval mode with its threshold set, and its tokenizer.
 
     Args:
         source: Folder, Hugging Face id, or tiny-prosparse; see `resolve`.
@@ -92,7 +92,7 @@ def load_model(
 
 
 def open_model(source: str) -> tuple[Checkpoint, Tokenizer]:
-    """Every check of a model that needs no model built, before a corpus is read or a run begins.
+    """Open a model's files and run every check that needs no weights in memory.
 
     Whatever its activation: `load_model` demands ReLU beyond this, and `sparsify` makes it. Reads
     headers, the config and the tokenizer; takes seconds for a model of any size. `build_model`
@@ -112,7 +112,7 @@ def open_model(source: str) -> tuple[Checkpoint, Tokenizer]:
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> Tokenizer:
-    """The checks of `open_model` on an open checkpoint; its tokenizer."""
+    """Run the checks of `open_model` on an open checkpoint; return its tokenizer."""
     config, source = checkpoint.config, checkpoint.source
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "no architecture")
     if not any(str(name).endswith("ForCausalLM") for name in config.architectures or [default]):
@@ -128,7 +128,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def check_token_ids(tokenizer: Tokenizer, rows: int, where: object) -> None:
-    """Refuse a tokenizer that text can take beyond the embedding's `rows`.
+    """Refuse a tokenizer that can produce ids beyond the embedding's `rows`.
 
     Special tokens but BOS may lie beyond: many models have a padding token there that no text
     gives, and `sequences` names the document that does.
@@ -150,7 +150,7 @@ def check_token_ids(tokenizer: Tokenizer, rows: int, where: object) -> None:
 
 
 def check_threshold(rule: ActivationRule, dtype: torch.dtype, where: str) -> None:
-    """Refuse a threshold that is infinite in the model's dtype: nothing would ever fire."""
+    """Refuse a threshold that is infinite in the model's dtype: no neuron would fire."""
     if not torch.tensor(rule.threshold, dtype=torch.float64).to(dtype).isfinite():
         raise InputError(
             f"{where}: FATReLU's threshold {rule.threshold:g} is infinite in "
@@ -162,7 +162,7 @@ def check_threshold(rule: ActivationRule, dtype: torch.dtype, where: str) -> Non
 def build_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None = None
 ) -> PreTrainedModel:
-    """The model that the config describes, every weight of it from the checkpoint.
+    """Build the model that the config describes, with every weight from the checkpoint.
 
     transformers fills what is missing with random numbers; here that is an error. Tensors that
     the model has no place for are named and left out: TurboSparse keeps predictors there.
@@ -208,18 +208,18 @@ def _relu(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device that takes token ids, also if the model is spread over several."""
+    """Return the device for token ids, also if the model is spread over several devices."""
     return next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Token ids that the model has an embedding for, from 0."""
+    """Return the number of token ids, from 0, that the model has an embedding for."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.num_embeddings)
 
 
 def check_seq_len(seq_len: int, model: PreTrainedModel, name: str) -> None:
-    """Raises `InputError` where sequences are longer than the model was made for."""
+    """Raise `InputError` if sequences are longer than the model supports."""
     if seq_len > (limit := max_positions(model)):
         raise InputError(
             f"--seq-len: got {seq_len}, but {name} was made for {limit} positions "
@@ -228,7 +228,7 @@ def check_seq_len(seq_len: int, model: PreTrainedModel, name: str) -> None:
 
 
 def max_positions(model: PreTrainedModel) -> float:
-    """Tokens in a row that the model was made for.
+    """Return the longest sequence that the model supports.
 
     Linear and dynamic rope scaling stretch `max_position_embeddings`; with yarn and llama3 the
     config states the stretched number.

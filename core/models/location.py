@@ -1,4 +1,4 @@
-"""Where a model is: the folder that a path, the shipped model's name or a hub id stands for."""
+"""Find a model's folder from a path, the shipped model's name, or a hub id."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _GIVE = (
 
 
 def resolve_model(source: str) -> Path:
-    """The local folder of a model: `source` itself, the shipped one, or the snapshot of a hub id.
+    """Return a model's local folder: `source`, the shipped model's, or a hub snapshot.
 
     A name that looks like a path never goes to the network: see `is_path`.
 
     Raises:
-        InputError: No such folder; no such model on the hub; no hub and no copy in its cache.
+        InputError: There is no such folder or model on the hub, or neither the hub nor a cached copy.
     """
     if (folder := find_local(source)) is not None:
         return folder
@@ -47,7 +47,7 @@ def resolve_model(source: str) -> Path:
 
 
 def find_local(source: str) -> Path | None:
-    """A model's folder as far as this machine tells: an existing one, or the shipped model's."""
+    """Return a model's folder if it is on this machine, without asking the hub."""
     folder = os.path.expanduser(source)
     if source and os.path.isdir(folder):
         return Path(folder)
@@ -56,7 +56,7 @@ def find_local(source: str) -> Path | None:
 
 
 def is_path(source: str) -> bool:
-    """Whether a name is meant as a path: a hub id is `owner/name`, and owner is no folder here."""
+    """Return whether a name is a path; a hub id is `owner/name` where owner is no folder here."""
     owner, slash, name = source.partition("/")
     if not slash or not owner or not name or "/" in name or "\\" in source:
         return True
@@ -64,7 +64,7 @@ def is_path(source: str) -> bool:
 
 
 def _download(source: str) -> Path:
-    """The snapshot of a model on the hub; its copy in the cache where the hub does not answer."""
+    """Download a hub model's snapshot; use the cached copy if the hub does not answer."""
     try:
         info = HfApi().model_info(source, timeout=HUB_SECONDS)
         files = [file.rfilename for file in info.siblings or []]
@@ -92,7 +92,7 @@ def _not_there(source: str, error: Exception) -> InputError:
 
 
 def _wanted(files: list[str]) -> list[str]:
-    """Everything but weights in formats that are not read, so that none is downloaded twice."""
+    """Return the file patterns to download: all but weights in formats that are not read."""
     safe = any(file.endswith(".safetensors") for file in files)
     weights = "*.safetensors" if safe else "pytorch_model*.bin"
     return ["*.json", weights, "*.model", "*.txt", "*.jinja"]

@@ -18,7 +18,7 @@ def perplexity(
     data: Iterable[TokenBatch],
     on_batch: Callable[[TokenBatch], object] = lambda batch: None,
 ) -> float:
-    """exp of the mean NLL, in float32, of every token but the first of each document.
+    """Return exp of the mean NLL in float32, over all tokens but each document's first.
 
     Args:
         on_batch: Called with every batch, on the model's device, before its forward pass.

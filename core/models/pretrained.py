@@ -1,4 +1,4 @@
-"""The one door to transformers' loaders: nothing that comes with a model is run, nobody is asked.
+"""The only calls of transformers' loaders; a model's own code is never run or asked about.
 
 Left to itself transformers runs the Python files that `auto_map` names once somebody has typed "y",
 and reads that answer from standard input. Here `trust_remote_code` is always false, the network is
@@ -30,7 +30,7 @@ _KERNELS = ("attn_implementation", "experts_implementation")
 
 
 def without_code(raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json without `CODE` and without kernels of the hub."""
+    """Remove `CODE` and kernels from the hub from config.json's fields."""
     return {
         key: value
         for key, value in raw.items()
@@ -39,7 +39,7 @@ def without_code(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_config(raw: dict[str, Any]) -> PreTrainedConfig:
-    """The config of a `model_type` that transformers has a class for, from config.json's fields."""
+    """Build a config from config.json's fields, of a `model_type` that transformers knows."""
     kind = CONFIG_MAPPING[raw["model_type"]]
     config: PreTrainedConfig = kind.from_dict(without_code(raw))
     return config
@@ -79,7 +79,7 @@ def load_pretrained(
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal LM that a config describes, on the meta device: names and shapes, no numbers."""
+    """Build the causal LM of a config on the meta device: names and shapes, no values."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, trust_remote_code=False

@@ -1,4 +1,4 @@
-"""Record what PowerInfer's predictors will see and which FFN neurons fired.
+"""Record the predictors' inputs and the FFN neurons that fired.
 
 Two hooks a layer and nothing kept: one on the FFN norm, whose input is the predictor's input, one
 on the down projection, whose input is x1 = act(gate) * up, or act(fc1 x + b) without a gate.
@@ -23,7 +23,7 @@ fired where x1 is non-zero."""
 
 
 class Recorder:
-    """Pass every forward pass's layers to a sink, in order.
+    """Pass each layer's input and activations to a sink, in order, at every forward pass.
 
         with Recorder(model, sink):
             model.base_model(ids_BS)

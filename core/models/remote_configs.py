@@ -1,4 +1,4 @@
-"""Models that the hub serves with remote code, read by transformers' own classes instead.
+"""Configs of models that need remote code on the hub, read by transformers' own classes.
 
     sparsellama             Llama; ProSparse's FATReLU is ours
     bamboo, turbosparse...  Mistral with ReLU on gate and up; predictors inside the file are ignored
@@ -109,7 +109,7 @@ _ARCHITECTURES = {
 
 
 def model_type_of(raw: Mapping[str, Any]) -> object:
-    """`model_type` of config.json, or what `architectures` says in its place; None: neither."""
+    """Return config.json's `model_type`, else the one that `architectures` implies, else None."""
     if (kind := raw.get("model_type")) is not None:
         return kind
     named = raw.get("architectures")

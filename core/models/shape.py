@@ -1,4 +1,4 @@
-"""The sizes of a model that its activations and its predictors have in common."""
+"""The sizes that a model shares with its activations and its predictors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that hold a model's weights, found as transformers finds them and read as tensors.
+"""Find a model's weight files as transformers does, and read tensors from them.
 
 transformers takes the first of these that exists and never looks at the others:
 
@@ -35,7 +35,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 def main_file(folder: Path) -> Path:
-    """The weights, or the index of their shards, that transformers reads in a folder.
+    """Return the weights file, or the shards' index, that transformers reads in a folder.
 
     Raises:
         InputError: None of `ORDER`, one that may not be read, or a distributed checkpoint, which
@@ -61,7 +61,7 @@ def main_file(folder: Path) -> Path:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Every tensor's name and the file that holds it, by the files' own headers.
+    """Map every tensor's name to its file, by the files' own headers.
 
     Raises:
         InputError: See `main_file`; an index that names files of other folders, files that are not
@@ -89,7 +89,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """A shard index's names of tensors and of files beside it."""
+    """Read a shard index: names of tensors to names of files beside it."""
     refuse_lfs_pointer(path)
     index = read_json(path, "the index of a sharded model").get("weight_map")
     if (
@@ -126,7 +126,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def open_weights(path: Path) -> Any:
-    """A weights file with `keys`, `get_tensor` and `with`, as `safe_open` gives it.
+    """Open a weights file with the interface of `safe_open`: `keys`, `get_tensor`, `with`.
 
     Memory: a map of the file; of a .bin that torch wrote before 1.6, all of it.
     """
@@ -143,14 +143,14 @@ def open_weights(path: Path) -> Any:
 
 
 def refuse_lfs_pointers(folder: Path) -> None:
-    """`refuse_lfs_pointer` on the small files beside the weights: configs, tokenizer, templates."""
+    """Refuse Git LFS pointers among the small files: configs, tokenizer, templates."""
     for name in _names(folder):
         if name.endswith((".json", ".model", ".txt", ".jinja")) and name not in ORDER:
             refuse_lfs_pointer(folder / name)
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raises `InputError` where Git LFS has left its note of a file in the file's place."""
+    """Raise `InputError` if `path` is a Git LFS pointer instead of the file."""
     if not os.path.isfile(path):
         return
     try:
@@ -186,7 +186,7 @@ class _Pickled:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to close: a map lives as long as its tensors."""
+        """Do nothing: a memory map lives as long as its tensors."""
 
     def keys(self) -> list[str]:
         return list(self._tensors)

@@ -35,7 +35,7 @@ PACKAGES = (
 
 
 def builtin_texts(workers: int) -> Iterator[tuple[str, str]]:
-    """(key, text) pairs: of every source file its docstrings, which read as prose, and the whole.
+    """Yield (key, text) pairs: every source file's docstrings, which are prose, and the whole file.
 
     Files come in the order of a hash of their names, so that any prefix is a fair sample. The key
     is the module path, which outlives a new version of the package.
@@ -89,5 +89,5 @@ def _docstrings(source: str) -> str:
 
 
 def hash_key(text: str) -> str:
-    """16 hex digits."""
+    """Return a text's hash as 16 hex digits."""
     return blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).hexdigest()

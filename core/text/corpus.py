@@ -1,4 +1,4 @@
-"""Where text comes from: the builtin corpus, files, standard input, or a Hugging Face dataset.
+"""Read documents from the builtin corpus, files, standard input, or a Hugging Face dataset.
 
     builtin             sources and docstrings of the standard library and of packages that every
                         installation of sparsecast has; nothing is downloaded
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text or a chat that gets one BOS; `key` names its source and decides its split."""
+    """A text or a chat; `key` names its source and decides its split."""
 
     key: str
     text: str
@@ -118,7 +118,7 @@ def split_text(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
 
 
 def _sound(text: str) -> str:
-    """Without lone surrogates, which JSON can spell and no tokenizer takes."""
+    """Replace lone surrogates, which JSON can spell but no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -127,7 +127,7 @@ def _sound(text: str) -> str:
 
 
 def start_reading(spec: str, items: Iterable[T]) -> Iterator[T]:
-    """What is read from a corpus, the first item now: before a model is loaded, say.
+    """Read the first item now, so that errors appear before a model is loaded.
 
     Standard input and pipes are left alone, since their first item may be long in coming.
     """
@@ -138,7 +138,7 @@ def start_reading(spec: str, items: Iterable[T]) -> Iterator[T]:
 
 
 def _source(spec: str, workers: int) -> Iterator[tuple[str, Content]]:
-    """(key or "", content) pairs."""
+    """Yield (key or "", content) pairs."""
     if not spec.strip():
         raise InputError(
             f"--corpus: is empty; expected a {', '.join(SUFFIXES)} file, a folder, a glob, -, "
@@ -226,7 +226,7 @@ def _keyed(row: dict[str, Any], where: str) -> tuple[str, Content]:
 
 
 def text_key(text: str) -> str:
-    """The key of a text, however its lines end and whatever white space stands around it."""
+    """Return a text's key, independent of its line ends and surrounding white space."""
     return hash_key(_plain(text))
 
 
@@ -235,7 +235,7 @@ def _plain(text: str) -> str:
 
 
 def parse_row(row: dict[str, Any], where: str) -> str | Chat:
-    """The text or the chat of a row of a dataset."""
+    """Return the text or the chat in a dataset's row."""
     if isinstance(text := row.get("text"), str):
         return text
     for column, role, said in (("messages", "role", "content"), ("conversations", "from", "value")):

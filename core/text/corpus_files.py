@@ -1,4 +1,4 @@
-"""The local files of a corpus: found, or refused where one cannot be read.
+"""Find the local files of a corpus, and refuse files that cannot be read.
 
 A file or folder that is there and may not be read is an error, never left out: what was recorded
 would not be what the user has named.
@@ -23,7 +23,7 @@ _OPENED = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 
 
 def is_stream(spec: str) -> bool:
-    """Whether a corpus can be read once only: standard input, `<(command)`, a FIFO, a terminal."""
+    """Return whether a corpus can be read only once: standard input, `<(command)`, a FIFO."""
     if spec == "-":
         return True
     try:
@@ -35,10 +35,10 @@ def is_stream(spec: str) -> bool:
 
 
 def local_files(spec: str) -> list[Path] | None:
-    """The files that a path or a pattern names, in order; None where it may be a dataset's name.
+    """Return the files of a path or pattern, in order; None if it may be a dataset's name.
 
     Raises:
-        InputError: None there, one that is no regular file, or one or a folder that may not be
+        InputError: No file is there, a file is not regular, or a file or a folder cannot be
             read.
     """
     path = Path(spec).expanduser()
@@ -67,10 +67,10 @@ def local_files(spec: str) -> list[Path] | None:
 
 
 def max_tokens(spec: str) -> int | None:
-    """More tokens than a corpus has: the bytes of its text files; None where nobody knows.
+    """Return an upper bound of a corpus's tokens, its bytes; None if that is unknown.
 
-    A token stands for a byte at least, and what a document or a turn of a chat adds is less than
-    the JSON or the line around it.
+    Every token stands for at least one byte, and a document or a turn of a chat adds fewer tokens
+    than the bytes of its JSON or its line end.
     """
     files = None if spec == "builtin" or is_stream(spec) else local_files(spec)
     if files is None or any(file.suffix.lower() == ".parquet" for file in files):
@@ -79,7 +79,7 @@ def max_tokens(spec: str) -> int | None:
 
 
 def _mode(path: Path) -> int | None:
-    """The file type and permissions of a path; None where nothing is."""
+    """Return a path's file type and permissions; None if it does not exist."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -94,7 +94,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """Each file once, whatever links lead to it. `glob` passes over folders that it cannot read."""
+    """Return each file once, however links lead to it; `glob` skips unreadable folders."""
     head, *rest = Path(pattern).parts
     for depth in range(len(rest)):
         for found in glob.iglob(str(Path(head, *rest[:depth])), recursive=True):

@@ -1,4 +1,4 @@
-"""Text as it is read: UTF-8, and a word at the first byte that is not.
+"""Decode text as UTF-8, with a warning at the first invalid byte.
 
 UTF-16 and binary files are refused. Single bytes that are not UTF-8 become U+FFFD, as everywhere,
 but whoever reads them is told at once which byte it was and what the file looks like.
@@ -29,7 +29,7 @@ _NEARBY = 2**12
 
 
 class Utf8Reader:
-    """A stream of bytes as lines or as blocks of text, line ends as `\\n` in blocks.
+    """A stream of bytes decoded as lines or as blocks of text, with line ends as `\\n` in blocks.
 
     Memory: a block, or a line.
     """
@@ -37,10 +37,10 @@ class Utf8Reader:
     def __init__(self, raw: BufferedReader, where: str) -> None:
         """
         Args:
-            where: The file, for what is said of it.
+            where: The file's name in messages.
 
         Raises:
-            InputError: It begins with the byte order mark of UTF-16 or UTF-32.
+            InputError: The stream begins with the byte order mark of UTF-16 or UTF-32.
         """
         self._where = where
         self._at = 0
@@ -57,7 +57,7 @@ class Utf8Reader:
         self._text = TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
 
     def line(self, most: int = -1) -> str:
-        """The next line, at most so many characters of it; empty at the end."""
+        """Read the next line, at most `most` characters of it; empty at the end."""
         return self._checked(self._text.readline(most))
 
     def lines(self) -> Iterator[str]:
@@ -67,7 +67,7 @@ class Utf8Reader:
             yield line
 
     def blocks(self, first: str = "") -> Iterator[str]:
-        """What is left, to its end, behind what was read of it already."""
+        """Yield `first`, which was read already, and then the rest of the stream in blocks."""
         ends = IncrementalNewlineDecoder(None, translate=True)
         yield ends.decode(first)
         while block := self._text.read(BLOCK):
@@ -75,7 +75,7 @@ class Utf8Reader:
         yield ends.decode("", final=True)
 
     def tell_replaced(self) -> None:
-        """At the end, how much was replaced."""
+        """Log how many bytes were replaced."""
         if self._replaced:
             _warn(
                 f"{self._where}: {self._replaced:,} characters are not UTF-8 and were read as "
@@ -112,7 +112,7 @@ def _nbytes(part: str) -> int:
 
 
 def _looks_like(near: bytes) -> str:
-    """What to do with text that has bytes of another encoding."""
+    """Advise on text that looks as if it had another encoding."""
     runs = re.findall(rb"[\x80-\xff]+", near)
     sound = sum(len(run.decode("utf-8", "ignore").encode()) for run in runs)
     if 2 * sound > sum(map(len, runs)):

@@ -22,7 +22,7 @@ HEAD = 2**27
 
 
 def split_of(key: str) -> str:
-    """The split of a key by its hash alone."""
+    """Return a key's split by its hash alone."""
     place = _place(key)
     return "train" if place < 0.90 else "calibration" if place < 0.95 else "held-out"
 
@@ -49,7 +49,7 @@ def assign_splits(docs: Iterable[Document]) -> Iterator[tuple[str, Document]]:
 
 
 def _forced(keys: set[str]) -> dict[str, str]:
-    """The whole corpus fits: make sure that every split gets a key."""
+    """Assign the keys of a small corpus so that every split gets one."""
     if len(keys) < len(SPLITS):
         raise InputError(
             f"--corpus: {len(keys)} different document(s) in it; expected at least {len(SPLITS)}, "
@@ -63,6 +63,6 @@ def _forced(keys: set[str]) -> dict[str, str]:
 
 
 def _place(key: str) -> float:
-    """Uniform in [0, 1)."""
+    """Hash a key to a number that is uniform in [0, 1)."""
     digest = blake2b(b"split:" + key.encode("utf-8", errors="surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") / 2**64

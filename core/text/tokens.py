@@ -1,4 +1,4 @@
-"""Documents to padded token batches.
+"""Tokenize documents into padded batches.
 
 Every document starts with exactly one BOS where the tokenizer has one (its absence is the classic
 cause of abnormal activations in these models). A document longer than the sequence length is
@@ -30,7 +30,7 @@ WINDOW = 16
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One document as the model reads it."""
+    """One document's token ids."""
 
     split: str
     ids: list[int]
@@ -58,14 +58,14 @@ class TokenBatch:
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Copy from the CPU without waiting for what a GPU is busy with."""
+    """Copy from the CPU without waiting for the GPU's queued work."""
     if device.type != "cuda":
         return value.to(device)
     return value.pin_memory().to(device, non_blocking=True)
 
 
 def encode(tokenizer: Tokenizer, text: str, seq_len: int) -> list[int]:
-    """Token ids with one BOS in front, at most `seq_len` of them.
+    """Tokenize a text to at most `seq_len` ids, BOS included exactly once.
 
     A literal `<s>` in the text is text, not a second BOS.
     """
@@ -74,7 +74,7 @@ def encode(tokenizer: Tokenizer, text: str, seq_len: int) -> list[int]:
 
 
 def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[int]:
-    """As `encode`; a chat goes through the tokenizer's template, whose own BOS is not doubled.
+    """Encode a document; a chat goes through the tokenizer's template, with one BOS.
 
     Special tokens are those that the template writes; one that somebody spells out is text.
 
@@ -117,13 +117,13 @@ def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[i
 
 
 def _specials(tokenizer: Tokenizer) -> list[str]:
-    """Special tokens as they are spelled, longest first."""
+    """Return the special tokens' texts, longest first."""
     added = tokenizer.added_tokens_decoder.values()
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
 
 def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """`ids` behind exactly one BOS, where the tokenizer has one."""
+    """Return `ids` with exactly one BOS in front if the tokenizer has one."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return list(ids)
@@ -134,7 +134,7 @@ def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 def split_quotas(tokens: int, counted: int = 0) -> dict[str, int]:
-    """Share `tokens` out over the splits, 90/5/5; `counted` more are for statistics alone."""
+    """Divide `tokens` over the splits, 90/5/5; `counted` more are for statistics only."""
     small = max(1, round(0.05 * tokens))
     train = max(1, tokens - 2 * small)
     shares = {"train": train, "calibration": small, "held-out": small}
@@ -191,7 +191,7 @@ def token_batches(
     batch_size: int,
     vocabulary: float = float("inf"),
 ) -> Iterator[TokenBatch]:
-    """`tokenize_documents` in batches of one split; see `batch_by_length`."""
+    """Batch the sequences of each split; see `tokenize_documents` and `batch_by_length`."""
     rows = tokenize_documents(docs, tokenizer, quota, seq_len, vocabulary)
     return batch_by_length(rows, seq_len=seq_len, batch_size=batch_size)
 
@@ -199,7 +199,7 @@ def token_batches(
 def batch_by_length(
     rows: Iterable[Sequence], *, seq_len: int, batch_size: int
 ) -> Iterator[TokenBatch]:
-    """Batch sequences of like length, at most `batch_size * seq_len` places in a batch.
+    """Batch sequences of similar length, at most `batch_size * seq_len` places per batch.
 
     Within a window of `WINDOW` full batches of one split, the longest come first. The batches
     depend on the rows alone. Memory: the ids of one window per split.

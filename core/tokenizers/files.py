@@ -1,4 +1,4 @@
-"""Which files of a model's folder are its tokenizer, checked before anything is made of them."""
+"""Find and check the tokenizer files of a model's folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 
 
 def check_files(folder: Path) -> None:
-    """transformers makes an empty tokenizer of a folder that has none.
+    """Refuse a folder without a tokenizer: transformers would make an empty one.
 
     Raises:
         InputError: None, half of one, or a file that cannot be read.
@@ -49,13 +49,13 @@ def check_files(folder: Path) -> None:
 
 
 def sentencepiece_file(folder: Path) -> Path | None:
-    """tokenizer.model, unless it is one of tiktoken's, which Llama 3 gave that name."""
+    """Return tokenizer.model unless it is in tiktoken's format, as Llama 3's is."""
     path = folder / MODEL
     return path if path.exists() and not _is_tiktoken(path) else None
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, where there is one."""
+    """Read tokenizer_config.json if there is one."""
     path = folder / SETTINGS[0]
     return read_json(path, "a tokenizer's settings") if path.exists() else {}
 
@@ -66,7 +66,7 @@ def _is_tiktoken(path: Path) -> bool:
 
 
 def _check_merges(vocab: Path, merges: Path) -> None:
-    """Raises `InputError` where most pieces of the vocabulary are made by no merge."""
+    """Raise `InputError` if no merge makes most pieces of the vocabulary."""
     pieces = read_json(vocab, "the pieces of a tokenizer and their ids")
     text = read_bytes(merges, "the merges of a tokenizer").decode("utf-8", errors="replace")
     made = {line.replace(" ", "") for line in text.split("\n")}

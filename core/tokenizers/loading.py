@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder, as its files say.
+"""Load the tokenizer of a model's folder exactly as its files define it.
 
 transformers makes a tokenizer of a class and of files, and classes have rules of their own: some
 drop what tokenizer.json says of spaces, digits and line ends, and pieces of equal scores in
@@ -38,7 +38,7 @@ from sparsecast.core.tokenizers.sentencepiece_bpe import (
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer beside the weights.
+    """Load the tokenizer beside a checkpoint's weights.
 
     Raises:
         InputError: No tokenizer files, or part of them; damaged ones; two tokenizers in one folder;
@@ -92,10 +92,10 @@ def _as_written(backend: Any, path: Path) -> None:
 
 
 def _by_score(tokenizer: Any, path: Path, model: Any) -> None:
-    """Merge as sentencepiece does with `model`, the tokenizer.model at `path`.
+    """Order merges as sentencepiece does with `model`, the tokenizer.model at `path`.
 
     Raises:
-        InputError: tokenizer.json beside it is another tokenizer.
+        InputError: The tokenizer.json beside it belongs to another tokenizer.
     """
     backend = tokenizer.backend_tokenizer
     spec = json.loads(backend.to_str())["model"]
@@ -120,10 +120,10 @@ def _by_score(tokenizer: Any, path: Path, model: Any) -> None:
 
 
 def _put_space(backend: Any, settings: dict[str, Any], whole_pieces: bool) -> None:
-    """One space before a text, and before what follows a special token unless `legacy` is false.
+    """Add a space before a text, and after special tokens unless `legacy` is false.
 
-    With pieces that are found whole in a text a space would follow them, too; then it is before
-    the text alone, and not before one that begins with a space.
+    With added pieces that are matched whole, a space would also follow each of them. Then the space
+    goes in front of the text only, and not if the text begins with a space.
     """
     if settings.get("add_prefix_space") is False:
         return
@@ -136,7 +136,7 @@ def _put_space(backend: Any, settings: dict[str, Any], whole_pieces: bool) -> No
 
 
 def _check_same(path: Path, vocab: dict[str, int], model: Any, added: dict[int, Any]) -> None:
-    """Pieces under the ids of added tokens may have other names."""
+    """Check that two vocabularies agree; ids of added tokens may have other names."""
     for i, piece in enumerate(model.pieces):
         if piece.type == NORMAL and vocab.get(piece.piece) != i and i not in added:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Sentencepiece's BPE by the tokenizers library.
+"""Sentencepiece's BPE expressed in the tokenizers library.
 
 Sentencepiece merges the neighbors whose union has the highest score, and of equal scores the
 leftmost. The library gives every merge a rank of its own. Where pieces share a score, as Llama 2's
@@ -33,7 +33,7 @@ Merge = tuple[str, str]
 
 
 def read_model(path: Path) -> Any:
-    """The protobuf of a tokenizer.model.
+    """Parse a tokenizer.model's protobuf.
 
     Raises:
         InputError: No such file, no sentencepiece model, part of one, or one that sentencepiece
@@ -71,7 +71,7 @@ def is_bpe(model: Any) -> bool:
 
 
 def adds_one_space(model: Any) -> bool:
-    """Text is prepared as Llama's: one space in front, spaces as U+2581, nothing else."""
+    """Return whether text is prepared as Llama's: one space in front, spaces as U+2581."""
     rules = model.normalizer_spec
     spaces = rules.add_dummy_prefix and rules.escape_whitespaces
     changes = rules.precompiled_charsmap or rules.remove_extra_whitespaces
@@ -79,12 +79,12 @@ def adds_one_space(model: Any) -> bool:
 
 
 def scores_of(model: Any) -> dict[str, float]:
-    """Scores of the pieces that merges make."""
+    """Return the scores of the pieces that merges make."""
     return {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
 
 
 def merges_by_score(scores: Mapping[str, float]) -> list[Merge]:
-    """Every pair of pieces that makes a piece, in the order in which they are to be merged."""
+    """Return every pair of pieces that makes a piece, in merge order."""
     pairs = [pair for text in scores for pair in _pairs(text, scores)]
     return sorted(pairs, key=lambda pair: (-scores["".join(pair)], -len(pair[0]), -len(pair[1])))
 
@@ -96,7 +96,7 @@ def _pairs(text: str, pieces: Mapping[str, float]) -> Iterator[Merge]:
 
 
 def find_mismatch(vocab: Mapping[str, int], merges: list[Merge], model: Any) -> str | None:
-    """A text that `merges` in this order cut into other pieces than the sentencepiece model does.
+    """Find a text that `merges` split differently than the sentencepiece model; None if none.
 
     Args:
         vocab: Ids of the pieces.
