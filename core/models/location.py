@@ -28,7 +28,7 @@ def resolve_model(source: str) -> Path:
     A name that looks like a path never goes to the network: see `is_path`.
 
     Raises:
-        InputError: There is no such folder or model on the hub, or neither the hub nor a cached copy.
+        InputError: No such folder, no such model on the hub, or neither hub nor cached copy.
     """
     if (folder := find_local(source)) is not None:
         return folder
