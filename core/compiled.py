@@ -12,7 +12,7 @@ from sparsecast.core.errors import reason_of
 from sparsecast.core.messages import log
 
 LARGE = 1 << 24
-"""Elements of the first argument from which compiling, which takes seconds, pays."""
+"""Least number of elements of the first argument for which seconds of compilation pay off."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

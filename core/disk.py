@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from sparsecast.core.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No room left: of the disk, of the user's quota, or for one file."""
+"""Errors of a full disk, an exhausted quota, and a file size limit."""
 
 
 def format_bytes(nbytes: float) -> str:

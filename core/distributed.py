@@ -1,7 +1,7 @@
 """The processes of one torchrun: ranks, barriers, and errors that end all of them.
 
-Every rank walks the same plan and does its share of the units, so nothing passes between them but
-barriers and what went wrong, on gloo, whatever the device.
+Every rank follows the same plan and does its share of the units, so ranks exchange only barriers
+and errors, through gloo on every device.
 """
 
 from __future__ import annotations

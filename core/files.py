@@ -78,10 +78,10 @@ def new_folder(
 
     Args:
         path: The folder to make. An empty one that exists is used.
-        replaces: Glob that marks a folder of ours, which may be replaced; anything else that
-            exists under `path` is refused.
-        beside: Globs of what else such a folder may hold, with one file that marks it; unset:
-            whatever is there goes with it.
+        replaces: Glob of a file that marks a folder which may be replaced; any other existing
+            folder is refused.
+        beside: Globs of the other files that such a folder may hold. With None it may hold any,
+            which are deleted with it.
     """
     path = check_new_folder(path, replaces=replaces, beside=beside)
     part = hidden_sibling(path, "part")
@@ -124,7 +124,7 @@ def write_text(path: Path, text: str) -> None:
 def _opened(path: Path) -> int | Path | None:
     """Open a target that cannot be replaced: a process's descriptor, a device, or a FIFO.
 
-    A file that is opened by its descriptor's name would be written from its beginning.
+    Opening a file by its descriptor's name would overwrite it from the beginning.
     """
     names = {"/dev/stdout": "1", "/dev/stderr": "2"}
     number = names.get(str(path), path.name)
@@ -166,8 +166,8 @@ def read_bytes(path: Path, what: str) -> bytes:
     """Read a small file of the user's.
 
     Raises:
-        InputError: No such file, one that may not be read, or none of a file's kind: a folder, a
-            device, or a FIFO, which would wait for somebody to write. Each is told apart.
+        InputError: The file is missing, forbidden, or not a regular file: a folder, a device, or a
+            FIFO, which would block. The message says which.
     """
     check_file(path, what)
     try:
@@ -209,8 +209,8 @@ def unreadable_error(path: Path, error: OSError, what: str) -> InputError:
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON from a user's file; every fault in it is a `ValueError`.
 
-    NaN and Infinity are refused, which JSON has no words for, and numbers beyond float64, which
-    Python reads as infinity. So is nesting beyond Python's stack.
+    NaN and Infinity, which are not JSON, are refused, as are numbers beyond float64, which Python
+    reads as infinity, and nesting too deep for Python's stack.
     """
     try:
         return json.loads(text, parse_constant=_no_number, parse_float=_finite)
@@ -232,7 +232,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a file that holds a JSON object, by the rules of `parse_json`.
 
     Raises:
-        InputError: Anything else, with the words for what the file should have been.
+        InputError: The file holds anything else; `what` names what it should be.
     """
     data = read_bytes(path, what)
     try:

@@ -43,8 +43,11 @@ def _keys(folder: Path, name: str) -> set[str]:
 
 
 def check_folder_kind(path: Path, wanted: str) -> None:
-    """Raises `InputError` where `path` holds another kind than `wanted`, or where its parent or a
-    folder in it holds that kind. What is nothing of ours is left to the caller."""
+    """Raise `InputError` if `path` holds another kind than `wanted`.
+
+    Also raised if its parent or a folder in it holds the wanted kind. Folders that sparsecast did
+    not write are left to the caller.
+    """
     if path.is_file() and folder_kind(path.parent) == wanted:
         raise InputError(f"{path}: is a file, expected its folder; give {path.parent}")
     if (kind := folder_kind(path)) not in (None, wanted):

@@ -32,9 +32,9 @@ def quantize_blocks(weight_NK: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 def quantize_q8_0_input(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize a product's input: scales (N, K / 32), codes (N, K / 32, 32), both float32.
 
-    Codes are x (127 / max), as the engine's vector code has it: the same codes at 5 million of 5
-    million random inputs. x (1 / (max / 127)), the reference code's rule for weights, gives another
-    at one of a million, and so does 127 times a reciprocal, as torch divides a number by a tensor.
+    Codes are x (127 / max), as in the engine's vector code: 5 million random inputs gave the same
+    codes. x (1 / (max / 127)), the reference code's rule for weights, differs at one input in a
+    million, and so does 127 times a reciprocal, which is how torch divides a number by a tensor.
     """
     blocks = x_NK.float().reshape(*x_NK.shape[:-1], -1, BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)

@@ -16,8 +16,8 @@ from sparsecast.core.files import hidden_sibling
 def lock_folder(out: Path, work: str) -> Iterator[None]:
     """Keep a second run out of the same folder; `work` names its kind.
 
-    The lock is the system's, on a hidden file beside the folder: it ends with the process, however
-    that ends, and a file that a killed one has left holds nobody up.
+    The operating system's lock on a hidden file beside the folder ends with the process, also if
+    that is killed, so a file left behind blocks nobody.
 
     Raises:
         InputError: Another run holds it, or no file can be written there.
@@ -30,7 +30,7 @@ def lock_folder(out: Path, work: str) -> Iterator[None]:
         lock = FileLock(path, timeout=0)
         lock.acquire()
         if not path.exists() or path.stat().st_ino != seen:
-            lock.release()  # of a file that its holder has just removed, or another's
+            lock.release()  # the file was removed by its holder, or replaced
             raise Timeout(str(path))
     except Timeout as error:
         raise InputError(

@@ -1,7 +1,7 @@
 """Messages of the stages, sent through `logging` so that the caller decides where they go.
 
-The command line prints it (cli/terminal.py). From Python, `logging.basicConfig(level="INFO")` shows
-it, and without that warnings and errors alone reach stderr.
+The command line prints them (cli/screen.py). From Python, `logging.basicConfig(level="INFO")` shows
+them; without it only warnings and errors reach stderr.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""What the configurations of all stages have in common: paths, choices and numbers that are what
-their fields say, whether they come from the command line, a file or Python."""
+"""Validation shared by all stages' configurations.
+
+Paths, choices and numbers get the types and ranges of their fields, whether they come from the
+command line, a file or Python.
+"""
 
 from __future__ import annotations
 
@@ -65,14 +68,14 @@ def without_none(kind: Any) -> Any:
 def validate_fields(config: Any, **least: float) -> None:
     """Give every field of a frozen configuration the type that it is annotated with.
 
-    A str becomes a Path where the field is one, a numpy number a Python one.
+    A str becomes a Path if the field is a path; a numpy number becomes a Python number.
 
     Args:
         least: The smallest number that a field may be; unset: 0 for whole numbers.
 
     Raises:
-        InputError: A value of another type, none of a field's choices, NaN, infinity, a number
-            below its least or a whole one beyond `LIMITS`, or an empty path.
+        InputError: A value has another type, is not among the choices, NaN, infinite, too small,
+            beyond `LIMITS`, or an empty path.
     """
     for name, kind in get_type_hints(type(config)).items():
         if (value := getattr(config, name)) is None:

@@ -15,11 +15,11 @@ def prefetch(
 ) -> Iterator[T]:
     """Yield `items` in order; an exception in the thread is raised here.
 
-    Closing the iterator ends the thread with the item it is at. One that never comes, from a pipe
-    that nobody fills, is left to the end of the process. Memory: `ahead` items.
+    Closing the iterator ends the thread after its current item. A thread blocked on an item that
+    never comes, from a pipe that nobody fills, lives until the process ends. Memory: `ahead` items.
 
     Args:
-        waiting: Called while no item comes; may raise.
+        waiting: Called while no item is ready; may raise.
     """
     queue: Queue[tuple[str, Any]] = Queue(ahead)
     closed = Event()

@@ -43,7 +43,7 @@ class Checkpoint:
     def __init__(self, source: str) -> None:
         """
         Raises:
-            InputError: No such model, an adapter beside its weights, or a config that is none.
+            InputError: No such model, an adapter beside its weights, or an unusable config.
         """
         self.source = source
         self.folder = resolve_model(source)
@@ -64,8 +64,8 @@ class Checkpoint:
         """Open every file once, so that a missing or damaged file is reported before work starts.
 
         Raises:
-            InputError: That; weights that are quantized and would be taken for plain numbers, or
-                that are not of the model that the config describes; a padding token without a row.
+            InputError: A file is missing or damaged; weights are quantized or do not belong to the
+                model of the config; the padding token has no row in the embedding.
         """
         if (found := getattr(self.config, "quantization_config", None)) is not None:
             kind = found.get("quant_method", "unnamed") if isinstance(found, dict) else found

@@ -63,7 +63,7 @@ def load_model(
     """Load a sparse causal LM, in eval mode with its threshold set, and its tokenizer.
 
     Args:
-        source: Folder, Hugging Face id, or tiny-prosparse; see `resolve`.
+        source: Folder, Hugging Face id, or tiny-prosparse; see `resolve_model`.
         device: See `pick_device`.
         dtype: See `pick_dtype`.
         activation_threshold: FATReLU's T where the config has lost it.
@@ -94,18 +94,17 @@ def load_model(
 def open_model(source: str) -> tuple[Checkpoint, Tokenizer]:
     """Open a model's files and run every check that needs no weights in memory.
 
-    Whatever its activation: `load_model` demands ReLU beyond this, and `sparsify` makes it. Reads
-    headers, the config and the tokenizer; takes seconds for a model of any size. `build_model`
-    loads the model from what this returns.
+    The activation is not checked: `load_model` requires ReLU, and `sparsify` substitutes it. This
+    reads headers, the config and the tokenizer, in seconds for a model of any size. `build_model`
+    loads the model from the result.
 
     Args:
-        source: Folder, Hugging Face id, or tiny-prosparse; see `resolve`.
+        source: Folder, Hugging Face id, or tiny-prosparse; see `resolve_model`.
 
     Raises:
-        InputError: No such model; not a causal LM, or of a family without a row in the table; a
-            missing, cut or unreadable file of weights, one that is a Git LFS pointer, quantized
-            ones, an adapter beside them; weights that do not fit the config; no usable tokenizer;
-            tokens beyond the embedding, or a padding token beyond it.
+        InputError: No such model; not a causal LM of a known family; weights that are missing,
+            truncated, unreadable, quantized, Git LFS pointers, accompanied by an adapter, or unlike
+            the config; no usable tokenizer; tokens beyond the embedding.
     """
     checkpoint = Checkpoint(source)
     return checkpoint, check_checkpoint(checkpoint)
@@ -130,8 +129,8 @@ def check_checkpoint(checkpoint: Checkpoint) -> Tokenizer:
 def check_token_ids(tokenizer: Tokenizer, rows: int, where: object) -> None:
     """Refuse a tokenizer that can produce ids beyond the embedding's `rows`.
 
-    Special tokens but BOS may lie beyond: many models have a padding token there that no text
-    gives, and `sequences` names the document that does.
+    Special tokens other than BOS may lie beyond: many models have a padding token there that no
+    text produces. `tokenize_documents` names a document that does produce one.
     """
     added = tokenizer.added_tokens_decoder.items()
     special = {number for number, token in added if token.special} - {tokenizer.bos_token_id}
@@ -164,8 +163,8 @@ def build_model(
 ) -> PreTrainedModel:
     """Build the model that the config describes, with every weight from the checkpoint.
 
-    transformers fills what is missing with random numbers; here that is an error. Tensors that
-    the model has no place for are named and left out: TurboSparse keeps predictors there.
+    A missing tensor, which transformers would fill with random numbers, is an error. Tensors
+    without a place in the model are named and skipped: TurboSparse keeps predictors there.
     """
     model, found = load_pretrained(
         checkpoint.folder,

@@ -1,7 +1,7 @@
 """Record the predictors' inputs and the FFN neurons that fired.
 
-Two hooks a layer and nothing kept: one on the FFN norm, whose input is the predictor's input, one
-on the down projection, whose input is x1 = act(gate) * up, or act(fc1 x + b) without a gate.
+Each layer has two hooks: one on the FFN norm, whose input is the predictor's input, and one on the
+down projection, whose input is x1 = act(gate) * up, or act(fc1 x + b) without a gate.
 
 Shape letters: N places of a batch, padding included, D hidden, F FFN width.
 """

@@ -12,7 +12,7 @@ from sparsecast.core.models.weight_files import refuse_lfs_pointer
 
 MODEL = "tokenizer.model"
 WHOLE = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.txt", "tekken.json")
-"""Each holds a vocabulary with all that it takes to cut text."""
+"""Files that each hold a complete tokenizer."""
 PAIR = ("vocab.json", "merges.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -21,7 +21,7 @@ def check_files(folder: Path) -> None:
     """Refuse a folder without a tokenizer: transformers would make an empty one.
 
     Raises:
-        InputError: None, half of one, or a file that cannot be read.
+        InputError: No tokenizer, an incomplete one, or a file that cannot be read.
     """
     found = sorted(path for pattern in WHOLE for path in folder.glob(pattern))
     halves = [folder / name for name in PAIR if (folder / name).exists()]

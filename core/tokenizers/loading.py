@@ -1,10 +1,10 @@
 """Load the tokenizer of a model's folder exactly as its files define it.
 
-transformers makes a tokenizer of a class and of files, and classes have rules of their own: some
-drop what tokenizer.json says of spaces, digits and line ends, and pieces of equal scores in
-tokenizer.model are merged in the order of their ids. Other tokens than those that the model was
-trained on follow. Here tokenizer.json counts as it stands, and merges follow tokenizer.model's
-scores; special tokens, added ones and the chat template are transformers' part.
+transformers builds a tokenizer from a class and from files, and some classes override the files:
+they drop tokenizer.json's rules for spaces, digits and line ends, or merge pieces of equal scores
+in tokenizer.model by id. The result differs from the tokens that the model was trained on. Here
+tokenizer.json is used as it stands, and merges follow tokenizer.model's scores. transformers
+handles special tokens, added tokens and the chat template.
 """
 
 from __future__ import annotations

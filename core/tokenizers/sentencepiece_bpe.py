@@ -1,10 +1,10 @@
 """Sentencepiece's BPE expressed in the tokenizers library.
 
-Sentencepiece merges the neighbors whose union has the highest score, and of equal scores the
-leftmost. The library gives every merge a rank of its own. Where pieces share a score, as Llama 2's
-runs of spaces do, the merge with the longest left part goes first: that grows a run from its left
-end, as sentencepiece does. No order of ranks does so for every set of pieces, so whatever is made
-here is compared with sentencepiece on the texts where the order matters.
+Sentencepiece merges the neighbors whose union has the highest score, the leftmost among equals. The
+library needs a distinct rank for every merge. Among pieces of equal score, such as Llama 2's runs
+of spaces, the merge with the longest left part goes first: that grows a run from its left end, as
+sentencepiece does. No order of ranks is right for every set of pieces, so the result is compared
+with sentencepiece on the texts where the order matters.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def find_mismatch(vocab: Mapping[str, int], merges: list[Merge], model: Any) -> 
         vocab: Ids of the pieces.
         model: A protobuf of type BPE.
 
-    None: merges follow the scores, and wherever two merges of one score share a piece both make the
-    same of it; of more than `MOST_TEXTS` such places the first are looked at.
+    None means that merges follow the scores, and that both tokenizers agree wherever two merges of
+    one score share a piece. Only the first `MOST_TEXTS` such places are compared.
     """
     scores = scores_of(model)
     wanted = merges_by_score(scores)
