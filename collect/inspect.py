@@ -57,21 +57,21 @@ def inspect(cfg: InspectConfig) -> Inspection:
     if cfg.json is not None:
         check_writable_file(cfg.json, "--json")
     store = ActivationStore(cfg.path, checked=False)
-    made = store.manifest
+    manifest = store.manifest
     damage = _damage(store, whole=cfg.check)
-    stored = sum(_size(cfg.path, split, made) for split in SPLITS)
-    counted = _size(cfg.path, COUNTED, made)
+    stored = sum(_size(cfg.path, split, manifest) for split in SPLITS)
+    counted = _size(cfg.path, COUNTED, manifest)
     values = {
         "ok": False if damage else True if cfg.check else None,
         "damage": damage,
-        "manifest": asdict(made),
-        "tokens": {split: sum(tokens) for split, tokens in made.shard_tokens.items()},
+        "manifest": asdict(manifest),
+        "tokens": {split: sum(tokens) for split, tokens in manifest.shard_tokens.items()},
         "bytes": stored + counted,
-        "bytes_per_token_layer": stored / (made.tokens() * len(made.layers)),
-        "bound": made.shape.bound,
+        "bytes_per_token_layer": stored / (manifest.tokens() * len(manifest.layers)),
+        "bound": manifest.shape.bound,
         "layers": [] if damage and STATS in damage[-1] else _layers(store),
     }
-    _show(values, made, cfg.path)
+    _show(values, manifest, cfg.path)
     if cfg.json is not None:
         write_json(cfg.json, values)
     return Inspection(ok=not damage, values=values)
@@ -87,9 +87,11 @@ def _damage(store: ActivationStore, *, whole: bool) -> list[str]:
     return found
 
 
-def _size(folder: Path, split: str, made: Manifest) -> int:
+def _size(folder: Path, split: str, manifest: Manifest) -> int:
     """Return the size in bytes of a split's existing shards."""
-    names = (shard_name(split, number) for number in range(len(made.shard_tokens.get(split, []))))
+    names = (
+        shard_name(split, number) for number in range(len(manifest.shard_tokens.get(split, [])))
+    )
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
 
 
@@ -97,41 +99,43 @@ def _layers(store: ActivationStore) -> list[dict[str, Any]]:
     stats = store.stats()
     rows = []
     for layer in store.manifest.layers:
-        spread, fired_F = stats.spread(layer), stats.fired(layer)
+        sparsity, fired_F = stats.token_sparsity(layer), stats.fired(layer)
         rows.append(
             {
                 "layer": layer,
-                "true_sparsity": spread.mean,
-                "std": spread.std,
-                "p5": spread.p5,
-                "p50": spread.p50,
-                "p95": spread.p95,
+                "true_sparsity": sparsity.mean,
+                "std": sparsity.std,
+                "p5": sparsity.p5,
+                "p50": sparsity.p50,
+                "p95": sparsity.p95,
                 "never_fired": int((fired_F == 0).sum()),
-                "always_fired": int((fired_F == spread.tokens).sum()),
+                "always_fired": int((fired_F == sparsity.tokens).sum()),
             }
         )
     return rows
 
 
-def _show(values: dict[str, Any], made: Manifest, path: Path) -> None:
+def _show(values: dict[str, Any], manifest: Manifest, path: Path) -> None:
     facts = {
-        "model": f"{made.model} ({made.model_type}, fingerprint {made.fingerprint})",
-        "corpus": made.corpus,
-        "tokenizer": made.tokenizer,
-        "activation": f"{made.activation} {made.activation_threshold:g}",
-        "input": f"{made.convention}, {made.x_dtype}" + (", energies" if made.energy else ""),
-        "shape": f"{len(made.layers)} layers, hidden {made.hidden_size}, FFN {made.ffn_width}",
+        "model": f"{manifest.model} ({manifest.model_type}, fingerprint {manifest.fingerprint})",
+        "corpus": manifest.corpus,
+        "tokenizer": manifest.tokenizer,
+        "activation": f"{manifest.activation} {manifest.activation_threshold:g}",
+        "input": f"{manifest.convention}, {manifest.x_dtype}"
+        + (", energies" if manifest.energy else ""),
+        "shape": f"{len(manifest.layers)} layers, hidden {manifest.hidden_size}, "
+        f"FFN {manifest.ffn_width}",
         "tokens": ", ".join(f"{split} {count:,}" for split, count in values["tokens"].items()),
         "documents": ", ".join(
-            f"{split} {count:,} ({made.truncated.get(split, 0):,} cut)"
-            for split, count in made.documents.items()
+            f"{split} {count:,} ({manifest.truncated.get(split, 0):,} cut)"
+            for split, count in manifest.documents.items()
         ),
         "size": f"{values['bytes'] / 2**20:,.1f} MiB, {values['bytes_per_token_layer']:,.1f} bytes "
         f"per token and layer (bound {values['bound']:,.1f}"
-        + (" and one per active entry)" if made.energy else ")")
+        + (" and one per active entry)" if manifest.energy else ")")
         + (
             "; in a small store what a shard has once weighs more"
-            if not made.energy and values["bytes_per_token_layer"] > values["bound"]
+            if not manifest.energy and values["bytes_per_token_layer"] > values["bound"]
             else ""
         ),
     }

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sparsecast.collect.output import finished_shards
 from sparsecast.collect.plan import CollectionPlan
 from sparsecast.collect.store.filler import Filler, down_norms
-from sparsecast.collect.store.firing import Silent, check_firing
+from sparsecast.collect.store.firing import NothingFiresError, check_firing
 from sparsecast.collect.store.shard_reader import ShardFile
 from sparsecast.collect.store.store import ActivationStore, Manifest, seal
 from sparsecast.collect.store.units import ShardInfo, Tally, Unit
@@ -119,7 +119,7 @@ def complete(plan: CollectionPlan, shards: list[ShardInfo], tally: Tally) -> Man
     manifest = seal(folder, counted, shards)
     try:
         check_firing(ActivationStore(folder).stats(), manifest.layers, manifest.model)
-    except Silent:
+    except NothingFiresError:
         shutil.rmtree(folder)
         raise
     if plan.out.is_dir():
@@ -136,12 +136,12 @@ def keeping_shards(plan: CollectionPlan, stop: StopFlag) -> Iterator[None]:
         yield
     except BaseException as error:
         kept = len(finished_shards(plan.partial))
-        if plan.ranks.leads and (not kept or (fresh and isinstance(error, Silent))):
+        if plan.ranks.leads and (not kept or (fresh and isinstance(error, NothingFiresError))):
             shutil.rmtree(plan.partial, ignore_errors=True)
-        told = _with_outcome(error, plan, kept, stop)
-        if told is error:
+        outcome = _with_outcome(error, plan, kept, stop)
+        if outcome is error:
             raise
-        raise told from None if isinstance(error, KeyboardInterrupt) else error
+        raise outcome from None if isinstance(error, KeyboardInterrupt) else error
 
 
 def _with_outcome(

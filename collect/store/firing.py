@@ -18,7 +18,7 @@ ENOUGH = 1_000
 """Tokens after which it is no chance that nothing fires in any layer."""
 
 
-class Silent(InputError):
+class NothingFiresError(InputError):
     """No neuron fires, so the recording is useless."""
 
     def __init__(self, where: str, tokens: int) -> None:
@@ -37,18 +37,18 @@ def check_firing(
         where: What the counts are of.
 
     Raises:
-        Silent: No layer has an active entry.
+        NothingFiresError: No layer has an active entry.
     """
     chosen = stats.splits() if splits is None else list(splits)
     silent, busy, tokens = [], [], 0
     for layer in layers:
-        fired_F, tokens = stats.fired(layer, chosen), stats.spread(layer, chosen).tokens
+        fired_F, tokens = stats.fired(layer, chosen), stats.token_sparsity(layer, chosen).tokens
         if not fired_F.any():
             silent.append(layer)
         elif bool((fired_F == tokens).all()):
             busy.append(layer)
     if len(silent) == len(layers):
-        raise Silent(where, tokens)
+        raise NothingFiresError(where, tokens)
     among = f"{where}, {tokens:,} tokens"
     if silent:
         _tell(f"{among}: nothing fires in {_named(silent)}; recall is 1 there by definition")

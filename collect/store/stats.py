@@ -29,7 +29,7 @@ STATS = "stats.safetensors"
 
 
 @dataclass(frozen=True)
-class Spread:
+class TokenSparsity:
     """The sparsity of single tokens in one layer: shares of inactive neurons."""
 
     tokens: int
@@ -54,7 +54,7 @@ class Stats:
         """Return (F,) int64 firing counts over the given splits, or over every token."""
         return self._sum(layer, "fired", splits)
 
-    def spread(self, layer: int, splits: Iterable[str] | None = None) -> Spread:
+    def token_sparsity(self, layer: int, splits: Iterable[str] | None = None) -> TokenSparsity:
         """Return the spread of sparsity over tokens of the given splits, or over all."""
         tokens_F = self._sum(layer, "active", splits).double()
         width = len(tokens_F) - 1
@@ -67,7 +67,7 @@ class Stats:
         def quantile(q: float) -> float:
             return float(rising[int(torch.searchsorted(share, q).clamp(0, width))])
 
-        return Spread(
+        return TokenSparsity(
             tokens=int(tokens_F.sum()),
             mean=float(mean),
             std=float(variance.sqrt()),

@@ -177,37 +177,37 @@ def read_manifest(folder: Path, *, checked: bool = True) -> Manifest:
     return manifest
 
 
-def _senseless(made: Manifest) -> str | None:
+def _senseless(manifest: Manifest) -> str | None:
     """Name a field that no collection could have written; None if there is none."""
     texts = ("model", "fingerprint", "model_type", "dtype", "tokenizer", "convention", "activation")
     sizes = ("threads", "hidden_size", "ffn_width")
     rules: dict[str, bool] = {
-        **{name: isinstance(getattr(made, name), str) for name in (*texts, "corpus")},
-        **{name: is_count(getattr(made, name)) for name in sizes},
-        "ffn_matrices": made.ffn_matrices in (2, 3),
-        "activation_threshold": isinstance(made.activation_threshold, (int, float))
-        and not isinstance(made.activation_threshold, bool),
-        "layers": isinstance(made.layers, list)
-        and bool(made.layers)
-        and all(is_count(layer, least=0) for layer in made.layers)
-        and made.layers == sorted(set(made.layers)),
-        "x_dtype": isinstance(made.x_dtype, str) and made.x_dtype in INPUT_DTYPES,
-        "energy": isinstance(made.energy, bool),
-        "config": isinstance(made.config, dict) and is_shallow(made.config),
-        "options": isinstance(made.options, dict) and is_shallow(made.options),
-        "checksums": isinstance(made.checksums, dict)
-        and all(isinstance(value, str) for value in made.checksums.values()),
+        **{name: isinstance(getattr(manifest, name), str) for name in (*texts, "corpus")},
+        **{name: is_count(getattr(manifest, name)) for name in sizes},
+        "ffn_matrices": manifest.ffn_matrices in (2, 3),
+        "activation_threshold": isinstance(manifest.activation_threshold, (int, float))
+        and not isinstance(manifest.activation_threshold, bool),
+        "layers": isinstance(manifest.layers, list)
+        and bool(manifest.layers)
+        and all(is_count(layer, least=0) for layer in manifest.layers)
+        and manifest.layers == sorted(set(manifest.layers)),
+        "x_dtype": isinstance(manifest.x_dtype, str) and manifest.x_dtype in INPUT_DTYPES,
+        "energy": isinstance(manifest.energy, bool),
+        "config": isinstance(manifest.config, dict) and is_shallow(manifest.config),
+        "options": isinstance(manifest.options, dict) and is_shallow(manifest.options),
+        "checksums": isinstance(manifest.checksums, dict)
+        and all(isinstance(value, str) for value in manifest.checksums.values()),
         **{
-            name: isinstance(table := getattr(made, name), dict)
+            name: isinstance(table := getattr(manifest, name), dict)
             and all(is_count(value, least=0) for value in table.values())
             for name in ("documents", "truncated")
         },
-        "shard_tokens": isinstance(made.shard_tokens, dict)
-        and (not made.shard_tokens or set(SPLITS) <= set(made.shard_tokens))
-        and set(made.shard_tokens) <= {*SPLITS, COUNTED}
+        "shard_tokens": isinstance(manifest.shard_tokens, dict)
+        and (not manifest.shard_tokens or set(SPLITS) <= set(manifest.shard_tokens))
+        and set(manifest.shard_tokens) <= {*SPLITS, COUNTED}
         and all(
             isinstance(counts, list) and counts and all(map(is_count, counts))
-            for counts in made.shard_tokens.values()
+            for counts in manifest.shard_tokens.values()
         ),
     }
     return next((name for name, sound in rules.items() if not sound), None)
@@ -285,10 +285,10 @@ class ActivationStore:
         Raises:
             InputError: They are not as they were written, or are no counts of these tokens.
         """
-        made = self.manifest
-        tokens = {split: sum(counts) for split, counts in made.shard_tokens.items()}
+        manifest = self.manifest
+        tokens = {split: sum(counts) for split, counts in manifest.shard_tokens.items()}
         return read_stats(
-            self.folder / STATS, self._states(STATS), tokens, made.layers, made.ffn_width
+            self.folder / STATS, self._states(STATS), tokens, manifest.layers, manifest.ffn_width
         )
 
     def check(self, split: str) -> None:
@@ -328,15 +328,15 @@ class ActivationStore:
     def _open_shard(self, split: str, number: int) -> ShardFile:
         name, want = shard_name(split, number), self.shards(split)[number]
         shard = ShardFile(self.folder / name, self._states(name))
-        fields, made, stored = shard.header.fields, self.manifest, split in SPLITS
+        fields, manifest, stored = shard.header.fields, self.manifest, split in SPLITS
         found = fields["id"].shape[0] if "id" in fields else 0
         what = None
         if found != want:
             what = f"holds {found} tokens, but {MANIFEST} says {want}"
-        elif misfit := made.shape.misfit(fields, want, stored=stored):
+        elif misfit := manifest.shape.misfit(fields, want, stored=stored):
             what = f"{misfit}, going by {MANIFEST}"
-        elif made.energy and stored:
-            for layer in made.layers:
+        elif manifest.energy and stored:
+            for layer in manifest.layers:
                 energies = fields[f"layer.{layer}.energy"].shape[0]
                 if (active := int(shard[f"layer.{layer}.active"].sum())) != energies:
                     what = f"layer {layer} has {active} active entries, but {energies} energies"

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from sparsecast.collect.store.filler import Filler, PendingShard
-from sparsecast.collect.store.firing import ENOUGH, Silent
+from sparsecast.collect.store.firing import ENOUGH, NothingFiresError
 from sparsecast.collect.store.shard import Shape, ShardBuffer
 from sparsecast.collect.store.units import Unit
 from sparsecast.core.text.tokens import TokenBatch
@@ -86,12 +86,12 @@ class Writer:
     def buffer(self) -> ShardBuffer:
         """Return a free buffer.
 
-        Raises what went wrong with an earlier shard, and `Silent` if nothing has fired so far.
+        Raises the error of an earlier shard, or `NothingFiresError` if nothing has fired so far.
         """
         while self._pending and self._pending[0].done():
             self._done(self._pending.pop(0))
         if not self._active and self._tokens >= ENOUGH:
-            raise Silent("the model", self._tokens)
+            raise NothingFiresError("the model", self._tokens)
         if self._free.empty() and self._allocated < BUFFERS:
             self._allocated += 1
             return ShardBuffer(self._shape, self._capacity, pinned=self._pinned)

@@ -12,9 +12,9 @@ A row is a string under `text`, or a chat under `messages` (role, content) or `c
 
 A long text is cut at line breaks into several documents; a chat never is. All pieces of one source
 share its `key`, and the key alone decides the split, so no document is split between training and
-evaluation. Plain text in fewer than `FEW_FILES` files, in a file of more than `LONG_FILE` bytes, or from
-standard input is the exception: there each piece of `PIECE` characters has its own key; else all
-of it would fall into one split. Line ends and outer white space do not count in a key.
+evaluation. Plain text in fewer than `FEW_FILES` files, in a file of more than `LONG_FILE` bytes, or
+from standard input is the exception: there each piece of `PIECE` characters has its own key; else
+all of it would fall into one split. Line ends and outer white space do not count in a key.
 
 Memory: 1 MiB of a text file, one row of anything else.
 """

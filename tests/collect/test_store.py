@@ -139,12 +139,12 @@ def test_a_shard_is_a_safetensors_file_with_its_checksum(tmp_path, write_store):
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=60))
 def test_the_spread_is_that_of_single_tokens(active):
     counts = torch.bincount(torch.tensor(active), minlength=21)
-    spread = Stats({"train.layer.0.active": counts}).spread(0)
+    measured = Stats({"train.layer.0.active": counts}).token_sparsity(0)
     sparsity = 1 - np.array(active) / 20
-    assert spread.tokens == len(active)
-    assert spread.mean == pytest.approx(sparsity.mean())
-    assert spread.std == pytest.approx(sparsity.std(), abs=1e-9)
-    for q, value in ((0.05, spread.p5), (0.5, spread.p50), (0.95, spread.p95)):
+    assert measured.tokens == len(active)
+    assert measured.mean == pytest.approx(sparsity.mean())
+    assert measured.std == pytest.approx(sparsity.std(), abs=1e-9)
+    for q, value in ((0.05, measured.p5), (0.5, measured.p50), (0.95, measured.p95)):
         assert value == pytest.approx(np.quantile(sparsity, q, method="inverted_cdf"))
 
 
@@ -217,7 +217,7 @@ def test_counted_tokens_are_in_the_statistics_and_nowhere_else(model_folder, cor
         assert (store.folder / name).read_bytes() == (plain.folder / name).read_bytes()
     counted = load_file(store.folder / "counted-00000.safetensors")
     assert {name.rpartition(".")[2] for name in counted} == {"id", "position", "fired", "active"}
-    assert store.stats().spread(1).tokens == 3_000
+    assert store.stats().token_sparsity(1).tokens == 3_000
     assert store.stats().splits() == ["calibration", "counted", "held-out", "train"]
     # The counted documents are the next ones of the training split.
     starts = (more.tokens("train", 0)[1] == 0).sum()
