@@ -268,7 +268,7 @@ def quantized(bundle_in) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory, model_folder, predictors, acts) -> Path:
+def bundle_folder(tmp_path_factory, model_folder, predictors, acts) -> Path:
     """The exported bundle; not to be written to."""
     out = tmp_path_factory.mktemp("bundle") / "b"
     return export(
@@ -279,9 +279,9 @@ def made(tmp_path_factory, model_folder, predictors, acts) -> Path:
 
 
 @pytest.fixture
-def bundle(made, tmp_path) -> Path:
+def bundle(bundle_folder, tmp_path) -> Path:
     """A copy of the bundle that a test may damage."""
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
+    return Path(shutil.copytree(bundle_folder, tmp_path / "bundle"))
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def fake_engine(folder: Path, script: str = FAKE) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["made", "quantized"])
+@pytest.mark.parametrize("source", ["bundle_folder", "quantized"])
 def test_the_dense_file_is_the_bundle_without_its_predictors(request, source, tmp_path):
     sparse = GGUFFile(bundle_file(request.getfixturevalue(source)))
     write_dense(sparse, tmp_path / "dense.gguf")
@@ -55,11 +55,16 @@ def test_the_dense_file_is_the_bundle_without_its_predictors(request, source, tm
         write_dense(dense, tmp_path / "again.gguf")
 
 
-def test_rates_are_the_engines_own_and_the_runs_what_they_say(made, tmp_path, monkeypatch):
+def test_rates_are_the_engines_own_and_the_runs_what_they_say(bundle_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_SPARSE_PRED_THRESHOLD", "7")
     engine = fake_engine(tmp_path / "build")
     cfg = BenchEngineConfig(
-        bundle=made, engine=engine, tokens=600, rounds=2, threads=3, json=tmp_path / "b.json"
+        bundle=bundle_folder,
+        engine=engine,
+        tokens=600,
+        rounds=2,
+        threads=3,
+        json=tmp_path / "b.json",
     )
     values = bench_engine(cfg)
     assert json.loads(cfg.json.read_text()) == values
@@ -74,9 +79,9 @@ def test_rates_are_the_engines_own_and_the_runs_what_they_say(made, tmp_path, mo
     assert sum("dense.gguf" in call for call in calls) == 2
 
 
-def test_an_engine_that_fails_and_folders_without_a_bundle_are_told(made, tmp_path):
+def test_an_engine_that_fails_and_folders_without_a_bundle_are_told(bundle_folder, tmp_path):
     broken = fake_engine(tmp_path / "broken", "#!/bin/sh\necho oh dear >&2\nexit 3\n")
-    cfg = BenchEngineConfig(bundle=made, engine=broken, rounds=1)
+    cfg = BenchEngineConfig(bundle=bundle_folder, engine=broken, rounds=1)
     with pytest.raises(EngineError, match=r"main gave no timing \(exit 3\): oh dear"):
         bench_engine(cfg)
     with pytest.raises(InputError, match="holds 0 files"):
@@ -88,6 +93,8 @@ def test_an_engine_that_fails_and_folders_without_a_bundle_are_told(made, tmp_pa
 
 
 @pytest.mark.engine
-def test_the_engine_runs_all_three(engine, made):
-    values = bench_engine(BenchEngineConfig(bundle=made, engine=engine, tokens=20, rounds=1))
+def test_the_engine_runs_all_three(engine, bundle_folder):
+    values = bench_engine(
+        BenchEngineConfig(bundle=bundle_folder, engine=engine, tokens=20, rounds=1)
+    )
     assert min(values["tokens_per_s"].values()) > 1

@@ -158,28 +158,30 @@ def test_predictors_in_every_format_are_the_files(quantized, model_folder):
             assert torch.equal(getattr(layer.mlp, name), stored)
 
 
-def test_exact_and_auto_need_no_prediction(model_folder, made, ids):
+def test_exact_and_auto_need_no_prediction(model_folder, bundle_folder, ids):
     def everything(ids_NS):
-        return Emulator(GGUFFile(bundle_file(made))).logits(ids_NS, all_active=True)
+        return Emulator(GGUFFile(bundle_file(bundle_folder))).logits(ids_NS, all_active=True)
 
     for policy, count in (("exact", 3), ("auto", 0)):
         model, _ = load_model(str(model_folder), device="cpu", dtype="float32")
-        sparsify_model(model, made, policy)
+        sparsify_model(model, bundle_folder, policy)
         found = [module for module in model.modules() if isinstance(module, SparseFFN)]
         assert [module.predicts for module in found] == [False] * count
         assert ours(model, ids) == pytest.approx(perplexity(everything, ids), rel=ROUNDING)
 
 
-def test_bundles_of_another_model_change_nothing(zoo, model_folder, bundle_of, made, tmp_path, ids):
+def test_bundles_of_another_model_change_nothing(
+    zoo, model_folder, bundle_of, bundle_folder, tmp_path, ids
+):
     for name in ("opt", "llama", "bamboo"):
         model, _ = load_model(str(zoo(name)), device="cpu", dtype="float32")
         before = model_logits(model, ids[:1])
         alone = tmp_path / "alone.gguf"
-        shutil.copy(bundle_file(made), alone)
+        shutil.copy(bundle_file(bundle_folder), alone)
         with pytest.raises(InputError, match=r"is for llama, but|is \(.* has \(.*"):
             sparsify_model(model, alone, "predicted")
         with pytest.raises(InputError, match="fingerprint"):
-            sparsify_model(model, made, "predicted")
+            sparsify_model(model, bundle_folder, "predicted")
         assert torch.equal(model_logits(model, ids[:1]), before)
 
 
@@ -207,9 +209,9 @@ def test_a_bundle_with_a_nan_is_told_and_changes_nothing(bundle, model_folder, i
     assert torch.equal(model_logits(model, ids[:1]), before)
 
 
-def test_saved_it_is_still_the_bundles_model(made, model_folder, ids, tmp_path):
+def test_saved_it_is_still_the_bundles_model(bundle_folder, model_folder, ids, tmp_path):
     model, tokenizer = load_model(str(model_folder), device="cpu", dtype="float32")
-    sparsify_model(model, made, "exact")
+    sparsify_model(model, bundle_folder, "exact")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_model(str(tmp_path), device="cpu", dtype="float32")

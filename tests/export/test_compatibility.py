@@ -88,12 +88,12 @@ def test_a_forced_bundle_is_not_compared_with_the_model_of_its_predictors(
     assert "values ffn_up" not in details
 
 
-def test_predictors_of_this_model_are_said_to_be(made, corpus, model_folder):
+def test_predictors_of_this_model_are_said_to_be(bundle_folder, corpus, model_folder):
     fingerprint = Checkpoint(str(model_folder)).fingerprint
-    assert GGUFFile(bundle_file(made)).keys["sparsecast.model_fingerprint"] == fingerprint
+    assert GGUFFile(bundle_file(bundle_folder)).keys["sparsecast.model_fingerprint"] == fingerprint
     want = f"trained for {model_folder} (fingerprint {fingerprint})"
-    assert verified(made, corpus)["predictor model"] == want
-    assert "another model" not in (made / "README.md").read_text()
+    assert verified(bundle_folder, corpus)["predictor model"] == want
+    assert "another model" not in (bundle_folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_predictors_of_this_model_are_said_to_be(made, corpus, model_folder):
     ],
 )
 def test_another_input_or_activation_is_refused_unless_forced(
-    model_folder, predictors, corpus, made, tmp_path, change, reason
+    model_folder, predictors, corpus, bundle_folder, tmp_path, change, reason
 ):
     strange = said(predictors, tmp_path / "p", **change)
     with pytest.raises(InputError, match=reason):
@@ -119,7 +119,7 @@ def test_another_input_or_activation_is_refused_unless_forced(
     assert "## Predictors of another model" in card
     details = verified(tmp_path / "b", corpus)
     assert re.search(f"NOT for this model.*{reason}", details["predictor model"])
-    told, want = (d["perplexity"].split(";")[0] for d in (details, verified(made, corpus)))
+    told, want = (d["perplexity"].split(";")[0] for d in (details, verified(bundle_folder, corpus)))
     assert told == want  # the model's own T
     assert "no calibration to compare with" in details["decisions"]
 

@@ -45,8 +45,8 @@ def run(model: Path, predictors: Path, **options: object) -> GGUFFile:
     )
 
 
-def test_the_file_holds_what_powerinfer_wants(made):
-    file = GGUFFile(bundle_file(made))
+def test_the_file_holds_what_powerinfer_wants(bundle_folder):
+    file = GGUFFile(bundle_file(bundle_folder))
 
     assert file.magic == b"PWRI"
     assert file.alignment == 32
@@ -60,9 +60,9 @@ def test_the_file_holds_what_powerinfer_wants(made):
     assert {e.type.name for e in file.entries.values() if len(e.shape) == 2} == {"f16"}
 
 
-def test_rows_of_k_are_interleaved_head_by_head(made, model_folder):
+def test_rows_of_k_are_interleaved_head_by_head(bundle_folder, model_folder):
     source = load_file(model_folder / "model.safetensors")["model.layers.1.self_attn.k_proj.weight"]
-    stored = GGUFFile(bundle_file(made)).tensor("blk.1.attn_k.weight")
+    stored = GGUFFile(bundle_file(bundle_folder)).tensor("blk.1.attn_k.weight")
 
     # Two heads of 16: head 1 begins at row 16, its second half at row 24.
     for row, origin in ((0, 0), (1, 8), (2, 1), (15, 15), (16, 16), (17, 24), (18, 17)):
@@ -118,14 +118,14 @@ def test_rows_beyond_the_tokenizer_get_unique_padding_tokens(model, anyones):
     assert keys["tokenizer.ggml.token_type"][512:] == [5, 5, 5]
 
 
-def test_counts_and_predictors_stand_beside_the_file(made, acts, predictors):
+def test_counts_and_predictors_stand_beside_the_file(bundle_folder, acts, predictors):
     stats = acts.stats()
     for i in acts.manifest.layers:
         fired = stats.fired(i, ["train", "calibration"])
-        counts = torch.load(made / "activation" / f"activation_{i}.pt", weights_only=True)
+        counts = torch.load(bundle_folder / "activation" / f"activation_{i}.pt", weights_only=True)
         assert counts.dtype == torch.float32
         assert torch.equal(counts.long(), fired)
-    ours, theirs = load_predictors(made / "predictor"), load_predictors(predictors)
+    ours, theirs = load_predictors(bundle_folder / "predictor"), load_predictors(predictors)
     assert ours.manifest == theirs.manifest
     assert all(
         torch.equal(a.fc2_FR, b.fc2_FR) for a, b in zip(ours.layers, theirs.layers, strict=True)
@@ -233,9 +233,9 @@ def test_a_bundle_of_the_same_inputs_is_kept(model_folder, predictors, acts, tmp
     ],
 )
 def test_a_bundle_made_otherwise_is_not_replaced(
-    options, told, made, model_folder, predictors, random_predictors, acts, tmp_path
+    options, told, bundle_folder, model_folder, predictors, random_predictors, acts, tmp_path
 ):
-    out = Path(shutil.copytree(made, tmp_path / "b"))
+    out = Path(shutil.copytree(bundle_folder, tmp_path / "b"))
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     if "predictors" in options:
         options = {"predictors": random_predictors(tmp_path / "p", str(model_folder), 0.25)}

@@ -86,8 +86,8 @@ def test_scores_that_are_none_are_refused(score, predictors, sealed, tmp_path):
         inspect(InspectConfig(path=sealed(folder, calibration=scores)))
 
 
-def test_a_model_file_is_shown_without_its_long_arrays(shown, made):
-    path = bundle_file(made)
+def test_a_model_file_is_shown_without_its_long_arrays(shown, bundle_folder):
+    path = bundle_file(bundle_folder)
     values, text = shown(path)
 
     file = GGUFFile(path)
@@ -137,8 +137,8 @@ def test_a_bundle_is_shown_with_all_it_has(shown, with_split):
         assert word in text
 
 
-def test_a_bundle_without_a_split_has_none(shown, made):
-    values, text = shown(made)
+def test_a_bundle_without_a_split_has_none(shown, bundle_folder):
+    values, text = shown(bundle_folder)
 
     assert values["gpu_split"] is None
     assert "neurons on the GPU" not in text
@@ -236,9 +236,9 @@ def test_a_bad_path_gets_one_line_and_exit_code_2(make, reason, bundle, capsys):
     assert any(part in error for part in reason.split("|")), error
 
 
-def test_a_result_that_cannot_be_written_is_refused_first(made, capsys):
+def test_a_result_that_cannot_be_written_is_refused_first(bundle_folder, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main(["inspect", str(made), "--json", str(made)])
+        main(["inspect", str(bundle_folder), "--json", str(bundle_folder)])
 
     error = capsys.readouterr().err
     assert exit_info.value.code == 2
@@ -297,8 +297,8 @@ def test_what_is_no_file_is_refused_and_never_waited_for(where, kind, with_split
         inspect(InspectConfig(path=folder))
 
 
-def test_links_that_loop_are_not_followed(shown, made, tmp_path):
-    folder = Path(shutil.copytree(made, tmp_path / "b"))
+def test_links_that_loop_are_not_followed(shown, bundle_folder, tmp_path):
+    folder = Path(shutil.copytree(bundle_folder, tmp_path / "b"))
     (folder / "predictor" / "again").symlink_to(folder, target_is_directory=True)
 
     values, _ = shown(folder)

@@ -331,7 +331,9 @@ CORRUPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def sound(made, bundle_in, model_folder, predictors, acts, tmp_path_factory) -> dict[str, Path]:
+def sound(
+    bundle_folder, bundle_in, model_folder, predictors, acts, tmp_path_factory
+) -> dict[str, Path]:
     """Bundles by name; not to be written to."""
     root = tmp_path_factory.mktemp("sound")
     linear = Path(shutil.copytree(model_folder, root / "linear"))
@@ -343,7 +345,7 @@ def sound(made, bundle_in, model_folder, predictors, acts, tmp_path_factory) -> 
     export(ExportConfig(model=whole, out=root / "split", vram_budget=0.00073, **common))
     export(ExportConfig(model=str(linear), out=root / "scaled", **common))
     return {
-        "f16": made,
+        "f16": bundle_folder,
         "q4_0": bundle_in("f16", "q8_0", "q4_0", dtype="q4_0"),
         "split": root / "split",
         "linear": root / "scaled",

@@ -72,8 +72,8 @@ def test_a_sound_split_passes_verify(model_folder, predictors, acts, corpus, tmp
     assert detail == "768 neurons, the hottest of 3 layers"
 
 
-def test_a_bundle_without_a_split_has_no_such_check(made):
-    assert check_gpu_split(GGUFFile(bundle_file(made)), made) == []
+def test_a_bundle_without_a_split_has_no_such_check(bundle_folder):
+    assert check_gpu_split(GGUFFile(bundle_file(bundle_folder)), bundle_folder) == []
 
 
 def test_a_sound_split_is_sound(checked, hot):

@@ -15,9 +15,9 @@ from sparsecast.export.read.vocab import tokenizer_of
 
 
 @pytest.fixture
-def file(made) -> GGUFFile:
+def file(bundle_folder) -> GGUFFile:
     """A private mapping: changes to its tensors stay in memory."""
-    return GGUFFile(bundle_file(made))
+    return GGUFFile(bundle_file(bundle_folder))
 
 
 @pytest.fixture(scope="module")

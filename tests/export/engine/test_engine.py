@@ -54,8 +54,8 @@ def test_the_engine_computes_quantized_predictors_as_we_do(engine, quantized, co
 
 
 @pytest.mark.engine
-def test_a_wrong_rope_base_in_our_evaluation_is_seen(engine, made, corpus):
-    file = GGUFFile(bundle_file(made))
+def test_a_wrong_rope_base_in_our_evaluation_is_seen(engine, bundle_folder, corpus):
+    file = GGUFFile(bundle_file(bundle_folder))
     tokenizer = tokenizer_of(file)
     text = joined(held_out_documents(str(corpus), tokenizer, 1024))
     ids_NS = chunks_of(text, tokenizer, 1024)
@@ -67,8 +67,8 @@ def test_a_wrong_rope_base_in_our_evaluation_is_seen(engine, made, corpus):
 
 
 @pytest.mark.engine
-def test_a_stray_threshold_in_the_environment_changes_nothing(engine, made, monkeypatch):
-    path, text = bundle_file(made), "def f(x):\n    return x\n" * 200
+def test_a_stray_threshold_in_the_environment_changes_nothing(engine, bundle_folder, monkeypatch):
+    path, text = bundle_file(bundle_folder), "def f(x):\n    return x\n" * 200
     plain = engine_perplexity(engine, path, text, 2)
 
     monkeypatch.setenv("LLAMA_SPARSE_PRED_THRESHOLD", "1e30")
@@ -77,9 +77,9 @@ def test_a_stray_threshold_in_the_environment_changes_nothing(engine, made, monk
 
 
 @pytest.mark.engine
-def test_a_file_the_engine_cannot_load_is_told_in_one_line(engine, made, tmp_path):
+def test_a_file_the_engine_cannot_load_is_told_in_one_line(engine, bundle_folder, tmp_path):
     path = tmp_path / "broken.gguf"
-    path.write_bytes(bundle_file(made).read_bytes()[:5000])
+    path.write_bytes(bundle_file(bundle_folder).read_bytes()[:5000])
 
     with pytest.raises(EngineError, match="perplexity gave no estimate"):
         engine_perplexity(engine, path, "x", 2)
@@ -91,10 +91,10 @@ def test_a_file_the_engine_cannot_load_is_told_in_one_line(engine, made, tmp_pat
 
 
 @pytest.mark.engine
-def test_too_little_text_is_no_success(engine, made):
+def test_too_little_text_is_no_success(engine, bundle_folder):
     """The binary prints a message and exits with 0."""
     with pytest.raises(EngineError, match="gave no estimate"):
-        engine_perplexity(engine, bundle_file(made), "short", 2)
+        engine_perplexity(engine, bundle_file(bundle_folder), "short", 2)
 
 
 @pytest.mark.engine
@@ -153,8 +153,8 @@ def test_a_token_we_do_not_know_is_infinitely_far():
     assert SPELLING.compare(strange, torch.zeros(6)) == (float("inf"), 1.0)
 
 
-def test_texts_are_what_the_server_prints(made):
-    file = GGUFFile(bundle_file(made))
+def test_texts_are_what_the_server_prints(bundle_folder):
+    file = GGUFFile(bundle_file(bundle_folder))
     texts = tokenizer_of(file).texts
     tokens = file.keys["tokenizer.ggml.tokens"]
 

@@ -73,9 +73,9 @@ def test_a_token_beyond_the_most_probable_has_the_same_probability(engine, byte_
 @pytest.mark.engine
 @pytest.mark.parametrize("bytewise", [True, False])
 def test_documents_that_the_engine_cuts_otherwise_are_counted(
-    bytewise, engine, byte_bundle, made, corpus
+    bytewise, engine, byte_bundle, bundle_folder, corpus
 ):
-    file = GGUFFile(bundle_file(byte_bundle() if bytewise else made))
+    file = GGUFFile(bundle_file(byte_bundle() if bytewise else bundle_folder))
     tokenizer = tokenizer_of(file)
     alike = ["def f(x):\n    return x", "It's 1234, \u4f60\u597d! \U0001f600", " a  b\n\n  c"]
     spaces = "x    (y)\n" if bytewise else "<|never a token|>"
@@ -88,8 +88,8 @@ def test_documents_that_the_engine_cuts_otherwise_are_counted(
 
 
 @pytest.mark.engine
-def test_pieces_that_the_engine_cuts_otherwise_fail(engine, made):
-    file = GGUFFile(bundle_file(made))
+def test_pieces_that_the_engine_cuts_otherwise_fail(engine, bundle_folder):
+    file = GGUFFile(bundle_file(bundle_folder))
     file.keys["tokenizer.ggml.scores"].reverse()
 
     check = check_tokenization(engine, file, tokenizer_of(file), [Path(__file__).read_text(), "x"])

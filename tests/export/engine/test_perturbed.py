@@ -12,8 +12,8 @@ from sparsecast.export.engine.perturbed import Decision, closest_decisions
 from sparsecast.export.read.reader import GGUFFile
 
 
-def test_a_position_has_the_nearest_of_its_own_and_of_those_before(made):
-    file = GGUFFile(bundle_file(made))
+def test_a_position_has_the_nearest_of_its_own_and_of_those_before(bundle_folder):
+    file = GGUFFile(bundle_file(bundle_folder))
     ids_NS = torch.randint(3, 512, (2, 20), generator=torch.Generator().manual_seed(0))
     distances = []
 

@@ -21,7 +21,7 @@ from sparsecast.export.bundle import bundle_file
 from sparsecast.export.read.reader import TYPES, GGUFFile
 
 
-@pytest.mark.parametrize("which", ["made", "quantized"])
+@pytest.mark.parametrize("which", ["bundle_folder", "quantized"])
 def test_reader_agrees_with_the_gguf_package(which, request, tmp_path):
     path = Path(shutil.copy(bundle_file(request.getfixturevalue(which)), tmp_path))
     ours = GGUFFile(path)
@@ -43,8 +43,8 @@ def test_reader_agrees_with_the_gguf_package(which, request, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def whole(made) -> bytes:
-    return bundle_file(made).read_bytes()
+def whole(bundle_folder) -> bytes:
+    return bundle_file(bundle_folder).read_bytes()
 
 
 @settings(max_examples=150, deadline=None)

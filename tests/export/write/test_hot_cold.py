@@ -206,9 +206,9 @@ def test_a_budget_for_no_block_says_what_it_takes(exported, given, capsys):
     assert "no neuron" in made.card
 
 
-def test_no_split_is_written_unasked(made):
-    assert list(made.glob("*.gpuidx")) == []
-    assert bundle_file(made).is_file()
+def test_no_split_is_written_unasked(bundle_folder):
+    assert list(bundle_folder.glob("*.gpuidx")) == []
+    assert bundle_file(bundle_folder).is_file()
 
 
 @pytest.mark.parametrize(

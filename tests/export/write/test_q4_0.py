@@ -237,11 +237,11 @@ def test_weights_beyond_the_scale_leave_no_bundle(model_folder, predictors, tmp_
 
 
 @pytest.mark.engine
-def test_quantize_writes_the_same_file(engine, made, model_folder, predictors, tmp_path):
+def test_quantize_writes_the_same_file(engine, bundle_folder, model_folder, predictors, tmp_path):
     """PowerInfer's own tool, from our f16 bundle; it has q8_0 for output.weight where rows are no
     multiples of 256."""
     theirs = tmp_path / "theirs.gguf"
-    command = [binary(engine, "quantize"), bundle_file(made), theirs, "Q4_0", "1"]
+    command = [binary(engine, "quantize"), bundle_file(bundle_folder), theirs, "Q4_0", "1"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     cfg = ExportConfig(
         model=str(model_folder), predictors=predictors, out=tmp_path / "b", dtype="q4_0"
