@@ -1,4 +1,4 @@
-"""`sparsecast inspect` for an activation store: its content, sparsity and integrity."""
+"""Show what an activation store holds, how sparse it is, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class InspectConfig:
     file."""
 
     check: bool = True
-    """Of activations, read every shard and compare its checksums; manifest, statistics and the
-    shards' headers are always compared."""
+    """For activations, read every shard and compare its checksums. The manifest, the statistics
+    and the shards' headers are always compared."""
 
     json: Path | None = None
     """Write the numbers to this file."""
@@ -40,7 +40,7 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The numbers, and whether every shard is as it was written."""
+    """The numbers, and whether every shard is intact."""
 
     ok: bool
     values: dict[str, Any]
@@ -52,7 +52,7 @@ def inspect(cfg: InspectConfig) -> Inspection:
     Memory: the statistics; shards are memory maps.
 
     Raises:
-        InputError: Not an activation store, or a manifest that says nothing.
+        InputError: Not an activation store, or an unusable manifest.
     """
     if cfg.json is not None:
         check_writable_file(cfg.json, "--json")
@@ -88,7 +88,7 @@ def _damage(store: ActivationStore, *, whole: bool) -> list[str]:
 
 
 def _size(folder: Path, split: str, manifest: Manifest) -> int:
-    """Return the size in bytes of a split's existing shards."""
+    """Bytes of a split's shards that exist."""
     names = (
         shard_name(split, number) for number in range(len(manifest.shard_tokens.get(split, [])))
     )

@@ -195,7 +195,7 @@ def sealed():
 
 @pytest.fixture
 def manifest_of():
-    """Of predictors for a model with FATReLU at 0.2, unless told otherwise."""
+    """Build a manifest of predictors, by default for a model with FATReLU at 0.2."""
 
     def make(layers: list[Predictor], **fields: object) -> PredictorManifest:
         scores = {"recall": 0.9, "predicted_sparsity": 0.5}

@@ -1,9 +1,9 @@
-"""Checks that some neurons fire and some do not: else there is nothing to predict.
+"""Stop if no neuron fires at all, and warn of layers where none or all neurons fire.
 
-Where no neuron of any layer was active on any token, recall is 1 and traffic next to nothing by
-definition, so every stage stops. One silent layer among others is a fact of the model, whose FFN
-adds nothing there: its predictor predicts nothing, which is right, so that layer is only named. So
-is one in which every neuron fires on every token.
+If no neuron of any layer was active on any token, recall is 1 and traffic almost 0 by definition,
+so every stage stops. If only some layers are silent, their FFN adds nothing and their predictors
+rightly predict nothing, so those layers are only named. A layer in which every neuron fires on
+every token is named too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
 
 ENOUGH = 1_000
-"""Tokens after which it is no chance that nothing fires in any layer."""
+"""After this many tokens without any activity, stop: it is no accident."""
 
 
 class NothingFiresError(InputError):
@@ -34,7 +34,7 @@ def check_firing(
     """Stop if no neuron fires on the tokens of `splits`; warn about unusual layers.
 
     Args:
-        where: What the counts are of.
+        where: Source of the counts, for messages.
 
     Raises:
         NothingFiresError: No layer has an active entry.

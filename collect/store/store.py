@@ -1,12 +1,12 @@
-"""The activation store (ACTS): a folder of recorded activations.
+"""The activation store ("ACTS" in short): a folder of recorded activations.
 
     manifest.json               what was recorded, from which model and text, and the real counts
     <split>-<nnnnn>.safetensors one shard each, see shard.py
     stats.safetensors           counts over every token, see stats.py
 
-`Shape.bound` states the bytes per token and layer. Whoever opens a store checks the manifest
-against its own checksum and every shard's header against the manifest; what a shard holds is
-checked tensor by tensor as it is first read, see shard_reader.py.
+`Shape.bound` states the bytes per token and layer. Opening a store checks the manifest
+against its own checksum and every shard's header against the manifest. A shard's tensors are
+checked one by one when first read, see shard_reader.py.
 
 Shape letters: T tokens, D hidden, F FFN width, P packed width.
 """
@@ -58,12 +58,12 @@ class Manifest:
 
     model: str
     fingerprint: str
-    """Of the model's weights, see `Checkpoint.fingerprint`."""
+    """Fingerprint of the model's weights, see `Checkpoint.fingerprint`."""
     model_type: str
     config: dict[str, Any]
-    """The model's, as it ran; see `result_fields`."""
+    """The model's config as it ran; see `result_fields`."""
     dtype: str
-    """The model's, while it ran."""
+    """The model's data type while it ran."""
     threads: int
     """CPU threads while it ran: sums depend on their number."""
     tokenizer: str
@@ -104,7 +104,7 @@ class Manifest:
 
     @property
     def model_shape(self) -> ModelShape:
-        """Return the shape of the recorded layers."""
+        """The model's dimensions, with the recorded layers only."""
         return ModelShape(
             layers=len(self.layers),
             hidden_size=self.hidden_size,

@@ -215,7 +215,7 @@ run.write_model = write
 
 
 def _predictors() -> PredictorSet:
-    """Of the shapes of the model that ships with the package."""
+    """Random predictors with the shapes of the model that ships with the package."""
     config = json.loads((TINY_PROSPARSE / "config.json").read_text())
     d, f = config["hidden_size"], config["intermediate_size"]
     one = Predictor(torch.randn(8, d), torch.randn(f, 8), "f16")

@@ -16,7 +16,7 @@ from sparsecast.core.errors import InputError
 
 
 def counts(*fired: int, tokens: int = 10, width: int = 4) -> Stats:
-    """Of layers whose first neurons fired on every token, as many as `fired` says."""
+    """Statistics of layers whose first `fired` neurons fired on every token."""
     tables = {}
     for layer, number in enumerate(fired):
         each = torch.zeros(width, dtype=torch.int64)

@@ -73,8 +73,8 @@ def ids(model_folder, corpus):
 
 @pytest.fixture
 def bundle_of(random_predictors, tmp_path):
-    """Of a model's folder, with predictors that decide on every neuron by itself: a decision that
-    rounding turns over changes little."""
+    """Export a model's folder with predictors that decide on each neuron independently, so a
+    decision that rounding flips changes little."""
 
     def make(model, dtype: str, stored: str = "f16"):
         given = load_predictors(random_predictors(tmp_path / "p", str(model), dtypes=(stored,) * 3))

@@ -21,7 +21,7 @@ from sparsecast.kernels.ops.launch import INTERPRETED, rounded_threshold
 BAND = 64
 """Elements on either side."""
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.int8: 2e-3}
-"""Of max |out - ref| / max |ref|; int8 stands for inputs in q8_0."""
+"""Upper bounds of max |out - ref| / max |ref|; int8 stands for inputs in q8_0."""
 real_empty = torch.empty
 
 

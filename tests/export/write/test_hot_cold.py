@@ -28,7 +28,7 @@ BEFORE = (
     + 64 * 4
     + 512 * 64 * 2
 )
-"""Of the small model: attention with its norm, predictors, FFN norms; output norm, output."""
+"""Bytes of the small model: attention with its norm, predictors, FFN norms; output norm, output."""
 HALF_CACHE = 3 * 512 * 32 * 2
 """512 tokens of keys: 3 layers, 2 heads of 16, f16."""
 

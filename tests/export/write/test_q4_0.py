@@ -98,7 +98,7 @@ def test_bytes_are_those_of_the_gguf_package(q4_0, model_folder, name, source, k
 @pytest.mark.parametrize("kind", ["F16", "F32", "Q4_0", "Q8_0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_slabs_leave_no_seam(monkeypatch, kind, dtype):
-    """Of rows that are columns of the source, as those of ffn_down_t are."""
+    """The rows are columns of the source, like those of ffn_down_t."""
     weight = torch.randn(64, 100).to(dtype).T
     planned = PlannedTensor("w", (100, 64), GGMLQuantizationType[kind], lambda: weight)
     monkeypatch.setattr(stored_module, "SLAB", 7 * 64)

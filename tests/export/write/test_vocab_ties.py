@@ -168,7 +168,7 @@ def test_pieces_that_take_turns_share_a_score_and_no_others_do(tied, tmp_path):
 
 
 def test_an_order_that_no_scores_give_is_refused_with_a_text(tied, tmp_path):
-    """Of runs that take turns the shortest left first: the right end grows."""
+    """Runs merge the shortest left part first, so the right end grows."""
 
     def shortest(left, right):
         return -len(left), -len(right)

@@ -122,7 +122,7 @@ def ids():
 
 @pytest.fixture
 def logits():
-    """Of a model, float32, without gradients or cache."""
+    """Compute a model's logits in float32, without gradients or cache."""
 
     def run(model, ids_BS: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
