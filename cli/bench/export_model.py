@@ -64,7 +64,7 @@ class ModelShape(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the model and its predictors on the disk."""
+        """Return the size of the model and its predictors on disk."""
         return 2 * (self.parameters + self.layers * self.rank * (self.hidden + self.ffn))
 
 

@@ -28,15 +28,15 @@ class Exported(NamedTuple):
     """One export."""
 
     seconds: float
-    """Of `export` alone."""
+    """Seconds of `export` alone."""
     process: float
-    """Of its process, imports included."""
+    """Seconds of its process, imports included."""
     growth: int
-    """Bytes: the most anonymous memory seen, above that after the imports."""
+    """Peak anonymous memory in bytes, above that after the imports."""
 
 
 class BenchError(RuntimeError):
-    """A run failed; the text has its last words."""
+    """A run failed; the text is the end of its output."""
 
 
 def anonymous(process: str) -> int:

@@ -1,11 +1,10 @@
 """Read shards, and verify each tensor's checksum before its first use.
 
-The store's manifest has the checksum of every shard's header, and the header one of every tensor.
-Opening a shard reads its header alone. A tensor is hashed when it is first asked for, whole, which
-brings its pages into memory for the reader that wants them now: nothing is read twice for it, what
-nobody asks for is not read at all, and later reads, in whatever order, cost nothing. xxh3 takes
-more than 10 GB/s a thread, several times what disks give. Inputs are looked over for NaN and
-infinity at the same time.
+The store's manifest has the checksum of every shard's header, and the header that of every tensor.
+Opening a shard reads only its header. A whole tensor is hashed on first access, which also brings
+its pages into memory: no page is read twice, unused tensors are never read, and later accesses cost
+nothing. xxh3 hashes more than 10 GB/s per thread, several times the rate of disks. Inputs are
+checked for NaN and infinity at the same time.
 """
 
 from __future__ import annotations

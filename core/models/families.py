@@ -42,7 +42,7 @@ class Family:
     act_key: str
     """The config field that names the activation."""
     convention: str
-    """Name of the predictor's input, as PRED and ACTS manifests record it."""
+    """Name of the predictor's input in the manifests of activations and predictors."""
 
     @property
     def matrices(self) -> int:
