@@ -5,8 +5,9 @@ FATReLU (ProSparse, arXiv 2402.13516, section 3.3) keeps what reaches a threshol
     fatrelu_T(g) = g if g >= T else 0
 
 T is rounded to the tensor's dtype first, which is what torch does with a Python scalar. ReLU is
-the case of T at zero. dReLU (Bamboo, TurboSparse) is ReLU on the gate and on up. transformers knows
-`relu`; importing this module teaches it `fatrelu` and `drelu`.
+the case of T at zero. dReLU (Bamboo, TurboSparse) is ReLU on the gate and on up. ReLU² (Primer,
+arXiv 2109.08668) is relu(g)², which is zero where ReLU is. transformers knows `relu` and `relu2`;
+importing this module teaches it `fatrelu` and `drelu`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, ReLUSquaredActivation
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ActivationRule:
     """The function between the first projections and x1."""
 
     name: str
-    """`relu`, `fatrelu` or `drelu`."""
+    """`relu`, `fatrelu`, `drelu` or `relu2`."""
     threshold: float = 0.0
     """T of FATReLU; 0 for the others."""
 
@@ -35,9 +36,16 @@ class ActivationRule:
         """Return whether up passes through ReLU as well."""
         return self.name == "drelu"
 
+    @property
+    def squared(self) -> bool:
+        """Return whether the gate is squared behind its ReLU."""
+        return self.name == "relu2"
+
     def module(self) -> nn.Module:
         """Build the activation of the gate, or of the first projection if there is no gate."""
-        return FATReLU(self.threshold) if self.name == "fatrelu" else nn.ReLU()
+        if self.name == "fatrelu":
+            return FATReLU(self.threshold)
+        return ReLUSquaredActivation() if self.squared else nn.ReLU()
 
 
 class FATReLU(nn.Module):

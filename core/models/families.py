@@ -8,7 +8,7 @@ residual stream after attention and before the FFN norm. Both are the input of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,13 +36,20 @@ class Family:
     """None in an FFN of two matrices."""
     up: str
     down: str
-    """The module whose input is x1."""
+    """The module whose input is x1, but for a family with `x1_norm`."""
     act: str
     """The activation module: behind the gate, or behind up where there is no gate."""
     act_key: str
     """The config field that names the activation."""
+    x1_norm: str | None = None
+    """A norm between x1 and down; x1 is this norm's input then."""
     convention: str
     """Name of the predictor's input in the manifests of activations and predictors."""
+
+    @property
+    def x1_reader(self) -> str:
+        """The module whose input is x1."""
+        return self.x1_norm or self.down
 
     @property
     def matrices(self) -> int:
@@ -92,6 +99,14 @@ _FALCON = Family(
     convention=LAYER_INPUT,
 )
 
+_TWO_MATRICES = replace(_LLAMA, gate=None)
+
+_NANOCHAT = replace(_TWO_MATRICES, up="mlp.fc1", down="mlp.fc2", act="mlp.activation_fn")
+
+_PERSIMMON = replace(_TWO_MATRICES, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="mlp.act")
+
+_BITNET = replace(_LLAMA, x1_norm="mlp.ffn_sub_norm")
+
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -100,6 +115,12 @@ FAMILIES = {
     "granite": _LLAMA,
     "opt": _OPT,
     "falcon": _FALCON,
+    "arcee": _TWO_MATRICES,
+    "nemotron": _TWO_MATRICES,
+    "jais2": _TWO_MATRICES,
+    "nanochat": _NANOCHAT,
+    "persimmon": _PERSIMMON,
+    "bitnet": _BITNET,
 }
 
 
@@ -145,14 +166,14 @@ def activation_rule(
     """
     family = family_of(config, where)
     name = getattr(config, family.act_key, None)
-    if name not in ("relu", "fatrelu", "drelu"):
+    if name not in ("relu", "fatrelu", "drelu", "relu2"):
         raise InputError(
             f"{where}: {family.act_key} is {name!r}, which leaves no exact zeros in the FFN; "
-            "expected 'relu' or 'fatrelu'. `sparsecast sparsify` turns such a model into a sparse "
-            "one (ReLU substitution, progressive L1 regularization, threshold shift)"
+            "expected 'relu', 'relu2' or 'fatrelu'. `sparsecast sparsify` turns such a model into "
+            "a sparse one (ReLU substitution, progressive L1 regularization, threshold shift)"
         )
     if threshold is not None:
-        if name == "drelu" or not 0 <= threshold <= LARGEST_THRESHOLD:
+        if name not in ("relu", "fatrelu") or not 0 <= threshold <= LARGEST_THRESHOLD:
             raise InputError(
                 f"--activation-threshold: got {threshold} for {where}, expected a number from 0 to "
                 f"{LARGEST_THRESHOLD:.3g} and a model with relu or fatrelu"

@@ -237,7 +237,7 @@ def test_a_threshold_lost_in_conversion_is_pointed_out(family_folder, tmp_path, 
     [
         ("opt", '"do_layer_norm_before": true', '"do_layer_norm_before": false', "FFN norm behind"),
         ("falcon-7b", '"parallel_attn": true', '"parallel_attn": false', "parallel_attn is false"),
-        ("llama", '"model_type": "llama"', '"model_type": "gpt2"', "expected one of bamboo, falc"),
+        ("llama", '"model_type": "llama"', '"model_type": "gpt2"', "expected one of arcee, bamboo"),
         ("llama", '"model_type": "llama"', '"model_type": "newllm"', "FAMILIES in sparsecast"),
         ("minicpm", '"scale_depth": 1.4', '"scale_depth": null', "needs numbers under scale_emb"),
         ("bamboo", '"hidden_act": "relu"', '"hidden_act": "silu"', "expected 'relu' in a model of"),
