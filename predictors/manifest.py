@@ -33,7 +33,7 @@ FORMAT_VERSION = 3
 CONFIG = "config.json"
 SCORES = ("recall", "predicted_sparsity")
 AGAIN = "train again, or copy the whole folder again"
-ACTIVATIONS = ("relu", "fatrelu", "drelu")
+ACTIVATIONS = ("relu", "fatrelu", "drelu", "relu2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.bitnet import effective_input, effective_weight
+from sparsecast.core.models.families import Family, activation_rule, family_of
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.predictor import Predictor
 
 
 @contextmanager
 def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iterator[None]:
-    """Zero every neuron that is not predicted; predictors get the inputs PowerInfer gives them."""
+    """Zero every neuron that is not predicted; predictors get the inputs PowerInfer gives them.
+
+    The mask is on x1, so a norm between x1 and down sees only what was predicted.
+    """
     family = family_of(model.config, "model")
     handles = []
     for layer, predictor in zip(family.decoder_layers(model), predictors.layers, strict=True):
@@ -30,7 +34,7 @@ def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iter
         def on_norm(_: nn.Module, args: tuple[Tensor, ...], seen: list[Tensor] = seen) -> None:
             seen[:] = [args[0]]
 
-        def on_down(
+        def on_x1(
             _: nn.Module,
             args: tuple[Tensor, ...],
             seen: list[Tensor] = seen,
@@ -39,7 +43,7 @@ def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iter
             return (args[0] * (predictor.logits(seen[0]) >= predictors.threshold),)
 
         handles.append(family.norm(layer).register_forward_pre_hook(on_norm))
-        handles.append(layer.get_submodule(family.down).register_forward_pre_hook(on_down))
+        handles.append(layer.get_submodule(family.x1_reader).register_forward_pre_hook(on_x1))
     try:
         yield
     finally:
@@ -55,15 +59,11 @@ def exact_in_loop(model: PreTrainedModel) -> Iterator[None]:
     rule = activation_rule(model.config, "model")
     if family.gate is None:
         blocks = [layer.get_submodule(family.down) for layer in layers]
-        forwards = [_sparse_down(block) for block in blocks]
+        forwards = [_sparse_product(block) for block in blocks]
     else:
         parent = family.down.rpartition(".")[0]
         blocks = [layer.get_submodule(parent) for layer in layers]
-        paths = (family.gate, family.up, family.down, family.act)
-        forwards = [
-            _sparse_ffn(*(layer.get_submodule(path) for path in paths), relu_up=rule.on_up)
-            for layer in layers
-        ]
+        forwards = [_sparse_ffn(layer, family, relu_up=rule.on_up) for layer in layers]
     try:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
@@ -73,33 +73,45 @@ def exact_in_loop(model: PreTrainedModel) -> Iterator[None]:
             del block.forward
 
 
-def _sparse_down(down: Any) -> Callable[[Tensor], Tensor]:
-    def forward(x1: Tensor) -> Tensor:
-        x1_TF = x1.reshape(-1, x1.shape[-1]).float().to_sparse_csr()
-        out_TD: Tensor = x1_TF @ down.weight.float().T
+def _sparse_product(down: Any) -> Callable[[Tensor], Tensor]:
+    """The down projection over the non-zero entries of its input."""
+
+    def forward(input: Tensor) -> Tensor:
+        rounded = effective_input(down, input.reshape(-1, input.shape[-1]))
+        out_TD: Tensor = rounded.float().to_sparse_csr() @ effective_weight(down).float().T
         if down.bias is not None:
             out_TD = out_TD + down.bias.float()
-        return out_TD.to(x1.dtype).view(*x1.shape[:-1], -1)
+        return out_TD.to(input.dtype).view(*input.shape[:-1], -1)
 
     return forward
 
 
-def _sparse_ffn(
-    gate: Any, up: Any, down: Any, act: Any, *, relu_up: bool
-) -> Callable[[Tensor], Tensor]:
-    def product(like: Tensor, values: Tensor) -> Tensor:
-        """CSR matrix with the pattern of `like`."""
-        return torch.sparse_csr_tensor(
-            like.crow_indices(), like.col_indices(), values, like.shape, check_invariants=False
-        )
+def _sparse_ffn(layer: nn.Module, family: Family, *, relu_up: bool) -> Callable[[Tensor], Tensor]:
+    assert family.gate is not None
+    paths = (family.gate, family.act, family.up, family.down)
+    modules: list[Any] = [layer.get_submodule(path) for path in paths]
+    gate, act, up, down = modules
+    norm = nn.Identity() if family.x1_norm is None else layer.get_submodule(family.x1_norm)
+    project = _sparse_product(down)
 
     def forward(x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         fired = act(gate(x_TD)).float().to_sparse_csr()
-        zeros = product(fired, torch.zeros_like(fired.values()))
-        sampled = torch.sparse.sampled_addmm(zeros, x_TD.float(), up.weight.float().T)
-        ups = sampled.values().relu() if relu_up else sampled.values()
-        out_TD: Tensor = product(fired, fired.values() * ups) @ down.weight.float().T
-        return out_TD.to(x_BSD.dtype).view(x_BSD.shape)
+        zeros = _with_pattern(fired, torch.zeros_like(fired.values()))
+        rounded_TD = effective_input(up, x_TD).float()
+        sampled = torch.sparse.sampled_addmm(zeros, rounded_TD, effective_weight(up).float().T)
+        ups = sampled.values()
+        if up.bias is not None:
+            ups = ups + up.bias.float()[sampled.col_indices()]
+        x1 = _with_pattern(fired, fired.values() * (ups.relu() if relu_up else ups))
+        # The norm needs the non-zero entries alone: zeros add nothing to the RMS and stay zero.
+        return project(norm(x1.to_dense())).to(x_BSD.dtype).view(x_BSD.shape)
 
     return forward
+
+
+def _with_pattern(like: Tensor, values: Tensor) -> Tensor:
+    """CSR matrix with the pattern of `like`."""
+    return torch.sparse_csr_tensor(
+        like.crow_indices(), like.col_indices(), values, like.shape, check_invariants=False
+    )

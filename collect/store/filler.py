@@ -223,7 +223,7 @@ def _raise_to(largest: Tensor, value: Tensor) -> None:
 
 
 def down_norms(model: PreTrainedModel, shape: Shape) -> dict[int, Tensor]:
-    """Per layer (F,) float32: the Euclidean norm of each column of the down projection.
+    """Per layer (F,) float32: see `Family.x1_gains`.
 
     Empty if `shape` has no energies, which are what needs them.
 
@@ -243,5 +243,5 @@ def down_norms(model: PreTrainedModel, shape: Shape) -> dict[int, Tensor]:
                 "--energy: needs the down projections in memory, but --device-map has moved them "
                 "off; use more devices, or leave --energy out"
             )
-        norms[layer] = torch.linalg.vector_norm(down.weight.float(), dim=0)
+        norms[layer] = family.x1_gains(blocks[layer])
     return norms

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.files import read_json, unreadable_error
 from sparsecast.core.folders import check_folder_kind
+from sparsecast.core.models.bitnet import check_quantization
 from sparsecast.core.models.config_checks import check_fields, check_pad_token, check_shapes
 from sparsecast.core.models.families import unknown_family_message
 from sparsecast.core.models.location import resolve_model
@@ -67,12 +68,7 @@ class Checkpoint:
             InputError: A file is missing or damaged; weights are quantized or do not belong to the
                 model of the config; the padding token has no row in the embedding.
         """
-        if (found := getattr(self.config, "quantization_config", None)) is not None:
-            kind = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
-            raise InputError(
-                f"{self.folder}: its weights are quantized ({kind}), expected float32, float16 or "
-                "bfloat16; give the model they were made from"
-            )
+        check_quantization(self.config, self.folder)
         refuse_lfs_pointers(self.folder)
         check_pad_token(self.config, self.folder)
         shapes = {}

@@ -46,7 +46,7 @@ _POSITIVE = (
     "attention_multiplier",
     "logits_scaling",
 )
-_SHARES = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
+_SHARES = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "dropout", "activation_dropout", "layerdrop")
 _LARGEST_SIZE = 2**31 - 1
 _LARGEST_NUMBER = 1e12

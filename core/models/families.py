@@ -9,13 +9,15 @@ residual stream after attention and before the FFN norm. Both are the input of t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.bitnet import effective_weight
 from sparsecast.core.models.remote_configs import REMAPPED
 
 RESIDUAL_BEFORE_FFN_NORM = "residual-before-ffn-norm"
@@ -42,7 +44,9 @@ class Family:
     act_key: str
     """The config field that names the activation."""
     x1_norm: str | None = None
-    """A norm between x1 and down; x1 is this norm's input then."""
+    """An RMS norm between x1 and down; x1 is this norm's input then."""
+    norm_offset: float = 0.0
+    """Nemotron's FFN norm multiplies by its weight + 1."""
     convention: str
     """Name of the predictor's input in the manifests of activations and predictors."""
 
@@ -64,6 +68,25 @@ class Family:
     def norm(self, layer: nn.Module) -> nn.Module:
         """Return the FFN norm of one decoder layer."""
         return layer.get_submodule(next(name for name in self.norms if hasattr(layer, name)))
+
+    def norm_scale(self, layer: nn.Module) -> Tensor | None:
+        """Return what the FFN norm multiplies by, (D,) float32; None if it has no weight."""
+        weight: Tensor | None = getattr(self.norm(layer), "weight", None)
+        return None if weight is None else weight.detach().float() + self.norm_offset
+
+    def x1_gains(self, layer: nn.Module) -> Tensor:
+        """Return (F,) float32: the norm of what neuron j adds to the residual stream, over |x1_j|.
+
+        It is the Euclidean norm of down's column j; with `x1_norm` times |its weight j|, and only
+        up to the division by the RMS of x1, which is one number for all neurons of a token.
+        """
+        down = layer.get_submodule(self.down)
+        assert isinstance(down, nn.Linear)
+        gain_F: Tensor = torch.linalg.vector_norm(effective_weight(down).float(), dim=0)
+        if self.x1_norm is not None:
+            weight: Any = layer.get_submodule(self.x1_norm).weight
+            gain_F = gain_F * weight.detach().float().abs()
+        return gain_F
 
 
 _LLAMA = Family(
@@ -116,7 +139,7 @@ FAMILIES = {
     "opt": _OPT,
     "falcon": _FALCON,
     "arcee": _TWO_MATRICES,
-    "nemotron": _TWO_MATRICES,
+    "nemotron": replace(_TWO_MATRICES, norm_offset=1.0),
     "jais2": _TWO_MATRICES,
     "nanochat": _NANOCHAT,
     "persimmon": _PERSIMMON,
@@ -159,8 +182,8 @@ def activation_rule(
     """Return the activation that a checkpoint's config states.
 
     Args:
-        config: With an activation "relu" or "drelu", or "fatrelu" and `hidden_act_param` as
-            ProSparse writes.
+        config: With an activation "relu", "relu2" or "drelu", or "fatrelu" and `hidden_act_param`
+            as ProSparse writes.
         where: Names the model in the error.
         threshold: Overrides the config: FATReLU with this T, for a config that lost it.
     """

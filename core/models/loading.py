@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.bitnet import check_compiles, rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of, lost_threshold_warning
 from sparsecast.core.models.pretrained import load_pretrained
@@ -71,7 +72,8 @@ def load_model(
             overrides `device`.
 
     Raises:
-        InputError: See `open_model`; an activation that leaves no exact zeros (SiLU, GELU).
+        InputError: See `open_model` and `check_compiles`; an activation that leaves no exact zeros
+            (SiLU, GELU).
     """
     checkpoint = Checkpoint(source)
     family_of(checkpoint.config, source)
@@ -87,6 +89,8 @@ def load_model(
     model: Any = build_model(checkpoint, picked, device_map)
     if device_map is None:
         model.to(where)
+    if rounds_online(checkpoint.config):
+        check_compiles(input_device(model))
     set_activation(model, rule)
     return model.eval(), tokenizer
 

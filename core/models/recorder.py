@@ -1,7 +1,11 @@
 """Record the predictors' inputs and the FFN neurons that fired.
 
 Each layer has two hooks: one on the FFN norm, whose input is the predictor's input, and one on the
-down projection, whose input is x1 = act(gate) * up, or act(fc1 x + b) without a gate.
+module that reads x1 = act(gate) * up, or act(fc1 x + b) without a gate: the down projection, or the
+norm in front of it (`Family.x1_reader`).
+
+Neuron j has fired where x1_j is not zero as the model computes it, in the model's dtype: a product
+or a square that underflows there, such as that of 1e-4 in float16, is a zero like any other.
 
 Shape letters: N places of a batch, padding included, D hidden, F FFN width.
 """
@@ -36,17 +40,17 @@ class Recorder:
         blocks = family.decoder_layers(model)
         chosen = range(len(blocks)) if layers is None else layers
         self._modules = [
-            (i, family.norm(blocks[i]), blocks[i].get_submodule(family.down)) for i in chosen
+            (i, family.norm(blocks[i]), blocks[i].get_submodule(family.x1_reader)) for i in chosen
         ]
         self._sink = sink
         self._x_ND: Tensor | None = None
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Recorder:
-        for layer, norm, down in self._modules:
+        for layer, norm, reader in self._modules:
             self._handles += [
                 norm.register_forward_pre_hook(self._on_norm),
-                down.register_forward_pre_hook(partial(self._on_down, layer)),
+                reader.register_forward_pre_hook(partial(self._on_x1, layer)),
             ]
         return self
 
@@ -59,7 +63,7 @@ class Recorder:
     def _on_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._x_ND = _flat(args[0])
 
-    def _on_down(self, layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _on_x1(self, layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert self._x_ND is not None
         self._sink(layer, self._x_ND, _flat(args[0]))
         self._x_ND = None

@@ -2,8 +2,8 @@
 
 If a token has more than `share * F` active neurons, only that many count as active: those with the
 largest |x1|, ties included. Predictors then skip more neurons; they miss more active ones, but few
-large ones. |x1| comes from the store's energies, divided by the norm of the neuron's down column,
-to within 4.5 %.
+large ones. |x1| comes from the store's energies, divided by `Family.x1_gains`, to within 4.5 %. A
+neuron that adds nothing, whatever its x1 is, never counts.
 
 Shape letters: T tokens, F FFN width.
 """
@@ -11,7 +11,7 @@ Shape letters: T tokens, F FFN width.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsecast.collect.store.store import ActivationStore, Rows
@@ -38,10 +38,9 @@ class ClippedStore(ActivationStore):
         family = family_of(model.config, str(model.config.name_or_path))
         self._squared_norms = []
         for block in family.decoder_layers(model):
-            down = block.get_submodule(family.down)
-            assert isinstance(down, nn.Linear)
-            norm_F = torch.linalg.vector_norm(down.weight.detach().float(), dim=0).cpu()
-            self._squared_norms.append(norm_F.square().clamp_min(1e-30))
+            gain_F = family.x1_gains(block).cpu()
+            squared_F = gain_F.square().clamp_min(1e-30)
+            self._squared_norms.append(squared_F.where(gain_F > 0, torch.inf))
 
     def rows(
         self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None

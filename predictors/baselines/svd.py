@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.models.bitnet import effective_weight
 from sparsecast.core.models.families import family_of
 from sparsecast.predictors.calibration.bias import BiasUnits, UncalibratedPredictor, bias_units
 from sparsecast.predictors.recorded_model import load_recorded
@@ -62,13 +63,14 @@ def gate_of(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
     block = family.decoder_layers(model)[layer]
     norm: Any = family.norm(block)
     first: Any = block.get_submodule(family.gate or family.up)
-    weight_FD: Tensor = first.weight.detach().float()
+    weight_FD = effective_weight(first).float()
     constant_F = torch.zeros(len(weight_FD), device=weight_FD.device)
     if (bias := getattr(norm, "bias", None)) is not None:
         constant_F += weight_FD @ bias.detach().float()
     if (bias := getattr(first, "bias", None)) is not None:
         constant_F += bias.detach().float()
-    weight_FD = weight_FD * norm.weight.detach().float()
+    if (scale_D := family.norm_scale(block)) is not None:
+        weight_FD = weight_FD * scale_D
     if isinstance(norm, torch.nn.LayerNorm):
         weight_FD = weight_FD - weight_FD.mean(1, keepdim=True)
     return weight_FD, constant_F

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     LlamaConfig,
@@ -78,6 +80,91 @@ def _fatrelu(config):
     return LlamaForCausalLM(config)
 
 
+SQUARED = {
+    "arcee": {
+        "architectures": ["ArceeForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 16,
+        "mlp_bias": False,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+        },
+    },
+    "nemotron": {
+        "architectures": ["NemotronForCausalLM"],
+        "head_dim": 16,
+        "norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "jais2": {
+        "architectures": ["Jais2ForCausalLM"],
+        "attention_bias": True,
+        "mlp_bias": True,
+        "layer_norm_eps": 1e-5,
+        "num_key_value_heads": 4,
+        "rope_theta": 500000.0,
+        "rope_scaling": None,
+    },
+    "nanochat": {
+        "architectures": ["NanoChatForCausalLM"],
+        "attention_bias": False,
+        "rms_norm_eps": 1e-6,
+        "final_logit_softcapping": 15.0,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "persimmon": {
+        "architectures": ["PersimmonForCausalLM"],
+        "num_key_value_heads": 4,
+        "hidden_dropout": 0.6,
+        "attention_dropout": 0.0,
+        "layer_norm_eps": 1e-5,
+        "qk_layernorm": True,
+        "rope_theta": 25000.0,
+        "rope_scaling": None,
+    },
+    "bitnet": {
+        "architectures": ["BitNetForCausalLM"],
+        "auto_map": REMOTE,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+}
+SQUARED["bitnet-online"] = SQUARED["bitnet"] | {
+    "torch_dtype": "bfloat16",
+    "quantization_config": {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "online",
+    },
+}
+"""Families with ReLU²: the fields of AFM-4.5B, Minitron, Jais-2, nanochat, Persimmon-8B, BitNet
+without and with its quantization."""
+
+
+def squared_config(name: str) -> dict:
+    """config.json of a family with ReLU²."""
+    common = {"tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": True}
+    kind = {"model_type": name.partition("-")[0], "hidden_act": "relu2"}
+    return {**GATED, **common, **kind, **SQUARED[name]}
+
+
+def _squared(name: str):
+    raw = squared_config(name)
+    raw.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[raw["model_type"]].from_dict(raw))
+    return model.to(getattr(torch, raw["torch_dtype"]))
+
+
 NATIVE = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED)),
     "llama-fatrelu": lambda: _fatrelu(LlamaConfig(**GATED)),
@@ -139,7 +226,10 @@ def family_folder(tmp_path_factory, model_folder):
         if path.exists():
             return path
         torch.manual_seed(3)
-        model = NATIVE["llama" if name in FOREIGN else name]()
+        if name in SQUARED:
+            model = _squared(name)
+        else:
+            model = NATIVE["llama" if name in FOREIGN else name]()
         for key, weight in model.named_parameters():
             if "norm" in key or ".ln_" in key:  # a norm of ones would hide a missing one
                 torch.nn.init.uniform_(weight, 0.5, 1.5)
@@ -148,6 +238,8 @@ def family_folder(tmp_path_factory, model_folder):
         model.save_pretrained(path)
         for file in model_folder.glob("tokenizer*"):
             shutil.copy(file, path)
+        if name in SQUARED:
+            (path / "config.json").write_text(json.dumps(squared_config(name)))
         if name in FOREIGN:
             config = {**GATED, "use_cache": True, "attention_bias": False, **FOREIGN[name]}
             (path / "config.json").write_text(json.dumps(config))

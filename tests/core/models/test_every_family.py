@@ -37,13 +37,36 @@ NAMES = [
     "sparsellama",
     "bamboo",
     "minicpm",
+    "arcee",
+    "nemotron",
+    "jais2",
+    "nanochat",
+    "persimmon",
+    "bitnet",
 ]
 LAYER = {"opt": "model.decoder.layers.{}.", "falcon-7b": "transformer.h.{}."}
 LAYER["falcon-40b"] = LAYER["falcon-7b"]
+FIRST = {
+    "arcee": "mlp.up_proj",
+    "nemotron": "mlp.up_proj",
+    "jais2": "mlp.up_proj",
+    "nanochat": "mlp.fc1",
+    "persimmon": "mlp.dense_h_to_4h",
+}
+"""The first projection of those with ReLU² and no gate."""
+LAST = {
+    "opt": "fc2",
+    "falcon-7b": "mlp.dense_4h_to_h",
+    "falcon-40b": "mlp.dense_4h_to_h",
+    "nanochat": "mlp.fc2",
+    "persimmon": "mlp.dense_4h_to_h",
+    "bitnet": "mlp.ffn_sub_norm",
+}
+"""The module that reads x1, where it is not down_proj."""
 
 
-def rms_norm(x_TD, weight_D):
-    return x_TD / (x_TD.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight_D
+def rms_norm(x_TD, weight_D, eps=1e-5):
+    return x_TD / (x_TD.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight_D
 
 
 def layer_norm(x_TD, weight_D, bias_D):
@@ -65,9 +88,23 @@ def gate_and_x1(name: str, weights: dict, layer: int, x_TD: torch.Tensor):
         normed = layer_norm(x_TD, w[f"{norm}.weight"], w[f"{norm}.bias"])
         pre = normed @ w["mlp.dense_h_to_4h.weight"].T
         return pre, pre.clamp_min(0)
+    if name in FIRST:
+        weight, bias = (w.get(f"post_attention_layernorm.{part}") for part in ("weight", "bias"))
+        if name == "nemotron":
+            normed = layer_norm(x_TD, weight + 1, bias)
+        elif name in ("jais2", "persimmon"):
+            normed = layer_norm(x_TD, weight, bias)
+        elif name == "nanochat":
+            normed = rms_norm(x_TD, 1.0, eps=1e-6)
+        else:
+            normed = rms_norm(x_TD, weight)
+        pre = normed @ w[f"{FIRST[name]}.weight"].T + w.get(f"{FIRST[name]}.bias", 0.0)
+        return pre, pre.clamp_min(0).square()
     normed = rms_norm(x_TD, w["post_attention_layernorm.weight"])
     gate = normed @ w["mlp.gate_proj.weight"].T
     up = normed @ w["mlp.up_proj.weight"].T
+    if name == "bitnet":
+        return gate, gate.clamp_min(0).square() * up
     if name == "bamboo":
         return torch.minimum(gate, up), gate.clamp_min(0) * up.clamp_min(0)
     threshold = 0.2 if name in ("llama-fatrelu", "sparsellama", "minicpm") else 0.0
@@ -96,7 +133,8 @@ def test_recorded_inputs_explain_recorded_masks(name, family_folder, corpus, tmp
         assert edge_TF[different].abs().max().item() < 1e-5 if different.any() else True
         assert different.float().mean() < 1e-4
         assert 0.1 < fired_TF.float().mean() < 0.9
-    assert made.ffn_matrices == (2 if name == "opt" or name.startswith("falcon") else 3)
+    two = name in FIRST or name == "opt" or name.startswith("falcon")
+    assert made.ffn_matrices == (2 if two else 3)
     convention = "layer-input" if name.startswith("falcon") else "residual-before-ffn-norm"
     assert made.convention == convention
 
@@ -109,9 +147,8 @@ def test_masks_are_bit_for_bit_those_of_a_dense_forward(name, family_folder, cor
     store = collect(config(folder, corpus, tmp_path / "a", input_dtype="float32", batch_size=1))
     model, _ = load_model(str(folder), device="cpu")
     layer = model.get_submodule(LAYER.get(name, "model.layers.{}.").format(1).rstrip("."))
-    down = {"opt": "fc2", "falcon-7b": "mlp.dense_4h_to_h", "falcon-40b": "mlp.dense_4h_to_h"}
     seen: list[torch.Tensor] = []
-    hook = layer.get_submodule(down.get(name, "mlp.down_proj")).register_forward_pre_hook(
+    hook = layer.get_submodule(LAST.get(name, "mlp.down_proj")).register_forward_pre_hook(
         lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))
     )
     ids, position = store.tokens("train", 0)
@@ -139,6 +176,8 @@ def own_x1(name: str, layer: torch.nn.Module, x_TD: torch.Tensor) -> torch.Tenso
         norm = layer.ln_mlp if name == "falcon-40b" else layer.input_layernorm
         return layer.mlp.act(layer.mlp.dense_h_to_4h(norm(x_TD)))
     normed = layer.post_attention_layernorm(x_TD)
+    if name in FIRST:
+        return layer.get_submodule(FIRST[name])(normed).relu().square()
     return layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
 
 
@@ -333,7 +372,7 @@ def test_a_bin_file_without_tensors_and_a_broken_tokenizer_are_named(family_fold
         load_model(str(copy), device="cpu")
 
 
-@pytest.mark.parametrize("name", ["opt", "falcon-40b", "bamboo", "minicpm"])
+@pytest.mark.parametrize("name", ["opt", "falcon-40b", "bamboo", "minicpm", "persimmon", "bitnet"])
 def test_the_exact_sparse_ffn_is_the_dense_one(name, family_folder):
     """`evaluate` runs it on every family: the same logits from what fired alone."""
     model, _ = load_model(str(family_folder(name)), device="cpu")
