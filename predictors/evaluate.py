@@ -6,7 +6,8 @@
     bundle      the predictors' masks, plain ReLU and weights rounded to f16, as PowerInfer computes
 
 Perplexity is exp of the mean NLL, over the same tokens and with the same BOS for all four.
-`predicted` and `bundle` differ for FATReLU models, because PowerInfer knows no threshold.
+`predicted` and `bundle` differ for FATReLU models, because PowerInfer knows no threshold. A ReLU²
+model has no `bundle`: PowerInfer computes no squares, so its perplexity is null.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import embedding_rows, load_model, set_activation
-from sparsecast.core.models.perplexity import perplexity
+from sparsecast.core.models.perplexity import dense_perplexity, perplexity
 from sparsecast.core.models.shape import model_shape
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import read_documents, start_reading
@@ -44,6 +45,7 @@ MODES = {
     "bundle": "only predicted neurons are computed, with plain ReLU and f16 weights, as PowerInfer "
     "does",
 }
+NO_BUNDLE = "not measured: PowerInfer computes ReLU alone, so it cannot run a model with ReLU²"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +68,24 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
 
     Raises:
         InputError: See `load_model`, `load_predictors`, `check_model`, `check_usage` and
-            `read_documents`; no held-out text in the corpus.
+            `read_documents`; no held-out text in the corpus; a model that overflows.
     """
     if cfg.json is not None:
         check_writable_file(cfg.json, "--json")
     plan = _resolve(cfg)
     values = perplexities(plan.model, plan.predictors, plan.batches)
     dense = values["dense"]
+    assert dense is not None
     result = {
         "model": cfg.model,
         "corpus": cfg.corpus,
         "tokens": sum(batch.tokens for batch in plan.batches),
         "perplexity": values,
-        "change": {name: value / dense - 1 for name, value in values.items() if name != "dense"},
+        "change": {
+            name: None if value is None else value / dense - 1
+            for name, value in values.items()
+            if name != "dense"
+        },
     }
     _show(result)
     if cfg.json is not None:
@@ -118,20 +125,26 @@ def _resolve(cfg: EvaluateConfig) -> EvaluationPlan:
 
 def perplexities(
     model: PreTrainedModel, predictors: PredictorSet, data: list[TokenBatch]
-) -> dict[str, float]:
-    """Measure all four perplexities; leaves the model rounded to f16 with plain ReLU."""
-    values = {}
+) -> dict[str, float | None]:
+    """Measure all four perplexities, None for `bundle` if the model has ReLU².
+
+    Leaves the model rounded to f16 with plain ReLU, unless it has ReLU².
+    """
+    values: dict[str, float | None] = {}
+    rule = activation_rule(model.config, "model")
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-    with progress_bar("evaluate", len(MODES) * len(data)) as progress:
-        values["dense"] = perplexity(model, data, lambda _: progress.advance())
+    with progress_bar("evaluate", (len(MODES) - rule.squared) * len(data)) as progress:
+        values["dense"] = dense_perplexity(model, data, lambda _: progress.advance())
         with exact_in_loop(model):
             values["exact"] = perplexity(model, data, lambda _: progress.advance())
         with predictors_in_loop(model, predictors):
             values["predicted"] = perplexity(model, data, lambda _: progress.advance())
+        if rule.squared:
+            return values | {"bundle": None}
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.half())
-        if not activation_rule(model.config, "model").on_up:
+        if not rule.on_up:
             set_activation(model, ActivationRule("relu"))
         with predictors_in_loop(model, predictors):
             values["bundle"] = perplexity(model, data, lambda _: progress.advance())
@@ -147,7 +160,8 @@ def _show(result: dict[str, Any]) -> None:
     table.add_column("change", justify="right")
     for name, value in result["perplexity"].items():
         change = result["change"].get(name)
-        table.add_row(name, f"{value:.4f}", "" if change is None else f"{change:+.2%}")
+        shown = "-" if value is None else f"{value:.4f}"
+        table.add_row(name, shown, "" if change is None else f"{change:+.2%}")
     show(table)
     for name, text in MODES.items():
-        log.info(f"{name}: {text}")
+        log.info(f"{name}: {NO_BUNDLE if result['perplexity'][name] is None else text}")

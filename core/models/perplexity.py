@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparsecast.core.errors import InputError
 from sparsecast.core.text.tokens import TokenBatch
 
 
@@ -35,3 +36,23 @@ def perplexity(
         nll += loss.item()
         predicted += len(target)
     return math.exp(nll / predicted)
+
+
+def dense_perplexity(
+    model: PreTrainedModel,
+    data: Iterable[TokenBatch],
+    on_batch: Callable[[TokenBatch], object] = lambda batch: None,
+) -> float:
+    """Return `perplexity` of a model as it is, which others are compared with.
+
+    Raises:
+        InputError: It is not a finite number: the model overflows in its dtype.
+    """
+    value = perplexity(model, data, on_batch)
+    if not math.isfinite(value):
+        raise InputError(
+            f"{model.config.name_or_path}: its perplexity is {value} in "
+            f"{str(model.dtype).removeprefix('torch.')}, so the model itself overflows; run it "
+            "with --dtype bfloat16 or float32, and check its weights"
+        )
+    return value

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
-from sparsecast.core.models.perplexity import perplexity
+from sparsecast.core.models.perplexity import dense_perplexity, perplexity
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.tokens import Sequence, TokenBatch, batch_by_length
 from sparsecast.predictors.calibration.bias import UncalibratedPredictor
@@ -133,7 +133,7 @@ def _meet_perplexity(
     model: PreTrainedModel,
 ) -> list[Calibrated]:
     data = recorded_documents(store)
-    dense = perplexity(model, data)
+    dense = dense_perplexity(model, data)
     kept: list[list[Calibrated]] = []
 
     def change(misses: float) -> float:

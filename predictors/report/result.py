@@ -81,6 +81,8 @@ def by_train_tokens(against: Sequence[dict[str, Any]]) -> dict[str, list[dict[st
 def read_evaluation(path: Path | None) -> dict[str, Any]:
     """The changes in perplexity that `sparsecast evaluate` measured, and on which text.
 
+    The bundle's is null for a model that PowerInfer cannot run.
+
     Raises:
         InputError: Not the JSON of `sparsecast evaluate`.
     """

@@ -56,7 +56,10 @@ def perplexity_sentence(result: dict[str, Any]) -> str:
             "The change in perplexity was not measured; run `sparsecast evaluate --json FILE` and "
             "report again with --evaluation FILE."
         )
-    return f"Change in perplexity on {result['evaluated_on']}: {' and '.join(parts)}."
+    told = f"Change in perplexity on {result['evaluated_on']}: {' and '.join(parts)}."
+    if result["bundle_perplexity_change"] is None:
+        told += " There is none for PowerInfer (bundle), which cannot run this model."
+    return told
 
 
 def origin(result: dict[str, Any]) -> str:
