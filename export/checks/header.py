@@ -42,12 +42,17 @@ ARCHITECTURES = {
 }
 """Architectures by model_type; other models are llamas unless they have ReLU on gate and up."""
 
+ACTIVATIONS = ("hidden_act", "activation_function", "activation")
+"""Names of the field for the activation."""
+
 
 def check_header(source: Source) -> Check:
     """Compare the architecture, sizes, the norms' epsilon and rope."""
     keys: dict[str, Any] = source.file.keys
     arch, config = source.header.arch, source.config
     both = config.get("hidden_act") == "drelu"
+    if "relu2" in (config.get(name) for name in ACTIVATIONS):
+        return Check("header", False, "config.json has ReLU², which the engine does not compute")
     meant = "bamboo" if both else ARCHITECTURES.get(config.get("model_type", ""), "llama")
     if arch != meant:
         return Check("header", False, f"the file holds a {arch}, config.json describes a {meant}")

@@ -33,7 +33,12 @@ REASONS = {
         "not; convert it to LLaMA format, where the scales are part of the weights"
     ),
 }
-"""Families that collect and train support, but that the engine cannot run."""
+"""Families with ReLU that collect and train support, but that the engine cannot run."""
+NO_SQUARE = (
+    "ReLU², but the engine's FFN computes ReLU alone and stops at anything else "
+    "(llm_build_ffn_sparse), so such a model cannot be exported; collect, train, report, evaluate "
+    "and sparsify_model work with it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +120,20 @@ def read_hparams(checkpoint: Checkpoint, activation_threshold: float | None = No
     """
     config: Any = checkpoint.config
     where = checkpoint.source
-    family_of(config, where)
+    family = family_of(config, where)
     if config.model_type in REASONS:
         raise InputError(
             f"{where}: model_type is {config.model_type!r}: {REASONS[config.model_type]}"
         )
     rule = activation_rule(config, where, activation_threshold)
-    read = {"falcon": _falcon, "opt": _opt}.get(config.model_type, _llama)
+    if rule.squared:
+        raise InputError(f"{where}: {family.act_key} is {rule.name!r}: {NO_SQUARE}")
+    readers = {"llama": _llama, "mistral": _llama, "falcon": _falcon, "opt": _opt}
+    if (read := readers.get(config.model_type)) is None:
+        raise InputError(
+            f"{where}: model_type is {config.model_type!r}, but the engine computes only models "
+            f"of type {', '.join(readers)}; such a model cannot be exported"
+        )
     hparams = read(config, rule, where)
     check_shape(hparams, getattr(config, "head_dim", None), where)
     checkpoint.check()
