@@ -55,7 +55,7 @@ class SparsifyModule(L.LightningModule):
         self._x1_means: list[Tensor] = []
         family = family_of(model.config, "model")
         self._handles = [
-            layer.get_submodule(family.down).register_forward_pre_hook(self._on_down)
+            layer.get_submodule(family.x1_reader).register_forward_pre_hook(self._on_x1)
             for layer in family.decoder_layers(model)
         ]
         self._losses = torch.compile(self._both_losses) if compile else self._both_losses
@@ -65,7 +65,7 @@ class SparsifyModule(L.LightningModule):
         for handle in self._handles:
             handle.remove()
 
-    def _on_down(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _on_x1(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._x1_means.append(args[0].abs().mean(dtype=torch.float32))
 
     def _both_losses(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:

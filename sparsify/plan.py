@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.models.bitnet import rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import check_seq_len, open_model, pick_device
@@ -103,7 +104,18 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
 def _open(model: str, seq_len: int) -> tuple[Checkpoint, Tokenizer]:
     checkpoint, tokenizer = open_model(model)
     check_seq_len(seq_len, empty_model(checkpoint.config), model)
-    if activation_name(checkpoint.config) in SPARSE:
+    family, name = family_of(checkpoint.config, model), activation_name(checkpoint.config)
+    if name == "relu2":
+        raise InputError(
+            f"{model}: {family.act_key} is 'relu2', which is sparse already, and sparsify would "
+            "put ReLU in its place; use the model as it is (collect, train, report, evaluate)"
+        )
+    if rounds_online(checkpoint.config):
+        raise InputError(
+            f"{model}: its weights are rounded in every forward pass (quantization_config), which "
+            "sparsify does not train; give a model without it"
+        )
+    if name in SPARSE:
         activation_rule(checkpoint.config, model)
     return checkpoint, tokenizer
 

@@ -159,7 +159,11 @@ def _check_layer(layer: nn.Module, family: Family, where: str) -> None:
         raise InputError(f"{where} is already sparse; load the model again")
     for path in filter(None, (family.gate, family.up, family.down)):
         linear = layer.get_submodule(path)
-        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        if (
+            not isinstance(linear, nn.Linear)
+            or type(linear).forward is not nn.Linear.forward  # BitNet's rounds the weight
+            or not linear.weight.is_floating_point()
+        ):
             kind = type(linear).__name__
             raise InputError(
                 f"{where} has {path} as a {kind} without plain weights, expected nn.Linear in a "
