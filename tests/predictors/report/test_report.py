@@ -222,6 +222,20 @@ def test_the_report_shows_the_bundles_perplexity_and_the_text(cfg, tmp_path, cap
     assert "<b>+2.46%</b>" in page
 
 
+def test_an_evaluation_without_a_bundle_is_reported(cfg, tmp_path):
+    """Of a model that PowerInfer cannot run."""
+    path = tmp_path / "evaluate.json"
+    path.write_text('{"corpus": "c", "change": {"predicted": 0.0123, "bundle": null}}')
+    result = report(replace(cfg, evaluation=path))
+
+    assert result["bundle_perplexity_change"] is None
+    said = "(predicted). There is none for PowerInfer (bundle), which cannot run this model."
+    assert said in (cfg.out / "report.md").read_text()
+    page = (cfg.out / "report.html").read_text()
+    assert said in page
+    assert "as PowerInfer computes it" not in page
+
+
 def test_every_page_states_its_origin_and_is_reproducible(cfg, monkeypatch):
     monkeypatch.setattr("sparsecast.predictors.report.run.today", lambda: "2031-05-06")
     result = report(cfg)
