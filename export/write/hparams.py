@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.bitnet import rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.shape import ModelShape
@@ -36,8 +37,8 @@ REASONS = {
 """Families with ReLU that collect and train support, but that the engine cannot run."""
 NO_SQUARE = (
     "ReLU², but the engine's FFN computes ReLU alone and stops at anything else "
-    "(llm_build_ffn_sparse), so such a model cannot be exported; collect, train, report, evaluate "
-    "and sparsify_model work with it"
+    "(llm_build_ffn_sparse), so such a model cannot be exported; it works with collect, train, "
+    "report and evaluate"
 )
 
 
@@ -127,7 +128,8 @@ def read_hparams(checkpoint: Checkpoint, activation_threshold: float | None = No
         )
     rule = activation_rule(config, where, activation_threshold)
     if rule.squared:
-        raise InputError(f"{where}: {family.act_key} is {rule.name!r}: {NO_SQUARE}")
+        kernels = "" if rounds_online(config) else ", and in sparsify_model"
+        raise InputError(f"{where}: {family.act_key} is {rule.name!r}: {NO_SQUARE}{kernels}")
     readers = {"llama": _llama, "mistral": _llama, "falcon": _falcon, "opt": _opt}
     if (read := readers.get(config.model_type)) is None:
         raise InputError(
