@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsecast.kernels.in_models import torch_fallback
-from sparsecast.kernels.ops.ffn import FFN, PredictorWeights, exact_ffn, predicted_ffn
+from sparsecast.kernels.ops.ffn import (
+    FFN,
+    WEIGHTS,
+    PredictorWeights,
+    exact_ffn,
+    predicted_ffn,
+)
 from sparsecast.kernels.ops.launch import INTERPRETED, MAX_TOKENS, rounded_threshold
 from sparsecast.kernels.ops.predictor import input_dtype
 from sparsecast.kernels.ops.quantized import Quantized, dequantized
@@ -53,6 +59,7 @@ class SparseFFN(nn.Module):
     down_FD: nn.Parameter
     up_bias_F: nn.Parameter | None
     down_bias_D: nn.Parameter | None
+    x1_norm_F: nn.Parameter | None
     fc1: Tensor
     fc1_scale: Tensor | None
     fc2: Tensor
@@ -68,10 +75,11 @@ class SparseFFN(nn.Module):
         mask_prompts: bool = True,
     ) -> None:
         super().__init__()
-        for name, weight in zip(ffn._fields[:5], ffn[:5], strict=True):
+        for name, weight in zip(WEIGHTS, ffn.weights, strict=True):
             self.register_parameter(name, _parameter(weight))
         self.act = ffn.act
         self.threshold = rounded_threshold(ffn.threshold, ffn.up_FD.dtype)
+        self.x1_norm_eps = ffn.x1_norm_eps
         self.predicts = predictor is not None
         if predictor is not None:
             self.predictor_threshold = predictor.threshold
@@ -90,8 +98,17 @@ class SparseFFN(nn.Module):
 
     @property
     def ffn(self) -> FFN:
-        weights = (self.gate_FD, self.up_FD, self.down_FD, self.up_bias_F, self.down_bias_D)
-        return FFN(*weights, act=self.act, threshold=self.threshold)
+        return FFN(
+            self.gate_FD,
+            self.up_FD,
+            self.down_FD,
+            self.up_bias_F,
+            self.down_bias_D,
+            self.x1_norm_F,
+            act=self.act,
+            threshold=self.threshold,
+            x1_norm_eps=self.x1_norm_eps,
+        )
 
     @property
     def predictor(self) -> PredictorWeights:

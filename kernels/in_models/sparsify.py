@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ReLUSquaredActivation
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule, FATReLU
@@ -184,12 +185,15 @@ def _check_layer(layer: nn.Module, family: Family, where: str) -> None:
 def _current_rule(
     layer: nn.Module, family: Family, model: PreTrainedModel, name: str
 ) -> ActivationRule:
-    """Return the layer's activation; a threshold in the module overrides the config's."""
+    """Return the layer's activation; what is in the module overrides the config."""
     act = layer.get_submodule(family.act)
     if isinstance(act, FATReLU) and act.threshold is not None:
         return ActivationRule("fatrelu", act.threshold)
+    if isinstance(act, ReLUSquaredActivation):
+        return ActivationRule("relu2")
     rule = activation_rule(model.config, name)
-    return ActivationRule("relu") if rule.name == "fatrelu" and isinstance(act, nn.ReLU) else rule
+    plain = rule.name != "drelu" and isinstance(act, nn.ReLU)
+    return ActivationRule("relu") if plain else rule
 
 
 def _check_model(predictors: PredictorSet, where: str, model: PreTrainedModel, name: str) -> None:
@@ -213,6 +217,7 @@ def _sparse_ffn(
     gate: Any = None if family.gate is None else layer.get_submodule(family.gate)
     up: Any = layer.get_submodule(family.up)
     down: Any = layer.get_submodule(family.down)
+    x1_norm: Any = None if family.x1_norm is None else layer.get_submodule(family.x1_norm)
     predictor = None
     if plan.predicted:
         assert predictors is not None
@@ -224,8 +229,10 @@ def _sparse_ffn(
         down_FD,
         up.bias,
         down.bias,
-        rule.name,
-        rule.threshold,
+        None if x1_norm is None else x1_norm.weight,
+        act=rule.name,
+        threshold=rule.threshold,
+        x1_norm_eps=0.0 if x1_norm is None else x1_norm.variance_epsilon,
     )
     return SparseFFN(
         ffn,
@@ -264,6 +271,7 @@ def _replace(layer: nn.Module, family: Family, sparse: SparseFFN) -> None:
         "up_bias_F": f"{family.up}.bias",
         "down_bias_D": f"{family.down}.bias",
         **({} if family.gate is None else {"gate_FD": f"{family.gate}.weight"}),
+        **({} if family.x1_norm is None else {"x1_norm_F": f"{family.x1_norm}.weight"}),
     }
     sparse.register_state_dict_post_hook(partial(_rename_state, place, names))
 

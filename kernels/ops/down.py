@@ -2,6 +2,16 @@
 
     y = sum over k of x1[k] * down[row[k]] + bias
 
+or, with an RMS norm of weights w between x1 and down (BitNet's BitNetRMSNorm in transformers),
+
+    y = s * sum over k of x1[k] * w[row[k]] * down[row[k]] + bias
+    s = 1 / sqrt(sum over k of x1[k]^2 / F + eps)
+
+where neurons that are not listed add nothing to either sum. Sums of squares are float32; each
+program adds those of its part of the list, and s is applied where the partial sums are added. The
+dense model rounds s * x1 and then its product with w; here several tokens round x1 * w alone, and
+one token rounds neither. So in float16 several tokens need |x1 * w| <= 65504.
+
 Programs split the hidden size into blocks and share the list. Rows whose x1 is 0 for all tokens are
 not read. Each program stores a partial sum of its block; the last program to finish the block adds
 the partial sums in a fixed order, so every run gives the same bits.
@@ -13,7 +23,7 @@ started, wait for list entries instead of for its end (active_list.py), and requ
 entries while the rows of this tile are loading.
 
 Shape letters: T tokens, D hidden, F FFN width, K entries of a tile of the list, G programs that
-share the list.
+share the list, C blocks of the hidden size.
 """
 
 from __future__ import annotations
@@ -43,10 +53,20 @@ MAX_PROGRAMS = 1024
 _TILE = tl.constexpr(TILE)
 
 
-def reference(active: ActiveList, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
+def reference(
+    active: ActiveList,
+    down_FD: Tensor,
+    bias_D: Tensor | None,
+    norm_F: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     """Compute what the kernels must return, (T, D) float64."""
     row_K, x1_KT = unpacked(active)
-    y_TD = x1_KT.double().T @ down_FD[row_K.long()].double()
+    x1_TK = x1_KT.double().T
+    if norm_F is not None:
+        mean_T = x1_TK.square().sum(1) / len(norm_F)
+        x1_TK = x1_TK * (mean_T + eps).rsqrt()[:, None] * norm_F[row_K.long()].double()
+    y_TD = x1_TK @ down_FD[row_K.long()].double()
     return y_TD if bias_D is None else y_TD + bias_D.double()
 
 
@@ -58,9 +78,13 @@ def _batch_kernel(
     ticket,
     down,
     bias,
+    norm,
     part,
+    squares,
     y,
     tokens,
+    F: tl.constexpr,
+    EPS: tl.constexpr,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     T: tl.constexpr,
@@ -79,6 +103,8 @@ def _batch_kernel(
     t = tl.arange(0, T)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc_TD = tl.zeros((T, BLOCK_D), tl.float32)
+    if norm is not None:
+        square_TK = tl.zeros((T, BLOCK_K), tl.float32)
     for start in tl.range(group * BLOCK_K, total, sharing * BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         n_K = tl.load(row + k, mask=k < total, other=0)
@@ -93,8 +119,19 @@ def _batch_kernel(
             mask=read_K[:, None] & (d < D)[None, :],
             other=0.0,
         )
+        if norm is not None:
+            norm_K = tl.load(norm + n_K, mask=k < total, other=0.0).to(tl.float32)
+            value_TK = x1_TK.to(tl.float32)
+            square_TK += value_TK * value_TK
+            x1_TK = rounded(value_TK * norm_K[None, :], x1_TK.dtype)
         acc_TD = dot(x1_TK, w_KD, acc_TD)
-    _add_up(acc_TD, part, ticket, bias, y, group, sharing, t, tokens, d, D, GROUPS)
+    square_T = None
+    if norm is not None:
+        square_T = tl.sum(square_TK, 1)
+    _add_up(
+        acc_TD, square_T, part, squares, ticket, bias, y, group, sharing, t, tokens, d, F, EPS, D,
+        GROUPS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -103,9 +140,12 @@ def _one_token_kernel(
     ticket,
     down,
     bias,
+    norm,
     part,
+    squares,
     y,
     F,
+    EPS: tl.constexpr,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -118,6 +158,8 @@ def _one_token_kernel(
         return
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc_KD = tl.zeros((_TILE, BLOCK_D), tl.float32)
+    if norm is not None:
+        square_K = tl.zeros((_TILE,), tl.float32)
     n_K, x1_K = read_tile(entry, group * _TILE, total)
     for first in range(group * _TILE, total, sharing * _TILE):
         w_KD = tl.load(
@@ -125,19 +167,31 @@ def _one_token_kernel(
             mask=(x1_K != 0)[:, None] & (d < D)[None, :],
             other=0.0,
         )
+        if norm is not None:
+            norm_K = tl.load(norm + n_K, mask=x1_K != 0, other=0.0).to(tl.float32)
         n_K, next_K = read_tile(entry, first + sharing * _TILE, total)
+        if norm is not None:
+            square_K += x1_K * x1_K
+            x1_K *= norm_K
         acc_KD += x1_K[:, None] * w_KD.to(tl.float32)
         x1_K = next_K
     after_previous(PDL)
     acc_TD = tl.sum(acc_KD, 0)[None, :]
+    square_T = None
+    if norm is not None:
+        square_T = tl.sum(square_K[None, :], 1)
     t = tl.arange(0, 1)
-    _add_up(acc_TD, part, ticket, bias, y, group, sharing, t, 1, d, D, GROUPS)
+    _add_up(
+        acc_TD, square_T, part, squares, ticket, bias, y, group, sharing, t, 1, d, F, EPS, D, GROUPS
+    )
 
 
 @triton.jit
 def _add_up(
     acc_TD,
+    square_T,
     part,
+    squares,
     ticket,
     bias,
     y,
@@ -146,14 +200,19 @@ def _add_up(
     t,
     tokens,
     d,
+    F,
+    EPS: tl.constexpr,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Store this program's partial sum (float32) of columns d. The last of the `sharing` programs,
-    by the ticket of the block, adds the partial sums and the bias, writes y and resets the ticket
-    to 0."""
+    """Store this program's partial sum (float32) of columns d, and of the squares of x1 if there is
+    a norm. The last of the `sharing` programs, by the ticket of the block, adds the partial sums
+    and the bias, writes y and resets the ticket to 0."""
     ok_TD = (t < tokens)[:, None] & (d < D)[None, :]
     tl.store(part + (group * tokens + t)[:, None] * D + d[None, :], acc_TD, mask=ok_TD)
+    if square_T is not None:
+        squares += tl.program_id(0) * GROUPS * tokens  # this block's
+        tl.store(squares + group * tokens + t, square_T, mask=t < tokens)
     tl.debug_barrier()  # the whole partial sum is stored before the ticket is taken
     if tl.atomic_add(ticket + tl.program_id(0), 1, sem="acq_rel") == sharing - 1:
         tl.store(ticket + tl.program_id(0), 0)
@@ -165,14 +224,30 @@ def _add_up(
                 other=0.0,
                 cache_modifier=".cg",
             )
+        if square_T is not None:
+            sum_T = tl.zeros(square_T.shape, tl.float32)
+            for g in tl.static_range(GROUPS):
+                sum_T += tl.load(
+                    squares + g * tokens + t,
+                    mask=(t < tokens) & (g < sharing),
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+            y_TD *= tl.rsqrt(sum_T / F + EPS)[:, None]
         if bias is not None:
             y_TD += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         tl.store(y + t[:, None] * D + d[None, :], rounded(y_TD, y.dtype.element_ty), mask=ok_TD)
 
 
-def down(active: ActiveList, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
+def down(
+    active: ActiveList,
+    down_FD: Tensor,
+    bias_D: Tensor | None,
+    norm_F: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     """Launch the kernel; return y_TD in the weights' dtype. `active.ticket_C` is zero before and
-    after.
+    after. `norm_F` is the weight of an RMS norm in front, `eps` its epsilon.
 
     The list of one token may still be incomplete at the launch. The weights must be written before
     the selecting kernel launches.
@@ -185,16 +260,16 @@ def down(active: ActiveList, down_FD: Tensor, bias_D: Tensor | None) -> Tensor:
     part_GTD = torch.empty(config["GROUPS"], tokens, d, dtype=torch.float32, device=down_FD.device)
     y_TD = torch.empty(tokens, d, dtype=down_FD.dtype, device=down_FD.device)
     grid = (triton.cdiv(d, config["BLOCK_D"]), config["GROUPS"])
-    weights = (down_FD, bias_D)
-    common = {"D": d, **config, **launch_options(down_FD)}
+    squares_CGT: Tensor | None = None
+    if norm_F is not None:
+        squares_CGT = torch.empty(*grid, tokens, dtype=torch.float32, device=down_FD.device)
+    tensors = (down_FD, bias_D, norm_F, part_GTD, squares_CGT, y_TD)
+    common = {"EPS": None if norm_F is None else eps, "D": d, **config, **launch_options(down_FD)}
     if isinstance(active, EntryList):
-        _one_token_kernel[grid](
-            active.entry_E, active.ticket_C, *weights, part_GTD, y_TD, f, **common
-        )
+        _one_token_kernel[grid](active.entry_E, active.ticket_C, *tensors, f, **common)
     else:
-        _batch_kernel[grid](
-            *active, *weights, part_GTD, y_TD, tokens, T=padded_tokens(tokens), **common
-        )
+        width = None if norm_F is None else f
+        _batch_kernel[grid](*active, *tensors, tokens, F=width, T=padded_tokens(tokens), **common)
     return y_TD
 
 

@@ -4,6 +4,9 @@
     predicted   gate over the predicted neurons, then up and down where it fired
 
 An FFN of two matrices has no gate: its first projection takes the gate's place, and down follows.
+With ReLU² the gate decides as with ReLU, and what it lets through is squared in float32. BitNet's
+RMS norm of x1, which neurons that are silent or not predicted enter as zeros, is part of the down
+projection.
 
 Decisions are made per token. They depend on the batch size only within rounding of the threshold;
 with a q8_0 or q4_0 predictor, rounding may also change an input's code by one. Weight rows are read
@@ -32,7 +35,7 @@ from sparsecast.kernels.ops.predictor import predict
 from sparsecast.kernels.ops.predictor import reference as predictor_reference
 from sparsecast.kernels.ops.quantized import Quantized
 
-ACTS = ("relu", "fatrelu", "drelu")
+ACTS = ("relu", "fatrelu", "drelu", "relu2")
 
 
 class FFN(NamedTuple):
@@ -46,10 +49,31 @@ class FFN(NamedTuple):
     up_bias_F: Tensor | None = None
     """Only FFNs of two matrices have biases (OPT)."""
     down_bias_D: Tensor | None = None
+    x1_norm_F: Tensor | None = None
+    """The weight of an RMS norm between x1 and down (BitNet); None if there is none."""
     act: str = "relu"
-    """relu, fatrelu, or drelu: ReLU on gate and up."""
+    """relu, fatrelu, drelu: ReLU on gate and up, or relu2: relu(gate)² (without a gate relu(up)²).
+    """
     threshold: float = 0.0
     """T of FATReLU, >= 0, rounded to the weights' dtype. Other activations ignore it."""
+    x1_norm_eps: float = 0.0
+    """The norm's epsilon, added to the mean square."""
+
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """The fields named in `WEIGHTS`."""
+        return (
+            self.gate_FD,
+            self.up_FD,
+            self.down_FD,
+            self.up_bias_F,
+            self.down_bias_D,
+            self.x1_norm_F,
+        )
+
+
+WEIGHTS = FFN._fields[:6]
+"""The fields of `FFN` that are tensors."""
 
 
 class PredictorWeights(NamedTuple):
@@ -80,9 +104,8 @@ def exact_ffn(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
         ValueError: Shapes, dtypes or devices do not match.
     """
     _check(x_TD, ffn)
-    weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
     result: tuple[Tensor, Tensor] = _exact(
-        x_TD.contiguous(), *weights, _threshold(ffn), ffn.act == "drelu"
+        x_TD.contiguous(), *ffn.weights, ffn.act, _threshold(ffn), ffn.x1_norm_eps
     )
     return result
 
@@ -106,10 +129,10 @@ def predicted_ffn(
     """
     _check(x_TD, ffn)
     _check_predictor(x_TD, z_TD, ffn, predictor)
-    weights = (ffn.gate_FD, ffn.up_FD, ffn.down_FD, ffn.up_bias_F, ffn.down_bias_D)
     result: tuple[Tensor, Tensor] = _predicted(
-        x_TD.contiguous(), z_TD.contiguous(), *weights, _threshold(ffn), ffn.act == "drelu",
-        *_code_and_scale(predictor.fc1_RD), *_code_and_scale(predictor.fc2_FR), predictor.threshold,
+        x_TD.contiguous(), z_TD.contiguous(), *ffn.weights, ffn.act, _threshold(ffn),
+        ffn.x1_norm_eps, *_code_and_scale(predictor.fc1_RD), *_code_and_scale(predictor.fc2_FR),
+        predictor.threshold,
     )  # fmt: skip
     return result
 
@@ -122,14 +145,16 @@ def _exact(
     down_weight: torch.Tensor,
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    x1_norm: torch.Tensor | None,
+    act: str,
     threshold: float,
-    relu_up: bool,
+    x1_norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     first, up_FD = (up, None) if gate_weight is None else (gate_weight, up)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         act_FT, fired = gate(x, first, up_bias, threshold)
-        active = gate_up(x, fired, DenseGate(act_FT), up_FD, relu_up=relu_up)
-        return down(active, down_weight, down_bias), active.total
+        active = gate_up(x, fired, DenseGate(act_FT), up_FD, **_after(act))
+        return down(active, down_weight, down_bias, x1_norm, x1_norm_eps), active.total
 
 
 @torch.library.custom_op("sparsecast::predicted_ffn", mutates_args=())
@@ -141,8 +166,10 @@ def _predicted(
     down_weight: torch.Tensor,
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    x1_norm: torch.Tensor | None,
+    act: str,
     threshold: float,
-    relu_up: bool,
+    x1_norm_eps: float,
     fc1: torch.Tensor,
     fc1_scale: torch.Tensor | None,
     fc2: torch.Tensor,
@@ -155,8 +182,13 @@ def _predicted(
     with torch.cuda.device_of(x):
         predicted, chosen_F = predict(z, fc1_RD, fc2_FR, predictor_threshold)
         selected_gate = SelectedGate(first, up_bias, threshold, chosen_F)
-        active = gate_up(x, predicted, selected_gate, up_FD, relu_up=relu_up)
-        return down(active, down_weight, down_bias), active.total
+        active = gate_up(x, predicted, selected_gate, up_FD, **_after(act))
+        return down(active, down_weight, down_bias, x1_norm, x1_norm_eps), active.total
+
+
+def _after(act: str) -> dict[str, bool]:
+    """What `gate_up` does with gates that have passed their ReLU, and with up."""
+    return {"relu_up": act == "drelu", "squared": act == "relu2"}
 
 
 def _shapes(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,13 +225,17 @@ def _x1(x_TD: Tensor, ffn: FFN) -> tuple[Tensor, Tensor]:
         gate_TF = gate_TF + ffn.up_bias_F.double()
     gate_TF = gate_TF.to(x_TD.dtype)
     act_TF = torch.where((gate_TF < _threshold(ffn)) | (gate_TF <= 0), 0, gate_TF).double()
+    x1_TF = act_TF.square() if ffn.act == "relu2" else act_TF
     if ffn.gate_FD is None:
-        return act_TF, act_TF
+        return act_TF, x1_TF
     up_TF = x_TD.double() @ ffn.up_FD.double().T
-    return act_TF, act_TF * (up_TF.relu() if ffn.act == "drelu" else up_TF)
+    return act_TF, x1_TF * (up_TF.relu() if ffn.act == "drelu" else up_TF)
 
 
 def _down(x1_TF: Tensor, ffn: FFN, dtype: torch.dtype) -> Tensor:
+    if ffn.x1_norm_F is not None:
+        mean_T1 = x1_TF.square().mean(1, keepdim=True)
+        x1_TF = x1_TF * (mean_T1 + ffn.x1_norm_eps).rsqrt() * ffn.x1_norm_F.double()
     y_TD = x1_TF @ ffn.down_FD.double()
     if ffn.down_bias_D is not None:
         y_TD = y_TD + ffn.down_bias_D.double()
@@ -223,6 +259,8 @@ def _check(x_TD: Tensor, ffn: FFN) -> None:
         raise ValueError(f"act: got {ffn.act!r}, expected one of {', '.join(ACTS)}")
     if not ffn.threshold >= 0:
         raise ValueError(f"threshold: got {ffn.threshold}, expected a number >= 0")
+    if not ffn.x1_norm_eps >= 0:
+        raise ValueError(f"x1_norm_eps: got {ffn.x1_norm_eps}, expected a number >= 0")
     if ffn.gate_FD is None and ffn.act == "drelu":
         raise ValueError("act: drelu is ReLU on gate and up, but gate_FD is None; use relu")
     if ffn.gate_FD is not None and (ffn.up_bias_F is not None or ffn.down_bias_D is not None):
@@ -234,8 +272,8 @@ def _check(x_TD: Tensor, ffn: FFN) -> None:
     if f > MAX_WIDTH:
         raise ValueError(f"up_FD: has {f} neurons, expected at most {MAX_WIDTH}; use the dense FFN")
     check_input(x_TD, d)
-    shapes = ((f, d), (f, d), (f, d), (f,), (d,))
-    for name, weight, shape in zip(ffn._fields[:5], ffn[:5], shapes, strict=True):
+    shapes = ((f, d), (f, d), (f, d), (f,), (d,), (f,))
+    for name, weight, shape in zip(WEIGHTS, ffn.weights, shapes, strict=True):
         if weight is not None:
             check_weight(name, weight, shape, (x_TD.dtype,), x_TD.device)
 

@@ -4,6 +4,10 @@
     predicted   x1 = act * (up . x), act from the set's rows of the gate; up is read where it fired
     no gate     x1 = act
 
+With ReLU² act is squared. act decides what fires and is rounded to x's dtype; the square and its
+product with up are float32, and only x1 is rounded again. So in float16 a square that up makes
+small enough does not overflow, as it does in the dense model.
+
 SLOTS programs share the neurons of a mask word and compute BLOCK_N of them at a time. A weight row
 is read once for all tokens. The result is a list in the order of the neurons (active_list.py): x1
 is 0 for a token whose neuron did not fire. Bytes: the gate's rows of the set if they are computed
@@ -68,7 +72,12 @@ class SelectedGate(NamedTuple):
 
 
 def reference(
-    x_TD: Tensor, on_F: Tensor, gate: DenseGate | SelectedGate, up_FD: Tensor | None, relu_up: bool
+    x_TD: Tensor,
+    on_F: Tensor,
+    gate: DenseGate | SelectedGate,
+    up_FD: Tensor | None,
+    relu_up: bool,
+    squared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the set's neurons (K,) and their x1 (K, T) in float64."""
     row_K = on_F.nonzero().squeeze(1)
@@ -83,6 +92,8 @@ def reference(
         chosen_KT = (gate.chosen_F[row_K, None] >> token) & 1 == 1
         silent_KT = (gate_KT < gate.threshold) | (gate_KT <= 0) | ~chosen_KT
         act_KT = torch.where(silent_KT, 0, gate_KT)
+    if squared:
+        act_KT = act_KT.square()
     if up_FD is None:
         return row_K, act_KT
     up_KT = up_FD[row_K].double() @ x_TD.double().T
@@ -107,6 +118,7 @@ def _kernel(
     tokens,
     F,
     D: tl.constexpr,
+    SQUARED: tl.constexpr,
     RELU_UP: tl.constexpr,
     WORDS: tl.constexpr,
     TICKETS: tl.constexpr,
@@ -136,7 +148,7 @@ def _kernel(
         ok_NT = in_N[:, None] & (t < tokens)[None, :]
         x1_NT = _x1(
             x, act, first, bias, chosen, up, n, in_N, t, ok_NT, threshold, tokens,
-            D, RELU_UP, BLOCK_D, STAGES, T,
+            D, SQUARED, RELU_UP, BLOCK_D, STAGES, T,
         )  # fmt: skip
         k = tl.sum(popcount(before_W), 0) + i  # here, so that weights need not wait for this sum
         _write(row, x1, entry, k, n, in_N, t, ok_NT, x1_NT, tokens, x.dtype.element_ty, T)
@@ -169,6 +181,7 @@ def _x1(
     threshold,
     tokens,
     D: tl.constexpr,
+    SQUARED: tl.constexpr,
     RELU_UP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
@@ -180,14 +193,17 @@ def _x1(
     else:
         act_NT = tl.load(act + n[:, None] * tokens + t[None, :], mask=ok_NT, other=0.0)
         act_NT = act_NT.to(tl.float32)
+    x1_NT = act_NT
+    if SQUARED:
+        x1_NT = act_NT * act_NT
     if up is not None:
         # All neurons of the dense gate's set fire, so up need not wait for act.
         fires_N = in_N & any_fired(act_NT) if act is None else in_N
         up_NT = products(up, n, fires_N, x, tokens, D, BLOCK_D, STAGES, T)
         if RELU_UP:
             up_NT = tl.maximum(up_NT, 0.0)
-        act_NT = act_NT * up_NT
-    return act_NT
+        x1_NT = x1_NT * up_NT
+    return x1_NT
 
 
 @triton.jit
@@ -237,6 +253,7 @@ def gate_up(
     up_FD: Tensor | None,
     *,
     relu_up: bool,
+    squared: bool = False,
 ) -> ActiveList:
     """Launch the kernel for the selected neurons; `up_FD` is None in an FFN without a gate.
 
@@ -267,8 +284,9 @@ def gate_up(
     config = _config(tokens, act is None, up_FD is not None, d)
     _kernel[(config["SLOTS"], len(mask_W))](
         x_TD, mask_W, act, first, bias, chosen, up_FD, row_F, x1_FT, blank_E, total, ticket_C,
-        threshold, tokens, width, D=d, RELU_UP=relu_up, WORDS=triton.next_power_of_2(len(mask_W)),
-        TICKETS=tickets, T=padded_tokens(tokens), **config, **launch_options(x_TD),
+        threshold, tokens, width, D=d, SQUARED=squared, RELU_UP=relu_up,
+        WORDS=triton.next_power_of_2(len(mask_W)), TICKETS=tickets, T=padded_tokens(tokens),
+        **config, **launch_options(x_TD),
     )  # fmt: skip
     return active
 

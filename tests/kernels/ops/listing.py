@@ -25,12 +25,13 @@ POINTERS = {
     "threshold": "fp32",
     **dict.fromkeys(("row", "count", "ticket", "chosen"), "*i32"),
     **dict.fromkeys(("x", "z", "first", "up", "down", "weight", "bias", "act", "x1", "y"), "*bf16"),
-    "hidden": "*bf16",
+    **dict.fromkeys(("hidden", "norm"), "*bf16"),
     "mask": "*i16",
-    "part": "*fp32",
+    **dict.fromkeys(("part", "squares"), "*fp32"),
     "out": "*i32",
     "entry": "*i64",
 }
+NO_NORM = {"norm": None, "squares": None, "EPS": None}
 IN_CODES = {"weight": "*i32", "scale": "*fp16"}
 Kernel = tuple[str, Any, dict[str, str], dict[str, Any]]
 
@@ -54,17 +55,23 @@ def kernels() -> Iterator[Kernel]:
         lists = {"row": None, "x1": None} if pad == 1 else one_token
         yield f"rows {pad}", gate_up._kernel, {}, {
             "D": D, "RELU_UP": True, "act": None, "bias": None, **lists,
-            "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, True, True, D),
+            "SQUARED": False, "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, True, True, D),
         }  # fmt: skip
         yield f"up {pad}", gate_up._kernel, {}, {
             "D": D, "RELU_UP": True, "first": None, "bias": None, "chosen": None, **lists,
-            "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, False, True, D),
+            "SQUARED": False, "WORDS": 256, "TICKETS": 16, **gate_up._config(pad, False, True, D),
         }  # fmt: skip
     for d in (D, 5120):  # blocks of 64 columns and of 128
         yield f"down 1 of {d}", down._one_token_kernel, {}, {
-            "D": d, **down._one_token_config(d)
+            "D": d, **NO_NORM, **down._one_token_config(d)
         }  # fmt: skip
-    yield "down 16", down._batch_kernel, {}, {"D": D, **down._config(D)}
+    yield "down 16", down._batch_kernel, {}, {"D": D, "F": None, **NO_NORM, **down._config(D)}
+    yield f"down 1 of {D} norm", down._one_token_kernel, {}, {
+        "D": D, "EPS": 1e-5, **down._one_token_config(D)
+    }  # fmt: skip
+    yield "down 16 norm", down._batch_kernel, {}, {
+        "D": D, "F": 6912, "EPS": 1e-5, **down._config(D)
+    }  # fmt: skip
     for pad in (1, 2, 4, 16):
         for bits in (8, 4):
             yield f"hidden {pad} q{bits}_0", predictor._hidden_kernel, {
