@@ -157,9 +157,9 @@ def decided():
             kept = predictor.input_dtype(named.fc1_RD)
             check(selected_TF, logits_TF, named.threshold, kept)
         up_FD = None if ffn.gate_FD is None else ffn.up_FD
-        relu_up = ffn.act == "drelu"
+        relu_up, squared = ffn.act == "drelu", ffn.act == "relu2"
         row_K, x1_KT = active_list.unpacked(
-            gate_up.gate_up(x_TD, selected, source, up_FD, relu_up=relu_up)
+            gate_up.gate_up(x_TD, selected, source, up_FD, relu_up=relu_up, squared=squared)
         )
         fires_TF = torch.zeros_like(selected_TF)
         fires_TF[:, row_K.long()] = x1_KT.T != 0
@@ -170,13 +170,19 @@ def decided():
         if named is None:
             check(selected_TF, gate_TF, cut, x_TD.dtype)
         x1_TF = gate_TF.to(x_TD.dtype).double()
+        if squared:
+            x1_TF = x1_TF**2
         if up_FD is not None:
             up_TF = x_TD.double() @ up_FD.double().T
             x1_TF = x1_TF * (up_TF.relu() if relu_up else up_TF)
         counts_TF = selected_TF & (x1_TF != 0)  # a product of 0 fires or not, it is the same
         check(fires_TF[counts_TF], gate_TF[counts_TF], cut, x_TD.dtype)
         assert not fires_TF[~selected_TF].any()
-        y_TD = (x1_TF * fires_TF) @ ffn.down_FD.double()
+        x1_TF = x1_TF * fires_TF
+        if ffn.x1_norm_F is not None:
+            mean_T1 = (x1_TF**2).sum(1, keepdim=True) / x1_TF.shape[1]
+            x1_TF = ffn.x1_norm_F.double() * x1_TF / (mean_T1 + ffn.x1_norm_eps).sqrt()
+        y_TD = x1_TF @ ffn.down_FD.double()
         if ffn.down_bias_D is not None:
             y_TD += ffn.down_bias_D.double()
         return y_TD.to(x_TD.dtype), int(selected_TF.any(0).sum())

@@ -11,18 +11,22 @@ from sparsecast.kernels.ops.predictor import input_dtype, reference
 from sparsecast.kernels.ops.quantized import dequantized, quantized
 
 D, F, R = 64, 48, 32
+SQUARED = ["relu2", "plain relu2", "normed"]
 
 
 def ffn(act: str, dtype: torch.dtype) -> FFN:
     gate, up, down = ((torch.randn(F, D) * 0.2).to(dtype) for _ in range(3))
-    if act == "plain":
-        return FFN(None, up, down, *(torch.randn(n).to(dtype) for n in (F, D)))
+    if act.startswith("plain"):
+        biases = (torch.randn(n).to(dtype) for n in (F, D))
+        return FFN(None, up, down, *biases, act="relu2" if act in SQUARED else "relu")
+    if act == "normed":
+        return FFN(gate, up, down, x1_norm_F=torch.randn(F).to(dtype), act="relu2", x1_norm_eps=0.5)
     return FFN(gate, up, down, act=act, threshold=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tokens", [1, 7])
-@pytest.mark.parametrize("act", ["relu", "fatrelu", "drelu", "plain"])
+@pytest.mark.parametrize("act", ["relu", "fatrelu", "drelu", "plain", *SQUARED])
 def test_both_are_the_ffn(act, tokens, dtype, monkeypatch, near):
     monkeypatch.setattr(torch_fallback, "CHUNK", 16 * D)  # several chunks
     weights, x = ffn(act, dtype), torch.randn(tokens, D, dtype=dtype)
@@ -33,7 +37,7 @@ def test_both_are_the_ffn(act, tokens, dtype, monkeypatch, near):
 
 
 @pytest.mark.parametrize("format", ["f16", "bf16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("act", ["fatrelu", "drelu", "plain"])
+@pytest.mark.parametrize("act", ["fatrelu", "drelu", "plain", *SQUARED])
 def test_both_leave_out_what_is_not_predicted(act, format, near):
     weights, x, z = ffn(act, torch.float32), torch.randn(5, D), torch.randn(5, D) * 3
     fc1, fc2 = torch.randn(R, D) * 0.1, torch.randn(F, R)
@@ -93,6 +97,19 @@ def test_rows_that_nobody_needs_are_not_read():
     weights.gate_FD[unpredicted] = torch.nan
     weights.up_FD[silent] = weights.down_FD[silent] = torch.nan
     assert torch.equal(torch_fallback.over_rows(x, weights, predicted), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_square_is_float32(dtype):
+    """300² is infinite in float16, and up makes 900 of it; a bfloat16 square would be rounded."""
+    gate, up, down = (torch.zeros(16, 16, dtype=dtype) for _ in range(3))
+    gate[3, 0], up[3, 1], down[3, 7] = 300, 0.01, 0.5
+    x = torch.ones(2, 16, dtype=dtype)
+    want = (300**2 * up[3, 1].float()).to(dtype) / 2
+    for product in (torch_fallback.over_rows, torch_fallback.dense):
+        y = product(x, FFN(gate, up, down, act="relu2"))
+        assert torch.equal(y[:, 7], want.expand(2))
+        assert not y[:, :7].any()
 
 
 def test_a_nan_is_seen():
