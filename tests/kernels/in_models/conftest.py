@@ -6,14 +6,26 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
+    BitNetConfig,
+    BitNetForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Jais2Config,
+    Jais2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PersimmonConfig,
+    PersimmonForCausalLM,
 )
 
 from sparsecast.core.models.families import activation_rule
@@ -52,6 +64,8 @@ OPT = {
     "activation_function": "relu",
 }
 FATRELU = {**GATED, "hidden_act": "fatrelu", "hidden_act_param": 0.3}
+RELU2 = {**GATED, "hidden_act": "relu2"}
+NO_GROUPS = {**COMMON, "intermediate_size": FFN, "initializer_range": 0.2, "hidden_act": "relu2"}
 ZOO = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED, hidden_act="relu")),
     "prosparse": lambda: LlamaForCausalLM(LlamaConfig(**FATRELU)),
@@ -62,8 +76,15 @@ ZOO = {
     "falcon-40b": lambda: FalconForCausalLM(
         FalconConfig(**FALCON, bias=True, new_decoder_architecture=True, num_kv_heads=2)
     ),
+    "arcee": lambda: ArceeForCausalLM(ArceeConfig(**RELU2)),
+    "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**RELU2)),
+    "nanochat": lambda: NanoChatForCausalLM(NanoChatConfig(**RELU2)),
+    "jais2": lambda: Jais2ForCausalLM(Jais2Config(**RELU2, mlp_bias=True)),
+    "persimmon": lambda: PersimmonForCausalLM(PersimmonConfig(**NO_GROUPS)),
+    "bitnet": lambda: BitNetForCausalLM(BitNetConfig(**RELU2, rms_norm_eps=0.5)),
 }
-"""One norm or two, two matrices or three, biases, and where the parts of the FFN stand."""
+"""One norm or two, two matrices or three, biases, and where the parts of the FFN stand. BitNet's
+epsilon is large enough to count in the norm between x1 and down."""
 
 
 @pytest.fixture(autouse=True)

@@ -99,6 +99,14 @@ def test_dtypes_and_devices_that_were_not_measured_are_dense(table, make, predic
     assert paths(sparsify_model(make("llama"), source)) == ["dense", "dense"]
 
 
+def test_an_ffn_of_two_matrices_goes_by_its_own_table(table, make, predictors):
+    table(ALWAYS, matrices=2)
+    source = predictors(calibration=[GOOD, {**GOOD, "recall": 0.2}])
+    squared = replace(source, manifest=replace(source.manifest, activation="relu2"))
+    assert paths(sparsify_model(make("arcee"), squared)) == ["predicted", "exact"]
+    assert paths(sparsify_model(make("bitnet"), squared)) == ["dense", "dense"]
+
+
 def test_where_kernels_run_the_gpus_table_decides(table, make, predictors):
     """Under the interpreter, 16 bits on a CPU stand for it."""
     table(ALWAYS, device="cuda")

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import load_model, set_activation
@@ -15,7 +16,9 @@ from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
 from sparsecast.kernels.in_models.sparsify import sparsify_model
 from sparsecast.predictors.model_in_loop import predictors_in_loop
 
-FAMILIES = ["llama", "prosparse", "mistral", "bamboo", "opt", "falcon-7b", "falcon-40b"]
+RELUS = ["llama", "prosparse", "mistral", "bamboo", "opt", "falcon-7b", "falcon-40b"]
+SQUARES = ["arcee", "nemotron", "nanochat", "jais2", "persimmon"]
+FAMILIES = [*RELUS, *SQUARES, "bitnet"]
 SHAPES = [(1, 1), (2, 3), (2, 11)]
 """A token, few tokens (over rows), many (dense)."""
 
@@ -33,8 +36,13 @@ def test_exact_is_the_model(family, make, ids, logits, near):
         near(logits(sparse, ids(*shape)), logits(dense, ids(*shape)))
 
 
-@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, dtype) for family in RELUS for dtype in ("f16", "q8_0", "q4_0")),
+        *((family, "q4_0") for family in SQUARES),
+    ],
+)
 def test_predicted_is_the_model_with_masks(family, dtype, make, predictors, ids, logits, near):
     dense, predicted = make(family), predictors(dtype, threshold=0.05)
     sparse = sparsify_model(make(family), predicted, "predicted")
@@ -47,15 +55,39 @@ def test_predicted_is_the_model_with_masks(family, dtype, make, predictors, ids,
     assert (want - logits(dense, ids(*shape))).abs().max() > 0.1 * want.abs().max()
 
 
+def test_a_norm_of_x1_sees_only_what_is_predicted(make, predictors, ids, logits, near):
+    dense, chosen = make("bitnet"), predictors("q4_0", threshold=0.05)
+    sparse = sparsify_model(make("bitnet"), chosen, "predicted")
+    seen = {}
+    for number, layer in enumerate(dense.model.layers):
+
+        def keep(_, args, number=number):
+            seen[number] = args[0]
+
+        def mask(_, args, number=number):
+            logits_BSF = chosen.layers[number].logits(seen[number])
+            return args[0] * (logits_BSF >= chosen.threshold)
+
+        layer.post_attention_layernorm.register_forward_pre_hook(keep)
+        layer.mlp.ffn_sub_norm.register_forward_pre_hook(mask)
+
+    for shape in SHAPES:
+        want = logits(dense, ids(*shape))
+        near(logits(sparse, ids(*shape)), want)
+    assert (want - logits(make("bitnet"), ids(*shape))).abs().max() > 0.1 * want.abs().max()
+
+
 @pytest.mark.parametrize(
     ("policy", "family"),
     [
         ("exact", "prosparse"),
         ("predicted", "bamboo"),
         ("predicted", "opt"),
+        ("exact", "bitnet"),
         pytest.param("predicted", "prosparse", marks=pytest.mark.slow),
         pytest.param("exact", "bamboo", marks=pytest.mark.slow),
         pytest.param("exact", "opt", marks=pytest.mark.slow),
+        pytest.param("predicted", "jais2", marks=pytest.mark.slow),
     ],
 )
 def test_the_kernels_in_a_model(policy, family, make, predictors, ids, logits, near):
@@ -95,6 +127,7 @@ def test_batches_change_no_token(make, predictors):
         ("llama", ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")),
         ("opt", ("fc2", "fc1")),
         ("falcon-7b", ("mlp.dense_4h_to_h", "mlp.dense_h_to_4h")),
+        ("bitnet", ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.ffn_sub_norm")),
     ],
 )
 def test_weights_are_shared_and_not_copied(family, parts, make, predictors):
@@ -112,7 +145,7 @@ def test_weights_are_shared_and_not_copied(family, parts, make, predictors):
     assert {other().data_ptr() for other in others} == kept
 
 
-LAYERS = {"llama": "layers", "opt": "decoder.layers", "falcon-7b": "h"}
+LAYERS = {"llama": "layers", "bitnet": "layers", "opt": "decoder.layers", "falcon-7b": "h"}
 
 
 def _bytes(model) -> int:
@@ -131,6 +164,15 @@ def test_what_is_saved_is_the_model_that_was(family, make, predictors):
 
     assert set(state) == set(want)
     assert all(torch.equal(state[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("family", ["persimmon", "bitnet"])
+def test_a_saved_folder_is_the_one_of_the_dense_model(family, make, tmp_path):
+    make(family).save_pretrained(tmp_path / "dense")
+    sparsify_model(make(family), None, "exact").save_pretrained(tmp_path / "sparse")
+    want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "sparse"))
+    assert set(got) == set(want)
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_a_saved_model_loads_again(model_folder, tmp_path, ids, logits):
@@ -155,13 +197,22 @@ def test_a_copy_is_a_model_of_its_own(make, predictors, ids, logits):
     assert not torch.equal(logits(model, ids(1, 3)), want)
 
 
-def test_a_threshold_set_on_the_module_goes_before_the_configs(make, ids, logits):
-    for rule in (ActivationRule("fatrelu", 0.9), ActivationRule("relu")):
-        models = [make("prosparse"), make("prosparse")]
-        for model in models:
-            set_activation(model, rule)
-        dense, sparse = models[0], sparsify_model(models[1], None, "exact")
-        assert torch.allclose(logits(sparse, ids(1, 4)), logits(dense, ids(1, 4)), atol=1e-4)
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [
+        ("prosparse", ActivationRule("fatrelu", 0.9)),
+        ("prosparse", ActivationRule("relu")),
+        ("llama", ActivationRule("relu2")),
+        ("arcee", ActivationRule("relu")),
+    ],
+    ids=str,
+)
+def test_an_activation_set_on_the_module_goes_before_the_configs(family, rule, make, ids, logits):
+    models = [make(family), make(family)]
+    for model in models:
+        set_activation(model, rule)
+    dense, sparse = models[0], sparsify_model(models[1], None, "exact")
+    assert torch.allclose(logits(sparse, ids(1, 4)), logits(dense, ids(1, 4)), atol=1e-4)
 
 
 @pytest.mark.parametrize(
