@@ -23,7 +23,9 @@ from sparsecast.core.options import validate_fields
 from sparsecast.core.progress import progress_bar
 from sparsecast.kernels.ops.launch import MAX_TOKENS
 
-Shape = Literal["30m", "1b", "7b", "13b", "70b", "opt-1.3b", "opt-6.7b"]
+Shape = Literal[
+    "30m", "1b", "7b", "13b", "70b", "bitnet-2b", "opt-1.3b", "opt-6.7b", "minitron-4b", "afm-4.5b"
+]
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -33,7 +35,14 @@ class BenchKernelsConfig:
 
     shapes: list[Shape] = field(default_factory=lambda: ["1b", "7b", "13b"])
     """30m (hidden size 512, FFN 2048), 1b (1536, 3840), 7b (4096, 11008), 13b (5120, 13824), 70b
-    (8192, 28672); without a gate opt-1.3b (2048, 8192), opt-6.7b (4096, 16384)."""
+    (8192, 28672), bitnet-2b (2560, 6912); without a gate opt-1.3b (2048, 8192), opt-6.7b (4096,
+    16384), minitron-4b (3072, 9216), afm-4.5b (2560, 18432)."""
+
+    act: Literal["relu", "relu2"] = "relu"
+    """relu or relu2, the activation of every shape. Minitron, AFM and BitNet have relu2."""
+
+    x1_norm: bool = False
+    """Put an RMS norm in front of the down projection, as BitNet has it."""
 
     sparsities: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.7, 0.8, 0.89, 0.95, 0.98])
     """Shares of inactive neurons per token, 0 to 0.99."""
@@ -86,6 +95,8 @@ def bench_kernels(cfg: BenchKernelsConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter",
         "copy_gb_per_s": copy,
         "dtype": cfg.dtype,
+        "act": cfg.act,
+        "x1_norm": cfg.x1_norm,
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
@@ -107,14 +118,27 @@ def _cases(cfg: BenchKernelsConfig, device: torch.device) -> Iterator[list[Case]
         d, f, matrices = SHAPES[name]
         for tokens in cfg.batches:
             yield [
-                Case(name, d, f, matrices, cfg.rank or d // 4, s, tokens, DTYPES[cfg.dtype], device)
+                Case(
+                    name,
+                    d,
+                    f,
+                    matrices,
+                    cfg.rank or d // 4,
+                    s,
+                    tokens,
+                    DTYPES[cfg.dtype],
+                    device,
+                    cfg.act,
+                    cfg.x1_norm,
+                )  # fmt: skip
                 for s in cfg.sparsities
             ]
 
 
 def _show(values: dict[str, Any]) -> None:
+    act = values["act"] + (" and a norm of x1" if values["x1_norm"] else "")
     log.info(
-        f"{values['device']}, {values['dtype']}, torch {values['torch']}, triton "
+        f"{values['device']}, {values['dtype']}, {act}, torch {values['torch']}, triton "
         f"{values['triton']}; a copy moves {values['copy_gb_per_s']:,.0f} GB/s"
     )
     table = new_table(

@@ -35,6 +35,8 @@ class Case(NamedTuple):
     tokens: int
     dtype: torch.dtype
     device: torch.device
+    act: str = "relu"
+    x1_norm: bool = False
 
 
 def projections(weights: FFN) -> tuple[Tensor, Tensor | None]:
@@ -82,7 +84,8 @@ def check_rows(
 ) -> None:
     """Compare the selected rows, and x1 of each."""
     on_F = bitmask.reference(mask_W, case.f)
-    row_K, x1_KT = gate_up.reference(x_TD, on_F, source, projections(weights)[1], False)
+    squared = weights.act == "relu2"
+    row_K, x1_KT = gate_up.reference(x_TD, on_F, source, projections(weights)[1], False, squared)
     got_K, got_KT = active_list.unpacked(got)
     if not torch.equal(got_K, row_K.int()):
         raise RuntimeError(f"{case.name}: the listed rows are not the selected ones")
@@ -91,8 +94,9 @@ def check_rows(
 
 def check_down(case: Case, weights: FFN, chosen: active_list.ActiveList, whole_TD: Tensor) -> None:
     """Compare the down projection, and the output of the whole FFN."""
-    want_TD = down.reference(chosen, weights.down_FD, None)
-    _check(case, "down", down.down(chosen, weights.down_FD, None), want_TD)
+    given = (chosen, weights.down_FD, None, weights.x1_norm_F, weights.x1_norm_eps)
+    want_TD = down.reference(*given)
+    _check(case, "down", down.down(*given), want_TD)
     _check(case, "whole FFN", whole_TD, want_TD)
 
 

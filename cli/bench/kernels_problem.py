@@ -56,14 +56,36 @@ def matrix(f: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(f, d, device=device, dtype=dtype).mul_(d**-0.5)
 
 
-def ffn(active_TF: Tensor, d: int, dtype: torch.dtype, matrices: int = 3) -> FFN:
-    """A ReLU FFN of three matrices or two, in which `active_TF` fires."""
+def norm(f: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
+    """Random weights of an RMS norm, from 0 to 1, and BitNet's epsilon."""
+    return torch.rand(f, device=device).to(dtype), 1e-5
+
+
+def ffn(
+    active_TF: Tensor,
+    d: int,
+    dtype: torch.dtype,
+    matrices: int = 3,
+    act: str = "relu",
+    *,
+    x1_norm: bool = False,
+) -> FFN:
+    """An FFN of three matrices or two, in which `active_TF` fires.
+
+    Args:
+        act: relu or relu2.
+        x1_norm: Whether an RMS norm stands between x1 and down.
+    """
     tokens, f = active_TF.shape
     first_FD, second_FD = (matrix(f, d, dtype, active_TF.device) for _ in range(2))
     first_FD[:, :tokens] = _signs(active_TF) * 4 / AMPLITUDE
-    if matrices == 2:
-        return FFN(None, first_FD, second_FD)
-    return FFN(first_FD, second_FD, matrix(f, d, dtype, active_TF.device))
+    weights = FFN(None, first_FD, second_FD, act=act)
+    if matrices == 3:
+        weights = FFN(first_FD, second_FD, matrix(f, d, dtype, active_TF.device), act=act)
+    if x1_norm:
+        norm_F, eps = norm(f, dtype, active_TF.device)
+        weights = weights._replace(x1_norm_F=norm_F, x1_norm_eps=eps)
+    return weights
 
 
 def predictor(

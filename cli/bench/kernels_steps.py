@@ -7,6 +7,9 @@
     cascade             the gate for predicted neurons, up for those that fired
     predicted TYPE      predictor, cascade and down
 
+The square of ReLU² is part of "up" (without a gate, of no step by itself) and a norm of x1 is part
+of "down", on both sides.
+
 Dense time is that of the faster of cuBLAS and torch.compile on the same step; the predictor and the
 cascade have none, "predicted" has. The tokens of a batch select neurons independently, which gives
 the largest possible union. Bytes are those of the weight rows that had to be read. Both sides are
@@ -24,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsecast.cli.bench import kernels_problem, kernels_timing
 from sparsecast.cli.bench.kernels_checks import (
@@ -45,10 +49,14 @@ SHAPES = {
     "7b": (4096, 11008, 3),
     "13b": (5120, 13824, 3),
     "70b": (8192, 28672, 3),
+    "bitnet-2b": (2560, 6912, 3),
     "opt-1.3b": (2048, 8192, 2),
     "opt-6.7b": (4096, 16384, 2),
+    "minitron-4b": (3072, 9216, 2),
+    "afm-4.5b": (2560, 18432, 2),
 }
-"""(D, F, matrices): the preset of sparsify, MiniCPM-S-1B, Llama 2 7B, 13B and 70B, and OPT."""
+"""(D, F, matrices): the preset of sparsify, MiniCPM-S-1B, Llama 2 7B, 13B and 70B, BitNet b1.58 2B,
+OPT, Minitron 4B and AFM-4.5B."""
 FORMATS = ("f16", "q8_0", "q4_0")
 
 
@@ -82,22 +90,29 @@ def dense(case: Case) -> Dense:
     weights = [[_matrix(case) for _ in range(case.matrices)] for _ in range(count)]
     x_TD = kernels_problem.inputs(case.tokens, case.d, case.dtype, case.device)
     act_TF = torch.randn(case.tokens, case.f, dtype=case.dtype, device=case.device).relu()
+    norm = kernels_problem.norm(case.f, case.dtype, case.device) if case.x1_norm else None
 
     def of_gate(x: Tensor, gate: Tensor) -> Tensor:
         return torch.relu(x @ gate.T)
 
+    def squared(act: Tensor) -> Tensor:
+        return act.square() if case.act == "relu2" else act
+
     def of_up(x: Tensor, act: Tensor, up: Tensor) -> Tensor:
-        return act * (x @ up.T)
+        return squared(act) * (x @ up.T)
+
+    def normed(x1: Tensor) -> Tensor:
+        return x1 if norm is None else functional.rms_norm(x1, (case.f,), *norm)
 
     def of_down(x1: Tensor, down: Tensor) -> Tensor:
-        return x1 @ down
+        return normed(x1) @ down
 
     def as_linear(x1: Tensor, down: Tensor) -> Tensor:
-        return x1 @ down.view(case.d, case.f).T  # a matrix as nn.Linear keeps it
+        return normed(x1) @ down.view(case.d, case.f).T  # a matrix as nn.Linear keeps it
 
     def x1(x: Tensor, gate: Tensor, *up: Tensor) -> Tensor:
         act = of_gate(x, gate)
-        return of_up(x, act, *up) if up else act
+        return of_up(x, act, *up) if up else squared(act)
 
     def whole(x: Tensor, *weights: Tensor) -> Tensor:
         return of_down(x1(x, *weights[:-1]), weights[-1])
@@ -124,24 +139,26 @@ def steps(case: Case, against: Dense) -> Iterator[Timed]:
     goal = kernels_problem.targets(case.f, case.tokens, case.sparsity, case.device)
     x_TD = kernels_problem.inputs(case.tokens, case.d, case.dtype, case.device)
 
-    weights = kernels_problem.ffn(goal.active_TF, case.d, case.dtype, case.matrices)
+    weights = _ffn(case, goal.active_TF)
     first_FD, up_FD = projections(weights)
     act_FT, fired = gate.gate(x_TD, first_FD, None, 0.0)
     check_gate(case, x_TD, first_FD, act_FT)
     source = gate_up.DenseGate(act_FT)
-    chosen = gate_up.gate_up(x_TD, fired, source, up_FD, relu_up=False)
+    rows = _gate_up(case)
+    chosen = rows(x_TD, fired, source, up_FD)
     active = int(chosen.total)
     check_rows(case, x_TD, fired.mask_W, source, weights, chosen)
     check_down(case, weights, chosen, exact_ffn(x_TD, weights)[0])
 
-    up = partial(gate_up.gate_up, x_TD, fired, source, relu_up=False)
+    up = partial(rows, x_TD, fired, source)
     gates = [_matrix(case) for _ in range(kernels_timing.copies(case.f * row_bytes, case.device))]
     runs: list[Any] = [partial(gate.gate, x_TD, w, None, 0.0) for w in gates]
     yield _timed("gate", runs, against.gate, case.f * row_bytes)
     ups = [_matrix(case) for _ in range(kernels_timing.copies(active * row_bytes, case.device))]
     if up_FD is not None:
         yield _timed("up", [partial(up, w) for w in ups], against.up, active * row_bytes)
-    runs = [partial(down.down, chosen, w, None) for w in ups]
+    norm = (weights.x1_norm_F, weights.x1_norm_eps)
+    runs = [partial(down.down, chosen, w, None, *norm) for w in ups]
     yield _timed("down", runs, against.down, active * row_bytes)
     del gates, ups, runs
     read = (case.f + (case.matrices - 1) * active) * row_bytes
@@ -175,7 +192,8 @@ def _predicted(
     check_predictor(case, x_TD, ours)
     first_FD, up_FD = projections(weights)
     source = gate_up.SelectedGate(first_FD, None, 0.0, chosen_F)
-    chosen = gate_up.gate_up(x_TD, named, source, up_FD, relu_up=False)
+    rows = _gate_up(case)
+    chosen = rows(x_TD, named, source, up_FD)
     check_rows(case, x_TD, named.mask_W, source, weights, chosen)
     check_down(case, weights, chosen, predicted_ffn(x_TD, x_TD, weights, ours)[0])
     predicted = int(chosen.total)
@@ -190,14 +208,7 @@ def _predicted(
     ffns = _ffns(case, goal.active_TF, cascade if with_cascade else read)
     if with_cascade:
         runs = [
-            partial(
-                gate_up.gate_up,
-                x_TD,
-                named,
-                source._replace(first_FD=first_FD),
-                up_FD,
-                relu_up=False,
-            )
+            partial(rows, x_TD, named, source._replace(first_FD=first_FD), up_FD)
             for first_FD, up_FD in map(projections, ffns)
         ]
         yield _timed("cascade", runs, None, cascade)
@@ -206,6 +217,10 @@ def _predicted(
         for i, w in enumerate(ffns)
     ]
     yield _timed(f"predicted {dtype}", runs, against.whole, read)
+
+
+def _gate_up(case: Case) -> Callable[..., active_list.ActiveList]:
+    return partial(gate_up.gate_up, relu_up=False, squared=case.act == "relu2")
 
 
 def _timed(
@@ -223,7 +238,13 @@ def _fastest(
 
 def _ffns(case: Case, active_TF: Tensor, read: float) -> list[FFN]:
     count = kernels_timing.copies(read, case.device)
-    return [kernels_problem.ffn(active_TF, case.d, case.dtype, case.matrices) for _ in range(count)]
+    return [_ffn(case, active_TF) for _ in range(count)]
+
+
+def _ffn(case: Case, active_TF: Tensor) -> FFN:
+    return kernels_problem.ffn(
+        active_TF, case.d, case.dtype, case.matrices, case.act, x1_norm=case.x1_norm
+    )
 
 
 def _matrix(case: Case) -> Tensor:

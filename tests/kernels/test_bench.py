@@ -12,7 +12,7 @@ from sparsecast.cli.bench import kernels_checks, kernels_problem, kernels_steps,
 from sparsecast.cli.bench.kernels import BenchKernelsConfig, bench_kernels
 from sparsecast.core.errors import InputError
 from sparsecast.kernels.in_models import dispatch
-from sparsecast.kernels.ops import down
+from sparsecast.kernels.ops import down, gate_up
 
 KEYS = {
     "shape", "step", "sparsity", "batch", "us", "dense_us", "speedup", "gb_per_s",
@@ -100,6 +100,42 @@ def test_an_ffn_without_a_gate_has_a_step_less_and_reads_less(untimed, monkeypat
     fired = one["predicted f16"] / row - 2 * 32 - predicted
     assert fired == pytest.approx(7, abs=2)
     assert not any(row["auto"] for row in rows)
+
+
+@pytest.mark.parametrize("shape", ["1b", "opt-1.3b"])
+def test_relu2_and_a_norm_are_measured_too(shape, untimed, monkeypatch):
+    monkeypatch.setattr(kernels_steps, "FORMATS", ("f16",))
+    ran = []
+    real = kernels_steps.exact_ffn
+
+    def told(x, ffn):
+        ran.append((ffn.act, ffn.x1_norm_F is not None))
+        return real(x, ffn)
+
+    monkeypatch.setattr(kernels_steps, "exact_ffn", told)
+    cfg = BenchKernelsConfig(
+        shapes=[shape], sparsities=[0.75], batches=[1], rank=32, act="relu2", x1_norm=True
+    )
+    values = bench_kernels(cfg)
+
+    assert (values["act"], values["x1_norm"]) == ("relu2", True)
+    assert {"gate", "down", "exact", "predicted f16"} <= {row["step"] for row in values["rows"]}
+    assert ran == [("relu2", True)] * 2
+
+
+@pytest.mark.parametrize(("wrong", "step"), [({"squared": False}, "up"), ({"eps": 9.0}, "down")])
+def test_a_wrong_square_or_norm_is_not_timed(wrong, step, untimed, monkeypatch):
+    module, name = (gate_up, "gate_up") if step == "up" else (down, "down")
+    real = getattr(module, name)
+    if step == "up":
+        monkeypatch.setattr(module, name, lambda *given, **after: real(*given, **after | wrong))
+    else:
+        monkeypatch.setattr(module, name, lambda *given: real(*given[:4], **wrong))
+    cfg = BenchKernelsConfig(
+        shapes=["1b"], sparsities=[0.5], batches=[1], rank=32, act="relu2", x1_norm=True
+    )
+    with pytest.raises(RuntimeError, match=f"{step} is off its reference"):
+        bench_kernels(cfg)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +235,7 @@ def test_problems_select_what_was_asked_for(tokens, device):
 def test_what_the_benchmark_refuses():
     cfg = BenchKernelsConfig()
     for change, told in (
-        ({"shapes": ["8b"]}, "--shapes: got '8b', expected 30m, 1b, 7b, 13b, 70b, opt-1.3b"),
+        ({"shapes": ["8b"]}, "--shapes: got '8b', expected 30m, 1b, 7b, 13b, 70b, bitnet-2b, opt"),
         ({"shapes": []}, "--shapes: is empty; name one"),
         ({"dtype": "f32"}, "--dtype: got 'f32', expected bf16, f16"),
         ({"sparsities": [0.995]}, "--sparsities: got .*, expected numbers from 0 to 0.99;"),
