@@ -66,10 +66,16 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
 
     Raises:
         InputError: The file has another architecture or other shapes, or holds numbers that are not
-            finite. The model is unchanged then.
+            finite; or the model has ReLU². The model is unchanged then.
     """
     name, header = str(model.config.name_or_path), header_of(file)
-    drelu = activation_rule(model.config, name).on_up
+    rule = activation_rule(model.config, name)
+    if rule.squared:
+        raise InputError(
+            f"{file.path}: is for PowerInfer, which has ReLU but not ReLU², and {name} has "
+            f"{rule}; give a folder of predictors of this model"
+        )
+    drelu = rule.on_up
     arch = {"falcon": "falcon", "opt": "opt"}.get(model.config.model_type, "llama")
     arch = "bamboo" if drelu else arch
     if arch != header.arch:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import ArceeConfig, ArceeForCausalLM, BitNetConfig, BitNetForCausalLM
 
 from sparsecast.cli.bench.generate import BenchGenerateConfig, bench_generate
 from sparsecast.core.errors import InputError
@@ -57,6 +59,29 @@ def test_every_policy_generates_and_is_compared(cfg, model_folder):
     assert all(len(row["runs"]) == 2 and min(row["runs"]) > 0 for row in values["rows"])
     assert values["device"] == "cpu"
     assert values["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [(ArceeConfig, ArceeForCausalLM), (BitNetConfig, BitNetForCausalLM)],
+    ids=["arcee", "bitnet"],
+)
+def test_a_model_with_relu2_generates(config, model, cfg, model_folder, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    llama = Checkpoint(str(model_folder)).config.to_dict()
+    same = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+    same |= {"vocab_size", "max_position_embeddings", "initializer_range", "bos_token_id"}
+    small = {name: llama[name] for name in same} | {"intermediate_size": 96, "pad_token_id": None}
+    model(config(**small, eos_token_id=2, hidden_act="relu2")).save_pretrained(folder)
+    layers = [Predictor(torch.randn(8, 64).half(), torch.randn(96, 8).half())] * 3
+    PredictorSet(layers, 0.0, None).save(tmp_path / "q")
+
+    changed = {"model": str(folder), "predictors": tmp_path / "q", "rounds": 1}
+    rows = bench_generate(replace(cfg, **changed, policies=["exact", "predicted"]))["rows"]
+
+    assert [row["equal_tokens"] for row in rows[:2]] == [12, 12]
+    assert rows[2]["layers"] == {"dense": 0, "exact": 0, "predicted": 3}
 
 
 @pytest.mark.filterwarnings("error:.*past_key_values:FutureWarning")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import BitNetConfig, BitNetForCausalLM, DynamicCache
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
@@ -183,6 +183,24 @@ def test_bundles_of_another_model_change_nothing(
         with pytest.raises(InputError, match="fingerprint"):
             sparsify_model(model, bundle_folder, "predicted")
         assert torch.equal(model_logits(model, ids[:1]), before)
+
+
+def test_a_model_with_relu2_takes_no_bundle(bundle_folder, tmp_path):
+    """A bundle would make it a ReLU model, and BitNet has every weight that a llama has."""
+    config = BitNetConfig(
+        hidden_size=64,
+        intermediate_size=1280,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=1024,
+        pad_token_id=None,
+    )
+    alone = tmp_path / "alone.gguf"
+    shutil.copy(bundle_file(bundle_folder), alone)
+    with pytest.raises(InputError, match="has ReLU but not ReLU²") as told:
+        sparsify_model(BitNetForCausalLM(config), alone, "predicted")
+    assert "\n" not in str(told.value)
 
 
 def test_a_damaged_bundle_is_told(bundle, model_folder):
