@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 FORMATS = ["f16", "q8_0", "q4_0"]
 SHAPES = [(1536, 3840, 384), (4096, 11008, 1024), (5120, 13824, 1280), (200, 130, 32)]
+SQUARED = [((2560, 18432, 640), 2, False), ((2560, 6912, 640), 3, True), ((256, 130, 32), 3, True)]
+"""AFM-4.5B and BitNet b1.58 2B: shape, matrices, and whether there is a norm of x1."""
 STORED = [
     (shape, name) for shape in SHAPES for name in FORMATS if name == "f16" or shape[0] % 32 == 0
 ]
@@ -28,12 +30,13 @@ def both(x, weights, named):
 
 @pytest.fixture
 def case(device):
-    def make(shape, tokens, dtype, stored="q4_0"):
+    def make(shape, tokens, dtype, stored="q4_0", matrices=3, act="relu", x1_norm=False):
         d, f, rank = shape
         goal = kernels_problem.targets(f, tokens, 0.89, device)
         x = kernels_problem.inputs(tokens, d, dtype, device)
         named = kernels_problem.predictor(goal.predicted_TF, d, rank, stored, dtype)
-        return x, kernels_problem.ffn(goal.active_TF, d, dtype), named
+        weights = kernels_problem.ffn(goal.active_TF, d, dtype, matrices, act, x1_norm=x1_norm)
+        return x, weights, named
 
     return make
 
@@ -42,7 +45,21 @@ def case(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "stored"), STORED, ids=str)
 def test_it_is_the_reference_at_the_models_sizes(shape, dtype, tokens, stored, case, decided, near):
-    x, weights, named = case(shape, tokens, dtype, stored)
+    agrees(*case(shape, tokens, dtype, stored), decided, near)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", SQUARED, ids=str)
+def test_relu2_and_a_norm_are_the_reference(form, dtype, tokens, case, decided, near):
+    shape, matrices, x1_norm = form
+    x, weights, named = case(shape, tokens, dtype, "q4_0", matrices, "relu2", x1_norm)
+    agrees(x, weights, named, decided, near)
+    for got, again in zip(both(x, weights, named), both(x, weights, named), strict=True):
+        assert torch.equal(got, again)
+
+
+def agrees(x, weights, named, decided, near):
     y, union, predicted_y, predicted = both(x, weights, named)
     want, want_union = decided(x, weights)
     near(y, want)
@@ -83,9 +100,11 @@ def test_inputs_get_the_codes_that_torch_gives_them(dtype, device):
     assert torch.equal(got[..., 8].view(torch.float32), scale)
 
 
+@pytest.mark.parametrize("act", ["relu", "relu2"])
 @pytest.mark.parametrize("tokens", [1, 16])
-def test_a_graph_takes_new_inputs_and_gives_the_same_bits(tokens, case):
-    x, weights, named = case((1536, 3840, 384), tokens, torch.bfloat16)
+def test_a_graph_takes_new_inputs_and_gives_the_same_bits(tokens, act, case):
+    shape, normed = (1536, 3840, 384), act == "relu2"
+    x, weights, named = case(shape, tokens, torch.bfloat16, "q4_0", 3, act, normed)
     static = x.clone()
     both(static, weights, named)
     graph = torch.cuda.CUDAGraph()

@@ -35,7 +35,8 @@ def _banded_memory():
 
 @pytest.fixture
 def case(device):
-    """An FFN of its own on one token: exact, behind f16, and behind q4_0, and their references."""
+    """An FFN of its own on one token: exact, exact with ReLU² and a norm of x1, behind f16, and
+    behind q4_0, and their references."""
 
     def make(shape):
         d, f, rank = shape
@@ -46,8 +47,11 @@ def case(device):
             kernels_problem.predictor(goal.predicted_TF, d, rank, stored, torch.bfloat16)
             for stored in ("f16", "q4_0")
         ]
-        exact = (partial(exact_ffn, x, weights), partial(exact_reference, x, weights))
-        return [exact] + [
+        normed = kernels_problem.ffn(goal.active_TF, d, torch.bfloat16, 3, "relu2", x1_norm=True)
+        exact = [
+            (partial(exact_ffn, x, w), partial(exact_reference, x, w)) for w in (weights, normed)
+        ]
+        return exact + [
             (
                 partial(predicted_ffn, x, x, weights, n),
                 partial(predicted_reference, x, x, weights, n),
