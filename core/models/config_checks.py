@@ -45,6 +45,7 @@ _POSITIVE = (
     "residual_multiplier",
     "attention_multiplier",
     "logits_scaling",
+    "final_logit_softcapping",
 )
 _SHARES = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "dropout", "activation_dropout", "layerdrop")
@@ -68,6 +69,7 @@ def check_fields(raw: Mapping[str, Any], path: Path) -> None:
         _check_number(raw, path, name, "above 0 and at most 1e12", 0, _LARGEST_NUMBER)
     for name in (*_SHARES, *_DROPOUTS):
         _check_number(raw, path, name, "from 0 to 1", 0, 1)
+    _check_number(raw, path, "partial_rotary_factor", "above 0 and at most 1", 0, 1)
     for name in ("rope_scaling", "rope_parameters"):
         _check_rope(raw.get(name), path, name)
     if (found := raw.get("transformers_weights")) is not None:
@@ -89,6 +91,7 @@ def _check_rope(rope: object, path: Path, name: str) -> None:
         raise _wrong(path, name, rope, "an object or null")
     for field in ("factor", "rope_theta"):
         _check_number(rope, path, field, "above 0 and at most 1e12", 0, _LARGEST_NUMBER)
+    _check_number(rope, path, "partial_rotary_factor", "above 0 and at most 1", 0, 1)
 
 
 def _check_number(

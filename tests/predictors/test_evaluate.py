@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -116,6 +117,22 @@ def test_exact_equals_dense(model, data):
         exact = perplexity(model, data)
     assert exact == pytest.approx(dense, rel=1e-4)
     assert perplexity(model, data) == dense
+
+
+def test_exact_adds_the_biases_of_a_gated_ffn():
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, vocab_size=128, hidden_act="relu")
+    config.mlp_bias = True
+    model = LlamaForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.uniform_(weight, -0.3, 0.3)
+    ids = torch.randint(3, 128, (2, 20))
+    with torch.inference_mode():
+        dense = model(ids).logits
+        with exact_in_loop(model):
+            torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-4)
 
 
 def test_an_all_active_predictor_changes_nothing(model, data):
