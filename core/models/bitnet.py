@@ -43,9 +43,9 @@ def check_quantization(config: PreTrainedConfig, folder: Path) -> None:
     kind, instead = found, "give the model they were made from"
     if isinstance(found, dict):
         kind = found.get("quant_method", "unnamed")
-    if kind == "bitnet":
-        kind = f"bitnet, {found.get('quantization_mode', 'offline')}"
-        instead = "give the repository with the master weights, whose name ends in -bf16"
+        if kind == "bitnet":
+            kind = f"bitnet, {found.get('quantization_mode', 'offline')}"
+            instead = "give the repository with the master weights, whose name ends in -bf16"
     raise InputError(
         f"{folder}: its weights are quantized ({kind}), expected float32, float16 or bfloat16; "
         f"{instead}"
