@@ -160,11 +160,7 @@ def _check_layer(layer: nn.Module, family: Family, where: str) -> None:
         raise InputError(f"{where} is already sparse; load the model again")
     for path in filter(None, (family.gate, family.up, family.down)):
         linear = layer.get_submodule(path)
-        if (
-            not isinstance(linear, nn.Linear)
-            or type(linear).forward is not nn.Linear.forward  # BitNet's rounds the weight
-            or not linear.weight.is_floating_point()
-        ):
+        if not _is_plain(linear):
             kind = type(linear).__name__
             raise InputError(
                 f"{where} has {path} as a {kind} without plain weights, expected nn.Linear in a "
@@ -180,6 +176,16 @@ def _check_layer(layer: nn.Module, family: Family, where: str) -> None:
                 f"{where} has a bias in {path}, expected none in a gated FFN (as in PowerInfer); "
                 "use the model as it is"
             )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Return whether a layer computes x @ weight.T + bias from float weights. BitNet's subclass of
+    `nn.Linear` does not, since it rounds both factors. Falcon's, in transformers before 5.24, does.
+    """
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        return False
+    own = type(linear).forward is not nn.Linear.forward
+    return not own or type(linear).__name__ == "FalconLinear"
 
 
 def _current_rule(
