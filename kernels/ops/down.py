@@ -103,6 +103,7 @@ def _batch_kernel(
     t = tl.arange(0, T)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc_TD = tl.zeros((T, BLOCK_D), tl.float32)
+    square_TK = None
     if norm is not None:
         square_TK = tl.zeros((T, BLOCK_K), tl.float32)
     for start in tl.range(group * BLOCK_K, total, sharing * BLOCK_K, num_stages=STAGES):
@@ -125,11 +126,8 @@ def _batch_kernel(
             square_TK += value_TK * value_TK
             x1_TK = rounded(value_TK * norm_K[None, :], x1_TK.dtype)
         acc_TD = dot(x1_TK, w_KD, acc_TD)
-    square_T = None
-    if norm is not None:
-        square_T = tl.sum(square_TK, 1)
     _add_up(
-        acc_TD, square_T, part, squares, ticket, bias, y, group, sharing, t, tokens, d, F, EPS, D,
+        acc_TD, square_TK, part, squares, ticket, bias, y, group, sharing, t, tokens, d, F, EPS, D,
         GROUPS,
     )  # fmt: skip
 
@@ -158,8 +156,9 @@ def _one_token_kernel(
         return
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc_KD = tl.zeros((_TILE, BLOCK_D), tl.float32)
+    square_TK = None
     if norm is not None:
-        square_K = tl.zeros((_TILE,), tl.float32)
+        square_TK = tl.zeros((1, _TILE), tl.float32)
     n_K, x1_K = read_tile(entry, group * _TILE, total)
     for first in range(group * _TILE, total, sharing * _TILE):
         w_KD = tl.load(
@@ -171,25 +170,23 @@ def _one_token_kernel(
             norm_K = tl.load(norm + n_K, mask=x1_K != 0, other=0.0).to(tl.float32)
         n_K, next_K = read_tile(entry, first + sharing * _TILE, total)
         if norm is not None:
-            square_K += x1_K * x1_K
+            square_TK += (x1_K * x1_K)[None, :]
             x1_K *= norm_K
         acc_KD += x1_K[:, None] * w_KD.to(tl.float32)
         x1_K = next_K
     after_previous(PDL)
     acc_TD = tl.sum(acc_KD, 0)[None, :]
-    square_T = None
-    if norm is not None:
-        square_T = tl.sum(square_K[None, :], 1)
     t = tl.arange(0, 1)
     _add_up(
-        acc_TD, square_T, part, squares, ticket, bias, y, group, sharing, t, 1, d, F, EPS, D, GROUPS
-    )
+        acc_TD, square_TK, part, squares, ticket, bias, y, group, sharing, t, 1, d, F, EPS, D,
+        GROUPS,
+    )  # fmt: skip
 
 
 @triton.jit
 def _add_up(
     acc_TD,
-    square_T,
+    square_TK,
     part,
     squares,
     ticket,
@@ -205,12 +202,13 @@ def _add_up(
     D: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Store this program's partial sum (float32) of columns d, and of the squares of x1 if there is
-    a norm. The last of the `sharing` programs, by the ticket of the block, adds the partial sums
-    and the bias, writes y and resets the ticket to 0."""
+    """Store this program's partial sum (float32) of columns d, and that of its squares of x1 if
+    there is a norm. The last of the `sharing` programs, by the ticket of the block, adds the
+    partial sums and the bias, writes y and resets the ticket to 0."""
     ok_TD = (t < tokens)[:, None] & (d < D)[None, :]
     tl.store(part + (group * tokens + t)[:, None] * D + d[None, :], acc_TD, mask=ok_TD)
-    if square_T is not None:
+    if square_TK is not None:
+        square_T = tl.sum(square_TK, 1)
         squares += tl.program_id(0) * GROUPS * tokens  # this block's
         tl.store(squares + group * tokens + t, square_T, mask=t < tokens)
     tl.debug_barrier()  # the whole partial sum is stored before the ticket is taken
@@ -224,7 +222,7 @@ def _add_up(
                 other=0.0,
                 cache_modifier=".cg",
             )
-        if square_T is not None:
+        if square_TK is not None:
             sum_T = tl.zeros(square_T.shape, tl.float32)
             for g in tl.static_range(GROUPS):
                 sum_T += tl.load(
