@@ -57,6 +57,11 @@ class Checkpoint:
         return tensor_files(self.folder)
 
     @property
+    def raw_config(self) -> dict[str, Any]:
+        """Read config.json as it is, before a class stands in for the model's own."""
+        return read_json(self.folder / "config.json", "the config of a causal language model")
+
+    @property
     def safetensors(self) -> bool:
         """Return whether the weights are safetensors rather than .bin."""
         return ".safetensors" in main_file(self.folder).name

@@ -36,6 +36,7 @@ _SIZES = (
     "word_embed_proj_dim",
     "dim_model_base",
     "sliding_window",
+    "sparsity_new_intermediate_size",
 )
 _POSITIVE = (
     "rope_theta",

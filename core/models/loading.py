@@ -17,6 +17,8 @@ from sparsecast.core.models.bitnet import check_compiles, rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of, lost_threshold_warning
 from sparsecast.core.models.pretrained import load_pretrained
+from sparsecast.core.models.remote_configs import ignored_activation
+from sparsecast.core.options import short_repr
 from sparsecast.core.tokenizers.loading import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -86,6 +88,11 @@ def load_model(
         warning := lost_threshold_warning(checkpoint.config, source)
     ):
         log.warning(warning)
+    if (named := ignored_activation(checkpoint.raw_config)) is not None:
+        log.warning(
+            f"{source}: config.json says {short_repr(named)}, but the code of this type has ReLU "
+            "whatever it says; relu is used"
+        )
     model: Any = build_model(checkpoint, picked, device_map)
     if device_map is None:
         model.to(where)

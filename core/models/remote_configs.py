@@ -1,12 +1,14 @@
 """Configs of models that need remote code on the hub, read by transformers' own classes.
 
     sparsellama             Llama; ProSparse's FATReLU is ours
+    llama_sparse_relu       Llama with ReLU, whatever hidden_act says; Arcee where it has no gate
     bamboo, turbosparse...  Mistral with ReLU on gate and up; predictors inside the file are ignored
     minicpm                 Granite, which is Llama with MiniCPM's scales applied at run time
     falcon, RefinedWeb...   Falcon, whose first configs named sizes n_layer, n_head and n_head_kv
 
 Tensor names are those of the class that stands in, so only the config changes. No remote code is
-loaded. The configs' fields: ProSparse-7B, Bamboo-base-v0_1, MiniCPM-S-1B-sft on the hub.
+loaded. The configs' fields: ProSparse-7B, Bamboo-base-v0_1, MiniCPM-S-1B-sft and SparseLM on the
+hub, and thunlp/SparsingLaw, whose models have MiniCPM's code and no `model_type`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import FalconConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import (
+    ArceeConfig,
+    FalconConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
 
 from sparsecast.core.errors import InputError
 
@@ -35,6 +44,17 @@ def _common(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _sparsellama(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     return LlamaConfig(**_common(raw), architectures=["LlamaForCausalLM"])
+
+
+def _sparse_lm(raw: dict[str, Any], where: str) -> PreTrainedConfig:
+    """Read a SparseLM: its FFN has ReLU in code and its own width, and may have no gate."""
+    fields = {key: value for key, value in _common(raw).items() if not key.startswith("sparsity_")}
+    fields["hidden_act"] = "relu"
+    if (width := raw.get("sparsity_new_intermediate_size")) is not None:
+        fields["intermediate_size"] = width
+    if raw.get("sparsity_gated_mlp", True):
+        return LlamaConfig(**fields, architectures=["LlamaForCausalLM"])
+    return ArceeConfig(**fields, architectures=["ArceeForCausalLM"])
 
 
 def _bamboo(raw: dict[str, Any], where: str) -> PreTrainedConfig:
@@ -85,6 +105,7 @@ _FALCON = {
 }
 REMAPPED: dict[str, Callable[[dict[str, Any], str], PreTrainedConfig]] = {
     "sparsellama": _sparsellama,
+    "llama_sparse_relu": _sparse_lm,
     "bamboo": _bamboo,
     "turbosparsemistral": _bamboo,
     "minicpm": _minicpm,
@@ -93,6 +114,7 @@ REMAPPED: dict[str, Callable[[dict[str, Any], str], PreTrainedConfig]] = {
     "RefinedWebModel": _falcon,
 }
 """model_type to a function of (config.json, model's name)."""
+_RELU_IN_CODE = ("llama_sparse_relu",)
 _ARCHITECTURES = {
     "SparseLlamaForCausalLM": "sparsellama",
     "BambooForCausalLM": "bamboo",
@@ -117,3 +139,9 @@ def model_type_of(raw: Mapping[str, Any]) -> object:
         if isinstance(name, str) and (kind := _ARCHITECTURES.get(name)):
             return kind
     return None
+
+
+def ignored_activation(raw: Mapping[str, Any]) -> str | None:
+    """Return the activation in config.json that the type's own code ignores, if it is not ReLU."""
+    named = raw.get("hidden_act", "relu")
+    return str(named) if model_type_of(raw) in _RELU_IN_CODE and named != "relu" else None
