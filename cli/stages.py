@@ -59,7 +59,7 @@ STAGES = {
         positional="bundle",
     ),
     "inspect": Stage(
-        "what a folder or file of any stage holds, and whether activations are intact",
+        "what a model is and whether its config is true, or what a folder or file holds",
         "sparsecast.collect.inspect:InspectConfig",
         "sparsecast.export.inspect:inspect",
         positional="path",

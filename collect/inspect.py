@@ -13,7 +13,7 @@ from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.collect.store.units import shard_name
 from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
-from sparsecast.core.options import validate_fields
+from sparsecast.core.options import ModelDtype, validate_fields
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import COUNTED
@@ -21,21 +21,36 @@ from sparsecast.core.text.tokens import COUNTED
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show what activations (with an integrity check), predictors, a bundle or a file hold."""
+    """Show what a model is and which stages can use it, or what activations (with an integrity
+    check), predictors, a bundle or a file hold."""
 
     path: Path
-    """Folder written by `sparsecast collect`, `train` or `export`, or a PWRI, GGUF or gpuidx
-    file."""
+    """A model (its folder, a Hugging Face id or tiny-prosparse), a folder written by `sparsecast
+    collect`, `train` or `export`, or a PWRI, GGUF or gpuidx file."""
 
     check: bool = True
-    """For activations, read every shard and compare its checksums. The manifest, the statistics
-    and the shards' headers are always compared."""
+    """For a model, load it and compare the activation that its config names with others on
+    held-out text. For activations, read every shard and compare its checksums; the manifest, the
+    statistics and the shards' headers are always compared."""
+
+    corpus: str = "builtin"
+    """For a model: the text of the check, named as in `sparsecast collect`."""
+
+    tokens: int = 2_048
+    """For a model: held-out tokens of the check."""
+
+    device: str = "auto"
+    """For a model: auto, cpu, cuda or cuda:N."""
+
+    dtype: ModelDtype = "auto"
+    """For a model: auto (float32 on the CPU, else the checkpoint's), float32, float16 or
+    bfloat16."""
 
     json: Path | None = None
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
-        validate_fields(self)
+        validate_fields(self, tokens=300)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 
 import torch
 from transformers import PreTrainedModel
 
+from sparsecast.collect.first_batch import warn_of_activation
 from sparsecast.collect.output import finished_shards
 from sparsecast.collect.plan import CollectionPlan
 from sparsecast.collect.store.filler import Filler, down_norms
@@ -39,6 +41,10 @@ def record(plan: CollectionPlan, stop: StopFlag) -> tuple[list[ShardInfo], Tally
     filler = Filler(shape, down_norms(model, shape))
     capacity = shape.nbytes(plan.largest_shard)
     shards = []
+    units = prefetch(plan.units(tally, stop), waiting=stop.check)
+    first = list(islice(units, 1))
+    if first and ranks.leads and not finished_shards(plan.partial):
+        warn_of_activation(plan, first[0], stop)
     with (
         _threads(plan.manifest.threads),
         Writer(shape, capacity, to_folder(plan.partial), pinned=on_gpu) as writer,
@@ -47,7 +53,7 @@ def record(plan: CollectionPlan, stop: StopFlag) -> tuple[list[ShardInfo], Tally
         Recorder(model, filler, filler.layers),
     ):
         forward = partial(_forward, model, stop, progress)
-        for number, unit in enumerate(prefetch(plan.units(tally, stop), waiting=stop.check)):
+        for number, unit in enumerate(chain(first, units)):
             shards.append(unit.info)
             stop.check()
             if number % ranks.size != ranks.rank or _is_recorded(unit, plan):

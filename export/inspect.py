@@ -16,17 +16,20 @@ from sparsecast.core.files import check_file, check_writable_file, unreadable_er
 from sparsecast.core.folders import KINDS, folder_kind
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
+from sparsecast.core.models.location import find_local, is_path
 from sparsecast.export.bundle import GPUIDX_SUFFIX, bundle_file
+from sparsecast.export.inspect_model import model_values, show_model
 from sparsecast.export.read.inspect_file import file_values, plain, show_file
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors, sizes_on_disk
 from sparsecast.predictors.manifest import SCORES
 
 
 def inspect(cfg: InspectConfig) -> Inspection:
-    """Show an activation store, a predictor folder, a bundle, or a PWRI, GGUF or gpuidx file.
+    """Show an activation store, a predictor folder, a bundle, a PWRI, GGUF or gpuidx file, or a
+    model: its folder, a Hugging Face id or tiny-prosparse.
 
     Raises:
-        InputError: The path holds something else, or is damaged.
+        InputError: The path holds something else, or is damaged; see `model_values` for a model.
     """
     path = cfg.path
     if (kind := _kind(path)) == "activations":
@@ -36,6 +39,9 @@ def inspect(cfg: InspectConfig) -> Inspection:
     if kind == "predictors":
         values = _predictor_values(path)
         _show_predictors(values)
+    elif kind == "model":
+        values = model_values(cfg)
+        show_model(values)
     elif kind == "bundle":
         values = _bundle_values(path)
         _show_bundle(values)
@@ -48,7 +54,12 @@ def inspect(cfg: InspectConfig) -> Inspection:
 
 
 def _kind(path: Path) -> str:
-    want = "what `sparsecast collect`, `train` or `export` writes, or a PWRI, GGUF or gpuidx file"
+    want = (
+        "a model, what `sparsecast collect`, `train` or `export` writes, or a PWRI, GGUF or gpuidx "
+        "file"
+    )
+    if not os.path.lexists(path) and (find_local(str(path)) or not is_path(str(path))):
+        return "model"
     if not path.is_dir():
         check_file(path, want)  # a device or a FIFO is not opened
         return "file"
@@ -59,7 +70,9 @@ def _kind(path: Path) -> str:
     kind = folder_kind(path)
     if kind is None and MANIFEST in names:
         return "activations"  # damaged ones, which `inspect_store` describes
-    if kind not in ("activations", "predictors", "bundle"):
+    if kind is None and "config.json" in names:
+        return "model"
+    if kind not in ("activations", "predictors", "bundle", "model"):
         what = KINDS.get(kind or "", "nothing that sparsecast writes")
         raise InputError(f"{path}: holds {what}; expected {want}")
     return kind
