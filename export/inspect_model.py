@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -94,7 +95,7 @@ def model_values(cfg: InspectConfig) -> dict[str, Any]:
     }
     values["stages"]["export"] = values["powerinfer"]["model"] or values["powerinfer"]["vocabulary"]
     if values["not_checked"] is None:
-        rule = named if inexact else activation_rule(config, source)
+        rule: Any = named if inexact else activation_rule(config, source)
         values |= _check(cfg, checkpoint, rule)
     return values
 
@@ -229,15 +230,13 @@ def _check_values(check: TruthCheck, corpus: str) -> dict[str, Any]:
     rows = []
     for score in check.scores:
         gain, error = score.difference(check.configured)
-        finite = score.perplexity < float("inf")
+        perplexity = score.perplexity
         rows.append(
             {
                 "activation": score.candidate.name,
-                "perplexity": score.perplexity if finite else None,
+                "perplexity": perplexity if math.isfinite(perplexity) else None,
                 "zeros": 1 - score.active,
-                "difference": gain
-                if finite and check.configured.perplexity < float("inf")
-                else None,
+                "difference": gain if math.isfinite(gain) else None,
                 "error": error,
             }
         )

@@ -6,11 +6,11 @@ the same few tokens with each plausible activation in its FFNs, and the log-like
 tokens are compared in pairs: d is the difference of their means, and e its standard error over
 blocks of `BLOCK` tokens.
 
-    no better than chance   every activation has a mean NLL above log(vocabulary) - `CHANCE`: the
+    unknown                 every activation has a mean NLL above log(vocabulary) - `CHANCE`: the
                             text says nothing about this model
-    wrong                   another activation is better by d > `NOISE` e, and by more than `MARGIN`,
-                            or than `PRICE` if the config's leaves more zeros
-    a threshold is free     the config says relu, and fatrelu(T) costs less than `MARGIN` (d + 2 e)
+    wrong                   another activation is better by d > `NOISE` e and d > `MARGIN`, or
+                            d > `PRICE` where the config's leaves more zeros
+    threshold               the config says relu, and fatrelu(T) costs less than `MARGIN` (d + 2 e)
                             and silences at least `LEAST_SILENCED` of the neurons that fire
 
 ProSparse (arXiv 2402.13516) shifts the threshold after training, at a small cost in perplexity, so
@@ -277,13 +277,14 @@ class TruthCheck:
         found = own if better is None else better
         free = self._free_threshold(found) if found.candidate.name == "relu" else None
         if better is not None:
-            text = f"{self.says} says {name}; {better.candidate.name} fits better: {_pair(better, own)}"
+            kind = better.candidate.name
+            text = f"{self.says} says {name}; {kind} fits better: {_pair(better, own)}"
             if free is not None:
                 text += (
                     f"; {free.candidate.name} fits as well, {free.perplexity:.4g}, "
                     f"{_silenced(free, found)}"
                 )
-            return Verdict("wrong", better.candidate.name, text)
+            return Verdict("wrong", kind, text)
         if free is not None:
             return Verdict(
                 "threshold",
