@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from sparsecast.collect.inspect import InspectConfig
 from sparsecast.core.disk import format_bytes
@@ -68,6 +69,7 @@ def model_values(cfg: InspectConfig) -> dict[str, Any]:
     inexact = _reason(checkpoint, lambda: activation_rule(config, source))
     tokenizer = _tokenizer_values(checkpoint)
     usable = weights or _reason(checkpoint, lambda: check_checkpoint(checkpoint))
+    unknown = inexact if named == "fatrelu" or named not in ACT2FN else None
     values = {
         "kind": "checkpoint",
         "path": source,
@@ -91,7 +93,7 @@ def model_values(cfg: InspectConfig) -> dict[str, Any]:
         "stages": _stages(usable, weights, inexact),
         "powerinfer": _powerinfer(checkpoint),
         "check": None,
-        "not_checked": usable if cfg.check else "left out by --check false",
+        "not_checked": usable or unknown if cfg.check else "left out by --check false",
     }
     values["stages"]["export"] = values["powerinfer"]["model"] or values["powerinfer"]["vocabulary"]
     if values["not_checked"] is None:

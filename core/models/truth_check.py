@@ -281,7 +281,7 @@ class TruthCheck:
             text = f"{self.says} says {name}; {kind} fits better: {_pair(better, own)}"
             if free is not None:
                 text += (
-                    f"; {free.candidate.name} fits as well, {free.perplexity:.4g}, "
+                    f"; {free.candidate.name} fits as well, {free.perplexity:.4g}, and "
                     f"{_silenced(free, found)}"
                 )
             return Verdict("wrong", kind, text)
@@ -289,9 +289,9 @@ class TruthCheck:
             return Verdict(
                 "threshold",
                 free.candidate.name,
-                f"{self.says} says {name}; {free.candidate.name} fits better: {_pair(free, own)}, "
-                f"{_silenced(free, own)}; a model made with a threshold needs "
-                f"--activation-threshold {free.candidate.threshold:g}",
+                f"{self.says} says {name}; {free.candidate.name} fits better: "
+                f"{_silenced(free, own)} at no loss, {_pair(free, own)}; a model made with a "
+                f"threshold needs --activation-threshold {free.candidate.threshold:g}",
             )
         return Verdict("fits", None, f"{self.says} says {name}, and it fits: {_perplexity(own)}")
 
@@ -357,4 +357,4 @@ def _pair(better: Score, worse: Score) -> str:
 
 
 def _silenced(sparse: Score, dense: Score) -> str:
-    return f"with {1 - sparse.active / dense.active:.0%} fewer neurons that fire"
+    return f"{1 - sparse.active / dense.active:.0%} fewer neurons fire"
