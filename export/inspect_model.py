@@ -261,8 +261,11 @@ def show_model(values: dict[str, Any]) -> None:
     table = Table(title="what works", title_justify="left")
     table.add_column("stage")
     table.add_column("", overflow="fold")
+    alike: dict[str | None, list[str]] = {}
     for name, reason in values["stages"].items():
-        table.add_row(name, "yes" if reason is None else f"no: {plain(reason)}")
+        alike.setdefault(reason, []).append(name)
+    for reason, names in alike.items():
+        table.add_row(", ".join(names), "yes" if reason is None else f"no: {plain(reason)}")
     show(table)
     if values["warning"] is not None:
         log.warning(plain(values["warning"]))

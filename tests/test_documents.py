@@ -152,6 +152,7 @@ SMALL = {
     "DemoConfig": {"tokens": 2000},
     "CollectConfig": {"tokens": 2000, "seq_len": 64},
     "TrainConfig": {"epochs": 1, "rank": 32},
+    "InspectConfig": {"tokens": 300, "corpus": "CORPUS"},
     "EvaluateConfig": {"tokens": 200, "seq_len": 64, "corpus": "CORPUS"},
     "VerifyConfig": {"tokens": 256, "corpus": "CORPUS"},
     "SparsifyConfig": {
