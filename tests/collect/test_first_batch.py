@@ -45,6 +45,22 @@ def test_a_lost_threshold_is_warned_of_in_one_line(lost, corpus, tmp_path, capsy
         assert path.read_bytes() == (again.folder / path.name).read_bytes()
 
 
+def test_a_resumed_run_does_not_repeat_it(model_folder, corpus, tmp_path, monkeypatch):
+    checked: list[object] = []
+    monkeypatch.setattr(recording, "warn_of_activation", lambda *args: checked.append(args))
+    cfg = CollectConfig(
+        model=str(model_folder), corpus=str(corpus), out=tmp_path / "a", tokens=600, device="cpu",
+        seq_len=64,
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsecast.collect.run.complete", lambda *_: pytest.fail("stopped here"))
+        with pytest.raises(pytest.fail.Exception):
+            collect(cfg)
+    assert len(checked) == 1
+    assert collect(cfg).manifest.tokens() == 600
+    assert len(checked) == 1
+
+
 def test_it_reads_the_first_rows_up_to_its_limit():
     ids = torch.arange(40).view(4, 10)
     batch = TokenBatch("train", ids, ids > 0)
