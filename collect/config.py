@@ -8,6 +8,7 @@ from typing import Literal
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.options import ModelDtype, validate_fields
+from sparsecast.core.text.corpus import LongDocuments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,8 @@ class CollectConfig:
 
     corpus: str
     """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, - for standard input, or a
-    dataset on the hub, `name[:config][@split]`. Rows have `text`, or a chat under
-    `messages`."""
+    dataset on the hub, `name[:config][@split]`. Rows have `text`, or a chat under `messages` or
+    `conversations`; rows that cannot be used are counted and left out."""
 
     out: Path
     """Folder to write; it appears when complete."""
@@ -36,8 +37,12 @@ class CollectConfig:
     """Further training tokens that only the statistics count; nothing of them is stored."""
 
     seq_len: int = 512
-    """Documents are truncated to this many tokens, BOS included, and never packed. Plain text in
+    """Tokens that the model reads at once, BOS included; documents are never packed. Plain text in
     few or long files is cut into documents of 6,000 characters first."""
+
+    long_documents: LongDocuments = "split"
+    """split: a document longer than --seq-len becomes consecutive windows, each behind BOS. cut:
+    its first window alone. Chats are always cut."""
 
     batch_size: int = 8
     """Sequences of --seq-len tokens per forward pass; shorter documents are batched in more."""

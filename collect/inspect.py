@@ -131,6 +131,7 @@ def _layers(store: ActivationStore) -> list[dict[str, Any]]:
 
 
 def _show(values: dict[str, Any], manifest: Manifest, path: Path) -> None:
+    long = "cut" if manifest.options.get("long_documents", "cut") == "cut" else "in windows"
     facts = {
         "model": f"{manifest.model} ({manifest.model_type}, fingerprint {manifest.fingerprint})",
         "corpus": manifest.corpus,
@@ -142,9 +143,10 @@ def _show(values: dict[str, Any], manifest: Manifest, path: Path) -> None:
         f"FFN {manifest.ffn_width}",
         "tokens": ", ".join(f"{split} {count:,}" for split, count in values["tokens"].items()),
         "documents": ", ".join(
-            f"{split} {count:,} ({manifest.truncated.get(split, 0):,} cut)"
+            f"{split} {count:,} ({manifest.truncated.get(split, 0):,} {long})"
             for split, count in manifest.documents.items()
-        ),
+        )
+        + (f"; {manifest.skipped:,} rows could not be used" if manifest.skipped else ""),
         "size": f"{values['bytes'] / 2**20:,.1f} MiB, {values['bytes_per_token_layer']:,.1f} bytes "
         f"per token and layer (bound {values['bound']:,.1f}"
         + (" and one per active entry)" if manifest.energy else ")")

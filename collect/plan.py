@@ -16,7 +16,8 @@ from sparsecast.collect.store.units import Tally, Unit, units
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.interrupts import StopFlag
 from sparsecast.core.models.loading import embedding_rows
-from sparsecast.core.text.corpus import Document
+from sparsecast.core.text.corpus import Document, LongDocuments
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.tokens import tokenize_documents
 
 
@@ -31,6 +32,9 @@ class CollectionPlan:
     quotas: Mapping[str, int]
     """Tokens to record per split."""
     seq_len: int
+    long_documents: LongDocuments
+    skipped: SkippedRows
+    """Counts the rows of the corpus that cannot be used."""
     batch_size: int
     largest_shard: int
     """Tokens of the largest shard that may occur."""
@@ -64,6 +68,8 @@ class CollectionPlan:
             self.quotas,
             self.seq_len,
             vocabulary=embedding_rows(self.model),
+            long_documents=self.long_documents,
+            skipped=self.skipped,
         )
         return units(
             tally.over(rows),

@@ -121,7 +121,12 @@ def complete(plan: CollectionPlan, shards: list[ShardInfo], tally: Tally) -> Man
     for leftover in finished_shards(folder):
         if leftover.name not in names:
             leftover.unlink()
-    counted = replace(manifest, documents=tally.documents, truncated=tally.truncated)
+    counted = replace(
+        manifest,
+        documents=tally.documents,
+        truncated=tally.truncated,
+        skipped=plan.skipped.count,
+    )
     manifest = seal(folder, counted, shards)
     try:
         check_firing(ActivationStore(folder).stats(), manifest.layers, manifest.model)

@@ -31,6 +31,7 @@ from sparsecast.collect.plan import CollectionPlan
 from sparsecast.collect.recording import complete, keeping_shards, record
 from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.store import ActivationStore, Manifest
+from sparsecast.collect.store.units import Tally
 from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.distributed import DistributedContext, distributed_context
 from sparsecast.core.earlier_runs import check_unchanged
@@ -45,6 +46,7 @@ from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.models.shape import model_shape
 from sparsecast.core.text.corpus import read_documents, start_reading
 from sparsecast.core.text.corpus_files import is_stream, max_tokens
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import SPLITS, assign_splits
 from sparsecast.core.text.tokens import split_quotas
 from sparsecast.core.tokenizers.loading import load_tokenizer
@@ -90,7 +92,8 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
             kept = "every shard is kept: make room, and the same command goes on from there"
             with explain_full_disk(plan.out, plan.store_bytes, "the store", lambda: kept):
                 manifest = complete(plan, shards, tally)
-            _summarize(manifest, plan.out)
+            _summarize(manifest, plan.out, tally)
+            plan.skipped.tell()
         ranks.wait()
     return ActivationStore(plan.out)
 
@@ -126,11 +129,15 @@ def _plan(
     shape = _shape(cfg, outline, dtype)
     batch_tokens = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
     largest_shard = max(shape.shard_tokens, batch_tokens)
-    most = max_tokens(cfg.corpus)
+    most = max_tokens(cfg.corpus, cfg.seq_len)
     there = {split: count if most is None else min(count, most) for split, count in wanted.items()}
     needs = estimate(outline, dtype, shape, there, largest_shard)
     check_needs(cfg.out, needs)
-    docs = start_reading(cfg.corpus, assign_splits(read_documents(cfg.corpus, seq_len=cfg.seq_len)))
+    skipped = SkippedRows(cfg.corpus)
+    read = read_documents(
+        cfg.corpus, seq_len=cfg.seq_len, long_documents=cfg.long_documents, skipped=skipped
+    )
+    docs = start_reading(cfg.corpus, assign_splits(read))
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,
@@ -145,6 +152,8 @@ def _plan(
         documents=docs,
         quotas=wanted,
         seq_len=cfg.seq_len,
+        long_documents=cfg.long_documents,
+        skipped=skipped,
         batch_size=cfg.batch_size,
         largest_shard=largest_shard,
         manifest=_manifest(cfg, checkpoint, model, tokenizer, shape),
@@ -243,15 +252,18 @@ def _finished(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
     return store
 
 
-def _summarize(manifest: Manifest, out: Path) -> None:
-    """Log the tokens of a finished store, and documents or tokens that fell short."""
+def _summarize(manifest: Manifest, out: Path, tally: Tally) -> None:
+    """Log the tokens of a finished store, its long documents, and tokens that fell short."""
     parts = ", ".join(f"{name} {manifest.tokens(name):,}" for name in SPLITS)
     log.info(f"{out}: {manifest.tokens():,} tokens ({parts}), {len(manifest.layers)} layers")
     truncated, total = sum(manifest.truncated.values()), sum(manifest.documents.values())
     options = manifest.options
-    if truncated:
+    if truncated and options["long_documents"] == "cut":
+        log.info(f"{truncated:,} of {total:,} documents were cut at {options['seq_len']} tokens")
+    elif truncated:
         log.info(
-            f"{truncated:,} of {total:,} documents were truncated to {options['seq_len']} tokens"
+            f"{truncated:,} of {total:,} documents are longer than {options['seq_len']} tokens: "
+            f"they were read in {tally.windows:,} windows"
         )
     if manifest.tokens() < options["tokens"]:
         log.warning(f"the corpus ran out before {options['tokens']:,} tokens")

@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.options import option_of
+
+ADDED = {"long_documents": "cut"}
+"""Options that runs of earlier versions lack, and what those versions did."""
 
 
 def compare_options(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Describe every option of `current` that an earlier run had with another value."""
-    return [
-        f"{name} was {earlier.get(name)!r}, now {value!r}"
-        for name, value in current.items()
-        if earlier.get(name) != value
-    ]
+    changes = []
+    for name, value in current.items():
+        was = earlier.get(name, ADDED.get(name))
+        if was == value:
+            continue
+        change = f"{name} was {was!r}, now {value!r}"
+        if name in ADDED and name not in earlier:
+            change += f": give {option_of(name)} {was}, as runs before that option did"
+        changes.append(change)
+    return changes
 
 
 def check_unchanged(folder: Path, content: str, changes: list[str], *, finished: bool) -> None:

@@ -3,12 +3,15 @@
 A manifest is a frozen dataclass whose field `checksums` gives the xxh3_128 of every file by name.
 The entry of the manifest itself is the checksum of its fields without that entry. Checksums
 detect accidents, not tampering: whoever edits a file can compute them again.
+
+A field that was added without a new format version has `OPTIONAL` as its metadata: it is left out
+of the file where it has its default, so that manifests without it stay valid, checksum included.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import write_json
 
 MANIFEST = "manifest.json"
+OPTIONAL = {"optional": True}
 DEEPEST = 50
 """Maximum nesting of lists and objects in a field, which keeps recursive code within its limits."""
 
@@ -25,12 +29,23 @@ DEEPEST = 50
 def write_manifest(folder: Path, manifest: Any) -> None:
     """Write a manifest with its own checksum."""
     sums = {**manifest.checksums, MANIFEST: manifest_checksum(manifest)}
-    write_json(folder / MANIFEST, asdict(replace(manifest, checksums=sums)))
+    write_json(folder / MANIFEST, _written(replace(manifest, checksums=sums)))
+
+
+def _written(manifest: Any) -> dict[str, Any]:
+    """Return the fields that the file has."""
+    value = asdict(manifest)
+    for item in fields(manifest):
+        if item.metadata == OPTIONAL:
+            factory = item.default_factory
+            if value[item.name] == (item.default if factory is MISSING else factory()):
+                del value[item.name]
+    return value
 
 
 def manifest_checksum(manifest: Any) -> str:
     """Return the xxh3_128 of a manifest's fields without its own checksum."""
-    value = asdict(manifest)
+    value = _written(manifest)
     value["checksums"].pop(MANIFEST, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
@@ -71,7 +86,8 @@ def check_version(path: Path, value: dict[str, Any], ours: int, again: str) -> N
 def check_keys(path: Path, value: dict[str, Any], kind: type[Any], again: str) -> None:
     """Refuse a manifest of our version with other keys than the fields of the dataclass `kind`."""
     known = {item.name for item in fields(kind)}
-    for odd, what in ((known - set(value), "lacks"), (set(value) - known, "has an unknown")):
+    needed = {item.name for item in fields(kind) if item.metadata != OPTIONAL}
+    for odd, what in ((needed - set(value), "lacks"), (set(value) - known, "has an unknown")):
         if odd:
             raise InputError(f"{path}: damaged, it {what} {sorted(odd)[0]!r}; {again}")
 

@@ -9,12 +9,14 @@ from typing import Literal
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.options import ModelDtype, check_between, option_of, validate_fields
+from sparsecast.core.text.corpus import LongDocuments
 from sparsecast.core.text.corpus_files import is_stream
 from sparsecast.predictors.calibration.objective import DEFAULT_RECALL, Objective
 from sparsecast.predictors.training.schedule import Schedule
 
 DEFAULT_TOKENS, DEFAULT_SEQ_LEN = 2_000_000, 512
 """Defaults for --corpus."""
+DEFAULT_LONG_DOCUMENTS: LongDocuments = "split"
 DEFAULT_SCHEDULES = {
     "default": (6, 512, 3e-3),
     "reference": (20, 1024, 1e-3),
@@ -47,7 +49,11 @@ class TrainConfig:
     Unset: 2,000,000."""
 
     seq_len: int | None = None
-    """Documents of --corpus are truncated to this many tokens; unset: 512."""
+    """Tokens of --corpus that the model reads at once, BOS included; unset: 512."""
+
+    long_documents: LongDocuments | None = None
+    """Documents of --corpus longer than --seq-len: split into windows, or cut to the first one, as
+    in `sparsecast collect`; unset: split."""
 
     dtype: ModelDtype = "auto"
     """Dtype of --model with --corpus: auto (float32 on the CPU, else the checkpoint's), float32,
@@ -141,7 +147,7 @@ class TrainConfig:
                 "train: give --activations, or --model with --corpus to train on the running model"
             )
         if self.corpus is None:
-            online = ("tokens", "seq_len", "activation_threshold")
+            online = ("tokens", "seq_len", "long_documents", "activation_threshold")
             given = [n for n in online if getattr(self, n) is not None]
             if self.dtype != "auto":
                 given.append("dtype")
@@ -299,10 +305,14 @@ class EvaluateConfig:
     """Held-out tokens to evaluate on."""
 
     seq_len: int = 512
-    """Documents are truncated to this many tokens, BOS included."""
+    """Tokens that the model reads at once, BOS included."""
+
+    long_documents: LongDocuments = DEFAULT_LONG_DOCUMENTS
+    """split: a document longer than --seq-len becomes consecutive windows, each behind BOS. cut:
+    its first window alone. Chats are always cut."""
 
     batch_size: int = 8
-    """Documents per forward pass."""
+    """Sequences of --seq-len tokens per forward pass."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

@@ -31,6 +31,7 @@ from sparsecast.core.models.perplexity import dense_perplexity, perplexity
 from sparsecast.core.models.shape import model_shape
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import read_documents, start_reading
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import TokenBatch, token_batches
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
@@ -56,6 +57,8 @@ class EvaluationPlan:
     predictors: PredictorSet
     batches: list[TokenBatch]
     """Held-out documents of the corpus."""
+    skipped: SkippedRows
+    """The rows of the corpus that could not be used."""
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -80,6 +83,9 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         "model": cfg.model,
         "corpus": cfg.corpus,
         "tokens": sum(batch.tokens for batch in plan.batches),
+        "seq_len": cfg.seq_len,
+        "long_documents": cfg.long_documents,
+        "skipped": plan.skipped.count,
         "perplexity": values,
         "change": {
             name: None if value is None else value / dense - 1
@@ -88,6 +94,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         },
     }
     _show(result)
+    plan.skipped.tell()
     if cfg.json is not None:
         write_json(cfg.json, result)
     return result
@@ -96,8 +103,12 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
 def _resolve(cfg: EvaluateConfig) -> EvaluationPlan:
     """Open the inputs, and refuse predictors of another model, input or activation."""
     predictors = load_predictors(cfg.predictors)
-    documents = assign_splits(read_documents(cfg.corpus, seq_len=cfg.seq_len))
-    started = start_reading(cfg.corpus, documents)  # refuses a corpus before the model is loaded
+    skipped = SkippedRows(cfg.corpus)
+    documents = read_documents(
+        cfg.corpus, seq_len=cfg.seq_len, long_documents=cfg.long_documents, skipped=skipped
+    )
+    # refuses a corpus before the model is loaded
+    started = start_reading(cfg.corpus, assign_splits(documents))
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,
@@ -117,10 +128,12 @@ def _resolve(cfg: EvaluateConfig) -> EvaluationPlan:
         seq_len=cfg.seq_len,
         batch_size=cfg.batch_size,
         vocabulary=embedding_rows(model),
+        long_documents=cfg.long_documents,
+        skipped=skipped,
     )
     if not (batches := list(held_out)):
         raise InputError(f"{cfg.corpus}: has no held-out document; give more text, in more files")
-    return EvaluationPlan(model=model, predictors=predictors, batches=batches)
+    return EvaluationPlan(model=model, predictors=predictors, batches=batches, skipped=skipped)
 
 
 def perplexities(

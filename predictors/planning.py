@@ -20,7 +20,12 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import pick_device
-from sparsecast.predictors.config import DEFAULT_SEQ_LEN, DEFAULT_TOKENS, TrainConfig
+from sparsecast.predictors.config import (
+    DEFAULT_LONG_DOCUMENTS,
+    DEFAULT_SEQ_LEN,
+    DEFAULT_TOKENS,
+    TrainConfig,
+)
 from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.recorded_model import check_recorded
 from sparsecast.predictors.training.layer_parallel import layers_of_process
@@ -69,7 +74,8 @@ class TrainingRequest:
     def options(self) -> dict[str, Any]:
         """What two runs must share to train the same predictors, as manifest.json records it."""
         options = asdict(self.cfg)
-        for name in ("activations", "out", "device", "model", "tokens", "seq_len"):
+        read = ("tokens", "seq_len", "long_documents")
+        for name in ("activations", "out", "device", "model", *read):
             options.pop(name)
         schedule, sharing = self.cfg.schedule, self.processes_per_batch
         options |= {
@@ -83,7 +89,12 @@ class TrainingRequest:
             steps = self.cfg.steps_per_epoch(sharing) * schedule.num_epochs
             seq_len = self.cfg.seq_len or DEFAULT_SEQ_LEN
             tokens = steps * schedule.batch_tokens * sharing
-            return options | {"train_tokens": tokens, "seq_len": seq_len}
+            long_documents = self.cfg.long_documents or DEFAULT_LONG_DOCUMENTS
+            return options | {
+                "train_tokens": tokens,
+                "seq_len": seq_len,
+                "long_documents": long_documents,
+            }
         recorded = self.store.manifest
         return options | {
             "calibration_tokens": recorded.tokens("calibration"),
@@ -156,6 +167,7 @@ def open_source(request: TrainingRequest) -> Source:
         corpus=cfg.corpus,
         tokens=cfg.tokens or DEFAULT_TOKENS,
         seq_len=cfg.seq_len or DEFAULT_SEQ_LEN,
+        long_documents=cfg.long_documents or DEFAULT_LONG_DOCUMENTS,
         dtype=cfg.dtype,
         device=str(request.device),
         activation_threshold=cfg.activation_threshold,

@@ -79,6 +79,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
                 with context.together():
                     if calibrated is not None:
                         _save(plan, source.store, calibrated)
+                        source.tell_skipped()
         except BaseException:
             _clear_unfinished(request.out, context)
             raise

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.options import check_between, validate_fields
+from sparsecast.core.text.corpus import LongDocuments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,11 @@ class SparsifyConfig:
     """Peak AdamW learning rate. Unset: the preset's, or 3e-5 as for ProSparse-7B."""
 
     seq_len: int = 512
-    """Tokens per training sequence."""
+    """Tokens per sequence."""
+
+    long_documents: LongDocuments = "split"
+    """For the texts that scores are measured on: split a document longer than --seq-len into
+    windows, or cut it to its first one. Training reads all of a document in either case."""
 
     batch_tokens: int = 32_768
     """Tokens per optimizer step."""

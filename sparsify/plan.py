@@ -18,6 +18,7 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import check_seq_len, open_model, pick_device
 from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.text.corpus import LongDocuments
 from sparsecast.core.text.corpus_files import SUFFIXES, is_stream
 from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
 
@@ -38,6 +39,8 @@ class SparsifyPlan:
     eval_tokens: int
     """Tokens per split that perplexity and sparsity are measured on."""
     seq_len: int
+    long_documents: LongDocuments
+    """How `eval_tokens` are read."""
     batch_size: int
     """Sequences per optimizer step."""
     steps: int
@@ -87,6 +90,7 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
         corpus=cfg.corpus,
         eval_tokens=cfg.eval_tokens,
         seq_len=cfg.seq_len,
+        long_documents=cfg.long_documents,
         batch_size=cfg.batch_size,
         steps=cfg.steps,
         pretrain_steps=cfg.pretrain_steps,

@@ -25,6 +25,7 @@ from sparsecast.core.models.families import activation_rule
 from sparsecast.core.models.loading import build_model, set_activation
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.text.corpus import Document, read_documents
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import TokenBatch, token_batches
 from sparsecast.core.tokenizers.loading import load_tokenizer
@@ -85,11 +86,13 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
         assert plan.tokenizer is not None
         tokenizer, config = plan.tokenizer, plan.checkpoint.config
     rule = ActivationRule("drelu" if activation_name(config) == "drelu" else "relu")
-    calibration, held_out = _evaluation_batches(plan, tokenizer, config.vocab_size)
+    passes = SkippedRows(plan.corpus), SkippedRows(plan.corpus)
+    calibration, held_out = _evaluation_batches(plan, tokenizer, config.vocab_size, passes[0])
     if plan.checkpoint is not None:
         texts = _sample_texts(tokenizer, held_out)
         _keep_tokenizer(plan.checkpoint, tokenizer, rule, kept, texts)
-    rows_NS = _training_rows(plan, work, tokenizer, config.vocab_size)
+    rows_NS = _training_rows(plan, work, tokenizer, config.vocab_size, passes[1])
+    max(passes, key=lambda skipped: skipped.count).tell()
     work.reserve(empty_model(config).num_parameters(), plan.phases, rows_NS.numel())
     return TrainingSetup(
         model=_load_or_initialize(plan, config).to(plan.device),
@@ -138,20 +141,27 @@ def _train_tokenizer(plan: SparsifyPlan, preset: Preset, folder: Path) -> Tokeni
     if (folder / "config.json").is_file():
         return load_tokenizer(Checkpoint(str(folder)))
     log.info(f"training a tokenizer of {preset.vocab_size} pieces")
-    docs = islice(_train_documents(plan), TOKENIZER_DOCUMENTS)
+    docs = islice(_train_documents(plan, SkippedRows(plan.corpus)), TOKENIZER_DOCUMENTS)
     tokenizer = train_tokenizer(_texts(docs, plan.corpus), preset.vocab_size, folder)
     _llama_config(preset, len(tokenizer), plan.seq_len).save_pretrained(folder)
     return tokenizer
 
 
 def _texts(docs: Iterable[Document], corpus: str) -> Iterator[str]:
+    """Yield the texts; chats are left out, because a new tokenizer has no template for them."""
+    chats = texts = 0
     for doc in docs:
-        if doc.chat is not None:
-            raise InputError(
-                f"--corpus {corpus}: holds chats, and the tokenizer of a --preset has no template "
-                "for them; give plain text under 'text', or a --model that has one"
-            )
-        yield doc.text
+        if doc.chat is None:
+            texts += 1
+            yield doc.text
+        else:
+            chats += 1
+    if not texts:
+        raise InputError(
+            f"--corpus {corpus}: holds chats alone ({chats:,} of them), and the tokenizer of a "
+            "--preset has no template for them; give plain text under 'text', or a --model that "
+            "has one"
+        )
 
 
 def _llama_config(preset: Preset, vocab_size: int, seq_len: int) -> LlamaConfig:
@@ -169,17 +179,23 @@ def _llama_config(preset: Preset, vocab_size: int, seq_len: int) -> LlamaConfig:
 
 
 def _evaluation_batches(
-    plan: SparsifyPlan, tokenizer: Tokenizer, vocabulary: int
+    plan: SparsifyPlan, tokenizer: Tokenizer, vocabulary: int, skipped: SkippedRows
 ) -> tuple[list[TokenBatch], list[TokenBatch]]:
     """Return the batches of the calibration split and of the held-out split."""
+    long_documents = plan.long_documents
+    docs = read_documents(
+        plan.corpus, seq_len=plan.seq_len, long_documents=long_documents, skipped=skipped
+    )
     found = list(
         token_batches(
-            assign_splits(read_documents(plan.corpus, seq_len=plan.seq_len)),
+            assign_splits(docs),
             tokenizer,
             {"calibration": plan.eval_tokens, "held-out": plan.eval_tokens},
             seq_len=plan.seq_len,
             batch_size=EVAL_BATCH,
             vocabulary=vocabulary,
+            long_documents=long_documents,
+            skipped=skipped,
         )
     )
     splits = {batch.split for batch in found}
@@ -195,20 +211,24 @@ def _evaluation_batches(
 
 
 def _training_rows(
-    plan: SparsifyPlan, work: WorkFolder, tokenizer: Tokenizer, vocabulary: int
+    plan: SparsifyPlan,
+    work: WorkFolder,
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    skipped: SkippedRows,
 ) -> Tensor:
     path = work.path / "tokens.safetensors"
     if path.is_file():
         return load_file(path)["rows"]
-    docs = _train_documents(plan)
-    rows_NS = pack_documents(docs, tokenizer, plan.seq_len, plan.tokens, vocabulary)
+    docs = _train_documents(plan, skipped)
+    rows_NS = pack_documents(docs, tokenizer, plan.seq_len, plan.tokens, vocabulary, skipped)
     part = hidden_sibling(path, "part")
     save_file({"rows": rows_NS}, part)
     part.replace(path)
     return rows_NS
 
 
-def _train_documents(plan: SparsifyPlan) -> Iterator[Document]:
+def _train_documents(plan: SparsifyPlan, skipped: SkippedRows) -> Iterator[Document]:
     workers = os.cpu_count() or 1
-    docs = assign_splits(read_documents(plan.corpus, workers=workers, seq_len=plan.seq_len))
-    return (doc for name, doc in docs if name == "train")
+    docs = read_documents(plan.corpus, workers=workers, seq_len=plan.seq_len, skipped=skipped)
+    return (doc for name, doc in assign_splits(docs) if name == "train")

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from sparsecast.core.errors import InputError
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import Document
+from sparsecast.core.text.rows import UnusableRowError
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.tokens import encode, encode_document, with_bos
 
 GROUP = 1024
@@ -29,6 +31,7 @@ def pack_documents(
     seq_len: int,
     limit: int,
     vocabulary: float = float("inf"),
+    skipped: SkippedRows | None = None,
 ) -> Tensor:
     """Concatenate tokenized documents and cut them into sequences of `seq_len` tokens.
 
@@ -38,23 +41,27 @@ def pack_documents(
     Args:
         limit: Stop reading after this many tokens.
         vocabulary: Number of rows of the model's embedding.
+        skipped: Counts the chats that the template refuses.
 
     Returns:
         (N, S) int32 on the CPU. Peak memory is 4 bytes per token plus one group of documents.
 
     Raises:
-        InputError: Too little text, a chat without a fitting template, or a token without a row in
-            the embedding.
+        InputError: Too little text, no document but refused chats, or a token without a row in the
+            embedding.
     """
+    skipped = SkippedRows("the corpus") if skipped is None else skipped
     flat: list[Tensor] = []
     total = 0
     stream = iter(docs)
     with progress_bar("tokenize", None) as progress:
         while total < limit and (group := list(islice(stream, GROUP))):
-            for ids in _encoded(tokenizer, group):
+            for ids in _encoded(tokenizer, group, skipped):
                 flat.append(torch.tensor(ids, dtype=torch.int32))
                 total += len(ids)
             progress.advance(len(group))
+    if not total and skipped.count:
+        raise skipped.error()
     if total < seq_len:
         raise InputError(
             f"the training split has {total} tokens, expected at least {seq_len}; give more text "
@@ -72,14 +79,19 @@ def pack_documents(
     return rows
 
 
-def _encoded(tokenizer: Any, group: Sequence[Document]) -> Iterator[list[int]]:
+def _encoded(
+    tokenizer: Any, group: Sequence[Document], skipped: SkippedRows
+) -> Iterator[list[int]]:
     """Encode documents without a length limit; plain texts are encoded on every core."""
     plain = iter(_plain(tokenizer, [doc.text for doc in group if doc.chat is None]))
     for doc in group:
         if doc.chat is None:
             yield with_bos(tokenizer, next(plain))
-        else:
+            continue
+        try:
             yield encode_document(tokenizer, doc, sys.maxsize)
+        except UnusableRowError as error:
+            skipped.add(doc.where, error)
 
 
 def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -41,6 +41,7 @@ from sparsecast.core.models.loading import (
 from sparsecast.core.models.shape import model_shape
 from sparsecast.core.options import ModelDtype, validate_fields
 from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import Sequence, tokenize_documents
 
@@ -62,7 +63,7 @@ class BenchCollectConfig:
     """Tokens per round."""
 
     seq_len: int = 512
-    """Documents are truncated to this many tokens."""
+    """Tokens that the model reads at once; longer documents become several windows."""
 
     batch_size: int = 8
     """Sequences of --seq-len tokens per forward pass."""
@@ -128,7 +129,8 @@ def bench_collect(cfg: BenchCollectConfig) -> dict[str, Any]:
 
 def _workload(cfg: BenchCollectConfig) -> Workload:
     """The model, and its batches in units as `collect` makes them."""
-    model, rows = _given(cfg, cfg.model) if cfg.model is not None else _random(cfg)
+    skipped = SkippedRows(cfg.corpus or "builtin")
+    model, rows = _random(cfg) if cfg.model is None else _given(cfg, cfg.model, skipped)
     sizes = model_shape(model)
     shape = Shape(
         layers=range(sizes.layers),
@@ -141,17 +143,30 @@ def _workload(cfg: BenchCollectConfig) -> Workload:
         rows, seq_len=cfg.seq_len, batch_size=cfg.batch_size, shard_tokens=shape.shard_tokens
     )
     if not (batches := list(found)):
-        raise InputError(f"{cfg.corpus or 'builtin'}: no text to time on")
+        raise InputError(f"{skipped.corpus}: no text to time on")
+    skipped.tell()
     return Workload(model, shape, batches)
 
 
-def _given(cfg: BenchCollectConfig, source: str) -> tuple[PreTrainedModel, Iterator[Sequence]]:
+def _given(
+    cfg: BenchCollectConfig, source: str, skipped: SkippedRows
+) -> tuple[PreTrainedModel, Iterator[Sequence]]:
     """The user's model, and documents of the corpus."""
     model, tokenizer = load_model(source, device=cfg.device, dtype=cfg.dtype)
     check_seq_len(cfg.seq_len, model, source)
-    docs = assign_splits(read_documents(cfg.corpus or "builtin", seq_len=cfg.seq_len))
-    wanted = {"train": cfg.tokens}
-    return model, tokenize_documents(docs, tokenizer, wanted, cfg.seq_len, embedding_rows(model))
+    docs = read_documents(
+        skipped.corpus, seq_len=cfg.seq_len, long_documents="split", skipped=skipped
+    )
+    rows = tokenize_documents(
+        assign_splits(docs),
+        tokenizer,
+        {"train": cfg.tokens},
+        cfg.seq_len,
+        embedding_rows(model),
+        long_documents="split",
+        skipped=skipped,
+    )
+    return model, rows
 
 
 def _random(cfg: BenchCollectConfig) -> tuple[PreTrainedModel, Iterator[Sequence]]:

@@ -34,6 +34,7 @@ from sparsecast.core.files import read_json
 from sparsecast.core.folders import check_folder_kind
 from sparsecast.core.manifests import (
     MANIFEST,
+    OPTIONAL,
     check_keys,
     check_version,
     find_edit,
@@ -90,6 +91,8 @@ class Manifest:
     documents: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     """Per split, how many of the documents were longer than --seq-len."""
+    skipped: int = field(default=0, metadata=OPTIONAL)
+    """Rows of the corpus that could not be used."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -193,6 +196,7 @@ def _senseless(manifest: Manifest) -> str | None:
         and manifest.layers == sorted(set(manifest.layers)),
         "x_dtype": isinstance(manifest.x_dtype, str) and manifest.x_dtype in INPUT_DTYPES,
         "energy": isinstance(manifest.energy, bool),
+        "skipped": is_count(manifest.skipped, least=0),
         "config": isinstance(manifest.config, dict) and is_shallow(manifest.config),
         "options": isinstance(manifest.options, dict) and is_shallow(manifest.options),
         "checksums": isinstance(manifest.checksums, dict)

@@ -55,7 +55,7 @@ class Unit:
         return torch.cat([b.ids_BS[b.keep_BS] for b in self.batches]).to(torch.int32)
 
     def positions(self) -> Tensor:
-        """Return (T,) int32, the position of each token in its document."""
+        """Return (T,) int32, the position of each token in its sequence."""
         grids = [torch.arange(b.ids_BS.shape[1]).expand_as(b.ids_BS) for b in self.batches]
         kept = [grid[b.keep_BS] for grid, b in zip(grids, self.batches, strict=True)]
         return torch.cat(kept).to(torch.int32)
@@ -67,12 +67,17 @@ class Tally:
 
     documents: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
+    """Those longer than a sequence."""
+    windows: int = 0
+    """Sequences of the long ones."""
 
     def over(self, rows: Iterable[Sequence]) -> Iterator[Sequence]:
         """Pass `rows` through and count them."""
         for row in rows:
-            self.documents[row.split] = self.documents.get(row.split, 0) + 1
-            self.truncated[row.split] = self.truncated.get(row.split, 0) + row.truncated
+            if row.first:
+                self.documents[row.split] = self.documents.get(row.split, 0) + 1
+                self.truncated[row.split] = self.truncated.get(row.split, 0) + row.truncated
+            self.windows += row.truncated or not row.first
             yield row
 
 

@@ -7,16 +7,20 @@
                         so are a FIFO and a shell's `<(command)`
     NAME[:CONFIG][@SPLIT]   a dataset on the hub, streamed
 
-A row is a string under `text`, or a chat under `messages` (role, content) or `conversations`
-(from, value), which the model's own template turns into text.
+A row is a text or a chat, which the model's own template turns into text; see rows.py. A row that
+cannot be used is counted and left out; see skipped.py. These faults end a run: a file that cannot
+be read or is binary, a .jsonl file in which no line is a JSON object, and a corpus without any row
+that can be used.
 
-A long text is cut at line breaks into several documents; a chat never is. All pieces of one source
-share its `key`, and the key alone decides the split, so no document is split between training and
-evaluation. Plain text in fewer than `FEW_FILES` files, in a file of more than `LONG_FILE` bytes, or
-from standard input is the exception: there each piece of `PIECE` characters has its own key; else
-all of it would fall into one split. Line ends and outer white space do not count in a key.
+A document is a row, or a file of text. A text without such a source of its own, in fewer than
+`FEW_FILES` files, in a file of more than `LONG_FILE` bytes, or from standard input, is cut at line
+breaks into documents of at most `PIECE` characters: as one it would fall into one split whole. The
+source's `key` alone decides the split. Line ends and outer white space do not count in it.
 
-Memory: 1 MiB of a text file, one row of anything else.
+With `long_documents` "cut", the texts of rows and files too are cut into pieces, which share their
+source's key; a chat never is.
+
+Memory: 1 MiB of a text file that is cut, one row or file of anything else.
 """
 
 from __future__ import annotations
@@ -30,13 +34,15 @@ from dataclasses import dataclass
 from io import BufferedReader, BytesIO, FileIO, UnsupportedOperation
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.files import unreadable_error
 from sparsecast.core.text.builtin import builtin_texts, hash_key
 from sparsecast.core.text.corpus_files import SUFFIXES, is_stream, local_files
 from sparsecast.core.text.encoding import BLOCK, Utf8Reader
+from sparsecast.core.text.rows import Chat, UnusableRowError, parse_row
+from sparsecast.core.text.skipped import SkippedRows
 
 PIECE = 6000
 """Characters, about three times the default --seq-len in tokens."""
@@ -44,15 +50,15 @@ TOKEN = 10
 """More characters than a token has on average, in any text."""
 FEW_FILES = 20
 LONG_FILE = 2**20
-ROLES = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's names for the roles that templates know."""
-
-Chat = tuple[tuple[str, str], ...]
-"""(role, content) pairs."""
 Content = str | Chat | Iterator[str]
 """A text whole, a chat, or a text in blocks."""
+Source = tuple[str, Content, str]
+"""Key or "", content, and its place in the corpus."""
 
-
+LongDocuments = Literal["split", "cut"]
+"""What becomes of a document longer than --seq-len: consecutive windows, or its first one alone."""
+NO_JSON = 100
+"""Lines at the start of a .jsonl file after which it is refused if none is a JSON object."""
 T = TypeVar("T")
 
 
@@ -64,40 +70,54 @@ class Document:
     text: str
     """A chat's contents, one a line."""
     chat: Chat | None = None
+    where: str = ""
+    """Its place in the corpus, for messages."""
 
 
-def read_documents(spec: str, workers: int = 1, seq_len: int = 0) -> Iterator[Document]:
+def read_documents(
+    spec: str,
+    workers: int = 1,
+    seq_len: int = 0,
+    long_documents: LongDocuments = "cut",
+    skipped: SkippedRows | None = None,
+) -> Iterator[Document]:
     """Stream the documents of a corpus in an order that depends on the corpus alone.
 
     Args:
         spec: See above.
         workers: Processes that read the builtin corpus, whose sources must be parsed.
-        seq_len: Tokens that a document should be able to fill: texts are cut into pieces of
-            `TOKEN * seq_len` characters where that is more than `PIECE` and they have a key.
+        seq_len: Tokens that a document should be able to fill: with "cut", texts that have a key
+            are cut into pieces of `TOKEN * seq_len` characters where that is more than `PIECE`.
+        long_documents: See above.
+        skipped: Counts the rows that cannot be used.
 
     Raises:
-        InputError: Nothing of that name, an unknown file type, no text in it, or a row that is
-            neither a text nor a chat.
+        InputError: Nothing of that name, an unknown file type, or no text in it.
     """
-    empty = True
-    for key, content in _source(spec, workers):
+    skipped = SkippedRows(spec) if skipped is None else skipped
+    size = max(PIECE, TOKEN * seq_len)
+    for key, content, where in _source(spec, workers, skipped):
         if isinstance(content, tuple):
-            chat = tuple((role, _sound(said)) for role, said in content)
-            text = "\n".join(said for _, said in chat)
-            docs = iter([Document(key, text, chat)] if text.strip() else [])
+            text = "\n".join(said for _, said in content)
+            docs = iter([Document(key, text, content, where)])
+        elif isinstance(content, str) and long_documents == "split":
+            docs = iter([Document(key, whole, None, where)] if (whole := content.strip()) else [])
         else:
-            blocks = [_sound(content)] if isinstance(content, str) else content
-            cut = split_text(blocks, max(PIECE, TOKEN * seq_len) if key else PIECE)
-            docs = (Document(key or hash_key(piece), piece) for piece in cut)
+            blocks = [content] if isinstance(content, str) else content
+            cut = split_text(blocks, size if key else PIECE)
+            docs = (Document(key or hash_key(piece), piece, None, where) for piece in cut)
         for doc in docs:
-            empty = False
+            skipped.usable = True
             yield doc
-    if empty:
-        raise InputError(
-            f"{spec}: no text in this corpus; expected non-empty {', '.join(SUFFIXES)} files "
-            "(.jsonl and .parquet under the key 'text' or 'messages'), a dataset with such a "
-            "column, or builtin"
-        )
+    if skipped.usable:
+        return
+    if skipped.count:
+        raise skipped.error()
+    raise InputError(
+        f"{spec}: no text in this corpus; expected non-empty {', '.join(SUFFIXES)} files "
+        "(.jsonl and .parquet under the key 'text' or 'messages'), a dataset with such a column, "
+        "or builtin"
+    )
 
 
 def split_text(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
@@ -137,36 +157,37 @@ def start_reading(spec: str, items: Iterable[T]) -> Iterator[T]:
     return chain([first] if (first := next(stream, None)) is not None else [], stream)
 
 
-def _source(spec: str, workers: int) -> Iterator[tuple[str, Content]]:
-    """Yield (key or "", content) pairs."""
+def _source(spec: str, workers: int, skipped: SkippedRows) -> Iterator[Source]:
     if not spec.strip():
         raise InputError(
             f"--corpus: is empty; expected a {', '.join(SUFFIXES)} file, a folder, a glob, -, "
             "name[:config][@split], or builtin"
         )
     if spec == "builtin":
-        return iter(builtin_texts(workers))
+        return ((key, _sound(text), key) for key, text in builtin_texts(workers))
     if is_stream(spec):
-        return _stream(*(_stdin() if spec == "-" else _pipe(Path(spec).expanduser())))
+        raw, where = _stdin() if spec == "-" else _pipe(Path(spec).expanduser())
+        return _stream(raw, where, skipped)
     files = local_files(spec)
-    return _hub(spec) if files is None else _local(files)
+    return _hub(spec, skipped) if files is None else _local(files, skipped)
 
 
-def _local(files: list[Path]) -> Iterator[tuple[str, Content]]:
+def _local(files: list[Path], skipped: SkippedRows) -> Iterator[Source]:
     for path in files:
         suffix = path.suffix.lower()
         if suffix == ".parquet":
-            yield from _rows("parquet", f"{path}", data_files=glob.escape(str(path)), split="train")
+            pattern = glob.escape(str(path))
+            yield from _rows("parquet", f"{path}", skipped, data_files=pattern, split="train")
             continue
         with path.open("rb") as raw:
             text = Utf8Reader(raw, str(path))
             if suffix == ".jsonl":
-                yield from _json_lines(text.lines(), str(path))
+                yield from _json_lines(text.lines(), str(path), skipped)
             elif len(files) >= FEW_FILES and path.stat().st_size <= LONG_FILE:
                 whole = "".join(text.blocks())
-                yield text_key(whole), whole
+                yield text_key(whole), whole, str(path)
             else:
-                yield "", text.blocks()
+                yield "", text.blocks(), str(path)
             text.tell_replaced()
 
 
@@ -189,40 +210,61 @@ def _pipe(path: Path) -> tuple[BufferedReader, str]:
         raise unreadable_error(path, error, "the corpus") from error
 
 
-def _stream(raw: BufferedReader, where: str) -> Iterator[tuple[str, Content]]:
+def _stream(raw: BufferedReader, where: str, skipped: SkippedRows) -> Iterator[Source]:
     text = Utf8Reader(raw, where)
     while (first := text.line(BLOCK)) and not first.strip():
         pass
     if first.lstrip("\ufeff \t").startswith("{"):
         if not first.endswith(("\n", "\r")):
             first += text.line()
-        yield from _json_lines(chain([first], text.lines()), where)
+        yield from _json_lines(chain([first], text.lines()), where, skipped)
     else:
-        yield "", text.blocks(first)
+        yield "", text.blocks(first), where
     text.tell_replaced()
 
 
-def _json_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, Content]]:
+def _json_lines(lines: Iterable[str], where: str, skipped: SkippedRows) -> Iterator[Source]:
+    """Yield the rows of JSON lines.
+
+    Raises:
+        InputError: None of the first `NO_JSON` lines is a JSON object, or none at all.
+    """
+    objects, broken, first = 0, 0, ""
     for number, line in enumerate(lines, 1):
         line = line.lstrip("\ufeff")  # files with byte order marks, one behind the other
         if not line.strip():
             continue
+        skipped.read += 1
+        place = f"{where}:{number}"
         try:
             row = json.loads(line)
+            fault = "" if isinstance(row, dict) else f"is no JSON object but {type(row).__name__}"
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{where}:{number}: not JSON ({error}); expected one object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f"{where}:{number}: expected a JSON object with 'text' or 'messages'")
-        yield _keyed(row, f"{where}:{number}")
+            fault = f"not JSON ({error})"
+        if not fault:
+            objects += 1
+            yield from _keyed(row, place, skipped)
+            continue
+        broken, first = broken + 1, first or f"{place}: {fault}"
+        if not objects and broken == NO_JSON:
+            break
+        skipped.add(place, fault)
+    if broken and not objects:
+        raise InputError(f"{first}; expected one object a line, with 'text' or 'messages'")
 
 
-def _keyed(row: dict[str, Any], where: str) -> tuple[str, Content]:
-    content = parse_row(row, where)
+def _keyed(row: dict[str, Any], where: str, skipped: SkippedRows) -> Iterator[Source]:
+    """Yield what a row holds, or count the row."""
+    try:
+        content = parse_row(row)
+    except UnusableRowError as error:
+        skipped.add(where, error)
+        return
     if isinstance(content, str):
-        return text_key(content), content
-    return hash_key(repr([(role, _plain(said)) for role, said in content])), content
+        yield text_key(content), _sound(content), where
+        return
+    key = hash_key(repr([(role, _plain(said)) for role, said in content]))
+    yield key, tuple((_sound(role), _sound(said)) for role, said in content), where
 
 
 def text_key(text: str) -> str:
@@ -234,51 +276,20 @@ def _plain(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def parse_row(row: dict[str, Any], where: str) -> str | Chat:
-    """Return the text or the chat in a dataset's row."""
-    if isinstance(text := row.get("text"), str):
-        return text
-    for column, role, said in (("messages", "role", "content"), ("conversations", "from", "value")):
-        turns = row.get(column)
-        if turns is None:
-            continue
-        if isinstance(turns, dict) and all(isinstance(v, list) for v in turns.values()):
-            # datasets turns a list of records into a record of lists
-            turns = [
-                dict(zip(turns, values, strict=True))
-                for values in zip(*turns.values(), strict=False)
-            ]
-        if isinstance(turns, list) and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get(said), str)
-            and isinstance(turn.get(role), str)
-            for turn in turns
-        ):
-            return tuple((ROLES.get(turn[role], turn[role]), turn[said]) for turn in turns)
-        raise InputError(
-            f"{where}: expected a list of objects with strings under '{role}' and '{said}' in "
-            f"'{column}'; correct the row or drop it"
-        )
-    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
-    raise InputError(
-        f"{where}: expected a string under 'text', or a chat under 'messages' or 'conversations'; "
-        f"found {found or 'nothing'}"
-    )
-
-
-def _hub(spec: str) -> Iterator[tuple[str, Content]]:
+def _hub(spec: str, skipped: SkippedRows) -> Iterator[Source]:
     name, _, split = spec.partition("@")
     name, _, config = name.partition(":")
-    return _rows(name, spec, name=config or None, split=split or "train")
+    return _rows(name, spec, skipped, name=config or None, split=split or "train")
 
 
-def _rows(path: str, where: str, **options: str | None) -> Iterator[tuple[str, Content]]:
+def _rows(path: str, where: str, skipped: SkippedRows, **options: str | None) -> Iterator[Source]:
     import datasets
 
     try:
         rows = datasets.load_dataset(path, streaming=True, **options)
         for number, row in enumerate(rows, 1):
-            yield _keyed(row, f"{where}, row {number}")
+            skipped.read += 1
+            yield from _keyed(row, f"{where}, row {number}", skipped)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise

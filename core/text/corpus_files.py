@@ -66,16 +66,17 @@ def local_files(spec: str) -> list[Path] | None:
     return files
 
 
-def max_tokens(spec: str) -> int | None:
-    """Return an upper bound of a corpus's tokens, its bytes; None if that is unknown.
+def max_tokens(spec: str, seq_len: int) -> int | None:
+    """Return an upper bound of a corpus's tokens from its bytes; None if that is unknown.
 
     Every token stands for at least one byte, and a document or a turn of a chat adds fewer tokens
-    than the bytes of its JSON or its line end.
+    than the bytes of its JSON or its line end. Every further window of a document adds a BOS.
     """
     files = None if spec == "builtin" or is_stream(spec) else local_files(spec)
     if files is None or any(file.suffix.lower() == ".parquet" for file in files):
         return None
-    return len(files) + sum(file.stat().st_size for file in files)
+    most = len(files) + sum(file.stat().st_size for file in files)
+    return most + most // (seq_len - 1)
 
 
 def _mode(path: Path) -> int | None:

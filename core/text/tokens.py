@@ -1,9 +1,12 @@
 """Tokenize documents into padded batches.
 
-Every document starts with exactly one BOS where the tokenizer has one (its absence is the classic
-cause of abnormal activations in these models). A document longer than the sequence length is
-truncated, never packed with another: what is recorded at a position is what the model computes
-there when it reads that document alone.
+Every sequence starts with exactly one BOS where the tokenizer has one (its absence is the classic
+cause of abnormal activations in these models), and none is packed with another: what is recorded at
+a position is what the model computes there when it reads that sequence alone.
+
+A text longer than the sequence length becomes consecutive windows, each behind a BOS of its own
+("split"), or its first window alone ("cut"). A chat is always cut: a window that begins within a
+turn, without the template's header, is nothing that the model sees.
 
 Shape letters: B batch, S sequence.
 """
@@ -12,15 +15,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.text.corpus import Document
+from sparsecast.core.text.corpus import Document, LongDocuments
+from sparsecast.core.text.rows import UnusableRowError
+from sparsecast.core.text.skipped import GIVE_UP, SkippedRows
 from sparsecast.core.text.splits import SPLITS
+from sparsecast.core.text.windows import ids_by_parts, windows
 
 COUNTED = "counted"
 """Takes training documents once the training split is full; its tokens are only counted."""
@@ -30,11 +37,14 @@ WINDOW = 16
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One document's token ids."""
+    """Token ids of a document, or of one of its windows."""
 
     split: str
     ids: list[int]
     truncated: bool
+    """Whether more of the document follows."""
+    first: bool = True
+    """Whether the document begins here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +79,13 @@ def encode(tokenizer: Tokenizer, text: str, seq_len: int) -> list[int]:
 
     A literal `<s>` in the text is text, not a second BOS.
     """
-    plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return with_bos(tokenizer, plain["input_ids"])[:seq_len]
+    return with_bos(tokenizer, _ids_of(tokenizer, text))[:seq_len]
+
+
+def _ids_of(tokenizer: Tokenizer, text: str, literal: bool = True) -> list[int]:
+    """Tokenize without special tokens at the ends; `literal`: those in the text are text."""
+    got = tokenizer(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)
+    return list(got["input_ids"])
 
 
 def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[int]:
@@ -79,14 +94,14 @@ def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[i
     Special tokens are those that the template writes; one that somebody spells out is text.
 
     Raises:
-        InputError: A chat and no template, or one that the template refuses.
+        UnusableRowError: A chat and no template, or one that the template refuses.
     """
     if doc.chat is None:
         return encode(tokenizer, doc.text, seq_len)
     if not tokenizer.chat_template:
-        raise InputError(
-            f"{tokenizer.name_or_path}: the corpus holds chats but this tokenizer has no chat "
-            "template; give plain text under 'text', or add the model's chat_template.jinja"
+        raise UnusableRowError(
+            f"a chat, but the tokenizer of {tokenizer.name_or_path} has no chat template; add the "
+            "model's chat_template.jinja, or give plain text under 'text'"
         )
     # A special token that somebody spells out passes the template as a stand-in.
     spelled = [said for said in _specials(tokenizer) if said in doc.text]
@@ -99,21 +114,23 @@ def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[i
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception as error:  # a template raises what it likes
-        raise InputError(
-            f"{tokenizer.name_or_path}: its chat template refuses the chat that begins "
-            f"{doc.text[:40]!r} ({reason_of(error)}); drop such rows or change their roles"
+        raise UnusableRowError(
+            f"the chat template refuses the chat that begins {doc.text[:40]!r} "
+            f"({reason_of(error)}); change its roles"
         ) from error
     parts = re.split(f"({'|'.join(stand_ins)})", text) if stand_ins else [text]
     ids: list[int] = []
     for part in parts:
         literal = part in stand_ins
-        ids += tokenizer(
-            stand_ins.get(part, part),
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            verbose=False,
-        )["input_ids"]
-    return with_bos(tokenizer, ids)[:seq_len]
+        ids_of = partial(_ids_of, tokenizer, literal=literal)
+        for more in ids_by_parts(ids_of, stand_ins.get(part, part)):
+            if len(ids) < 2:  # the template may write a BOS, or several
+                ids = with_bos(tokenizer, ids + more)
+            else:
+                ids += more
+            if len(ids) >= seq_len:
+                return ids[:seq_len]
+    return ids
 
 
 def _specials(tokenizer: Tokenizer) -> list[str]:
@@ -147,39 +164,83 @@ def tokenize_documents(
     quota: Mapping[str, int],
     seq_len: int,
     vocabulary: float = float("inf"),
+    long_documents: LongDocuments = "cut",
+    skipped: SkippedRows | None = None,
 ) -> Iterator[Sequence]:
     """Tokenize documents in corpus order until every quota is met.
 
     Args:
         docs: (split, document) pairs, as `splits.assign_splits` gives them.
-        quota: Split to the number of tokens wanted from it; the document that would exceed it is
-            cut. Splits that are not named are skipped.
+        quota: Split to the number of tokens wanted from it; the sequence that would exceed it is
+            cut, and nothing more of its document is used. Splits that are not named are skipped.
         vocabulary: Rows of the model's embedding.
+        long_documents: See above.
+        skipped: Counts the chats that the template refuses.
 
     Raises:
-        InputError: A token without a row in the embedding.
+        InputError: A token without a row in the embedding, or no document but refused chats.
 
-    Documents that give fewer than two tokens are dropped: nothing can be predicted from them.
+    Sequences of fewer than two tokens are dropped: nothing can be predicted from them. Memory: the
+    ids of one part of a text, see windows.py.
     """
-    left = dict(quota)
+    skipped = SkippedRows("the corpus") if skipped is None else skipped
+    left, refused, any_read = dict(quota), 0, False
     for name, doc in docs:
-        split = COUNTED if name == SPLITS[0] and left.get(name, 0) < 1 else name
-        if left.get(split, 0) < 1:
+        if left.get(_with_room(name, left), 0) < 1:
             if not any(left.values()):
                 break
             continue
+        try:
+            for sequence in _sequences(doc, tokenizer, seq_len, long_documents, name):
+                split = _with_room(name, left)
+                if left[split] < 1:
+                    break
+                ids = sequence.ids[: left[split]]
+                if len(ids) < 2 <= left[split]:
+                    continue
+                _check_ids(ids, tokenizer, vocabulary)
+                left[split] -= len(ids)
+                any_read = True
+                yield replace(sequence, split=split, ids=ids)
+        except UnusableRowError as error:
+            skipped.add(doc.where, error)
+            refused += 1
+            if refused == GIVE_UP and not any_read:
+                break
+    if refused and not any_read:
+        raise skipped.error()
+
+
+def _with_room(split: str, left: Mapping[str, int]) -> str:
+    """Return the split that takes a document's next sequence."""
+    return COUNTED if split == SPLITS[0] and left.get(split, 0) < 1 and COUNTED in left else split
+
+
+def _sequences(
+    doc: Document, tokenizer: Tokenizer, seq_len: int, long_documents: LongDocuments, split: str
+) -> Iterator[Sequence]:
+    """Yield a document's only sequence, or the windows of a text.
+
+    Raises:
+        UnusableRowError: See `encode_document`; before the first sequence.
+    """
+    if doc.chat is not None or long_documents == "cut":
         whole = encode_document(tokenizer, doc, seq_len + 1)
-        ids = whole[: min(seq_len, left[split])]
-        if len(ids) < 2 <= left[split]:
-            continue
-        if (largest := max(ids)) >= vocabulary:
-            raise InputError(
-                f"{tokenizer.name_or_path}: the tokenizer gives id {largest} "
-                f"({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings for "
-                f"{vocabulary} ids alone; give the tokenizer that belongs to the model"
-            )
-        left[split] -= len(ids)
-        yield Sequence(split, ids, len(whole) > seq_len)
+        yield Sequence(split, whole[:seq_len], len(whole) > seq_len)
+        return
+    parts = ids_by_parts(partial(_ids_of, tokenizer), doc.text)
+    bos = with_bos(tokenizer, [])
+    for number, (ids, more) in enumerate(windows(parts, bos, seq_len)):
+        yield Sequence(split, ids, more, first=number == 0)
+
+
+def _check_ids(ids: list[int], tokenizer: Tokenizer, vocabulary: float) -> None:
+    if (largest := max(ids)) >= vocabulary:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer gives id {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings for "
+            f"{vocabulary} ids alone; give the tokenizer that belongs to the model"
+        )
 
 
 def token_batches(
@@ -190,9 +251,11 @@ def token_batches(
     seq_len: int,
     batch_size: int,
     vocabulary: float = float("inf"),
+    long_documents: LongDocuments = "cut",
+    skipped: SkippedRows | None = None,
 ) -> Iterator[TokenBatch]:
     """Batch the sequences of each split; see `tokenize_documents` and `batch_by_length`."""
-    rows = tokenize_documents(docs, tokenizer, quota, seq_len, vocabulary)
+    rows = tokenize_documents(docs, tokenizer, quota, seq_len, vocabulary, long_documents, skipped)
     return batch_by_length(rows, seq_len=seq_len, batch_size=batch_size)
 
 

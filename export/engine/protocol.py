@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.export.read.vocab import FileVocabulary
 
@@ -54,12 +55,14 @@ def held_out_documents(corpus: str, tokenizer: FileVocabulary, tokens: int) -> l
     """
     docs: list[str] = []
     count = 0
-    for split, doc in assign_splits(read_documents(corpus)):
+    skipped = SkippedRows(corpus)
+    for split, doc in assign_splits(read_documents(corpus, skipped=skipped)):
         if split == "held-out":
             docs.append(doc.text.replace("\0", " "))
             count += len(tokenizer.encode(docs[-1]))
             if count > tokens + CHUNK:
                 break
+    skipped.tell()
     if count < 2 * CHUNK + 1:
         raise InputError(
             f"{corpus}: gives {count} held-out tokens, expected more than {2 * CHUNK}; give "

@@ -36,7 +36,8 @@ from sparsecast.core.models.loading import embedding_rows, input_device, load_mo
 from sparsecast.core.models.recorder import Recorder
 from sparsecast.core.options import ModelDtype
 from sparsecast.core.progress import progress_bar
-from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.corpus import LongDocuments, read_documents
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import TokenBatch, batch_by_length, tokenize_documents
 from sparsecast.predictors.training.data import LayersBatch
@@ -64,7 +65,9 @@ class TrainingText:
     tokens: int
     """Training tokens."""
     seq_len: int
-    """Documents are truncated to this many tokens."""
+    """Tokens that the model reads at once."""
+    long_documents: LongDocuments
+    """What becomes of longer documents."""
     dtype: ModelDtype
     device: str
     activation_threshold: float | None
@@ -87,6 +90,7 @@ class OnlineSource:
         self._tokenizer = tokenizer
         self._training_text = training_text
         self._told = False
+        self._skipped = SkippedRows(training_text.corpus)
         self._x_dtype = INPUT_DTYPES[store.manifest.x_dtype]
 
     def batches(self, plan: TrainingPlan) -> ModelBatches:
@@ -112,18 +116,25 @@ class OnlineSource:
     def text(self) -> Iterator[TokenBatch]:
         """Yield batches of training documents without end."""
         corpus, seq_len = self.store.manifest.corpus, self._training_text.seq_len
+        long_documents = self._training_text.long_documents
         while True:
-            read = 0
-            docs = assign_splits(read_documents(corpus, seq_len=seq_len))
+            read, skipped = 0, SkippedRows(corpus)
+            docs = read_documents(
+                corpus, seq_len=seq_len, long_documents=long_documents, skipped=skipped
+            )
             rows = tokenize_documents(
-                docs,
+                assign_splits(docs),
                 self._tokenizer,
                 {"train": 1 << 62},
                 seq_len,
                 vocabulary=embedding_rows(self._model),
+                long_documents=long_documents,
+                skipped=skipped,
             )
             for batch in batch_by_length(rows, seq_len=seq_len, batch_size=DOCUMENTS):
                 read += batch.tokens
+                if skipped.count >= self._skipped.count:  # other passes may end earlier
+                    self._skipped = skipped
                 yield batch
             if not read:
                 raise InputError(f"{corpus}: no training document; give more text")
@@ -133,6 +144,9 @@ class OnlineSource:
                     f"{corpus}: has {read:,} training tokens, fewer than --tokens "
                     f"{self._training_text.tokens:,}, so it is read again"
                 )
+
+    def tell_skipped(self) -> None:
+        self._skipped.tell()
 
     def forward(self, text: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Run the model on a batch of documents.
@@ -228,6 +242,7 @@ def open_online_source(text: TrainingText) -> OnlineSource:
         out=work_folder(text.out) / STORE,
         tokens=calibration,
         seq_len=text.seq_len,
+        long_documents=text.long_documents,
         device=text.device,
         dtype=text.dtype,
         activation_threshold=text.activation_threshold,

@@ -41,6 +41,9 @@ class Source(Protocol):
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
         """Moments of the training tokens of each layer, in order."""
 
+    def tell_skipped(self) -> None:
+        """Log the rows of the text that could not be used."""
+
 
 @dataclass(frozen=True)
 class RecordedSource:
@@ -62,3 +65,6 @@ class RecordedSource:
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
         for layer in layers:
             yield moments(self.store, layer, device)
+
+    def tell_skipped(self) -> None:
+        """Log nothing: `collect` has told."""

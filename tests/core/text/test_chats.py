@@ -10,9 +10,11 @@ from transformers import AutoTokenizer
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.text.corpus import PIECE, Document, read_documents
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.tokens import (
     Sequence,
     batch_by_length,
+    encode,
     encode_document,
     tokenize_documents,
 )
@@ -26,21 +28,6 @@ def tokenizer(model_folder):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.chat_template = CHATML
     return tokenizer
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": [{"role": role, "content": said} for role, said in TURNS]},
-        {"conversations": [{"from": "human", "value": TURNS[0][1]}, {"from": "gpt", "value": "2"}]},
-        {"messages": {"role": ["user", "assistant"], "content": [said for _, said in TURNS]}},
-    ],
-)
-def test_every_form_of_a_chat_is_read(row, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    (doc,) = read_documents(str(path))
-    assert doc.chat == tuple(TURNS)
 
 
 @pytest.mark.parametrize("prefix", ["", "<s>", "<s><s>"])
@@ -66,28 +53,60 @@ def test_a_special_token_that_somebody_spells_out_is_text(tokenizer):
 def test_a_chat_that_cannot_be_rendered_is_refused(tokenizer, model_folder):
     chat = Document("k", "hello", (("user", "hello"),))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(InputError, match="template refuses the chat that begins 'hello' .*alterna"):
+    with pytest.raises(InputError, match="refuses the chat that begins 'hello' .*alternate"):
         encode_document(tokenizer, chat, 10)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         encode_document(tokenizer, chat, 10)
 
 
-@pytest.mark.parametrize(
-    ("row", "match"),
-    [
-        ({"messages": [{"role": "user"}]}, r"a\.jsonl:2: expected a list of objects with strings"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, r"a\.jsonl:2: expected a list"),
-        ({"messages": {"role": ["user"], "content": "x"}}, r"a\.jsonl:2: expected a list"),
-        ({"messages": "hello"}, r"a\.jsonl:2: expected a list of objects"),
-        ({"prompt": "x"}, r"a\.jsonl:2: expected a string under 'text'.*found prompt"),
-    ],
-)
-def test_a_bad_row_is_named_with_its_line(row, match, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=match):
-        list(read_documents(str(path)))
+def test_a_chat_that_the_template_refuses_is_counted_and_named(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('begin with user') }}{% endif %}"
+        + CHATML
+    )
+    docs = [
+        ("train", Document("a", "x", (("assistant", "x"),), "a.jsonl:1")),
+        ("train", Document("b", "hello", (("user", "hello"),), "a.jsonl:2")),
+    ]
+    skipped = SkippedRows("a.jsonl", read=2)
+    (row,) = tokenize_documents(docs, tokenizer, {"train": 99}, 99, skipped=skipped)
+    assert tokenizer.decode(row.ids[1:]) == "<|user|>hello\n"
+    assert skipped.count == 1
+    assert skipped.first[0].startswith("a.jsonl:1: the chat template refuses")
+    assert "begin with user" in skipped.first[0]
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
+def test_chats_that_are_all_refused_end_the_run(tokenizer, template, monkeypatch):
+    tokenizer.chat_template = template
+    monkeypatch.setattr("sparsecast.core.text.tokens.GIVE_UP", 10)
+    read = []
+
+    def chats(number):
+        for i in range(number):
+            read.append(i)
+            yield "train", Document(str(i), "hello", (("user", "hello"),), f"c:{i}")
+
+    for number in (3, 1_000):
+        skipped = SkippedRows("c", read=number)
+        rows = tokenize_documents(chats(number), tokenizer, {"train": 99}, 99, skipped=skipped)
+        why = "no chat template" if template is None else "refuses the chat"
+        with pytest.raises(InputError, match=rf"c: cannot use any of its first .*c:0: .*{why}"):
+            list(rows)
+    assert len(read) == 13
+
+
+def test_texts_among_chats_need_no_template(tokenizer):
+    tokenizer.chat_template = None
+    docs = [
+        ("train", Document("a", "hello", (("user", "hello"),), "a:1")),
+        ("train", Document("b", "some text")),
+    ]
+    skipped = SkippedRows("a", read=2)
+    (row,) = tokenize_documents(docs, tokenizer, {"train": 99}, 99, skipped=skipped)
+    assert row.ids == encode(tokenizer, "some text", 99)
+    assert skipped.count == 1
 
 
 def test_standard_input_is_text_or_json_lines(monkeypatch):

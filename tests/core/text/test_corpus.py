@@ -56,7 +56,9 @@ def test_every_kind_of_file(tmp_path):
     ("name", "content", "match"),
     [
         ("a.jsonl", '{"text": 1}', r"a\.jsonl:1: expected a string under 'text'"),
-        ("a.jsonl", '{"text": "x"}\n{', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", "{\n{\n", r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", '[{"text": "x"}]', r"a\.jsonl:1: is no JSON object but list; expected one"),
+        ("a.jsonl", '5\n"x"\n', r"a\.jsonl:1: is no JSON object but int"),
         ("a.txt", " \n", "no text in this corpus"),
         ("a.bin", "x", "cannot read this type"),
         ("a.txt", "x\0y", r"a\.txt: holds NUL bytes"),
@@ -69,13 +71,6 @@ def test_bad_files_are_named(tmp_path, name, content, match):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=match):
         list(read_documents(str(tmp_path / name)))
-
-
-def test_rows_of_a_parquet_file_are_named_by_number(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["x", None]}), path)
-    with pytest.raises(InputError, match=r"a\.parquet, row 2: .*found text"):
-        list(read_documents(str(path)))
 
 
 def test_a_byte_order_mark_and_a_lone_surrogate_are_not_text(tmp_path):
