@@ -69,8 +69,16 @@ def test_recorded_tokens_are_those_of_a_dense_forward(acts, model_folder, corpus
     """Same order, no padding: layer 0's input follows from embedding and attention alone."""
     model, tokenizer = load_model(str(model_folder), device="cpu")
     want = []
-    docs = assign_splits(read_documents(str(corpus)))
-    for batch in token_batches(docs, tokenizer, split_quotas(6_000), seq_len=256, batch_size=8):
+    docs = assign_splits(read_documents(str(corpus), long_documents="split"))
+    read = token_batches(
+        docs,
+        tokenizer,
+        split_quotas(6_000),
+        seq_len=256,
+        batch_size=8,
+        long_documents="split",
+    )
+    for batch in read:
         if batch.split != "held-out":
             continue
         for ids, keep in zip(batch.ids_BS, batch.keep_BS, strict=True):

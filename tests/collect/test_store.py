@@ -204,6 +204,7 @@ def test_counted_tokens_are_in_the_statistics_and_nowhere_else(model_folder, cor
         tokens=1_000,
         count_tokens=2_000,
         seq_len=64,
+        long_documents="cut",  # so that a sequence is a document
         energy=True,
     )
     store = collect(cfg)

@@ -49,8 +49,10 @@ def all_active() -> PredictorSet:
 @pytest.fixture(scope="module")
 def data(model_folder, corpus):
     _, tokenizer = load_model(str(model_folder), device="cpu")
-    docs = assign_splits(read_documents(str(corpus)))
-    return list(token_batches(docs, tokenizer, {"held-out": 400}, seq_len=150, batch_size=3))
+    docs = assign_splits(read_documents(str(corpus), long_documents="split"))
+    quota = {"held-out": 400}
+    read = token_batches(docs, tokenizer, quota, seq_len=150, batch_size=3, long_documents="split")
+    return list(read)
 
 
 @pytest.fixture
@@ -171,7 +173,10 @@ def test_evaluate_writes_the_keys_of_its_contract(model_folder, corpus, tmp_path
     evaluate(cfg)
     result = json.loads(path.read_text())
 
-    assert set(result) == {"model", "corpus", "tokens", "perplexity", "change"}
+    asked = {"model": str(model_folder), "corpus": str(corpus), "seq_len": 150}
+    asked |= {"long_documents": "split", "skipped": 0, "tokens": 400}
+    assert {name: result[name] for name in asked} == asked
+    assert set(result) == {*asked, "perplexity", "change"}
     screen = capsys.readouterr().err
     assert f"perplexity on {result['tokens']} held-out tokens of {corpus}\n" in screen
     assert [f"\n{name}: " in screen for name in result["perplexity"]] == [True] * 4

@@ -38,9 +38,12 @@ def test_l1_makes_a_sparser_model_and_the_card_tells_the_truth(corpus, tmp_path)
     assert sparsity == sorted(sparsity)
     assert sparsity[2] > sparsity[1] + 0.05
     model, tokenizer = load_model(str(cfg.out), device="cpu")
-    docs = assign_splits(read_documents(cfg.corpus))
+    docs = assign_splits(read_documents(cfg.corpus, long_documents="split"))
     quota = {"held-out": cfg.eval_tokens}
-    data = list(token_batches(docs, tokenizer, quota, seq_len=cfg.seq_len, batch_size=32))
+    read = token_batches(
+        docs, tokenizer, quota, seq_len=cfg.seq_len, batch_size=32, long_documents="split"
+    )
+    data = list(read)
     again, told = score(model, data), held_out["ProSparse after the shift"]
     assert again.perplexity == pytest.approx(told["perplexity"])
     assert again.sparsity == pytest.approx(told["sparsity"])
