@@ -11,6 +11,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_tokenizer
 from sparsecast.core.text.corpus import Document
+from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.tokens import encode_document
 from sparsecast.sparsify.sequences import pack_documents
 
@@ -42,11 +43,18 @@ def test_chats_go_through_the_template_and_texts_do_not(tokenizer):
     assert rows.dtype == torch.int32
 
 
-def test_a_chat_without_a_template_is_refused(tokenizer):
+def test_chats_without_a_template_are_counted_and_alone_are_refused(tokenizer):
     tokenizer.chat_template = None
+    texts = [doc for doc in DOCS if doc.chat is None]
+    skipped = SkippedRows("a.jsonl", read=3)
 
-    with pytest.raises(InputError, match="no chat template"):
-        pack_documents(DOCS, tokenizer, seq_len=2, limit=10**6)
+    rows = pack_documents(DOCS, tokenizer, seq_len=2, limit=10**6, skipped=skipped)
+
+    assert torch.equal(rows, pack_documents(texts, tokenizer, seq_len=2, limit=10**6))
+    assert skipped.count == 1
+    assert "no chat template" in skipped.first[0]
+    with pytest.raises(InputError, match="a.jsonl: cannot use any .*no chat template"):
+        pack_documents([DOCS[1]], tokenizer, seq_len=2, limit=10**6, skipped=skipped)
 
 
 def test_a_limit_in_tokenizer_json_does_not_cut_the_corpus(tokenizer):

@@ -8,7 +8,7 @@ import pytest
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.text.corpus import read_documents, start_reading
-from sparsecast.core.text.corpus_files import is_stream
+from sparsecast.core.text.corpus_files import is_stream, max_tokens
 
 
 def read(spec) -> list[str]:
@@ -109,3 +109,12 @@ def test_the_first_item_is_read_at_once_but_for_streams():
     assert seen == [0]
     assert list(stream) == [0, 1, 2]
     assert list(start_reading("a.txt", [])) == []
+
+
+@pytest.mark.parametrize("seq_len", [2, 3, 64])
+def test_no_corpus_gives_more_tokens_than_its_bound(seq_len, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(bytes(range(1, 128)) * 3)
+    tokens = path.stat().st_size  # one a byte, in windows of one BOS each
+    windows = -(-tokens // (seq_len - 1))
+    assert tokens + windows <= max_tokens(str(path), seq_len) <= tokens + windows + 2

@@ -12,6 +12,7 @@ import torch
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.core.distributed import DistributedContext
+from sparsecast.core.earlier_runs import compare_options
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.layer_data import layer_batches
@@ -196,6 +197,29 @@ def test_a_short_corpus_is_read_again(cfg, whole, capsys):
     assert f"has {tokens:,} training tokens, fewer than --tokens 4,000, so it is read again" in told
 
 
+def test_documents_are_read_in_windows_or_cut_and_old_runs_have_cut_them(cfg, tmp_path, caplog):
+    corpus = tmp_path / "long.jsonl"
+    rows = [{"text": f"value {i} " * 150} for i in range(9)] + [{"text": None}]
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    cfg = replace(cfg, corpus=str(corpus), seq_len=64)
+    lengths = {}
+    for how in ("split", "cut"):
+        source, plan = opened(
+            replace(cfg, out=tmp_path / how, long_documents=None if how == "split" else how)
+        )
+        assert plan.options["long_documents"] == how
+        assert source.store.manifest.options["long_documents"] == how
+        text = source.text()
+        lengths[how] = next(text).ids_BS.shape[1]
+        batches = [next(text) for _ in range(30)]
+        assert all(batch.ids_BS.shape[1] <= 64 for batch in batches)
+        source.tell_skipped()
+        assert f"{corpus}: 1 of 10 rows cannot be used" in caplog.messages[-1]
+    assert lengths == {"split": 64, "cut": 64}
+    old = {name: v for name, v in plan.options.items() if name != "long_documents"}
+    assert compare_options(old, plan.options) == []
+
+
 def test_moments_are_those_of_the_store(cfg, whole, monkeypatch):
     cfg = replace(cfg, tokens=whole.manifest.tokens("train"))
     source, _ = opened(cfg)
@@ -265,6 +289,16 @@ def test_a_killed_run_resumes_with_the_text_it_has_not_read(cfg, tmp_path, monke
                 "dtype": "float16",
             },
             "--dtype: belongs to --corpus",
+        ),
+        (
+            {
+                "corpus": None,
+                "activations": "acts",
+                "tokens": None,
+                "seq_len": None,
+                "long_documents": "cut",
+            },
+            "--long-documents: belongs to --corpus",
         ),
     ],
 )
