@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from sparsecast.core.models.scales import Scales
 from sparsecast.export.bundle import GPUIDX_SUFFIX, SUFFIX
 from sparsecast.export.plan import ExportPlan
 from sparsecast.export.write.hot_cold import BLOCK, Split
@@ -45,6 +46,8 @@ def model_card(plan: ExportPlan) -> str:
         parts += ["## Text", *plan.vocabulary.notes]
     if hparams.activation.threshold > 0:
         parts += ["## Activation", relu_note(hparams)]
+    if hparams.scales is not None:
+        parts += ["## Scales", scales_note(hparams.scales)]
     if hparams.window is not None:
         parts += ["## Attention", window_note(hparams)]
     if plan.mismatches:
@@ -88,6 +91,18 @@ def window_note(hparams: HParams) -> str:
     return (
         f"The model attends to the last {hparams.window} tokens; PowerInfer attends to all, so its "
         "results differ on longer texts."
+    )
+
+
+def scales_note(scales: Scales) -> str:
+    """Say which factors became part of the weights."""
+    attention = "" if scales.attention == 1.0 else f", q by {scales.attention:g}"
+    return (
+        "The model scales embeddings, residuals and logits while it runs, the engine's llama does "
+        f"not. Here the scales are part of the weights: the embedding is multiplied by "
+        f"{scales.embedding:g}, the output matrix divided by {scales.logits:g}, the output of "
+        f"attention and the down projection multiplied by {scales.residual:g}{attention}. "
+        "Predictors and activation counts are the same in both forms."
     )
 
 

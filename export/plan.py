@@ -91,8 +91,11 @@ class ExportPlan:
         return {
             "sparsecast": version("sparsecast"),
             "model": self.checkpoint.fingerprint,
-            # Finished bundles hold the digest of this spelling.
-            "config": _digest(repr(self.hparams).replace("HParams(", "Hyper(", 1)),
+            # Finished bundles hold the digest of this spelling; theirs have no scales.
+            "config": _digest(
+                repr(self.hparams).replace("HParams(", "Hyper(", 1)
+                + ("" if self.hparams.scales is None else repr(self.hparams.scales))
+            ),
             "tokenizer": _digest(repr(self.vocabulary)),
             "predictors": _weights_checksum(self.predictors),
             "activations": None if self.counts is None else self.counts.checksum,

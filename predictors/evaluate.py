@@ -28,6 +28,7 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import embedding_rows, load_model, set_activation
 from sparsecast.core.models.perplexity import dense_perplexity, perplexity
+from sparsecast.core.models.scales import folded, scales_of, untie
 from sparsecast.core.models.shape import model_shape
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import read_documents, start_reading
@@ -154,14 +155,26 @@ def perplexities(
             values["predicted"] = perplexity(model, data, lambda _: progress.advance())
         if rule.squared:
             return values | {"bundle": None}
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.half())
+        _round_as_bundle(model)
         if not rule.on_up:
             set_activation(model, ActivationRule("relu"))
         with predictors_in_loop(model, predictors):
             values["bundle"] = perplexity(model, data, lambda _: progress.advance())
     return values
+
+
+@torch.no_grad()
+def _round_as_bundle(model: PreTrainedModel) -> None:
+    """Round every matrix to f16 in place, as a bundle stores it; vectors are f32 there.
+
+    A bundle has no scales: it stores a Granite's or MiniCPM's weights with their factors.
+    """
+    if (scales := scales_of(model.config)) is not None:
+        untie(model)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            factor = 1.0 if scales is None else scales.factor(name)
+            parameter.copy_(folded(parameter, factor).half().float() / factor)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -144,6 +144,20 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def check_tied_head(checkpoint: Checkpoint, output: Tensor, embedding: str) -> None:
+    """Refuse a tied config beside an output matrix that differs from the embedding.
+
+    transformers runs such a model untied, with a warning.
+    """
+    shared = checkpoint.tensor(embedding)
+    if not torch.equal(output.to(shared.dtype), shared):
+        raise InputError(
+            f"{checkpoint.folder}: lm_head.weight is not {embedding}, but config.json ties the two "
+            "(tie_word_embeddings, the default of falcon, opt and minicpm); set it to false there, "
+            "or remove lm_head.weight"
+        )
+
+
 def result_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What of a config decides the numbers, as JSON has it: without names, versions and dtype, and
     without the activation, which is its own entry wherever this is compared."""

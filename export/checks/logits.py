@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import set_activation
 from sparsecast.export.checks.base import Check
-from sparsecast.export.checks.sources import module_of, rounded
+from sparsecast.export.checks.sources import factors, module_of, parts, rounded
 from sparsecast.export.checks.tensors import expected_shapes
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.read.reader import GGUFFile, TensorType
@@ -45,7 +45,7 @@ LOGIT_CHUNKS = 4
 def check_logits(emulator: Emulator, model: PreTrainedModel, ids_NS: Tensor) -> Check:
     """Compare logits with every neuron active with `model`, a float32 ReLU model on the CPU."""
     ids_NS = ids_NS[:LOGIT_CHUNKS]
-    types = linear_types(emulator.file)
+    types = linear_types(emulator.file, factors(model.config.to_dict()))
     ours_NSV = Emulator(emulator.file, coarse=False).logits(ids_NS, all_active=True)
     if reason := degenerate(ours_NSV):
         return Check("logits", False, reason)
@@ -98,22 +98,34 @@ def with_relu(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def linear_types(file: GGUFFile) -> dict[str, TensorType]:
-    """Return the file's type of each matrix, by the name of the model's module."""
+class Stored(NamedTuple):
+    """How the file holds a matrix of the model."""
+
+    type: TensorType
+    factor: float
+    """The file's values are those of the model times this, see `sources.factors`."""
+
+
+def linear_types(file: GGUFFile, times: dict[str, float]) -> dict[str, Stored]:
+    """Return how the file holds each matrix, by the name of the model's module.
+
+    Args:
+        times: Factors by kind of the file's tensor.
+    """
     types = {}
     for name in expected_shapes(file):
         source, entry = module_of(file, name), file.entries[name]
         if source is not None and len(entry.shape) == 2:
-            types[source] = entry.type
+            types[source] = Stored(entry.type, times.get(parts(name)[1], 1.0))
     # An OPT's file has no output matrix and uses the embedding.
-    types.setdefault("lm_head", file.entries["token_embd.weight"].type)
+    types.setdefault("lm_head", Stored(file.entries["token_embd.weight"].type, 1.0))
     return types
 
 
 def as_stored(
-    model: PreTrainedModel, types: dict[str, TensorType], *, inputs: bool = False
+    model: PreTrainedModel, types: dict[str, Stored], *, inputs: bool = False
 ) -> PreTrainedModel:
-    """Return a twin that computes with weights rounded to these types; it shares the weights.
+    """Return a twin that computes with weights rounded as stored; it shares the weights.
 
     Args:
         inputs: Also round the input of every linear layer to f16.
@@ -136,17 +148,23 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _linear(
-    kind: TensorType, flipped: bool, inputs: bool, module: nn.Linear, args: tuple[Tensor], _: Tensor
+    kind: Stored, flipped: bool, inputs: bool, module: nn.Linear, args: tuple[Tensor], _: Tensor
 ) -> Tensor:
     weight = _weight(module.weight.T, kind).T if flipped else _weight(module.weight, kind)
     x = args[0].half().float() if inputs else args[0]
     return nn.functional.linear(x, weight, module.bias)
 
 
-def _rows(kind: TensorType, _: nn.Embedding, __: tuple[Tensor], output: Tensor) -> Tensor:
+def _rows(kind: Stored, _: nn.Embedding, __: tuple[Tensor], output: Tensor) -> Tensor:
     return _weight(output, kind)
 
 
-def _weight(weight: Tensor, kind: TensorType) -> Tensor:
-    """Round as the exporter did: of two equally near codes, the other is a whole step off."""
-    return rounded(weight.detach(), kind).float()
+def _weight(weight: Tensor, kind: Stored) -> Tensor:
+    """Round as the exporter did: of two equally near codes, the other is a whole step off.
+
+    The twin keeps the model's own scales, so the factor of the file is taken out again.
+    """
+    if kind.factor == 1.0:
+        return rounded(weight.detach(), kind.type).float()
+    times = (weight.detach().double() * kind.factor).float()
+    return (rounded(times, kind.type).double() / kind.factor).float()

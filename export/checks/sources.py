@@ -2,9 +2,15 @@
 
 Written without the exporter's code: where export/write/tensor_map.py moves axes, this picks
 rows by index arithmetic, and it reads config.json itself instead of transformers' object.
+
+The engine's llama has no scales. Those of a MiniCPM (arXiv 2404.06395) and of a Granite must be in
+the weights: multiplied, rounded to float32, and then to the type of the file.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType
@@ -80,6 +86,47 @@ def parts(name: str) -> tuple[int | None, str]:
     return (int(split[1]), split[2]) if split[0] == "blk" else (None, split[0])
 
 
+MINICPM = "MiniCPMForCausalLM"
+
+
+def factors(config: dict[str, Any]) -> dict[str, float]:
+    """Return what a llama's weights have more than the model's, by kind of the file's tensor.
+
+    Args:
+        config: config.json; only a MiniCPM and a Granite have factors.
+    """
+    kind = config.get("model_type") or (config.get("architectures") or [""])[0]
+    hidden = config.get("hidden_size", 0)
+    if kind in ("minicpm", MINICPM):
+        depth = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
+        widening = hidden / config["dim_model_base"]
+        return {
+            "token_embd": float(config["scale_emb"]),
+            "attn_output": depth,
+            "ffn_down_t": depth,
+            "output": 1 / widening,
+        }
+    if kind not in ("granite", "GraniteForCausalLM"):
+        return {}
+    size = config.get("head_dim") or hidden // config["num_attention_heads"]
+    # The engine multiplies scores by size^-0.5 whatever the model does.
+    scores = config.get("attention_multiplier", 1.0) * math.sqrt(size)
+    return {
+        "token_embd": float(config.get("embedding_multiplier", 1.0)),
+        "attn_q": 1.0 if math.isclose(scores, 1.0) else scores,
+        "attn_output": float(config.get("residual_multiplier", 1.0)),
+        "ffn_down_t": float(config.get("residual_multiplier", 1.0)),
+        "output": 1 / config.get("logits_scaling", 1.0),
+    }
+
+
+def ties(config: dict[str, Any], arch: str) -> bool:
+    """Return whether the head is the embedding. Where the field is absent, it is in some families:
+    a llama's config omits it where it is false, a falcon's and a MiniCPM's where it is true."""
+    kind = config.get("model_type") or (config.get("architectures") or [""])[0]
+    return bool(config.get("tie_word_embeddings", arch == "falcon" or kind in ("minicpm", MINICPM)))
+
+
 class Source:
     """The model's tensors under the names of the file."""
 
@@ -88,14 +135,16 @@ class Source:
         self.file = file
         self.config = read_json(checkpoint.folder / "config.json", "the model's config")
         self.header = header_of(file)
+        self.factors = factors(self.config)
 
     def raw(self, name: str) -> Tensor:
-        """Read the model's tensor as the checkpoint stores it."""
-        # A llama's config omits the field where it is false, a falcon's where it is true.
-        tied = self.config.get("tie_word_embeddings", self.header.arch == "falcon")
-        if name == "output.weight" and tied:
-            name = "token_embd.weight"
-        return self.checkpoint.tensor(f"{module_of(self.file, name)}.{name.rpartition('.')[2]}")
+        """Read the model's tensor as the checkpoint stores it, times its factor if it has one."""
+        stored, factor = name, self.factors.get(parts(name)[1], 1.0)
+        if name == "output.weight" and ties(self.config, self.header.arch):
+            stored = "token_embd.weight"
+        module = module_of(self.file, stored)
+        weight = self.checkpoint.tensor(f"{module}.{stored.rpartition('.')[2]}")
+        return weight if factor == 1.0 else (weight.double() * factor).float()
 
     def interleaved(self, name: str) -> bool:
         """Whether the rows are q or k rows in the engine's order."""

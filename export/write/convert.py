@@ -20,6 +20,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.models.scales import folded
 from sparsecast.export.write.tensor_plan import PlannedTensor
 
 SLAB = 2**18
@@ -52,7 +53,7 @@ def slabs(planned: PlannedTensor) -> Iterator[Array]:
     source = planned.load()
     convert = _quantized if GGML_QUANT_SIZES[planned.type][0] > 1 else _floats
     for rows in torch.split(source, max(1, SLAB // source[0].numel())):
-        yield convert(planned, rows)
+        yield convert(planned, folded(rows, planned.factor))
 
 
 def _floats(planned: PlannedTensor, rows: Tensor) -> Array:

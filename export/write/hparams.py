@@ -8,17 +8,16 @@ The engine loads many models without complaint and computes something else, or f
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.bitnet import rounds_online
-from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.checkpoint import Checkpoint, check_tied_head
 from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.scales import Scales, scales_of
 from sparsecast.core.models.shape import ModelShape
 from sparsecast.export.write.tensor_map import model_rows
 
@@ -29,10 +28,6 @@ OPT_POSITIONS = 2048
 REASONS = {
     "qwen2": "its attention has biases, which the engine's llama has no place for",
     "qwen3": "it normalizes q and k, which the engine's llama does not",
-    "granite": (
-        "it scales embeddings, residuals and logits as MiniCPM does, which the engine's llama does "
-        "not; convert it to LLaMA format, where the scales are part of the weights"
-    ),
 }
 """Families with ReLU that collect and train support, but that the engine cannot run."""
 NO_SQUARE = (
@@ -67,6 +62,8 @@ class HParams:
     tied: bool
     activation: ActivationRule
     """The model's own activation; the engine computes ReLU."""
+    scales: Scales | None = dataclasses.field(default=None, repr=False)
+    """A Granite's or MiniCPM's, which become part of the file's weights."""
 
     @property
     def model_shape(self) -> ModelShape:
@@ -130,7 +127,13 @@ def read_hparams(checkpoint: Checkpoint, activation_threshold: float | None = No
     if rule.squared:
         kernels = "" if rounds_online(config) else ", and in sparsify_model"
         raise InputError(f"{where}: {family.act_key} is {rule.name!r}: {NO_SQUARE}{kernels}")
-    readers = {"llama": _llama, "mistral": _llama, "falcon": _falcon, "opt": _opt}
+    readers = {
+        "llama": _llama,
+        "mistral": _llama,
+        "granite": _llama,
+        "falcon": _falcon,
+        "opt": _opt,
+    }
     if (read := readers.get(config.model_type)) is None:
         raise InputError(
             f"{where}: model_type is {config.model_type!r}, but the engine computes only models "
@@ -144,7 +147,7 @@ def read_hparams(checkpoint: Checkpoint, activation_threshold: float | None = No
 
 
 def _llama(config: Any, rule: ActivationRule, where: str) -> HParams:
-    """Read a Llama or Mistral; with ReLU on gate and up it is the engine's bamboo."""
+    """Read a Llama, Mistral or Granite; with ReLU on gate and up it is the engine's bamboo."""
     for field in ("attention_bias", "mlp_bias"):
         if getattr(config, field, False):
             raise InputError(
@@ -169,6 +172,7 @@ def _llama(config: Any, rule: ActivationRule, where: str) -> HParams:
         window=window if window is not None and window < context else None,
         tied=config.tie_word_embeddings,
         activation=rule,
+        scales=scales_of(config),
     )
 
 
@@ -291,7 +295,7 @@ def check_tensors(checkpoint: Checkpoint, hparams: HParams) -> None:
         if ".predictor." in name:
             continue
         if hparams.tied and name == "lm_head.weight":
-            _check_tied(checkpoint, tensor, next(iter(rows)))
+            check_tied_head(checkpoint, tensor, next(iter(rows)))
             continue
         if name not in rows:
             kind = "bias there" if name.endswith(".bias") else "tensor of that name"
@@ -309,18 +313,4 @@ def check_tensors(checkpoint: Checkpoint, hparams: HParams) -> None:
     if missing:
         raise InputError(
             f"{checkpoint.folder}: tensor {min(missing)} is missing; the checkpoint is incomplete"
-        )
-
-
-def _check_tied(checkpoint: Checkpoint, output: Tensor, embedding: str) -> None:
-    """Refuse a tied config beside an output matrix that differs from the embedding.
-
-    transformers runs such a model untied, with a warning.
-    """
-    shared = checkpoint.tensor(embedding)
-    if not torch.equal(output.to(shared.dtype), shared):
-        raise InputError(
-            f"{checkpoint.folder}: lm_head.weight is not {embedding}, but config.json ties the two "
-            "(tie_word_embeddings, the default of falcon and opt); set it to false there, or "
-            "remove lm_head.weight"
         )

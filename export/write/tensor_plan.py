@@ -4,7 +4,9 @@
 output.weight is q8_0, as PowerInfer's `quantize` writes it where rows are not multiples of 256 (an
 OPT has no output matrix and uses its embedding). In an f32 file ffn_down_t is f16: the engine
 computes NaN without an error from anything but f16 and q4_0 there. Predictors are f16, q8_0 or
-q4_0 whatever the model is. (PowerInfer's llama.cpp and ggml.h at d3ebd7c.)
+q4_0 whatever the model is. A Granite's or MiniCPM's scales, which the engine's llama does not
+have, are part of the file's weights (core/models/scales.py). (PowerInfer's llama.cpp and ggml.h at
+d3ebd7c.)
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.scales import HEAD
 from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.tensor_map import Layout, Row, arranged, model_rows, predictor_names
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -32,6 +35,8 @@ class PlannedTensor(NamedTuple):
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     load: Callable[[], Tensor]
+    factor: float = 1.0
+    """What the file's values are more than those that `load` returns."""
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +81,7 @@ def _model_tensors(checkpoint: Checkpoint, hparams: HParams, dtype: str) -> Iter
         if row.layout is Layout.TRANSPOSED:
             shape = shape[::-1]
         load = partial(_load, checkpoint, hparams, row)
-        yield PlannedTensor(row.target, shape, _type_of(row, dtype), load)
+        yield PlannedTensor(row.target, shape, _type_of(row, dtype), load, _factor(row, hparams))
 
 
 def _type_of(row: Row, dtype: str) -> GGMLQuantizationType:
@@ -87,6 +92,14 @@ def _type_of(row: Row, dtype: str) -> GGMLQuantizationType:
     if dtype == "q4_0" and row.target == "output.weight":
         return GGMLQuantizationType.Q8_0
     return GGMLQuantizationType[dtype.upper()]
+
+
+def _factor(row: Row, hparams: HParams) -> float:
+    """Return the factor of a row's tensor; a tied head has the embedding as its source."""
+    if hparams.scales is None:
+        return 1.0
+    head = row.target == "output.weight"
+    return hparams.scales.factor(f"{HEAD}.weight" if head else row.source)
 
 
 def _load(checkpoint: Checkpoint, hparams: HParams, row: Row) -> Tensor:

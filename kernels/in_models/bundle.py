@@ -2,7 +2,8 @@
 
 Every tensor of the file is copied into the model's own parameters, q4_0 and q8_0 as float values;
 rows of the attention return to transformers' order. As in PowerInfer, the activation becomes ReLU
-(on gate and up in Bamboo), and OPT's norms have no epsilon. Unlike PowerInfer, the model's own
+(on gate and up in Bamboo), OPT's norms have no epsilon, and a Granite's or MiniCPM's scales, which
+are part of the file's weights, become those of a llama. Unlike PowerInfer, the model's own
 products do not round their inputs to f16 or q8_0, and softmax uses no table, so logits differ by
 that noise; predictors round their inputs as PowerInfer does. A model in bfloat16 rounds f16
 weights.
@@ -22,6 +23,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import set_activation
+from sparsecast.core.models.scales import scales_of, unscale
 from sparsecast.export.bundle import SUFFIX, bundle_file
 from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.checks.tensors import check_tensors
@@ -83,7 +85,8 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
             f"{file.path}: is for {header.arch}, but {name} is {arch}; give a bundle of this model"
         )
     norms = 2 if "blk.0.attn_norm_2.weight" in file.entries else 1
-    tied = bool(model.config.tie_word_embeddings)
+    scaled = scales_of(model.config) is not None
+    tied = bool(model.config.tie_word_embeddings) and not scaled
     rows = list(model_rows(arch, header.layers, tied=tied, norms=norms))
     targets = {row.target: _parameter(model, row, file) for row in rows}
     for row in rows:
@@ -91,6 +94,9 @@ def load_weights(file: GGUFFile, model: PreTrainedModel) -> None:
             raise InputError(
                 f"{file.path}: {row.target} holds values that are not finite; export it again"
             )
+    if scaled:
+        unscale(model)
+        targets = {row.target: _parameter(model, row, file) for row in rows}
     if tied and arch != "opt":
         _untie(model, file, targets)
     for row in rows:

@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -53,6 +55,14 @@ GATED = {
     "tie_word_embeddings": False,
 }
 GROUPED = {**GATED, "num_key_value_heads": 2, "rope_parameters": {"rope_theta": 5e4}}
+GROUPED_TIED = {**GROUPED, "tie_word_embeddings": True}
+SCALES = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 1.4 / 3**0.5,
+    "logits_scaling": HIDDEN / 24,
+}
+MINICPM = {"scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 24}
+"""The same in MiniCPM's own config."""
 FALCON = {
     **COMMON,
     "ffn_hidden_size": FFN,
@@ -73,7 +83,13 @@ OPT = {
 ZOO = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED)),
     "llama-grouped": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**{**GROUPED, "tie_word_embeddings": True})),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED_TIED)),
+    "minicpm": lambda: GraniteForCausalLM(
+        GraniteConfig(**GROUPED_TIED, **SCALES, attention_multiplier=16**-0.5)
+    ),
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(**{**GROUPED, **SCALES}, attention_multiplier=0.4)
+    ),
     "bamboo": lambda: MistralForCausalLM(MistralConfig(**{**GROUPED, "hidden_act": "drelu"})),
     "falcon-7b": lambda: FalconForCausalLM(FalconConfig(**FALCON, multi_query=True)),
     "falcon-heads": lambda: FalconForCausalLM(FalconConfig(**FALCON, multi_query=False)),
@@ -161,8 +177,24 @@ def zoo(once, model_folder, corpus):
             config |= {"model_type": "bamboo", "hidden_act": "relu"}
             config |= {"architectures": ["BambooForCausalLM"], "sliding_window": 4096}
             (path / "config.json").write_text(json.dumps(config))
+        if name.startswith("minicpm"):
+            as_minicpm(path)
 
     return lambda name: once(name, build)
+
+
+def as_minicpm(path: Path) -> None:
+    """Give a saved Granite the config of MiniCPM-S, which leaves out that embeddings are tied."""
+    config = json.loads((path / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.endswith(SCALE_NAMES)}
+    del config["tie_word_embeddings"]
+    config |= {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], **MINICPM}
+    config |= {"hidden_act": "fatrelu", "hidden_act_param": 0.05}
+    config |= {"auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+SCALE_NAMES = ("_multiplier", "logits_scaling")
 
 
 def _tokens(folder: Path, corpus: Path) -> torch.Tensor:

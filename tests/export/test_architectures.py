@@ -36,6 +36,7 @@ NAMES = (
     "llama",
     "llama-grouped",
     "llama-tied",
+    "minicpm",
     "bamboo",
     "falcon-7b",
     "falcon-heads",
@@ -318,7 +319,9 @@ def within(result, bound: float) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", [*NAMES, "bamboo-bytes", "falcon-7b-bytes", "opt-bytes"])
+@pytest.mark.parametrize(
+    "name", [*NAMES, "granite", "bamboo-bytes", "falcon-7b-bytes", "opt-bytes"]
+)
 @pytest.mark.parametrize(("dtype", "kind", "bound"), [("f16", "f16", 2e-3), ("q4_0", "q4_0", 5e-3)])
 def test_the_engine_computes_every_architecture_as_we_do(
     engine, exported, corpus, name, dtype, kind, bound

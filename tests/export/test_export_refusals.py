@@ -91,7 +91,6 @@ def test_weights_the_engine_cannot_express_are_refused(model, anyones, change, r
         ({"hidden_act": "silu"}, "no exact zeros"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2': its attention has biases"),
         ({"model_type": "qwen3"}, "model_type is 'qwen3': it normalizes q and k"),
-        ({"model_type": "granite"}, "'granite': it scales .* convert it to LLaMA format"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
         ({"head_dim": 32}, "head_dim is 32"),

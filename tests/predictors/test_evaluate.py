@@ -212,16 +212,17 @@ def test_bundle_is_mask_and_plain_relu(model, model_folder, corpus, data, tmp_pa
     assert result["perplexity"]["bundle"] == pytest.approx(math.exp(nll / n), rel=1e-4)
 
 
-def test_the_bundle_rounds_weights_to_f16(model, data):
-    """These weights do not fit f16, unlike the fixture's."""
+def test_the_bundle_rounds_matrices_to_f16(model, data):
+    """These weights do not fit f16, unlike the fixture's. Vectors are f32 in a bundle."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1 + 1e-3 * torch.rand_like(weight))
     exact = {name: weight.clone() for name, weight in model.named_parameters()}
     perplexities(model, all_active(), data[:1])
     for name, weight in model.named_parameters():
-        assert not torch.equal(weight, exact[name])
-        assert torch.equal(weight, exact[name].half().float())
+        assert torch.equal(weight, exact[name]) == (weight.dim() == 1)
+        if weight.dim() > 1:
+            assert torch.equal(weight, exact[name].half().float())
 
 
 def test_predictors_of_another_model_are_refused(model_folder, corpus, trained, recipe):
