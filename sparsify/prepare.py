@@ -28,12 +28,12 @@ from sparsecast.core.text.corpus import Document, read_documents
 from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import TokenBatch, token_batches
+from sparsecast.core.tokenizers.copies import keep_files
 from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.sparsify.config import Preset
 from sparsecast.sparsify.plan import SPARSE, SparsifyPlan, activation_name
 from sparsecast.sparsify.save import (
     check_kept,
-    keep_files,
     set_config_activation,
     tokenizer_differences,
 )

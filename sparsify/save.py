@@ -25,30 +25,6 @@ from sparsecast.core.text.tokens import TokenBatch, encode
 from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.sparsify.measure import Score, score
 
-FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "*.model",
-    "*.tiktoken",
-)
-"""Files of any tokenizer class; `vocab_files_names` of the class adds to them."""
-
-
-def keep_files(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json from `source` to `folder`."""
-    names = (*FILES, *tokenizer.vocab_files_names.values())
-    found = {path for name in names for path in source.glob(name) if path.is_file()}
-    for path in sorted(found):
-        copy = folder / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-
 
 def set_config_activation(config: PreTrainedConfig, rule: ActivationRule) -> None:
     """Write the activation into the config field that the model's family uses."""
@@ -107,7 +83,7 @@ def tokenizer_differences(a: Tokenizer, b: Tokenizer, texts: Iterable[str]) -> s
 
 
 def write_model(model: Any, rule: ActivationRule, kept: Path, folder: Path) -> None:
-    """Convert a model to float16 in place and save it with the files of `keep_files`."""
+    """Convert a model to float16 in place and save it with the files of `copies.keep_files`."""
     set_config_activation(model.config, rule)
     # transformers refuses to write some published generation_config.json files.
     model.generation_config = GenerationConfig.from_model_config(model.config)

@@ -16,6 +16,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule
 from sparsecast.core.models.loading import load_model, load_tokenizer
+from sparsecast.core.tokenizers import copies
 from sparsecast.sparsify import run, save
 from sparsecast.sparsify.run import sparsify
 
@@ -190,7 +191,7 @@ def _halve(folder):
 def test_a_tokenizer_that_cannot_be_copied_is_refused_before_training(dense, options, monkeypatch):
     source = dense()
     (source / "chat_template.jinja").write_text(TEMPLATE)
-    monkeypatch.setattr(save, "FILES", ("tokenizer*",))
+    monkeypatch.setattr(copies, "FILES", ("tokenizer*",))
 
     with pytest.raises(InputError, match="copy of this tokenizer's files gives another chat"):
         sparsify(options(model=str(source)))
