@@ -58,6 +58,11 @@ STAGES = {
         "sparsecast.export.verify:verify",
         positional="bundle",
     ),
+    "convert": Stage(
+        "write a MiniCPM or Granite as a LLaMA, proved equal",
+        "sparsecast.export.to_llama.config:ConvertConfig",
+        "sparsecast.export.to_llama.run:convert",
+    ),
     "inspect": Stage(
         "what a model is and whether its config is true, or what a folder or file holds",
         "sparsecast.collect.inspect:InspectConfig",
