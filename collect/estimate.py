@@ -61,13 +61,15 @@ def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
 def store_bytes(shape: Shape, tokens: Mapping[str, int]) -> int:
     """Size of a store with these tokens per split: shards and statistics."""
     layers, width = len(shape.layers), shape.ffn_width
+    ffns = layers * max(1, shape.experts)
     total = 0
     for split, count in tokens.items():
-        fired = math.ceil(count / shape.shard_tokens) * 4 * layers * width
-        each = (8 + 4 * layers) if split == COUNTED else shape.token_bytes
+        fired = math.ceil(count / shape.shard_tokens) * 4 * ffns * width
+        numbers = layers * (8 * shape.experts_per_token if shape.experts else 4)
+        each = (8 + numbers) if split == COUNTED else shape.token_bytes
         if shape.energy and split != COUNTED:
             each += round(ACTIVE * layers * width)
-        total += fired + count * each + 8 * layers * (2 * width + 1)
+        total += fired + count * each + 8 * ffns * (2 * width + 1)
     return total
 
 

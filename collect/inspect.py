@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsecast.collect.store.stats import STATS
+from sparsecast.collect.store.stats import STATS, Stats
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.collect.store.units import shard_name
 from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
+from sparsecast.core.models.ffns import place_of
 from sparsecast.core.options import ModelDtype, validate_fields
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.splits import SPLITS
@@ -84,7 +85,8 @@ def inspect(cfg: InspectConfig) -> Inspection:
         "bytes": stored + counted,
         "bytes_per_token_layer": stored / (manifest.tokens() * len(manifest.layers)),
         "bound": manifest.shape.bound,
-        "layers": [] if damage and STATS in damage[-1] else _layers(store),
+        "layers": [],
+        **({} if damage and STATS in damage[-1] else _tables(store)),
     }
     _show(values, manifest, cfg.path)
     if cfg.json is not None:
@@ -110,24 +112,42 @@ def _size(folder: Path, split: str, manifest: Manifest) -> int:
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
 
 
-def _layers(store: ActivationStore) -> list[dict[str, Any]]:
-    stats = store.stats()
-    rows = []
-    for layer in store.manifest.layers:
-        sparsity, fired_F = stats.token_sparsity(layer), stats.fired(layer)
-        rows.append(
-            {
-                "layer": layer,
-                "true_sparsity": sparsity.mean,
-                "std": sparsity.std,
-                "p5": sparsity.p5,
-                "p50": sparsity.p50,
-                "p95": sparsity.p95,
-                "never_fired": int((fired_F == 0).sum()),
-                "always_fired": int((fired_F == sparsity.tokens).sum()),
-            }
-        )
-    return rows
+def _tables(store: ActivationStore) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of `layers` and, for a mixture of experts, of `experts`."""
+    stats, manifest = store.stats(), store.manifest
+    tables = {"layers": [_layer(stats, layer) for layer in manifest.layers]}
+    if manifest.experts:
+        tables["experts"] = [_expert(stats, ffn) for ffn in manifest.ffns]
+    return tables
+
+
+def _layer(stats: Stats, layer: int) -> dict[str, Any]:
+    """Describe a layer; a mixture's neurons are those of all its experts."""
+    sparsity = stats.layer_sparsity(layer)
+    ffns = [_expert(stats, ffn) for ffn in stats.ffns(layer)]
+    return {
+        "layer": layer,
+        "true_sparsity": sparsity.mean,
+        "std": sparsity.std,
+        "p5": sparsity.p5,
+        "p50": sparsity.p50,
+        "p95": sparsity.p95,
+        "never_fired": sum(row["never_fired"] for row in ffns),
+        "always_fired": sum(row["always_fired"] for row in ffns),
+    }
+
+
+def _expert(stats: Stats, ffn: int) -> dict[str, Any]:
+    sparsity, fired_F = stats.token_sparsity(ffn), stats.fired(ffn)
+    layer, expert = place_of(ffn, stats.experts)
+    return {
+        "layer": layer,
+        "expert": expert,
+        "tokens": sparsity.tokens,
+        "true_sparsity": sparsity.mean if sparsity.tokens else None,
+        "never_fired": int((fired_F == 0).sum()),
+        "always_fired": int((fired_F == sparsity.tokens).sum()) if sparsity.tokens else 0,
+    }
 
 
 def _show(values: dict[str, Any], manifest: Manifest, path: Path) -> None:
@@ -140,7 +160,7 @@ def _show(values: dict[str, Any], manifest: Manifest, path: Path) -> None:
         "input": f"{manifest.convention}, {manifest.x_dtype}"
         + (", energies" if manifest.energy else ""),
         "shape": f"{len(manifest.layers)} layers, hidden {manifest.hidden_size}, "
-        f"FFN {manifest.ffn_width}",
+        f"FFN {manifest.ffn_width}" + _experts(manifest),
         "tokens": ", ".join(f"{split} {count:,}" for split, count in values["tokens"].items()),
         "documents": ", ".join(
             f"{split} {count:,} ({manifest.truncated.get(split, 0):,} {long})"
@@ -167,7 +187,33 @@ def _show(values: dict[str, Any], manifest: Manifest, path: Path) -> None:
         counts = (f"{row['never_fired']:,}", f"{row['always_fired']:,}")
         table.add_row(str(row["layer"]), *shares, *counts)
     show(table)
+    if values.get("experts"):
+        _show_experts(values["experts"])
     for what in values["damage"] or ():
         log.error(what)
     if values["ok"]:
         log.info("every shard is as it was written", extra={"style": "green"})
+
+
+def _experts(manifest: Manifest) -> str:
+    if not manifest.experts:
+        return ""
+    return f", {manifest.experts} experts per layer, {manifest.experts_per_token} per token"
+
+
+def _show_experts(rows: list[dict[str, Any]]) -> None:
+    """Show how evenly each layer's tokens and sparsities spread over its experts."""
+    table = Table(title="experts: tokens routed to each, and sparsity", title_justify="left")
+    for name in ("layer", "fewest", "median", "most", "none", "least sparse", "most sparse"):
+        table.add_column(name, justify="right")
+    for layer in sorted({row["layer"] for row in rows}):
+        own = [row for row in rows if row["layer"] == layer]
+        tokens = sorted(row["tokens"] for row in own)
+        sparsities = [row["true_sparsity"] for row in own if row["tokens"]]
+        counts = (tokens[0], tokens[len(tokens) // 2], tokens[-1], tokens.count(0))
+        table.add_row(
+            str(layer),
+            *(f"{count:,}" for count in counts),
+            *(f"{share:.4f}" for share in (min(sparsities), max(sparsities))),
+        )
+    show(table)

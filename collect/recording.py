@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from sparsecast.collect.first_batch import warn_of_activation
 from sparsecast.collect.output import finished_shards
 from sparsecast.collect.plan import CollectionPlan
+from sparsecast.collect.store.expert_filler import ExpertFiller
 from sparsecast.collect.store.filler import Filler, down_norms
 from sparsecast.collect.store.firing import NothingFiresError, check_firing
+from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.shard_reader import ShardFile
 from sparsecast.collect.store.store import ActivationStore, Manifest, seal
 from sparsecast.collect.store.units import ShardInfo, Tally, Unit
@@ -26,6 +28,7 @@ from sparsecast.core.disk import full_disk_errno, full_disk_error
 from sparsecast.core.errors import InputError
 from sparsecast.core.interrupts import StopFlag, interrupt_like
 from sparsecast.core.messages import log
+from sparsecast.core.models.expert_recorder import ExpertRecorder
 from sparsecast.core.models.loading import input_device
 from sparsecast.core.models.recorder import Recorder
 from sparsecast.core.prefetch import prefetch
@@ -38,7 +41,7 @@ def record(plan: CollectionPlan, stop: StopFlag) -> tuple[list[ShardInfo], Tally
     """Write this rank's share of the shards; returns all shards, and the documents in them."""
     model, shape, ranks, tally = plan.model, plan.shape, plan.ranks, Tally()
     on_gpu = any(weight.is_cuda for weight in model.parameters())
-    filler = Filler(shape, down_norms(model, shape))
+    filler, recorder = _recorder(model, shape)
     capacity = shape.nbytes(plan.largest_shard)
     shards = []
     units = prefetch(plan.units(tally, stop), waiting=stop.check)
@@ -50,7 +53,7 @@ def record(plan: CollectionPlan, stop: StopFlag) -> tuple[list[ShardInfo], Tally
         Writer(shape, capacity, to_folder(plan.partial), pinned=on_gpu) as writer,
         progress_bar("collect", sum(plan.quotas.values()), visible=ranks.leads) as progress,
         torch.inference_mode(),
-        Recorder(model, filler, filler.layers),
+        recorder,
     ):
         forward = partial(_forward, model, stop, progress)
         for number, unit in enumerate(chain(first, units)):
@@ -62,6 +65,17 @@ def record(plan: CollectionPlan, stop: StopFlag) -> tuple[list[ShardInfo], Tally
                 record_unit(filler, writer, unit, forward)
         stop.check()
     return shards, tally
+
+
+def _recorder(
+    model: PreTrainedModel, shape: Shape
+) -> tuple[Filler, AbstractContextManager[object]]:
+    """Return what fills shards, and what shows it every layer while it is entered."""
+    if shape.experts:
+        experts = ExpertFiller(shape)
+        return experts, ExpertRecorder(model, experts.record, experts.layers)
+    filler = Filler(shape, down_norms(model, shape))
+    return filler, Recorder(model, filler, filler.layers)
 
 
 def _forward(model: PreTrainedModel, stop: StopFlag, progress: Bar, batch: TokenBatch) -> None:
@@ -129,7 +143,7 @@ def complete(plan: CollectionPlan, shards: list[ShardInfo], tally: Tally) -> Man
     )
     manifest = seal(folder, counted, shards)
     try:
-        check_firing(ActivationStore(folder).stats(), manifest.layers, manifest.model)
+        check_firing(ActivationStore(folder).stats(), manifest.ffns, manifest.model)
     except NothingFiresError:
         shutil.rmtree(folder)
         raise

@@ -173,6 +173,11 @@ def _shape(cfg: CollectConfig, outline: PreTrainedModel, dtype: torch.dtype) -> 
         )
     if not layers:
         raise InputError(f"--layers: got none, expected some of 0 to {sizes.layers - 1}")
+    if cfg.energy and sizes.experts:
+        raise InputError(
+            f"--energy: {cfg.model} is a mixture of experts, whose energies are not recorded; "
+            "leave it out"
+        )
     x_dtype: str = cfg.input_dtype
     if x_dtype == "auto":
         x_dtype = "bfloat16" if dtype == torch.bfloat16 else "float16"
@@ -182,6 +187,8 @@ def _shape(cfg: CollectConfig, outline: PreTrainedModel, dtype: torch.dtype) -> 
         ffn_width=sizes.ffn_width,
         x_dtype=x_dtype,
         energy=cfg.energy,
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
     )
 
 
@@ -207,6 +214,8 @@ def _manifest(
         ffn_matrices=family.matrices,
         x_dtype=shape.x_dtype,
         energy=shape.energy,
+        experts=shape.experts,
+        experts_per_token=shape.experts_per_token,
     )
 
 

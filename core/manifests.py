@@ -4,14 +4,14 @@ A manifest is a frozen dataclass whose field `checksums` gives the xxh3_128 of e
 The entry of the manifest itself is the checksum of its fields without that entry. Checksums
 detect accidents, not tampering: whoever edits a file can compute them again.
 
-A field that was added without a new format version has `OPTIONAL` as its metadata: it is left out
-of the file where it has its default, so that manifests without it stay valid, checksum included.
+A field that was added without a new format version is `optional`: it is left out of the file where
+it has its default, so that manifests without it stay valid, checksum included.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,35 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import write_json
 
 MANIFEST = "manifest.json"
-OPTIONAL = {"optional": True}
+OPTIONAL = "optional"
 DEEPEST = 50
 """Maximum nesting of lists and objects in a field, which keeps recursive code within its limits."""
+
+
+def optional(default: Any) -> Any:
+    """Declare a field of a manifest that the file leaves out where it has its default."""
+    return field(default=default, metadata={OPTIONAL: True})
 
 
 def write_manifest(folder: Path, manifest: Any) -> None:
     """Write a manifest with its own checksum."""
     sums = {**manifest.checksums, MANIFEST: manifest_checksum(manifest)}
-    write_json(folder / MANIFEST, _written(replace(manifest, checksums=sums)))
+    write_json(folder / MANIFEST, _value(replace(manifest, checksums=sums)))
 
 
-def _written(manifest: Any) -> dict[str, Any]:
-    """Return the fields that the file has."""
-    value = asdict(manifest)
-    for item in fields(manifest):
-        if item.metadata == OPTIONAL:
-            factory = item.default_factory
-            if value[item.name] == (item.default if factory is MISSING else factory()):
-                del value[item.name]
-    return value
+def _value(manifest: Any) -> dict[str, Any]:
+    """Return what the file of a manifest holds."""
+    absent = {
+        item.name
+        for item in fields(manifest)
+        if OPTIONAL in item.metadata and getattr(manifest, item.name) == item.default
+    }
+    return {name: value for name, value in asdict(manifest).items() if name not in absent}
 
 
 def manifest_checksum(manifest: Any) -> str:
     """Return the xxh3_128 of a manifest's fields without its own checksum."""
-    value = _written(manifest)
+    value = _value(manifest)
     value["checksums"].pop(MANIFEST, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
@@ -86,7 +90,7 @@ def check_version(path: Path, value: dict[str, Any], ours: int, again: str) -> N
 def check_keys(path: Path, value: dict[str, Any], kind: type[Any], again: str) -> None:
     """Refuse a manifest of our version with other keys than the fields of the dataclass `kind`."""
     known = {item.name for item in fields(kind)}
-    needed = {item.name for item in fields(kind) if item.metadata != OPTIONAL}
+    needed = {item.name for item in fields(kind) if OPTIONAL not in item.metadata}
     for odd, what in ((needed - set(value), "lacks"), (set(value) - known, "has an unknown")):
         if odd:
             raise InputError(f"{path}: damaged, it {what} {sorted(odd)[0]!r}; {again}")

@@ -194,7 +194,7 @@ def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
         if cfg.model is not None:
             check_recorded(cfg.model, store)
         if context.leads:
-            check_firing(store.stats(), recorded.layers, str(cfg.activations), SPLITS_READ)
+            check_firing(store.stats(), recorded.ffns, str(cfg.activations), SPLITS_READ)
             store.check("calibration")  # damage there would end the first epoch
     every_layer = cfg.data_parallel or cfg.recipe == "svd"
     own_layers = layers_of_process(recorded.layers, context, every_layer)

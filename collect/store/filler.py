@@ -169,9 +169,9 @@ class Filler:
             )
         self._put(f"layer.{layer}.active", self._kept(count_per_token(mask_NF)))
         x_TD = self._kept(x_ND)
-        _raise_to(largest_L[index], x_TD)
+        raise_to(largest_L[index], x_TD)
         if index == len(self._index) - 1:
-            _raise_to(largest_L[-1], self._kept(x1_NF))
+            raise_to(largest_L[-1], self._kept(x1_NF))
         if not shard.unit.stored:
             return
         self._put(f"layer.{layer}.mask", self._kept(pack(mask_NF)))
@@ -182,12 +182,14 @@ class Filler:
             shard.buffer.energies[layer].append(codes_N.cpu())
 
     def _counters(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(L, F) int32 firing counts and (L + 1,) float32 `ShardBuffer.largest`, on a device."""
+        """(L, F) int32 firing counts, (L, E, F) in a mixture of experts, and (L + 1,) float32
+        `ShardBuffer.largest`, on a device."""
         self._home[layer] = device
         if device not in self._counts:
-            layers = len(self._index)
+            layers, width = len(self._index), self._shape.ffn_width
+            counts = (self._shape.experts, width) if self._shape.experts else (width,)
             self._counts[device] = (
-                torch.zeros(layers, self._shape.ffn_width, dtype=torch.int32, device=device),
+                torch.zeros(layers, *counts, dtype=torch.int32, device=device),
                 torch.zeros(layers + 1, device=device),
             )
         return self._counts[device]
@@ -216,7 +218,7 @@ class Filler:
         self._current.buffer.views[name][self._rows].copy_(value, non_blocking=True)
 
 
-def _raise_to(largest: Tensor, value: Tensor) -> None:
+def raise_to(largest: Tensor, value: Tensor) -> None:
     """Raise `largest` to the largest magnitude in `value`, in place; NaN stays NaN."""
     low, high = value.aminmax()
     torch.maximum(largest, torch.maximum(-low, high).float(), out=largest)

@@ -9,14 +9,18 @@
     layer.<i>.mask    (T, P) uint8     what fired, see core/bitmask.py
     layer.<i>.energy  (N,) uint8       with energies only, see energy.py
 
-Shards of counted tokens have `id`, `position`, `fired` and `active` alone. The header's metadata
-says which shard this is, as `split` and `number`, and holds the xxh3_128 of every tensor under the
-tensor's name.
+Mixtures of experts have (E, F) counts in `fired`, (T, k) in `active`, (T, k, P) in `mask`, and
+
+    layer.<i>.chosen  (T, k) int32     the experts whose `active` and `mask` these are
+
+Shards of counted tokens have no `scale`, `x` and `mask`. The header's metadata says which shard
+this is, as `split` and `number`, and holds the xxh3_128 of every tensor under the tensor's name.
 
 The safetensors library builds a file from tensors that exist; here the tensors are views of one
 host buffer that is the file, so that a device copies into place and a shard is never held twice.
 
-Shape letters: T tokens, D hidden, F FFN width, P packed width, N active entries.
+Shape letters: T tokens, D hidden, F FFN width, P packed width, N active entries, E experts, k
+experts per token.
 """
 
 from __future__ import annotations
@@ -71,6 +75,9 @@ class Shape:
     x_dtype: str
     """A key of `INPUT_DTYPES`."""
     energy: bool = False
+    experts: int = 0
+    """Experts per layer in a mixture of experts; 0 in a dense model."""
+    experts_per_token: int = 0
 
     @property
     def token_bytes(self) -> int:
@@ -86,19 +93,27 @@ class Shape:
     def bound(self) -> float:
         """Return the bound of bytes per token and layer: inputs, masks, and 2 %.
 
-        Energies add one byte per active entry.
+        Energies add one byte per active entry. In a mixture of experts a token has a mask, a count
+        and a number for each of its experts, and a shard the firing counts of every expert.
         """
         scale = 4 if self.x_dtype == "int8" else 0
         itemsize = INPUT_DTYPES[self.x_dtype].itemsize
-        return 1.02 * (itemsize * self.hidden_size + scale + self.ffn_width / 8)
+        masks = self.ffn_width / 8
+        if self.experts:
+            masks = self.experts_per_token * (masks + 8)
+            masks += 4 * self.experts * self.ffn_width / self.shard_tokens
+        return 1.02 * (itemsize * self.hidden_size + scale + masks)
 
     def fields(self, tokens: int, *, stored: bool = True) -> list[Field]:
         """Return all tensors but energies in file order, wider types first for alignment."""
+        each = (tokens, self.experts_per_token) if self.experts else (tokens,)
+        chosen = [Field(f"layer.{i}.chosen", torch.int32, each) for i in self.layers]
         counts = [
             Field("id", torch.int32, (tokens,)),
             Field("position", torch.int32, (tokens,)),
             *self._fired(),
-            *(Field(f"layer.{i}.active", torch.int32, (tokens,)) for i in self.layers),
+            *(Field(f"layer.{i}.active", torch.int32, each) for i in self.layers),
+            *(chosen if self.experts else ()),
         ]
         if not stored:
             return counts
@@ -108,7 +123,7 @@ class Shape:
             *counts,
             *(scales if self.x_dtype == "int8" else ()),
             *(Field(f"layer.{i}.x", dtype, (tokens, self.hidden_size)) for i in self.layers),
-            *(Field(f"layer.{i}.mask", torch.uint8, (tokens, packed)) for i in self.layers),
+            *(Field(f"layer.{i}.mask", torch.uint8, (*each, packed)) for i in self.layers),
         ]
 
     def nbytes(self, tokens: int) -> int:
@@ -138,7 +153,8 @@ class Shape:
         return f"{extra[0]} has no place in it" if extra else None
 
     def _fired(self) -> list[Field]:
-        return [Field(f"layer.{i}.fired", torch.int32, (self.ffn_width,)) for i in self.layers]
+        counts = (self.experts, self.ffn_width) if self.experts else (self.ffn_width,)
+        return [Field(f"layer.{i}.fired", torch.int32, counts) for i in self.layers]
 
 
 class ShardBuffer:

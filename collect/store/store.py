@@ -24,6 +24,7 @@ import xxhash
 from torch import Tensor
 
 from sparsecast.collect.store.energy import decode
+from sparsecast.collect.store.routing import expert_rows, is_routing, routed_tokens
 from sparsecast.collect.store.shard import INPUT_DTYPES, Shape
 from sparsecast.collect.store.shard_reader import AGAIN, ShardFile, header_checksum, read_header
 from sparsecast.collect.store.stats import STATS, Stats, merge, read_stats, write_stats
@@ -34,15 +35,16 @@ from sparsecast.core.files import read_json
 from sparsecast.core.folders import check_folder_kind
 from sparsecast.core.manifests import (
     MANIFEST,
-    OPTIONAL,
     check_keys,
     check_version,
     find_edit,
     is_count,
     is_shallow,
+    optional,
     write_manifest,
 )
 from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.ffns import ffn_numbers
 from sparsecast.core.models.shape import ModelShape
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.core.text.tokens import COUNTED
@@ -83,6 +85,9 @@ class Manifest:
     x_dtype: str
     """float16, bfloat16, float32, or int8 with a scale per token."""
     energy: bool
+    experts: int = optional(0)
+    """Experts per layer in a mixture of experts; 0, and not in the file, in a dense model."""
+    experts_per_token: int = optional(0)
     shard_tokens: dict[str, list[int]] = field(default_factory=dict)
     """Per split, the number of tokens of each shard."""
     checksums: dict[str, str] = field(default_factory=dict)
@@ -91,7 +96,7 @@ class Manifest:
     documents: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     """Per split, how many of the documents were longer than --seq-len."""
-    skipped: int = field(default=0, metadata=OPTIONAL)
+    skipped: int = optional(0)
     """Rows of the corpus that could not be used."""
     format_version: int = FORMAT_VERSION
 
@@ -103,7 +108,14 @@ class Manifest:
             ffn_width=self.ffn_width,
             x_dtype=self.x_dtype,
             energy=self.energy,
+            experts=self.experts,
+            experts_per_token=self.experts_per_token,
         )
+
+    @property
+    def ffns(self) -> list[int]:
+        """Numbers of the recorded FFNs, see core/models/ffns.py; the layers of a dense model."""
+        return ffn_numbers(self.layers, self.experts)
 
     @property
     def model_shape(self) -> ModelShape:
@@ -113,6 +125,8 @@ class Manifest:
             hidden_size=self.hidden_size,
             ffn_width=self.ffn_width,
             ffn_matrices=self.ffn_matrices,
+            experts=self.experts,
+            experts_per_token=self.experts_per_token,
         )
 
     @property
@@ -127,12 +141,12 @@ class Manifest:
 
 
 class Rows(NamedTuple):
-    """A run of consecutive tokens of one layer."""
+    """Tokens of one FFN: consecutive ones, or those that were routed to an expert."""
 
     x_TD: Tensor
-    """A view of the memory map; float32 and a copy where int8 is stored."""
+    """A view of the memory map; float32 where int8 is stored, and a copy then or of an expert."""
     mask_TP: Tensor
-    """A view of the memory map; see core/bitmask.py."""
+    """A view of the memory map, or a copy of an expert's; see core/bitmask.py."""
 
 
 def seal(folder: Path, manifest: Manifest, shards: Iterable[ShardInfo]) -> Manifest:
@@ -143,7 +157,8 @@ def seal(folder: Path, manifest: Manifest, shards: Iterable[ShardInfo]) -> Manif
     """
     shards = list(shards)
     counts = ((shard.split, ShardFile(folder / shard.name)) for shard in shards)
-    write_stats(folder / STATS, merge(counts, manifest.layers, manifest.ffn_width))
+    stats = merge(counts, manifest.layers, manifest.ffn_width, manifest.experts)
+    write_stats(folder / STATS, stats)
     tokens: dict[str, list[int]] = {}
     for shard in shards:
         tokens.setdefault(shard.split, []).append(shard.tokens)
@@ -197,6 +212,8 @@ def _senseless(manifest: Manifest) -> str | None:
         "x_dtype": isinstance(manifest.x_dtype, str) and manifest.x_dtype in INPUT_DTYPES,
         "energy": isinstance(manifest.energy, bool),
         "skipped": is_count(manifest.skipped, least=0),
+        "experts": is_routing(manifest.experts, manifest.experts_per_token)
+        and not (manifest.experts and manifest.energy),
         "config": isinstance(manifest.config, dict) and is_shallow(manifest.config),
         "options": isinstance(manifest.options, dict) and is_shallow(manifest.options),
         "checksums": isinstance(manifest.checksums, dict)
@@ -256,14 +273,37 @@ class ActivationStore:
         return self.manifest.shard_tokens.get(split, [])
 
     def rows(
-        self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
+        self, split: str, shard: int, ffn: int, start: int = 0, stop: int | None = None
     ) -> Rows:
-        """Return tokens [start, stop) of one layer in one shard."""
+        """Return rows [start, stop) of one FFN in one shard: of its tokens, or of an expert's."""
+        if self.manifest.experts:
+            return self.expert_rows(split, shard, ffn, self.routed(split, shard, ffn)[start:stop])
         tensors = self._shard(split, shard)
-        x_TD = tensors[f"layer.{layer}.x"][start:stop]
+        x_TD = tensors[f"layer.{ffn}.x"][start:stop]
         if self.manifest.x_dtype == "int8":
-            x_TD = x_TD.float() * tensors[f"layer.{layer}.scale"][start:stop, None]
-        return Rows(x_TD, tensors[f"layer.{layer}.mask"][start:stop])
+            x_TD = x_TD.float() * tensors[f"layer.{ffn}.scale"][start:stop, None]
+        return Rows(x_TD, tensors[f"layer.{ffn}.mask"][start:stop])
+
+    def row_counts(self, split: str, ffn: int) -> list[int]:
+        """Return the number of an FFN's rows in each shard of a split."""
+        if not self.manifest.experts:
+            return self.shards(split)
+        return [len(self.routed(split, shard, ffn)) for shard in range(len(self.shards(split)))]
+
+    def routed(self, split: str, shard: int, ffn: int) -> Tensor:
+        """Return the tokens (T,) int64 of a shard that the router gave to an expert, rising."""
+        layer, expert = divmod(ffn, self.manifest.experts)
+        return routed_tokens(self._shard(split, shard), layer, expert)
+
+    def expert_rows(self, split: str, shard: int, ffn: int, token_T: Tensor) -> Rows:
+        """Return the rows of tokens, any of `routed`, any number of times each."""
+        layer, expert = divmod(ffn, self.manifest.experts)
+        return Rows(*expert_rows(self._shard(split, shard), layer, expert, token_T))
+
+    def positions(self, split: str, shard: int, ffn: int) -> Tensor:
+        """Return the place in its document (T,) int32 of each of an FFN's rows in a shard."""
+        _, position_T = self.tokens(split, shard)
+        return position_T[self.routed(split, shard, ffn)] if self.manifest.experts else position_T
 
     def tokens(self, split: str, shard: int) -> tuple[Tensor, Tensor]:
         """Return one shard's token ids and positions in their documents, both (T,) int32."""
@@ -292,7 +332,12 @@ class ActivationStore:
         manifest = self.manifest
         tokens = {split: sum(counts) for split, counts in manifest.shard_tokens.items()}
         return read_stats(
-            self.folder / STATS, self._states(STATS), tokens, manifest.layers, manifest.ffn_width
+            self.folder / STATS,
+            self._states(STATS),
+            tokens,
+            manifest.layers,
+            manifest.ffn_width,
+            (manifest.experts, manifest.experts_per_token),
         )
 
     def check(self, split: str) -> None:

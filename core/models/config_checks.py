@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from sparsecast.core.errors import InputError, reason_of
-from sparsecast.core.models.families import FAMILIES
+from sparsecast.core.models.families import FAMILIES, Family
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.options import short_repr
 
@@ -37,6 +37,8 @@ _SIZES = (
     "dim_model_base",
     "sliding_window",
     "sparsity_new_intermediate_size",
+    "num_local_experts",
+    "num_experts_per_tok",
 )
 _POSITIVE = (
     "rope_theta",
@@ -133,7 +135,8 @@ def check_shapes(
     Raises:
         InputError: Another number of layers, or a tensor of another shape.
     """
-    layers = FAMILIES[config.model_type].layers.rpartition(".")[2]
+    family = FAMILIES[config.model_type]
+    layers = family.layers.rpartition(".")[2]
     numbers = (re.search(rf"(?:^|\.){layers}\.(\d+)\.", name) for name in stored)
     held = len({found[1] for found in numbers if found})
     if held != config.num_hidden_layers:
@@ -141,6 +144,8 @@ def check_shapes(
             f"{folder}: config.json describes {config.num_hidden_layers:,} layers, but the weights "
             f"hold {held:,}; give the config and the weights of one model"
         )
+    if family.experts is not None:
+        _check_experts(config, family, stored, folder)
     try:
         described = empty_model(config).state_dict()
     except Exception as error:  # a model's class meets absurd fields, each in its own way
@@ -155,6 +160,48 @@ def check_shapes(
                 f"{folder}: tensor {name} is {list(shape)}, but config.json describes "
                 f"{list(tensor.shape)}; give the config and the weights of one model"
             )
+
+
+def _check_experts(
+    config: Any, family: Family, stored: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    """Compare the experts that a config describes with those of the files, which name each matrix.
+
+    Files with 3-D tensors have the model's own names, which `check_shapes` compares.
+    """
+    count, chosen = config.num_local_experts, config.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise InputError(
+            f"{folder}: config.json routes each token to {chosen:,} of {count:,} experts, expected "
+            f"1 to {count:,}; correct it, or download the config again"
+        )
+    place = re.escape(family.stored_experts)
+    named = (re.search(rf"\.{place}\.(\d+)\.", name) for name in stored)
+    held = {int(found[1]) for found in named if found}
+    if not held:
+        return
+    if len(held) != count or held != set(range(count)):
+        raise InputError(
+            f"{folder}: config.json describes {count:,} experts per layer, but the weights hold "
+            f"{len(held):,}; give the config and the weights of one model"
+        )
+    wide, narrow = config.intermediate_size, config.hidden_size
+    shapes = {family.gate: (wide, narrow), family.up: (wide, narrow), family.down: (narrow, wide)}
+    for layer in range(config.num_hidden_layers):
+        for expert in range(count):
+            for matrix, want in shapes.items():
+                rest = f"{layer}.{family.stored_experts}.{expert}.{matrix}.weight"
+                name = f"{family.layers}.{rest}"
+                shape = stored.get(name, stored.get(name.partition(".")[2]))
+                if shape is None:
+                    raise InputError(
+                        f"{folder}: tensor {name} is missing; download or save the weights again"
+                    )
+                if shape != want:
+                    raise InputError(
+                        f"{folder}: tensor {name} is {list(shape)}, but config.json describes "
+                        f"{list(want)}; give the config and the weights of one model"
+                    )
 
 
 def check_pad_token(config: PreTrainedConfig, folder: Path) -> None:

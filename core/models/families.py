@@ -32,6 +32,11 @@ class Family:
 
     layers: str
     """The list of decoder layers, from the causal LM."""
+    experts: str | None = None
+    """The module of a layer that runs its experts, in a mixture of experts; experts.py has what it
+    must be like. `gate`, `up` and `down` are then the names of one expert's tensors in the file."""
+    stored_experts: str = ""
+    """The list of experts of a layer, as the file names it."""
     norms: tuple[str, ...]
     """The FFN norm, whose input is the predictor's input: the first of these that a layer has."""
     gate: str | None
@@ -130,6 +135,16 @@ _PERSIMMON = replace(_TWO_MATRICES, up="mlp.dense_h_to_4h", down="mlp.dense_4h_t
 
 _BITNET = replace(_LLAMA, x1_norm="mlp.ffn_sub_norm")
 
+_MIXTRAL = replace(
+    _LLAMA,
+    experts="mlp.experts",
+    stored_experts="block_sparse_moe.experts",
+    gate="w1",
+    up="w3",
+    down="w2",
+    act="mlp.experts.act_fn",
+)
+
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -144,6 +159,7 @@ FAMILIES = {
     "nanochat": _NANOCHAT,
     "persimmon": _PERSIMMON,
     "bitnet": _BITNET,
+    "mixtral": _MIXTRAL,
 }
 
 
@@ -164,6 +180,16 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
             "PowerInfer's Falcon does not; use one with parallel_attn, such as Falcon-7B or -40B"
         )
     return FAMILIES[config.model_type]
+
+
+def refuse_experts(config: PreTrainedConfig, where: str, why: str) -> None:
+    """Refuse a mixture of experts where only dense FFNs are supported.
+
+    Args:
+        why: What cannot be done with it, and what works instead.
+    """
+    if family_of(config, where).experts is not None:
+        raise InputError(f"{where}: is a mixture of experts ({config.model_type}); {why}")
 
 
 def unknown_family_message(model_type: object, where: str, *, brings_code: bool = False) -> str:

@@ -15,6 +15,7 @@ from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.bitnet import check_compiles, rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.experts import install_loops
 from sparsecast.core.models.families import activation_rule, family_of, lost_threshold_warning
 from sparsecast.core.models.pretrained import load_pretrained
 from sparsecast.core.models.remote_configs import ignored_activation
@@ -204,12 +205,14 @@ def build_model(
 
 
 def set_activation(model: PreTrainedModel, rule: ActivationRule) -> None:
-    """Put the activation of `rule` into every FFN of `model`, in place."""
+    """Put the activation of `rule` into every FFN of `model`, in place; experts get their loops."""
     family = family_of(model.config, str(model.config.name_or_path))
+    if family.experts is not None:
+        install_loops(model, relu_up=rule.on_up)
     parent, _, name = family.act.rpartition(".")
     for layer in family.decoder_layers(model):
         setattr(layer.get_submodule(parent), name, rule.module())
-        if rule.on_up:
+        if rule.on_up and family.experts is None:
             layer.get_submodule(family.up).register_forward_hook(_relu)
 
 

@@ -3,6 +3,7 @@
     sparsellama             Llama; ProSparse's FATReLU is ours
     llama_sparse_relu       Llama with ReLU, whatever hidden_act says; Arcee where it has no gate
     bamboo, turbosparse...  Mistral with ReLU on gate and up; predictors inside the file are ignored
+    turbosparsemixtral      Mixtral with ReLU on gate and up, in the same way
     minicpm                 Granite, which is Llama with MiniCPM's scales applied at run time
     falcon, RefinedWeb...   Falcon, whose first configs named sizes n_layer, n_head and n_head_kv
 
@@ -23,6 +24,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
 )
 
@@ -57,15 +59,23 @@ def _sparse_lm(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     return ArceeConfig(**fields, architectures=["ArceeForCausalLM"])
 
 
-def _bamboo(raw: dict[str, Any], where: str) -> PreTrainedConfig:
+def _drelu(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of a model that has ReLU on gate and up, whatever its config calls it."""
     fields = _common(raw)
     if fields.get("hidden_act") not in ("relu", "drelu"):
         raise InputError(
             f"{where}: hidden_act is {fields.get('hidden_act')!r}, expected 'relu' in a model of "
             "the Bamboo family, which has it on gate and up"
         )
-    fields["hidden_act"] = "drelu"
-    return MistralConfig(**fields, architectures=["MistralForCausalLM"])
+    return {**fields, "hidden_act": "drelu"}
+
+
+def _bamboo(raw: dict[str, Any], where: str) -> PreTrainedConfig:
+    return MistralConfig(**_drelu(raw, where), architectures=["MistralForCausalLM"])
+
+
+def _turbosparse_mixtral(raw: dict[str, Any], where: str) -> PreTrainedConfig:
+    return MixtralConfig(**_drelu(raw, where), architectures=["MixtralForCausalLM"])
 
 
 def _minicpm(raw: dict[str, Any], where: str) -> PreTrainedConfig:
@@ -108,6 +118,7 @@ REMAPPED: dict[str, Callable[[dict[str, Any], str], PreTrainedConfig]] = {
     "llama_sparse_relu": _sparse_lm,
     "bamboo": _bamboo,
     "turbosparsemistral": _bamboo,
+    "turbosparsemixtral": _turbosparse_mixtral,
     "minicpm": _minicpm,
     "falcon": _falcon,
     "RefinedWeb": _falcon,
@@ -119,6 +130,8 @@ _ARCHITECTURES = {
     "SparseLlamaForCausalLM": "sparsellama",
     "BambooForCausalLM": "bamboo",
     "MiniCPMForCausalLM": "minicpm",
+    "TurboSparseMixtralForCausalLM": "turbosparsemixtral",
+    "MixtralForCausalLM": "mixtral",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",

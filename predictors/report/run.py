@@ -116,7 +116,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
 def _resolve(cfg: ReportConfig) -> ReportPlan:
     """Open the inputs, and refuse those that do not belong together."""
     store = ActivationStore(cfg.activations)
-    check_firing(store.stats(), store.manifest.layers, str(cfg.activations), [SPLIT])
+    check_firing(store.stats(), store.manifest.ffns, str(cfg.activations), [SPLIT])
     predictors = _load_matching(cfg.predictors, store)
     others = {item if item == "sign" else item.resolve(): item for item in cfg.against or []}
     others.pop(cfg.predictors.resolve(), None)

@@ -1,0 +1,209 @@
+"""Mixtures of experts: what is recorded, against forward passes written by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MixtralForCausalLM
+
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.inspect import InspectConfig, inspect
+from sparsecast.collect.run import collect
+from sparsecast.core.bitmask import unpack
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.loading import load_model
+from tests.tools.mixtures import E, F, K, LAYERS, NAMES, forward, write_mixture
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, model_folder):
+    root = tmp_path_factory.mktemp("mixtures")
+
+    def folder(name: str):
+        path = root / name
+        return path if path.exists() else write_mixture(path, name, model_folder)
+
+    return folder
+
+
+def config(folder, corpus, out, **changes):
+    base = {"tokens": 600, "seq_len": 64, "batch_size": 2, "device": "cpu"}
+    base |= {"input_dtype": "float32"}
+    return CollectConfig(model=str(folder), corpus=str(corpus), out=out, **{**base, **changes})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_a_forward_pass_by_hand(name, mixture):
+    ids = torch.randint(3, 500, (40,)).tolist()
+    model, _ = load_model(str(mixture(name)), device="cpu")
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([ids])).logits[0]
+    want_TV, _ = forward(mixture(name), ids)
+    torch.testing.assert_close(logits_TV.double(), want_TV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_each_experts_tokens(name, mixture, corpus, tmp_path):
+    """The router's choices, inputs and masks of every document; and rows, one expert at a time."""
+    store = collect(config(mixture(name), corpus, tmp_path / "acts"))
+    made = store.manifest
+    assert (made.experts, made.experts_per_token, made.ffn_width) == (E, K, F)
+    assert made.activation == ("drelu" if name == "turbosparse" else "relu")
+    ids, position = store.tokens("train", 0)
+    starts = [*(position == 0).nonzero().flatten().tolist(), len(ids)]
+    first, last = starts[1], starts[3]  # two documents, not the first
+    for start, stop in ((first, starts[2]), (starts[2], last)):
+        _, layers = forward(mixture(name), ids[start:stop].tolist())
+        for layer, want in enumerate(layers):
+            assert_recorded(store, layer, start, stop, want)
+
+
+def assert_recorded(store, layer, start, stop, want):
+    fired_TkF = want.x1_TkF != 0
+    covered = 0
+    for expert in range(E):
+        ffn = layer * E + expert
+        token_T = store.routed("train", 0, ffn)
+        rows = store.rows("train", 0, ffn)
+        assert len(rows.x_TD) == len(token_T) == store.row_counts("train", ffn)[0]
+        here = (token_T >= start) & (token_T < stop)
+        own_T, slot_T = (want.chosen_Tk == expert).nonzero(as_tuple=True)
+        assert torch.equal(token_T[here] - start, own_T)
+        torch.testing.assert_close(
+            rows.x_TD[here].double(), want.x_TD[own_T], rtol=1e-4, atol=1e-4
+        )
+        different = unpack(rows.mask_TP[here], F) != fired_TkF[own_T, slot_T]
+        assert want.edge_TkF[own_T, slot_T][different].abs().sum() < 1e-4
+        assert different.float().mean() < 1e-3
+        covered += len(own_T)
+    assert covered == K * (stop - start)
+
+
+def test_statistics_are_counts_of_the_rows(mixture, corpus, tmp_path):
+    store = collect(config(mixture("mixtral"), corpus, tmp_path / "acts", count_tokens=200))
+    stats = store.stats()
+    for ffn in store.manifest.ffns:
+        masks = [
+            unpack(store.rows(split, shard, ffn).mask_TP, F)
+            for split in ("train", "calibration", "held-out")
+            for shard in range(len(store.shards(split)))
+        ]
+        mask_TF = torch.cat(masks)
+        splits = ["train", "calibration", "held-out"]
+        assert torch.equal(stats.fired(ffn, splits), mask_TF.sum(0))
+        spread = stats.token_sparsity(ffn, splits)
+        assert spread.tokens == len(mask_TF)
+        assert spread.mean == pytest.approx(1 - mask_TF.double().mean().item())
+    routed = [stats.token_sparsity(ffn, ["counted"]).tokens for ffn in store.manifest.ffns]
+    assert [sum(routed[i * E : i * E + E]) for i in range(LAYERS)] == [200 * K] * LAYERS
+
+    shown = inspect(InspectConfig(path=store.folder, json=tmp_path / "i.json"))
+    assert shown.ok
+    rows = json.loads((tmp_path / "i.json").read_text())["experts"]
+    assert [(row["layer"], row["expert"]) for row in rows] == [
+        (i, e) for i in range(LAYERS) for e in range(E)
+    ]
+    assert [row["tokens"] for row in rows] == [
+        stats.token_sparsity(ffn).tokens for ffn in store.manifest.ffns
+    ]
+    assert len(shown.values["layers"]) == LAYERS
+    assert shown.values["bytes_per_token_layer"] < 1.2 * shown.values["bound"]
+
+
+def test_a_resumed_collection_has_the_same_bytes(mixture, corpus, tmp_path):
+    whole = collect(config(mixture("mixtral"), corpus, tmp_path / "a"))
+    partial = tmp_path / ".b.part"
+    again = config(mixture("mixtral"), corpus, tmp_path / "b")
+    collect(again)
+    (tmp_path / "b").rename(partial)
+    (partial / "train-00000.safetensors").unlink()
+    manifest = json.loads((partial / "manifest.json").read_text())
+    manifest |= {"shard_tokens": {}, "checksums": {}, "documents": {}, "truncated": {}}
+    from sparsecast.collect.store.store import Manifest
+    from sparsecast.core.manifests import write_manifest
+
+    write_manifest(partial, Manifest(**manifest))
+    collect(again)
+    for path in whole.folder.iterdir():
+        if path.name != "manifest.json":
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("x_dtype", ["int8", "bfloat16"])
+def test_padding_and_input_types_change_no_choice(x_dtype, mixture, corpus, tmp_path):
+    one = collect(config(mixture("mixtral"), corpus, tmp_path / "a", batch_size=1))
+    many = collect(
+        config(mixture("mixtral"), corpus, tmp_path / "b", batch_size=1, input_dtype=x_dtype)
+    )
+    for ffn in one.manifest.ffns:
+        a, b = one.rows("train", 0, ffn, 3, 9), many.rows("train", 0, ffn, 3, 9)
+        assert torch.equal(a.mask_TP, b.mask_TP)
+        assert len(a.x_TD) == 6
+        torch.testing.assert_close(a.x_TD, b.x_TD.float(), rtol=0.01, atol=0.03)
+
+
+def test_the_loop_equals_transformers_own_experts(mixture):
+    folder = mixture("mixtral")
+    theirs = MixtralForCausalLM.from_pretrained(folder).eval()
+    ours, _ = load_model(str(folder), device="cpu")
+    ids = torch.randint(3, 500, (2, 50))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_of_3d_experts_is_read_too(mixture, tmp_path):
+    """As transformers keeps them in memory."""
+    folder = mixture("mixtral")
+    model = MixtralForCausalLM.from_pretrained(folder)
+    copy = tmp_path / "m"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    save_file(
+        {name: value.clone() for name, value in model.state_dict().items()},
+        copy / "model.safetensors",
+        {"format": "pt"},
+    )
+    Checkpoint(str(copy)).check()
+    loaded, _ = load_model(str(copy), device="cpu")
+    ids = torch.randint(3, 500, (1, 20))
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_local_experts": 8}, "describes 8 experts per layer, but the weights hold 4"),
+        ({"num_local_experts": 2**31 - 1}, "describes 2,147,483,647 experts"),
+        ({"num_experts_per_tok": 5}, "routes each token to 5 of 4 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+        ({"intermediate_size": 104}, "is \\[96, 64\\], but config.json describes \\[104, 64\\]"),
+        ({"hidden_act": "silu"}, "leaves no exact zeros"),
+    ],
+)
+def test_a_config_of_another_mixture_is_refused(change, says, tmp_path, model_folder):
+    folder = write_mixture(tmp_path / "m", "mixtral", model_folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=says) as error:
+        load_model(str(folder), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_matrix_of_one_expert_is_named(mixture, tmp_path, model_folder):
+    folder = write_mixture(tmp_path / "m", "mixtral", model_folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\.block_sparse_moe\.experts\.2\.w3.* missing"):
+        load_model(str(folder), device="cpu")
+
+
+def test_energies_are_refused(mixture, corpus, tmp_path):
+    with pytest.raises(InputError, match="--energy: .* is a mixture of experts"):
+        collect(config(mixture("mixtral"), corpus, tmp_path / "a", energy=True))
