@@ -2,6 +2,7 @@
 
 model_<i>.pt    {"fc1.weight": (R, D), "fc2.weight": (F, R)}, one per layer, no gaps: f16, or the
                 dequantized values of q8_0 and q4_0 in f32
+                in a mixture of experts model_<i>_<e>.pt, one per layer and expert
 config.json     {"sparse_threshold": t}: active where logit >= t
 manifest.json   what PowerInfer does not need (manifest.py): the model's fingerprint, where the
                 input is taken, formats, calibration scores, the recipe, every file's checksum
@@ -22,6 +23,7 @@ from sparsecast.core.files import new_folder, read_json, unreadable_error, write
 from sparsecast.core.folders import check_folder_kind
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.models.ffns import place_of
 from sparsecast.core.options import short_repr
 from sparsecast.core.torch_files import describe_unless_floats, load_torch, save_torch
 from sparsecast.predictors.formats import rounded
@@ -43,9 +45,20 @@ class PredictorSet:
     """The predictors of all layers and their common threshold."""
 
     layers: list[Predictor]
+    """In a mixture of experts one for each expert, layer by layer."""
     threshold: float
     manifest: PredictorManifest | None
     """None if another tool wrote the folder."""
+
+    @property
+    def experts(self) -> int:
+        """Experts per layer; 0 in a dense model."""
+        return 0 if self.manifest is None else self.manifest.experts
+
+    @property
+    def layer_count(self) -> int:
+        """Layers that the predictors are for."""
+        return len(self.layers) // max(1, self.experts)
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +67,7 @@ class PredictorSet:
 
     def save(self, folder: Path) -> None:
         """Write the folder in one step, replacing an earlier predictor folder."""
-        with new_folder(folder, replaces="model_0.pt") as part:
+        with new_folder(folder, replaces=model_file(0, self.experts)) as part:
             self.write_into(part)
 
     def write_into(self, folder: Path) -> None:
@@ -67,10 +80,11 @@ class PredictorSet:
                 name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for name, w in weights.items()
             }
-            save_torch(own, folder / model_file(i))
+            save_torch(own, folder / model_file(i, self.experts))
         write_json(folder / CONFIG, {"sparse_threshold": self.threshold})
         if self.manifest is not None:
-            names = [CONFIG, *(model_file(i) for i in range(len(self.layers)))]
+            files = (model_file(i, self.experts) for i in range(len(self.layers)))
+            names = [CONFIG, *files]
             write_predictor_manifest(folder, self.manifest, names)
 
 
@@ -89,6 +103,13 @@ def load_predictors(folder: str | Path) -> PredictorSet:
     folder = Path(folder)
     n_layers = _layers(folder)
     manifest = read_manifest(folder)
+    if not n_layers:
+        if manifest is None or not manifest.experts:
+            raise InputError(
+                f"{folder}: holds predictors of experts, but no manifest.json that says how many a "
+                "layer has; copy the whole folder again"
+            )
+        n_layers = len(manifest.ranks)
     threshold = _threshold(folder / CONFIG, manifest)
     dtypes = ["f16"] * n_layers if manifest is None else manifest.dtypes
     if len(dtypes) != n_layers:
@@ -98,7 +119,7 @@ def load_predictors(folder: str | Path) -> PredictorSet:
         )
     layers = []
     for i, dtype in enumerate(dtypes):
-        path = folder / model_file(i)
+        path = folder / model_file(i, 0 if manifest is None else manifest.experts)
         check_checksum(path, manifest)
         layers.append(_read(path, dtype))
     if manifest is not None:
@@ -111,20 +132,22 @@ def sizes_on_disk(nbytes: int, folder: Path) -> str:
 
     Args:
         nbytes: See `PredictorSet.nbytes`.
-        folder: Holds model_<i>.pt, which keep quantized values in float32.
+        folder: Holds model_*.pt, which keep quantized values in float32.
     """
     files = sum(path.stat().st_size for path in folder.glob("model_*.pt"))
     exported, own = (f"{count / 2**20:,.2f} MiB" for count in (nbytes, files))
-    return f"{exported} in PowerInfer's file ({own} as model_<i>.pt)"
+    return f"{exported} in PowerInfer's file ({own} as model_*.pt)"
 
 
-def model_file(layer: int) -> str:
-    """The name of a layer's file."""
-    return f"model_{layer}.pt"
+def model_file(ffn: int, experts: int = 0) -> str:
+    """The name of the file of a layer, or of an expert; see core/models/ffns.py."""
+    layer, expert = place_of(ffn, experts)
+    return f"model_{layer}.pt" if expert is None else f"model_{layer}_{expert}.pt"
 
 
 def _layers(folder: Path) -> int:
-    """Count the layers by the folder's file names, and refuse gaps."""
+    """Count the layers by the folder's file names, and refuse gaps; 0 for predictors of experts,
+    which a manifest counts."""
     want = "a folder written by `sparsecast train` or one of PowerInfer's predictor repositories"
     try:
         names = os.listdir(folder)
@@ -135,6 +158,8 @@ def _layers(folder: Path) -> int:
         raise unreadable_error(folder, error, want) from error
     pattern = re.compile(r"model_(0|[1-9][0-9]*)\.pt")
     found = {int(m[1]) for name in names if (m := pattern.fullmatch(name))}
+    if not found and any(re.fullmatch(r"model_\d+_\d+\.pt", name) for name in names):
+        return 0
     if not found:
         check_folder_kind(folder, "predictors")
         raise InputError(f"{folder}: no model_0.pt in it, expected {want}")
@@ -211,6 +236,6 @@ def _check_shapes(layers: list[Predictor], manifest: PredictorManifest, folder: 
         found = (layer.rank, layer.fc1_RD.shape[1], layer.fc2_FR.shape[0])
         if found != (want := (manifest.ranks[i], manifest.hidden_size, manifest.ffn_width)):
             raise InputError(
-                f"{folder / model_file(i)}: rank, hidden size and FFN width are {found}, but "
-                f"{MANIFEST} says {want}; copy the whole folder again"
+                f"{folder / model_file(i, manifest.experts)}: rank, hidden size and FFN width are "
+                f"{found}, but {MANIFEST} says {want}; copy the whole folder again"
             )

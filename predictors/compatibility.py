@@ -11,25 +11,34 @@ from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import family_of
 from sparsecast.core.models.shape import ModelShape
-from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.checkpoint import PredictorSet, model_file
 from sparsecast.predictors.manifest import PredictorManifest
 
 
 def check_sizes(predictors: PredictorSet, where: str, shape: ModelShape, *, model: str) -> None:
     """Refuse predictors of other layers or sizes than `model` has."""
-    if len(predictors.layers) != shape.layers:
+    if predictors.experts != shape.experts:
         raise InputError(
-            f"{where}: has predictors for {len(predictors.layers)} layers, but {model} has "
+            f"{where}: has predictors for {_experts(predictors.experts)}, but {model} has "
+            f"{_experts(shape.experts)}; give the predictors of this model"
+        )
+    if predictors.layer_count != shape.layers:
+        raise InputError(
+            f"{where}: has predictors for {predictors.layer_count} layers, but {model} has "
             f"{shape.layers}; give the predictors of this model"
         )
     for i, predictor in enumerate(predictors.layers):
         fc1, fc2 = tuple(predictor.fc1_RD.shape), tuple(predictor.fc2_FR.shape)
         if fc1[1] != shape.hidden_size or fc2[0] != shape.ffn_width:
             raise InputError(
-                f"{where}: model_{i}.pt has fc1 {fc1} and fc2 {fc2}, but {model} needs "
-                f"(R, {shape.hidden_size}) and ({shape.ffn_width}, R); give the predictors of "
-                "this model"
+                f"{where}: {model_file(i, shape.experts)} has fc1 {fc1} and fc2 {fc2}, but "
+                f"{model} needs (R, {shape.hidden_size}) and ({shape.ffn_width}, R); give the "
+                "predictors of this model"
             )
+
+
+def _experts(count: int) -> str:
+    return f"{count} experts per layer" if count else "a dense FFN per layer"
 
 
 def check_model(

@@ -6,8 +6,8 @@
     bundle      the predictors' masks, plain ReLU and weights rounded to f16, as PowerInfer computes
 
 Perplexity is exp of the mean NLL, over the same tokens and with the same BOS for all four.
-`predicted` and `bundle` differ for FATReLU models, because PowerInfer knows no threshold. A ReLU²
-model has no `bundle`: PowerInfer computes no squares, so its perplexity is null.
+`predicted` and `bundle` differ for FATReLU models, because PowerInfer knows no threshold. A model
+that PowerInfer cannot run, with ReLU² or with a mixture of experts, has no `bundle`: it is null.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MODES = {
     "bundle": "only predicted neurons are computed, with plain ReLU and f16 weights, as PowerInfer "
     "does",
 }
-NO_BUNDLE = "not measured: PowerInfer computes ReLU alone, so it cannot run a model with ReLU²"
+NO_BUNDLE = "not measured: PowerInfer runs neither ReLU² nor mixtures of experts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,20 +140,21 @@ def _resolve(cfg: EvaluateConfig) -> EvaluationPlan:
 def perplexities(
     model: PreTrainedModel, predictors: PredictorSet, data: list[TokenBatch]
 ) -> dict[str, float | None]:
-    """Measure all four perplexities, None for `bundle` if the model has ReLU².
+    """Measure all four perplexities, None for `bundle` if PowerInfer cannot run the model.
 
-    Leaves the model rounded to f16 with plain ReLU, unless it has ReLU².
+    Leaves the model rounded to f16 with plain ReLU if it can.
     """
     values: dict[str, float | None] = {}
     rule = activation_rule(model.config, "model")
+    runs = not (rule.squared or predictors.experts)
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-    with progress_bar("evaluate", (len(MODES) - rule.squared) * len(data)) as progress:
+    with progress_bar("evaluate", (len(MODES) - (not runs)) * len(data)) as progress:
         values["dense"] = dense_perplexity(model, data, lambda _: progress.advance())
         with exact_in_loop(model):
             values["exact"] = perplexity(model, data, lambda _: progress.advance())
         with predictors_in_loop(model, predictors):
             values["predicted"] = perplexity(model, data, lambda _: progress.advance())
-        if rule.squared:
+        if not runs:
             return values | {"bundle": None}
         _round_as_bundle(model)
         if not rule.on_up:

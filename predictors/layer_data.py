@@ -21,8 +21,12 @@ def layer_batches(
     size: int = 1024,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs x (T, D) and masks (T, F) bool of one layer, at most `size` tokens at a time."""
-    for shard, start, stop in _runs(store, split, size):
+    """Inputs x (T, D) and masks (T, F) bool of one layer, at most `size` tokens at a time.
+
+    Args:
+        layer: The number of an FFN, see core/models/ffns.py.
+    """
+    for shard, start, stop in _runs(store, split, layer, size):
         rows = store.rows(split, shard, layer, start, stop)
         yield rows.x_TD.to(device), unpack(rows.mask_TP.to(device), store.manifest.ffn_width)
 
@@ -31,12 +35,22 @@ def layer_energies(
     store: ActivationStore, split: str, layer: int, size: int = 1024
 ) -> Iterator[Tensor | None]:
     """Energies (T, F) float32 for the batches of `layer_batches`; None if the store has none."""
-    for shard, start, stop in _runs(store, split, size):
+    for shard, start, stop in _runs(store, split, layer, size):
         yield store.energies(split, shard, layer, start, stop)
 
 
-def _runs(store: ActivationStore, split: str, size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (shard, first token, last token + 1)."""
-    for shard, tokens in enumerate(store.shards(split)):
+def layer_positions(
+    store: ActivationStore, split: str, layer: int, size: int = 1024
+) -> Iterator[Tensor]:
+    """Place in its document of each token (T,), for the batches of `layer_batches`."""
+    for shard, start, stop in _runs(store, split, layer, size):
+        yield store.positions(split, shard, layer)[start:stop]
+
+
+def _runs(
+    store: ActivationStore, split: str, layer: int, size: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (shard, first row, last row + 1)."""
+    for shard, tokens in enumerate(store.row_counts(split, layer)):
         for start in range(0, tokens, size):
             yield shard, start, min(start + size, tokens)

@@ -23,6 +23,7 @@ from sparsecast.core.manifests import (
     find_edit,
     is_count,
     is_shallow,
+    optional,
     write_manifest,
 )
 from sparsecast.core.models.activations import ActivationRule
@@ -55,6 +56,9 @@ class PredictorManifest:
     ranks: list[int]
     calibration: list[dict[str, float]]
     """Per layer: recall and predicted_sparsity on the calibration split."""
+    experts: int = optional(0)
+    """Experts per layer in a mixture of experts: `dtypes`, `ranks` and `calibration` are then per
+    expert, layer by layer. 0, and not in the file, in a dense model."""
     recipe: dict[str, Any]
     checksums: dict[str, str] = field(default_factory=dict)
     """Checksum of every other file, and of this one without its own; set when written."""
@@ -63,10 +67,11 @@ class PredictorManifest:
     @property
     def model_shape(self) -> ModelShape:
         return ModelShape(
-            layers=len(self.ranks),
+            layers=len(self.ranks) // max(1, self.experts),
             hidden_size=self.hidden_size,
             ffn_width=self.ffn_width,
             ffn_matrices=self.ffn_matrices,
+            experts=self.experts,
         )
 
     @property
@@ -159,6 +164,7 @@ def _invalid_field(manifest: PredictorManifest) -> str | None:
         "ranks": _list(manifest.ranks, layers) and all(is_count(rank) for rank in manifest.ranks),
         "calibration": _list(manifest.calibration, layers)
         and all(map(_scores, manifest.calibration)),
+        "experts": is_count(manifest.experts, least=0) and layers % max(1, manifest.experts) == 0,
         "recipe": isinstance(manifest.recipe, dict) and is_shallow(manifest.recipe),
         "checksums": isinstance(manifest.checksums, dict)
         and MANIFEST in manifest.checksums

@@ -9,7 +9,7 @@ Shape letters: T tokens, F FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,14 +47,25 @@ class Counts(NamedTuple):
 
     @property
     def predicted_sparsity(self) -> float:
-        return 1.0 - self.predicted / self.total
+        """Share of entries that are not predicted; 0 if there are none."""
+        return 1.0 - self.predicted / self.total if self.total else 0.0
 
     @property
     def true_sparsity(self) -> float:
-        return 1.0 - self.active / self.total
+        """Share of entries that are not active; 0 if there are none."""
+        return 1.0 - self.active / self.total if self.total else 0.0
 
     def plus(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def sums_of_layers(counts: Sequence[Counts], experts: int) -> list[Counts]:
+    """Add up the counts of each layer's experts; those of a dense model are its layers' already."""
+    each = max(1, experts)
+    return [
+        Counts(*map(sum, zip(*counts[first : first + each], strict=True)))
+        for first in range(0, len(counts), each)
+    ]
 
 
 def count(predicted_TF: Tensor, active_TF: Tensor) -> Counts:

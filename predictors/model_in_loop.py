@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sparsecast.core.models.bitnet import effective_input, effective_weight
 from sparsecast.core.models.families import Family, activation_rule, family_of
 from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.experts_in_loop import exact_experts_in_loop, expert_predictors_in_loop
 from sparsecast.predictors.predictor import Predictor
 
 
@@ -26,6 +27,10 @@ def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iter
     The mask is on x1, so a norm between x1 and down sees only what was predicted.
     """
     family = family_of(model.config, "model")
+    if family.experts is not None:
+        with expert_predictors_in_loop(model, predictors):
+            yield
+        return
     handles = []
     for layer, predictor in zip(family.decoder_layers(model), predictors.layers, strict=True):
         on_device = predictor.to(model.device)
@@ -55,6 +60,10 @@ def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iter
 def exact_in_loop(model: PreTrainedModel) -> Iterator[None]:
     """Compute the first projection of every FFN densely, the others only where it fires."""
     family = family_of(model.config, "model")
+    if family.experts is not None:
+        with exact_experts_in_loop(model, _sparse_ffn):
+            yield
+        return
     layers = family.decoder_layers(model)
     rule = activation_rule(model.config, "model")
     if family.gate is None:

@@ -18,7 +18,9 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import MANIFEST
+from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import refuse_experts
 from sparsecast.core.models.loading import pick_device
 from sparsecast.predictors.config import (
     DEFAULT_LONG_DOCUMENTS,
@@ -28,6 +30,7 @@ from sparsecast.predictors.config import (
 )
 from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.recorded_model import check_recorded
+from sparsecast.predictors.training.expert_data import LEAST_ROWS, trained_ffns
 from sparsecast.predictors.training.layer_parallel import layers_of_process
 from sparsecast.predictors.training.online import TrainingText, open_online_source
 from sparsecast.predictors.training.plan import TrainingPlan, resume_options, work_folder
@@ -58,6 +61,7 @@ class TrainingRequest:
     """Recorded activations; None for a running model."""
     fingerprint: str
     num_layers: int
+    """Predictors: one per layer, or per expert."""
     hidden_size: int
 
     @property
@@ -117,8 +121,8 @@ def resolve(cfg: TrainConfig, context: DistributedContext) -> TrainingRequest:
     if cfg.activations is not None:
         store = ActivationStore(cfg.activations)
         recorded = store.manifest
-        num_layers = len(recorded.layers)
-        if recorded.layers != list(range(num_layers)):
+        num_layers = len(recorded.ffns)
+        if recorded.layers != list(range(len(recorded.layers))):
             raise InputError(
                 f"{cfg.activations}: holds layers {recorded.layers}, but PowerInfer needs every "
                 "layer from 0 on; collect without --layers"
@@ -127,6 +131,12 @@ def resolve(cfg: TrainConfig, context: DistributedContext) -> TrainingRequest:
     else:
         assert cfg.model is not None
         store, checkpoint = None, Checkpoint(cfg.model)
+        refuse_experts(
+            checkpoint.config,
+            cfg.model,
+            "predictors of experts are trained on recorded activations: run sparsecast collect, "
+            "then give --activations",
+        )
         if not finished:
             checkpoint.check()
         config: Any = checkpoint.config
@@ -189,6 +199,8 @@ def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
     recorded, options = store.manifest, request.options
     if request.store is None:
         options = options | {"calibration_tokens": recorded.tokens("calibration")}
+    if recorded.experts:
+        _refuse_for_experts(request)
     check_unfinished(work_folder(request.out), resume_options(options, context))
     if request.store is not None:
         if cfg.model is not None:
@@ -197,7 +209,13 @@ def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
             check_firing(store.stats(), recorded.ffns, str(cfg.activations), SPLITS_READ)
             store.check("calibration")  # damage there would end the first epoch
     every_layer = cfg.data_parallel or cfg.recipe == "svd"
-    own_layers = layers_of_process(recorded.layers, context, every_layer)
+    own_layers = layers_of_process(trained_ffns(store), context, every_layer)
+    if rare := len(recorded.ffns) - len(own_layers) if recorded.experts else 0:
+        log.warning(
+            f"{cfg.activations}: {rare} of {len(recorded.ffns)} experts have fewer than "
+            f"{LEAST_ROWS['train']} training or {LEAST_ROWS['calibration']} calibration tokens; "
+            "their predictors select every neuron; collect more --tokens"
+        )
     steps = None if request.store else cfg.steps_per_epoch(request.processes_per_batch)
     return TrainingPlan(
         out=request.out,
@@ -218,14 +236,35 @@ def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
     )
 
 
+def _refuse_for_experts(request: TrainingRequest) -> None:
+    """Refuse the options that only dense models support."""
+    cfg = request.cfg
+    given = {
+        "--recipe reference": cfg.recipe == "reference",
+        "--target-perplexity": cfg.target_perplexity is not None,
+        "--traffic-budget": cfg.traffic_budget is not None,
+        "--predictor-budget": cfg.predictor_budget is not None,
+        f"torchrun with {request.context.size} processes": request.context.size > 1,
+    }
+    if option := next((name for name, is_given in given.items() if is_given), None):
+        raise InputError(
+            f"{option}: is for dense models, and {cfg.activations} holds a mixture of experts; "
+            "train it in one process with --recipe default or svd, to --target-recall or "
+            "--target-sparsity"
+        )
+
+
 def _ranks(request: TrainingRequest, store: ActivationStore) -> list[int]:
     """The rank of every layer, bias units included."""
     cfg, dtype, hidden_size = request.cfg, request.dtype, request.hidden_size
+    recorded = store.manifest
+    # An expert may be narrower than the residual stream; a rank beyond its width gains nothing.
+    narrow = min(hidden_size, recorded.ffn_width) if recorded.experts else hidden_size
     if cfg.predictor_budget is not None:
         budget, recall = cfg.predictor_budget, cfg.objective.recall
         ranks = ranks_within_budget(budget, recall, store, dtype, request.device)
     elif cfg.rank is None:
-        ranks = [default_rank(cfg.recipe, dtype, hidden_size)] * request.num_layers
+        ranks = [default_rank(cfg.recipe, dtype, narrow)] * request.num_layers
     elif cfg.rank > (most := 2 * hidden_size):
         raise InputError(
             f"--rank: got {cfg.rank}, expected at most twice the hidden size, {most}: more units "
@@ -236,5 +275,5 @@ def _ranks(request: TrainingRequest, store: ActivationStore) -> list[int]:
     for rank in set(ranks):
         check_widths(dtype, rank=rank, hidden_size=hidden_size)
     if cfg.traffic_budget is not None:
-        check_traffic_budget(cfg.traffic_budget, store.manifest.model_shape, dtype, ranks)
+        check_traffic_budget(cfg.traffic_budget, recorded.model_shape, dtype, ranks)
     return ranks

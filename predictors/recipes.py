@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 
 from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.core.torch_files import save_torch
 from sparsecast.predictors.baselines.label_clipping import ClippedStore
 from sparsecast.predictors.baselines.public_recipe import PublicRecipeModule
 from sparsecast.predictors.baselines.svd import svd_predictors
@@ -28,7 +30,7 @@ from sparsecast.predictors.calibration.calibrate import (
 from sparsecast.predictors.calibration.operating_point import calibrate_layers
 from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.recorded_model import load_recorded
-from sparsecast.predictors.training.layer_parallel import gather_layers
+from sparsecast.predictors.training.layer_parallel import from_state, gather_layers, state_of
 from sparsecast.predictors.training.lightning_module import PredictorModule, TrainedWeights
 from sparsecast.predictors.training.plan import TrainingPlan
 from sparsecast.predictors.training.source import RecordedSource, Source
@@ -40,6 +42,13 @@ Recipe = Callable[[TrainingPlan, Source], list[Calibrated] | None]
 
 def default(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
     """Start from reduced-rank regression, train for the stored format, calibrate."""
+    own = _trained_experts(plan, source) if plan.shape.experts else _trained(plan, source)
+    predictors = gather_layers(plan, own | select_all(plan))
+    return None if predictors is None else _calibrate(plan, source.store, predictors)
+
+
+def _trained(plan: TrainingPlan, source: Source) -> dict[int, UncalibratedPredictor | Predictor]:
+    """Train `plan.own_layers` side by side."""
     free_units = [plan.free_units[layer] for layer in plan.own_layers]
     module = PredictorModule(
         initial_weights(plan, source, free_units),
@@ -48,12 +57,32 @@ def default(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
         schedule=plan.schedule,
     )
     fit(plan, source, module)
-    own = {
+    return {
         layer: uncalibrated(weights, plan.dtype, source.store, layer, plan.device)
         for layer, weights in zip(plan.own_layers, module.best_weights(free_units), strict=True)
     }
-    predictors = gather_layers(plan, own)
-    return None if predictors is None else _calibrate(plan, source.store, predictors)
+
+
+def _trained_experts(
+    plan: TrainingPlan, source: Source
+) -> dict[int, UncalibratedPredictor | Predictor]:
+    """Train the experts of one layer after the other; an interrupted run keeps finished layers."""
+    own: dict[int, UncalibratedPredictor | Predictor] = {}
+    for part in plan.groups():
+        if not part.trained.is_file():
+            done = _trained(part, source)
+            save_torch({ffn: state_of(one) for ffn, one in done.items()}, part.trained)
+            part.checkpoint.unlink(missing_ok=True)
+        states = torch.load(part.trained, weights_only=True)
+        own |= {ffn: from_state(state) for ffn, state in states.items()}
+    return own
+
+
+def select_all(plan: TrainingPlan) -> dict[int, UncalibratedPredictor | Predictor]:
+    """Predictors of the experts with too few rows: all logits are 0, so every neuron is active."""
+    hidden_size, width = plan.shape.hidden_size, plan.shape.ffn_width
+    nothing = Predictor(torch.zeros(BLOCK, hidden_size), torch.zeros(width, BLOCK), plan.dtype)
+    return {ffn: nothing.stored() for ffn in plan.untrained}
 
 
 def public_recipe(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
@@ -85,8 +114,10 @@ def svd(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
     if not plan.context.leads:
         return None
     assert plan.model is not None
-    predictors = svd_predictors(plan.model, source.store, plan.dtype, plan.ranks, plan.device)
-    return _calibrate(plan, source.store, predictors)
+    ranks = {layer: plan.ranks[layer] for layer in plan.own_layers}
+    own = svd_predictors(plan.model, source.store, plan.dtype, ranks, plan.device)
+    every = own | select_all(plan)
+    return _calibrate(plan, source.store, [every[layer] for layer in sorted(every)])
 
 
 RECIPES: dict[str, Recipe] = {
@@ -120,6 +151,8 @@ def uncalibrated(
 
 
 def _calibrate(
-    plan: TrainingPlan, store: ActivationStore, predictors: list[UncalibratedPredictor]
+    plan: TrainingPlan,
+    store: ActivationStore,
+    predictors: list[UncalibratedPredictor | Predictor],
 ) -> list[Calibrated]:
     return calibrate_layers(plan.objective, predictors, store, plan.device, plan.model)

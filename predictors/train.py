@@ -17,11 +17,12 @@ from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.distributed import DistributedContext, distributed_context
 from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.messages import log
+from sparsecast.core.models.ffns import ffn_name
 from sparsecast.predictors.calibration.calibrate import Calibrated
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors, sizes_on_disk
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.manifest import PredictorManifest
-from sparsecast.predictors.metrics import Counts
+from sparsecast.predictors.metrics import Counts, sums_of_layers
 from sparsecast.predictors.planning import (
     TrainingRequest,
     check_before_recording,
@@ -106,8 +107,9 @@ def _save(plan: TrainingPlan, store: ActivationStore, calibrated: list[Calibrate
     predictors.save(plan.out)
     finish_logs(plan.work, plan.out)
     counts = [layer.counts for layer in calibrated]
-    recall = sum(c.recall for c in counts) / len(counts)
-    sparsity = sum(c.predicted_sparsity for c in counts) / len(counts)
+    of_layers = sums_of_layers(counts, predictors.experts)
+    recall = sum(c.recall for c in of_layers) / len(of_layers)
+    sparsity = sum(c.predicted_sparsity for c in of_layers) / len(of_layers)
     log.info(
         f"{plan.out}: {len(counts)} predictors, {sizes_on_disk(predictors.nbytes, plan.out)}; on "
         f"the calibration split recall {recall:.2%} at predicted sparsity {sparsity:.2%}"
@@ -131,6 +133,7 @@ def _manifest(
         dtypes=[layer.predictor.dtype for layer in calibrated],
         ranks=[layer.predictor.rank for layer in calibrated],
         calibration=[_scores(layer.counts) for layer in calibrated],
+        experts=recorded.experts,
         recipe=dict(plan.options),
     )
 
@@ -149,14 +152,14 @@ def _warn_if_missed(plan: TrainingPlan, counts: list[Counts]) -> None:
     scores = {"target_recall": "recall", "target_sparsity": "predicted_sparsity"}
     for option, name in scores.items():
         target = plan.options[option]
-        reached = [getattr(c, name) for c in counts]
-        if target is None or all(abs(value - target) <= MISSED for value in reached):
+        reached = {i: getattr(c, name) for i, c in enumerate(counts) if i not in plan.untrained}
+        if target is None or all(abs(value - target) <= MISSED for value in reached.values()):
             continue
-        layer = max(range(len(reached)), key=lambda i: abs(reached[i] - target))
+        layer = max(reached, key=lambda i: abs(reached[i] - target))
         log.warning(
-            f"layer {layer}: calibration reached a {name.replace('_', ' ')} of "
-            f"{reached[layer]:.4f}, expected {target}; train with a larger --rank, more --epochs "
-            "or more tokens"
+            f"{ffn_name(layer, plan.shape.experts)}: calibration reached a "
+            f"{name.replace('_', ' ')} of {reached[layer]:.4f}, expected {target}; train with a "
+            "larger --rank, more --epochs or more tokens"
         )
 
 
@@ -180,5 +183,5 @@ def _finished(request: TrainingRequest) -> PredictorSet:
         )
     check_unchanged(out, "finished predictors", changed, finished=True)
     unread = "" if request.store is not None else "; the corpus was not read again"
-    log.info(f"{out}: already trained, {len(predictors.layers)} layers{unread}")
+    log.info(f"{out}: already trained, {len(predictors.layers)} predictors{unread}")
     return predictors

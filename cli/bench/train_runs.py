@@ -155,7 +155,8 @@ def _endless(batches: Iterable[T]) -> Iterator[T]:
 
 
 def _to(batch: LayersBatch, device: torch.device) -> LayersBatch:
-    return LayersBatch(*(part.to(device, non_blocking=True) for part in batch))
+    x_LBD, mask_LBP = (part.to(device, non_blocking=True) for part in batch[:2])
+    return LayersBatch(x_LBD, mask_LBP)
 
 
 def _precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -53,7 +53,7 @@ def sign_rules(
         InputError: See `load_model`.
     """
     loaded = load_recorded(model, store, "cpu")
-    for layer in store.manifest.layers:
+    for layer in store.manifest.ffns:
         sign_FD = gate_of(loaded, layer)[0].sign()
         recall = _recall(predictors.layers[layer], predictors.threshold, store, layer)
         yield partial(_apply, sign_FD, calibrated_threshold(sign_FD, store, layer, recall))

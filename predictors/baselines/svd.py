@@ -23,16 +23,22 @@ from transformers import PreTrainedModel
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.models.bitnet import effective_weight
+from sparsecast.core.models.experts import expert_matrices
 from sparsecast.core.models.families import family_of
+from sparsecast.core.models.ffns import place_of
+from sparsecast.core.models.shape import model_shape
 from sparsecast.predictors.calibration.bias import BiasUnits, UncalibratedPredictor, bias_units
 from sparsecast.predictors.recorded_model import load_recorded
 from sparsecast.predictors.training.warm_start import BIAS_SCALE, RIDGE, Moments, moments
 
 
 def svd_predictors(
-    model: str, store: ActivationStore, dtype: str, ranks: list[int], device: torch.device
-) -> list[UncalibratedPredictor]:
+    model: str, store: ActivationStore, dtype: str, ranks: dict[int, int], device: torch.device
+) -> dict[int, UncalibratedPredictor]:
     """Compress the gate of every layer, before calibration.
+
+    Args:
+        ranks: Number of an FFN to the rank of its predictor; see core/models/ffns.py.
 
     Memory: the model, and one layer's (D, D) and (F, D) matrices in float32.
 
@@ -40,8 +46,8 @@ def svd_predictors(
         InputError: See `load_model`.
     """
     loaded = load_recorded(model, store, device)
-    return [
-        whitened(
+    return {
+        layer: whitened(
             moments(store, layer, device),
             *gate_of(loaded, layer),
             store.manifest.activation_threshold,
@@ -49,8 +55,8 @@ def svd_predictors(
             rank - bias_units(dtype),
             dtype,
         )
-        for layer, rank in zip(store.manifest.layers, ranks, strict=True)
-    ]
+        for layer, rank in ranks.items()
+    }
 
 
 def gate_of(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
@@ -58,12 +64,21 @@ def gate_of(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
 
     For a LayerNorm, the weights subtract the mean of x, and its variance is approximated by the
     mean square: scores come out slightly small if the mean is not zero.
+
+    Args:
+        layer: The number of an FFN, see core/models/ffns.py.
     """
     family = family_of(model.config, str(model.config.name_or_path))
+    layer, expert = place_of(layer, model_shape(model).experts)
     block = family.decoder_layers(model)[layer]
     norm: Any = family.norm(block)
-    first: Any = block.get_submodule(family.gate or family.up)
-    weight_FD = effective_weight(first).float()
+    if expert is not None and family.experts is not None:
+        experts = block.get_submodule(family.experts)
+        first: Any = None
+        weight_FD = expert_matrices(experts, expert).gate_FD.detach().float()
+    else:
+        first = block.get_submodule(family.gate or family.up)
+        weight_FD = effective_weight(first).float()
     constant_F = torch.zeros(len(weight_FD), device=weight_FD.device)
     if (bias := getattr(norm, "bias", None)) is not None:
         constant_F += weight_FD @ bias.detach().float()

@@ -10,7 +10,8 @@ documents with the predictors in the loop; the share of misses is bisected on a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,11 +32,13 @@ from sparsecast.predictors.calibration.calibrate import (
     for_recall,
     for_sparsity,
     score_calibration,
+    without_calibration,
 )
 from sparsecast.predictors.calibration.objective import Objective
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.formats import share_of_ffn
 from sparsecast.predictors.model_in_loop import predictors_in_loop
+from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.recorded_model import load_recorded
 
 MOST_MISSES, FEWEST_MISSES = 0.3, 1e-4
@@ -48,7 +51,7 @@ BATCH = 8
 
 def calibrate_layers(
     objective: Objective,
-    predictors: list[UncalibratedPredictor],
+    predictors: list[UncalibratedPredictor | Predictor],
     store: ActivationStore,
     device: torch.device,
     model: str | None,
@@ -56,6 +59,8 @@ def calibrate_layers(
     """Choose the operating point of every layer.
 
     Args:
+        predictors: Uncalibrated, but for those of experts with too few rows, which stay as they
+            are; a perplexity or traffic objective takes no such.
         model: The recorded model, for a perplexity objective.
 
     Memory: the predictors once more, as exported; for a perplexity objective also the model.
@@ -63,12 +68,13 @@ def calibrate_layers(
     Raises:
         InputError: The objective cannot be met; says how close it came, and what would meet it.
     """
+    free = cast(list[UncalibratedPredictor], predictors)
     if objective.perplexity is not None:
         assert model is not None
         loaded = load_recorded(model, store, device)
-        return _meet_perplexity(objective.perplexity, predictors, store, device, loaded)
+        return _meet_perplexity(objective.perplexity, free, store, device, loaded)
     if objective.traffic is not None:
-        thresholds = _meet_traffic(objective.traffic, predictors, store, device)
+        thresholds = _meet_traffic(objective.traffic, free, store, device)
     elif objective.sparsity is not None:
         thresholds = [for_sparsity(objective.sparsity)] * len(predictors)
     else:
@@ -77,7 +83,7 @@ def calibrate_layers(
 
 
 def _calibrate_each(
-    predictors: list[UncalibratedPredictor],
+    predictors: Collection[UncalibratedPredictor | Predictor],
     thresholds: list[Threshold],
     store: ActivationStore,
     device: torch.device,
@@ -85,7 +91,10 @@ def _calibrate_each(
     done = []
     with progress_bar("calibrate", len(predictors)) as progress:
         for layer, (predictor, threshold) in enumerate(zip(predictors, thresholds, strict=True)):
-            done.append(calibrate_layer(predictor, store, layer, threshold, device))
+            if isinstance(predictor, Predictor):
+                done.append(without_calibration(predictor, store, layer, device))
+            else:
+                done.append(calibrate_layer(predictor, store, layer, threshold, device))
             progress.advance()
     return done
 

@@ -22,8 +22,10 @@ def summarize(
     scores: list[LayerScore], predictors: PredictorSet, store: ActivationStore
 ) -> dict[str, Any]:
     """The scores of one predictor folder, per layer and on average."""
+    experts = [row for score in scores for row in score.experts]
     return {
         "layers": [score.values for score in scores],
+        **({"experts": experts} if experts else {}),
         "mean": means(scores),
         "tokens": store.manifest.tokens(SPLIT),
         "predictor_bytes": predictors.nbytes,
@@ -56,7 +58,7 @@ def sign_entry(scores: list[LayerScore], store: ActivationStore) -> dict[str, An
         "rank": None,
         "dtype": "1 bit",
         "train_tokens": None,
-        "predictor_bytes": len(scores) * sign_nbytes(store),
+        "predictor_bytes": len(store.manifest.ffns) * sign_nbytes(store),
         "mean": means(scores),
     }
 

@@ -125,7 +125,7 @@ def _resolve(cfg: ReportConfig) -> ReportPlan:
             assert cfg.model is not None
             check_recorded(cfg.model, store)
         else:
-            _load_matching(item, store, layers=len(predictors.layers))
+            _load_matching(item, store, layers=predictors.layer_count)
     return ReportPlan(
         out=cfg.out,
         json=cfg.json,
@@ -149,7 +149,7 @@ def _load_matching(path: Path, store: ActivationStore, layers: int | None = None
     check_model(
         predictors,
         str(path),
-        replace(recorded.model_shape, layers=layers or len(predictors.layers)),
+        replace(recorded.model_shape, layers=layers or predictors.layer_count),
         fingerprint=recorded.fingerprint,
         model=f"{store.folder} ({recorded.model})",
     )

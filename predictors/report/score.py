@@ -1,27 +1,35 @@
 """Score predictors on the held-out split, as stored and with the engine's rounding.
 
+In a mixture of experts a token counts once for each expert that it was routed to. Counts are summed
+over a layer's experts and divided once, so a busy expert weighs more; averages over layers are
+plain means. Traffic is that of a token's experts: their predictors and neurons relative to their
+dense FFNs. Other thresholds, and the area under curves, pool the scores of a layer's experts, each
+in units of its own predictor's scale.
+
 Shape letters: T tokens, D hidden, F FFN width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsecast.collect.store.store import ActivationStore
+from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.core.errors import InputError
+from sparsecast.core.models.ffns import ffn_numbers
 from sparsecast.core.progress import progress_bar
 from sparsecast.predictors.baselines.sparseinfer import sign_nbytes, sign_rules
 from sparsecast.predictors.checkpoint import PredictorSet
-from sparsecast.predictors.layer_data import layer_batches, layer_energies
+from sparsecast.predictors.layer_data import layer_batches, layer_energies, layer_positions
 from sparsecast.predictors.metrics import (
     Counts,
     ScoreHistogram,
     TokenRecalls,
+    Traffic,
     count,
     traffic_beside,
 )
@@ -29,6 +37,18 @@ from sparsecast.predictors.predictor import Predictor, rms
 
 SPLIT = "held-out"
 BATCH = 1024
+SCORES = (
+    "recall",
+    "recall_p5",
+    "recall_first_token",
+    "predicted_sparsity",
+    "true_sparsity",
+    "precision",
+    "energy_recall",
+    "roc_auc",
+    "average_precision",
+)
+"""Scores beside the traffics, as keys of report.json."""
 
 Rule = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps raw inputs (T, D) to the predicted neurons (T, F) and to scores (T, F) that rank them."""
@@ -41,43 +61,72 @@ class LayerScore:
     values: dict[str, Any]
     curve: list[tuple[float, float]]
     """(recall, predicted sparsity) as the threshold rises."""
+    experts: list[dict[str, Any]]
+    """The scores of each expert, in a mixture of experts."""
+
+
+class RatedRule(NamedTuple):
+    """A rule, the rank to report for it, and the bytes that it reads per token."""
+
+    rule: Rule
+    rank: int | None
+    nbytes: int
 
 
 def score_layers(predictors: PredictorSet, store: ActivationStore, where: str) -> list[LayerScore]:
-    """Score every recorded layer.
+    """Score every recorded layer; in a mixture of experts each layer's experts, and their sums.
 
     Memory: `BATCH` tokens of one layer, and one layer's `ScoreHistogram` and `TokenRecalls`,
-    for any number of tokens.
+    for any number of tokens; of a mixture, one expert's as well.
 
     Raises:
         InputError: The store has a layer that `predictors` lack.
     """
-    layers = store.manifest.layers
-    if max(layers) >= len(predictors.layers):
+    layers, experts = store.manifest.layers, store.manifest.experts
+    if max(store.manifest.ffns) >= len(predictors.layers):
         raise InputError(
-            f"{where}: has predictors for {len(predictors.layers)} layers, but the activations "
-            f"include layer {max(layers)}; give the predictors of this model"
+            f"{where}: has predictors for {len(predictors.layers) // max(1, experts)} layers, but "
+            f"the activations include layer {max(layers)}; give the predictors of this model"
         )
-    scores = []
-    with progress_bar("report", len(layers)) as progress:
-        for layer in layers:
-            predictor = predictors.layers[layer]
-            rule = _rule(predictor, predictors.threshold)
+
+    def rule_of(ffn: int) -> RatedRule:
+        predictor = predictors.layers[ffn]
+        rule = _rule(predictor, predictors.threshold)
+        return RatedRule(rule, predictor.rank, predictor.nbytes)
+
+    return _score_each(rule_of, store, "report")
+
+
+def _score_each(
+    rule_of: Callable[[int], RatedRule], store: ActivationStore, title: str
+) -> list[LayerScore]:
+    """Score every layer by the rules of its FFNs, asked for in order."""
+    scores, manifest = [], store.manifest
+    with progress_bar(title, len(manifest.ffns)) as progress:
+        for layer in manifest.layers:
+            total, experts = None, []
+            for ffn in ffn_numbers([layer], manifest.experts):
+                own = add_up(rule_of(ffn), store, ffn)
+                experts.append({"tokens": own.rows, **_values(own, manifest)})
+                total = own if total is None else total.plus(own)
+                progress.advance()
+            assert total is not None
+            rows = [{"layer": layer, "expert": e, **row} for e, row in enumerate(experts)]
             scores.append(
-                score_layer(rule, store, layer, rank=predictor.rank, nbytes=predictor.nbytes)
+                LayerScore(
+                    {"layer": layer, **_values(total, manifest)},
+                    total.histogram.curve(),
+                    rows if manifest.experts else [],
+                )
             )
-            progress.advance()
     return scores
 
 
 def score_sign(model: str, predictors: PredictorSet, store: ActivationStore) -> list[LayerScore]:
     """Score SparseInfer's rule on every recorded layer; see `sign_rules`."""
-    layers, scores = store.manifest.layers, []
-    with progress_bar("sign", len(layers)) as progress:
-        for layer, rule in zip(layers, sign_rules(model, predictors, store), strict=True):
-            scores.append(score_layer(rule, store, layer, rank=None, nbytes=sign_nbytes(store)))
-            progress.advance()
-    return scores
+    rules = sign_rules(model, predictors, store)
+    nbytes = sign_nbytes(store)
+    return _score_each(lambda _: RatedRule(next(rules), None, nbytes), store, "sign")
 
 
 def means(scores: Sequence[LayerScore]) -> dict[str, float | None]:
@@ -107,27 +156,55 @@ def _rule(predictor: Predictor, threshold: float) -> Rule:
     return rule
 
 
-def score_layer(
-    rule: Rule, store: ActivationStore, layer: int, *, rank: int | None, nbytes: int
-) -> LayerScore:
-    """Score one layer's rule.
+@dataclass
+class Sums:
+    """What is counted of one FFN, or of all experts of a layer."""
 
-    Args:
-        rank: Rank to report.
-        nbytes: Bytes that the rule reads per token.
-    """
-    manifest = store.manifest
+    counts: Counts
+    first: Counts
+    """Of the first tokens of documents."""
+    tokens: TokenRecalls
+    histogram: ScoreHistogram
+    hit: float
+    """Energy of the entries that are predicted, and of all."""
+    energy: float
+    ranks: list[int | None]
+    nbytes: int
+    """Bytes that the rules read, over all rows."""
+    rows: int
+
+    def plus(self, other: Sums) -> Sums:
+        """Add other tokens, in place where that is large."""
+        self.tokens.tokens += other.tokens.tokens
+        self.histogram.active += other.histogram.active
+        self.histogram.inactive += other.histogram.inactive
+        return Sums(
+            self.counts.plus(other.counts),
+            self.first.plus(other.first),
+            self.tokens,
+            self.histogram,
+            self.hit + other.hit,
+            self.energy + other.energy,
+            self.ranks + other.ranks,
+            self.nbytes + other.nbytes,
+            self.rows + other.rows,
+        )
+
+
+def add_up(rated: RatedRule, store: ActivationStore, ffn: int) -> Sums:
+    """Count one FFN's rule over the held-out split."""
     histogram, tokens = ScoreHistogram(), TokenRecalls()
     counts = first = Counts(0, 0, 0, 0)
     hit = energy = 0.0
+    rows = 0
     runs = zip(
-        layer_batches(store, SPLIT, layer, BATCH),
-        layer_energies(store, SPLIT, layer, BATCH),
-        _positions(store),
+        layer_batches(store, SPLIT, ffn, BATCH),
+        layer_energies(store, SPLIT, ffn, BATCH),
+        layer_positions(store, SPLIT, ffn, BATCH),
         strict=True,
     )
     for (x_TD, active_TF), energy_TF, position_T in runs:
-        predicted_TF, score_TF = rule(x_TD)
+        predicted_TF, score_TF = rated.rule(x_TD)
         counts = counts.plus(count(predicted_TF, active_TF))
         tokens.add(predicted_TF, active_TF)
         first_T = position_T == 0
@@ -136,38 +213,41 @@ def score_layer(
             hit += (energy_TF * predicted_TF).sum(dtype=torch.float64).item()
             energy += energy_TF.sum(dtype=torch.float64).item()
         histogram.add(score_TF, active_TF)
-    values = {
-        "layer": layer,
-        "rank": rank,
+        rows += len(x_TD)
+    nbytes = rated.nbytes * rows
+    return Sums(counts, first, tokens, histogram, hit, energy, [rated.rank], nbytes, rows)
+
+
+def _values(sums: Sums, manifest: Manifest) -> dict[str, Any]:
+    """Scores under the keys of report.json; all but the rank None without a row."""
+    counts, ranks = sums.counts, [rank for rank in sums.ranks if rank is not None]
+    rank = sum(ranks) / len(ranks) if ranks else None
+    values: dict[str, Any] = {"rank": int(rank) if rank is not None and rank % 1 == 0 else rank}
+    if not sums.rows:
+        return values | dict.fromkeys(SCORES + Traffic._fields)
+    ffn = manifest.ffn_matrices * manifest.hidden_size * manifest.ffn_width * 2
+    energy_recall = sums.hit / sums.energy if sums.energy else 1.0
+    return values | {
         "recall": counts.recall,
-        "recall_p5": tokens.percentile(5),
-        "recall_first_token": first.recall if first.total else None,
+        "recall_p5": sums.tokens.percentile(5),
+        "recall_first_token": sums.first.recall if sums.first.total else None,
         "predicted_sparsity": counts.predicted_sparsity,
         "true_sparsity": counts.true_sparsity,
         "precision": counts.precision,
-        "energy_recall": (hit / energy if energy else 1.0) if manifest.energy else None,
-        "roc_auc": histogram.roc_auc(),
-        "average_precision": histogram.average_precision(),
+        "energy_recall": energy_recall if manifest.energy else None,
+        "roc_auc": sums.histogram.roc_auc(),
+        "average_precision": sums.histogram.average_precision(),
         **traffic_beside(
-            nbytes / (manifest.ffn_matrices * manifest.hidden_size * manifest.ffn_width * 2),
+            sums.nbytes / sums.rows / ffn,
             matrices=manifest.ffn_matrices,
             recall=counts.recall,
             predicted_sparsity=counts.predicted_sparsity,
             true_sparsity=counts.true_sparsity,
         )._asdict(),
     }
-    return LayerScore(values, histogram.curve())
 
 
 def _size(predictor: Predictor) -> float:
     """Scale of a predictor's logits; dividing by it keeps them within a histogram's octaves."""
     fc1, fc2 = (float(weight.double().norm()) for weight in predictor.weights)
     return fc1 * fc2 or 1.0
-
-
-def _positions(store: ActivationStore) -> Iterator[Tensor]:
-    """Position in its document of each token (T,), for each batch of `layer_batches`."""
-    for shard in range(len(store.shards(SPLIT))):
-        _, position_T = store.tokens(SPLIT, shard)
-        for start in range(0, len(position_T), BATCH):
-            yield position_T[start : start + BATCH]

@@ -27,12 +27,14 @@ READERS = 8
 
 
 class LayersBatch(NamedTuple):
-    """The same B tokens in every layer."""
+    """The same B tokens in every layer; B rows of every expert."""
 
     x_LBD: Tensor
     """Raw predictor inputs, f16 or bf16."""
     mask_LBP: Tensor
     """uint8, packed; see core/bitmask.py."""
+    rows: tuple[int, ...] | None = None
+    """How many of the B rows each expert has, if not all; zeros follow them."""
 
 
 class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):

@@ -24,7 +24,7 @@ from sparsecast.predictors.training.plan import TrainingPlan
 
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (BiasUnits, SpreadBias, Predictor)}
 
-Trained = TypeVar("Trained", UncalibratedPredictor, Predictor)
+Trained = TypeVar("Trained", UncalibratedPredictor, Predictor, UncalibratedPredictor | Predictor)
 
 
 def layers_of_process(
@@ -58,8 +58,7 @@ def gather_layers(plan: TrainingPlan, own: dict[int, Trained]) -> list[Trained] 
     if plan.data_parallel or context.size == 1:
         return [own[layer] for layer in layers] if context.leads else None
     for layer, trained in own.items():
-        state = {field.name: getattr(trained, field.name) for field in fields(trained)}
-        save_torch({"kind": type(trained).__name__, **state}, _file(work, layer))
+        save_torch(state_of(trained), _file(work, layer))
     context.wait()
     if not context.leads:
         return None
@@ -69,7 +68,18 @@ def gather_layers(plan: TrainingPlan, own: dict[int, Trained]) -> list[Trained] 
             "that all machines share"
         )
     states = [torch.load(_file(work, layer), weights_only=True) for layer in layers]
-    return [KINDS[state.pop("kind")](**state) for state in states]
+    return [from_state(state) for state in states]
+
+
+def state_of(trained: UncalibratedPredictor | Predictor) -> dict[str, Any]:
+    """Return what a file holds of a trained predictor."""
+    state = {field.name: getattr(trained, field.name) for field in fields(trained)}
+    return {"kind": type(trained).__name__, **state}
+
+
+def from_state(state: dict[str, Any]) -> Any:
+    """Return the trained predictor of a state."""
+    return KINDS[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
 
 
 def _file(work: Path, layer: int) -> Path:

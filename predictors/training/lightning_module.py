@@ -117,7 +117,8 @@ class PredictorModule(L.LightningModule):
         fired_LBF = unpack(batch.mask_LBP, logits_LBF.shape[-1])
         ratio = logits_LBF.float() / bias_LB1.float().clamp_min(1e-6)
         for layer, histogram in enumerate(self._histograms):
-            histogram.add(ratio[layer], fired_LBF[layer])
+            rows = slice(None if batch.rows is None else batch.rows[layer])
+            histogram.add(ratio[layer, rows], fired_LBF[layer, rows])
 
     def on_validation_epoch_end(self) -> None:
         scores = [self.objective.epoch_score(histogram) for histogram in self._histograms]

@@ -3,6 +3,9 @@
 checkpoint   weights, best weights and two AdamW moments, all float32: 16 bytes a weight
 disk         two checkpoints while one replaces the other; at the end one, and the predictors
 memory       20 bytes a weight, gradients included; rounding to a quantized format takes 8 more
+
+In a mixture of experts the weights of checkpoints and memory are those of one layer's experts; what
+is trained of the other layers waits on the disk, 4 bytes a weight.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ def disk_bytes(plan: TrainingPlan) -> int:
     if plan.recipe == "svd":
         return predictors
     layers = range(len(plan.ranks))
+    if plan.shape.experts:
+        trained = sum(_trained_weights(plan, part.own_layers) for part in plan.groups())
+        return 2 * CHECKPOINT_BYTES * _largest_group(plan) + 4 * trained + predictors
     weights = _trained_weights(plan, layers)
     checkpoint = CHECKPOINT_BYTES * weights
     handed_over = 4 * weights if len(plan.own_layers) < len(layers) else 0
@@ -56,18 +62,27 @@ def _memory_bytes(plan: TrainingPlan) -> int:
     """Memory of this process: weights, the matrices of the warm start and four batches."""
     d, f = plan.shape.hidden_size, plan.shape.ffn_width
     per_weight = MEMORY_BYTES + (0 if plan.dtype == "f16" else ROUNDING_BYTES)
-    weights = per_weight * _trained_weights(plan, plan.own_layers)
+    together = plan.own_layers
+    if plan.shape.experts:
+        together = max((part.own_layers for part in plan.groups()), key=len, default=[])
+    weights = per_weight * _trained_weights(plan, together)
     matrices = 4 * d * (d + f)
-    batches = 4 * plan.schedule.batch_tokens * len(plan.own_layers) * (2 * d + f // 8)
+    batches = 4 * plan.schedule.batch_tokens * len(together) * (2 * d + f // 8)
     return weights + matrices + batches
 
 
 def _trained_weights(plan: TrainingPlan, layers: Sequence[int]) -> int:
     """Weights of layers that are trained together, each padded to the largest rank among them."""
     d, f = plan.shape.hidden_size, plan.shape.ffn_width
-    units = max(plan.free_units[layer] for layer in layers)
+    units = max((plan.free_units[layer] for layer in layers), default=0)
     offsets = 0 if plan.dtype == "f16" else f
     return len(layers) * (units * (d + f) + offsets)
+
+
+def _largest_group(plan: TrainingPlan) -> int:
+    """Weights of the layer with the most experts to train."""
+    groups = (_trained_weights(plan, part.own_layers) for part in plan.groups())
+    return max(groups, default=0)
 
 
 def _predictor_bytes(plan: TrainingPlan) -> int:

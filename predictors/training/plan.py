@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,16 @@ class TrainingPlan:
     """The recorded model, for recipes and objectives that need it."""
     clip_labels: float | None
     own_layers: list[int]
-    """Layers that this process trains."""
+    """Layers that this process trains; in a mixture of experts the numbers of their FFNs, without
+    experts that have too few rows."""
     device: torch.device
     context: DistributedContext
     data_parallel: bool
     """Whether processes share batches rather than layers."""
     options: Mapping[str, Any]
     """The options as manifest.json records them under `recipe`."""
+    group: int | None = None
+    """The layer whose experts are trained together; None trains `own_layers` at once."""
 
     @property
     def work(self) -> Path:
@@ -58,8 +61,28 @@ class TrainingPlan:
     @property
     def checkpoint(self) -> Path:
         """File of this process's last finished epoch."""
+        if self.group is not None:
+            return self.work / f"last-layer-{self.group}.ckpt"
         split = self.context.size > 1 and not self.data_parallel
         return self.work / (f"last-{self.context.rank}.ckpt" if split else "last.ckpt")
+
+    @property
+    def trained(self) -> Path:
+        """File of the trained experts of `group`, once they are."""
+        return self.work / f"last-trained-{self.group}.ckpt"
+
+    @property
+    def untrained(self) -> list[int]:
+        """Experts with too few rows, whose predictors select every neuron."""
+        own = set(self.own_layers)
+        return [f for f in range(len(self.ranks)) if f not in own] if self.shape.experts else []
+
+    def groups(self) -> Iterator[TrainingPlan]:
+        """Plans of a mixture's layers, without those that have nothing to train."""
+        for layer in range(self.shape.layers):
+            own = [ffn for ffn in self.own_layers if ffn // self.shape.experts == layer]
+            if own:
+                yield replace(self, own_layers=own, group=layer)
 
     @property
     def resume_options(self) -> dict[str, Any]:

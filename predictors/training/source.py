@@ -13,6 +13,7 @@ import torch
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.predictors.training.data import LayersBatch, TokenBlocks
+from sparsecast.predictors.training.expert_data import ExpertBatches
 from sparsecast.predictors.training.plan import TrainingPlan
 from sparsecast.predictors.training.warm_start import Moments, moments
 
@@ -26,6 +27,14 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[LayersBatch]: ...
+
+
+def calibration_batches(store: ActivationStore, plan: TrainingPlan) -> Any:
+    """Every row of the calibration split in order, of `plan.own_layers`."""
+    size, on_gpu = plan.schedule.batch_tokens, plan.device.type == "cuda"
+    if plan.shape.experts:
+        return ExpertBatches(store, "calibration", size, ffns=plan.own_layers, for_gpu=on_gpu)
+    return TokenBlocks(store, "calibration", size, layers=plan.own_layers, for_gpu=on_gpu)
 
 
 class Source(Protocol):
@@ -52,6 +61,15 @@ class RecordedSource:
     store: ActivationStore
 
     def batches(self, plan: TrainingPlan) -> Any:
+        if plan.shape.experts:
+            return ExpertBatches(
+                self.store,
+                "train",
+                plan.schedule.batch_tokens,
+                plan.schedule.seed,
+                ffns=plan.own_layers,
+                for_gpu=plan.device.type == "cuda",
+            )
         return TokenBlocks(
             self.store,
             "train",

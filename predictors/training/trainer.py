@@ -38,15 +38,14 @@ from sparsecast.core.lightning import (
     quiet_lightning,
 )
 from sparsecast.core.messages import log
-from sparsecast.predictors.training.data import TokenBlocks
 from sparsecast.predictors.training.plan import TrainingPlan, work_folder
-from sparsecast.predictors.training.source import Batches, Source
+from sparsecast.predictors.training.source import Batches, Source, calibration_batches
 
 RECIPE = "recipe.json"
 """Options of an unfinished run."""
 LOGS = "logs"
 LAST = "last*.ckpt"
-"""Checkpoints of all processes."""
+"""Checkpoints of all processes, and layers of experts whose training is done."""
 
 
 class _Epochs(Callback):
@@ -83,13 +82,7 @@ def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
     last = plan.checkpoint
     resume = last if last.is_file() else None
     train_data: Any = source.batches(plan)
-    calibration_data = TokenBlocks(
-        source.store,
-        "calibration",
-        plan.schedule.batch_tokens,
-        layers=plan.own_layers,
-        for_gpu=plan.device.type == "cuda",
-    )
+    calibration_data = calibration_batches(source.store, plan)
     callbacks: list[Callback] = [_Epochs(train_data, last)]
     handler = signal.getsignal(signal.SIGINT)
     try:

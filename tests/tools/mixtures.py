@@ -2,7 +2,8 @@
 
 The forward pass reads a file's tensors in float64 and nothing of ours or of transformers' modules.
 
-Shape letters: T tokens, D hidden, H heads, C head size, E experts, k experts per token, F FFN width.
+Shape letters: T tokens, D hidden, H heads, C head size, E experts, k experts per token, F FFN
+width.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from sparsecast.core.bitmask import unpack
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
-from tests.tools.mixtures import E, F, K, LAYERS, NAMES, forward, write_mixture
+from tests.tools.mixtures import LAYERS, NAMES, E, F, K, forward, write_mixture
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,7 @@ def assert_recorded(store, layer, start, stop, want):
         here = (token_T >= start) & (token_T < stop)
         own_T, slot_T = (want.chosen_Tk == expert).nonzero(as_tuple=True)
         assert torch.equal(token_T[here] - start, own_T)
-        torch.testing.assert_close(
-            rows.x_TD[here].double(), want.x_TD[own_T], rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(rows.x_TD[here].double(), want.x_TD[own_T], rtol=1e-4, atol=1e-4)
         different = unpack(rows.mask_TP[here], F) != fired_TkF[own_T, slot_T]
         assert want.edge_TkF[own_T, slot_T][different].abs().sum() < 1e-4
         assert different.float().mean() < 1e-3
