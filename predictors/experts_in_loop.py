@@ -45,7 +45,7 @@ def expert_predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) 
             seen: list[Tensor] = seen,
             own: list[Any] = own,
         ) -> Tensor:
-            logits_TF = own[expert].logits(seen[0][token_T])
+            logits_TF: Tensor = own[expert].logits(seen[0][token_T])
             return x1_TF * (logits_TF >= predictors.threshold)
 
         handles.append(family.norm(block).register_forward_pre_hook(on_norm))

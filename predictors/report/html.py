@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from sparsecast.predictors.report.score import times_oracle
-from sparsecast.predictors.report.wording import TERMS, perplexity_sentence
+from sparsecast.predictors.report.wording import MIXTURE, TERMS, perplexity_sentence
 
 Rows = Sequence[Sequence[str]]
 
@@ -60,7 +60,7 @@ the weights as exported, on {tokens} held-out tokens of {corpus}.</p>
 <figure>{recall}<figcaption>Recall, and the share of neurons that is skipped and could be
 skipped.</figcaption></figure>
 <div class="scroll">{table}</div>
-<h2>Other thresholds</h2>
+{experts}<h2>Other thresholds</h2>
 <figure>{curves}<figcaption>One curve per layer. The ringed dot is the calibrated operating point;
 any other point of the curve can be a target of <code>sparsecast train</code>.</figcaption></figure>
 <h2>Bytes that decoding reads</h2>
@@ -87,6 +87,10 @@ SIDE = """<h2>Side by side</h2>
 <p class="soft">Means over layers, on the same held-out tokens; the predictors of this report come
 first. The exact path's traffic is {exact:.3f}, the oracle's {oracle:.3f}.</p>
 """
+EXPERTS = """<h2>Expert by expert</h2>
+<p class="soft">{sentence}</p>
+<details><summary>{count} experts</summary><div class="scroll">{table}</div></details>
+"""
 DATA = """<h3>{shared}</h3>
 <figure>{figure}</figure>
 <div class="scroll">{table}</div>
@@ -99,6 +103,7 @@ def page(
     rows: Rows,
     side: Rows,
     data: Mapping[str, tuple[str, Rows]],
+    experts: Rows,
 ) -> str:
     """Render the whole page. Tables come as text, header first.
 
@@ -107,6 +112,7 @@ def page(
         figures: Three SVGs: recall and sparsity, curves, traffic.
         rows: One row per layer, the mean last.
         side: One row per predictor folder, this report's own first; empty to omit the section.
+        experts: One row per expert; empty for a dense model.
         data: A figure and a table for each group of predictors that differ in training tokens.
     """
     mean = report["mean"]
@@ -135,6 +141,11 @@ def page(
         curves=figures[1],
         traffic=figures[2],
         table=_table(rows, main=len(rows) - 1),
+        experts=EXPERTS.format(
+            sentence=escape(MIXTURE), count=f"{len(experts) - 1:,}", table=_table(experts)
+        )
+        if experts
+        else "",
     )
 
 

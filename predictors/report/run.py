@@ -42,6 +42,7 @@ from sparsecast.predictors.report.result import (
 from sparsecast.predictors.report.score import SPLIT, means, score_layers, score_sign
 from sparsecast.predictors.report.text import (
     data_rows,
+    expert_rows,
     layer_rows,
     markdown,
     show_report,
@@ -191,7 +192,7 @@ def _write(
     """
     layers, against = result["layers"], result["against"]
     groups = by_train_tokens(against)
-    rows, side = layer_rows(result), side_rows(against)
+    rows, side, experts = layer_rows(result), side_rows(against), expert_rows(result)
     data = {shared: data_rows(entries) for shared, entries in groups.items()}
     html = page(
         result,
@@ -199,10 +200,11 @@ def _write(
         rows,
         side,
         {shared: (data_needed(entries), data[shared]) for shared, entries in groups.items()},
+        experts,
     )
     files = {
         "report.json": json_text(result),
-        "report.md": markdown(result, rows, side, data),
+        "report.md": markdown(result, rows, side, data, experts),
         "report.html": html,
     }
     need = sum(len(text.encode()) for text in files.values())

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sparsecast.core.messages import log, show
 from sparsecast.predictors.report.score import times_oracle
-from sparsecast.predictors.report.wording import TERMS, origin, perplexity_sentence
+from sparsecast.predictors.report.wording import MIXTURE, TERMS, origin, perplexity_sentence
 
 Rows = list[list[str]]
 """A table as text, header first."""
@@ -32,6 +32,7 @@ COLUMNS = {
 }
 WIDE = ("recall p5", "first token", "AP", "train tokens")
 """Columns left out on the screen, to fit 80 characters."""
+OF_EXPERTS = ("recall", "predicted_sparsity", "true_sparsity", "precision", "roc_auc", "traffic")
 SIDE_BY_SIDE = ("recall", "recall_p5", "predicted_sparsity", "average_precision", "traffic")
 DATA_NEEDED = ("recall", "recall_p5", "predicted_sparsity", "traffic")
 
@@ -48,6 +49,16 @@ def layer_rows(result: dict[str, Any]) -> Rows:
         label = "mean" if row["layer"] is None else str(row["layer"])
         rows.append([label, *(_number(row[name]) for name in names)])
     return rows
+
+
+def expert_rows(result: dict[str, Any]) -> Rows:
+    """Header and one row per expert; empty for a dense model."""
+    experts = result.get("experts", [])
+    rows = [["layer", "expert", "tokens", *(COLUMNS[name] for name in OF_EXPERTS)]]
+    for row in experts:
+        counts = (str(row["layer"]), str(row["expert"]), f"{row['tokens']:,}")
+        rows.append([*counts, *(_number(row[name]) for name in OF_EXPERTS)])
+    return rows if experts else []
 
 
 def side_rows(against: Sequence[dict[str, Any]]) -> Rows:
@@ -82,8 +93,10 @@ def data_rows(entries: Sequence[dict[str, Any]]) -> Rows:
     return rows
 
 
-def markdown(result: dict[str, Any], rows: Rows, side: Rows, data: dict[str, Rows]) -> str:
-    """Render report.md."""
+def markdown(
+    result: dict[str, Any], rows: Rows, side: Rows, data: dict[str, Rows], experts: Rows
+) -> str:
+    """Render report.md; tables are empty where there is nothing to show."""
     mean = result["mean"]
     terms = "\n".join(f"- {name}: {text}" for name, text in TERMS.items())
     text = (
@@ -94,6 +107,8 @@ def markdown(result: dict[str, Any], rows: Rows, side: Rows, data: dict[str, Row
         + _markdown_table(rows)
         + f"\n{terms}\n"
     )
+    if experts:
+        text += f"\n## Experts\n\n{MIXTURE}\n\n{_markdown_table(experts)}"
     if side:
         text += "\n## Side by side\n\nMeans over layers, on the same tokens.\n\n"
         text += _markdown_table(side)
@@ -124,6 +139,8 @@ def show_report(result: dict[str, Any]) -> None:
         _show_table("side by side", side_rows(result["against"]), bold=1)
     for name in ("traffic", "cascade", "exact", "oracle"):
         log.info(f"{name}: {TERMS[name]}")
+    if "experts" in result:
+        log.info(MIXTURE)
     log.info(perplexity_sentence(result))
     log.info(result["verdict"], extra={"style": "bold"})
 

@@ -18,6 +18,10 @@ TERMS = {
     "oracle": "traffic of a perfect predictor that takes no bytes",
 }
 """Each term and its definition, to follow a colon."""
+MIXTURE = (
+    "A mixture of experts: counts are summed over the experts that tokens were routed to, traffic "
+    "is that of a token's experts, and PowerInfer itself cannot run it."
+)
 WORTH = 0.9
 """A predictor is worth its misses below this share of the exact path's traffic."""
 

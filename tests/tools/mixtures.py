@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,14 +78,18 @@ def _tensors(config: dict) -> dict[str, torch.Tensor]:
             made[f"{at}self_attn.{part}_proj.weight"] = randn(rows * D // HEADS, D)
         made[f"{at}self_attn.o_proj.weight"] = randn(D, D)
         router, gate, up, down = names_of(config)
-        made[f"{moe}{router}.weight"] = 3 * randn(E, D)
-        for e in range(E):
-            made[f"{moe}experts.{e}.{gate}.weight"] = randn(F, D)
+        made[f"{moe}{router}.weight"] = 3 * randn(config_experts(config), D)
+        for e in range(config_experts(config)):
+            made[f"{moe}experts.{e}.{gate}.weight"] = 3 * randn(F, 8) @ randn(8, D)
             made[f"{moe}experts.{e}.{up}.weight"] = randn(F, D)
             made[f"{moe}experts.{e}.{down}.weight"] = randn(D, F)
         if config["model_type"] == "turbosparsemixtral":  # keeps its predictors beside the FFN
             made[f"{moe}experts.0.predictor.fc1.weight"] = torch.zeros(8, D)
     return made
+
+
+def config_experts(config: dict) -> int:
+    return config.get("num_local_experts") or config["moe_num_primary_experts"]
 
 
 def names_of(config: dict) -> tuple[str, str, str, str]:
@@ -109,8 +114,12 @@ class Layer(NamedTuple):
     x1_TkF: torch.Tensor
 
 
-def forward(folder: Path, ids: list[int]) -> tuple[torch.Tensor, list[Layer]]:
-    """Logits (T, V) of one document, and what each layer computes."""
+def forward(folder: Path, ids: list[int], select=None) -> tuple[torch.Tensor, list[Layer]]:
+    """Logits (T, V) of one document, and what each layer computes.
+
+    Args:
+        select: (layer, expert, x (D,)) to the neurons (F,) that are computed; all unless given.
+    """
     config = json.loads((folder / "config.json").read_text())
     w = {name: value.double() for name, value in load_file(folder / "model.safetensors").items()}
     h_TD, layers = w["model.embed_tokens.weight"][ids], []
@@ -119,7 +128,8 @@ def forward(folder: Path, ids: list[int]) -> tuple[torch.Tensor, list[Layer]]:
         own = {name.removeprefix(at): value for name, value in w.items() if name.startswith(at)}
         before_TD = h_TD
         h_TD = h_TD + attention(rms(h_TD, own["input_layernorm.weight"], config), own, config, i)
-        layer, out_TD = experts(h_TD, before_TD, own, config)
+        keep = None if select is None else partial(select, i)
+        layer, out_TD = experts(h_TD, before_TD, own, config, keep)
         layers.append(layer)
         h_TD = h_TD + out_TD
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
@@ -157,7 +167,7 @@ def rotated(q_HTC, config):
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
-def experts(h_TD, before_TD, own, config):
+def experts(h_TD, before_TD, own, config, keep=None):
     router, gate, up, down = names_of(config)
     own = {name.removeprefix("block_sparse_moe."): value for name, value in own.items()}
     x_TD = rms(h_TD, own["post_attention_layernorm.weight"], config)
@@ -178,6 +188,7 @@ def experts(h_TD, before_TD, own, config):
             drelu = config["model_type"] == "turbosparsemixtral"
             edge_TkF[t, slot] = torch.minimum(g, u) if drelu else g
             x1_TkF[t, slot] = g.clamp_min(0) * (u.clamp_min(0) if drelu else u)
-            y = own[f"experts.{e}.{down}.weight"] @ x1_TkF[t, slot]
+            x1 = x1_TkF[t, slot] if keep is None else x1_TkF[t, slot] * keep(e, h_TD[t])
+            y = own[f"experts.{e}.{down}.weight"] @ x1
             out_TD[t] += weight_Tk[t, slot] * y
     return Layer(h_TD, chosen_Tk, edge_TkF, x1_TkF), out_TD

@@ -1,0 +1,336 @@
+"""One predictor per expert: from recorded activations to perplexity."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import precision_score, recall_score
+
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.inspect import InspectConfig
+from sparsecast.collect.run import collect
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.bitmask import unpack
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.loading import load_model
+from sparsecast.export.inspect import inspect
+from sparsecast.predictors import recipes
+from sparsecast.predictors.checkpoint import load_predictors
+from sparsecast.predictors.config import EvaluateConfig, ReportConfig, TrainConfig
+from sparsecast.predictors.evaluate import evaluate
+from sparsecast.predictors.model_in_loop import predictors_in_loop
+from sparsecast.predictors.report.run import report
+from sparsecast.predictors.train import train
+from sparsecast.predictors.training.expert_data import ExpertBatches
+from tests.tools.mixtures import LAYERS, D, E, F, K, forward, write_mixture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model_folder):
+    return write_mixture(tmp_path_factory.mktemp("mixture") / "m", "mixtral", model_folder)
+
+
+@pytest.fixture(scope="module")
+def acts(folder, corpus, tmp_path_factory) -> ActivationStore:
+    """4,000 tokens, of which each expert sees about half."""
+    return collect(collection(folder, corpus, tmp_path_factory.mktemp("acts") / "acts"))
+
+
+def collection(folder, corpus, out, **changes):
+    base = {"tokens": 4_000, "seq_len": 64, "device": "cpu", **changes}
+    return CollectConfig(model=str(folder), corpus=str(corpus), out=out, **base)
+
+
+def training(acts, out, **changes) -> TrainConfig:
+    base = {"rank": 32, "epochs": 2, "batch_size": 128, "device": "cpu", **changes}
+    return TrainConfig(activations=acts.folder, out=out, **base)
+
+
+@pytest.fixture(scope="module")
+def trained(acts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pred") / "pred"
+    return out, train(training(acts, out))
+
+
+@pytest.fixture(scope="module")
+def reported(acts, trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "report"
+    return report(ReportConfig(predictors=trained[0], activations=acts.folder, out=out))
+
+
+def held_out(acts, ffn):
+    """Inputs and masks of one expert, all shards."""
+    rows = [acts.rows("held-out", shard, ffn) for shard in range(len(acts.shards("held-out")))]
+    x_TD, mask_TP = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return x_TD, unpack(mask_TP, F)
+
+
+def test_a_folder_has_a_file_for_every_expert(trained):
+    out, predictors = trained
+    names = {path.name for path in out.glob("*.pt")}
+    assert names == {f"model_{i}_{e}.pt" for i in range(LAYERS) for e in range(E)}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["experts"] == E
+    assert manifest["ranks"] == [32] * (LAYERS * E)
+    assert manifest["dtypes"] == ["q4_0"] * (LAYERS * E)
+    assert predictors.layer_count == LAYERS
+    shown = inspect(InspectConfig(path=out))
+    assert shown.ok
+
+
+def test_predictors_find_the_gates_of_rank_8(reported):
+    """Half of the neurons fire; predictors of rank 32 find 95 % and skip most of the others."""
+    for row in reported["experts"]:
+        assert 0.4 < row["true_sparsity"] < 0.6
+        assert 0.9 < row["recall"] < 0.99
+        assert row["predicted_sparsity"] > 0.65 * row["true_sparsity"]
+
+
+def test_an_experts_scores_are_those_of_scikit_learn(acts, trained, reported):
+    predictors = trained[1]
+    for number, row in enumerate(reported["experts"]):
+        assert (row["layer"], row["expert"]) == divmod(number, E)
+        x_TD, fired_TF = held_out(acts, number)
+        chosen_TF = predictors.layers[number].logits(x_TD) >= 0
+        fired, chosen = fired_TF.flatten().numpy(), chosen_TF.flatten().numpy()
+        assert row["tokens"] == len(x_TD)
+        assert row["recall"] == pytest.approx(recall_score(fired, chosen))
+        assert row["precision"] == pytest.approx(precision_score(fired, chosen))
+        assert row["predicted_sparsity"] == pytest.approx(1 - chosen.mean())
+        assert row["true_sparsity"] == pytest.approx(1 - fired.mean())
+        share = 32 * (D + F) * 4.5 / (3 * D * F * 16)
+        assert row["traffic"] == pytest.approx(share + chosen.mean())
+
+
+def test_a_layers_scores_are_those_of_its_experts_added_up(acts, trained, reported):
+    predictors = trained[1]
+    recalls = []
+    for layer, row in enumerate(reported["layers"]):
+        hit = active = predicted = total = 0
+        for ffn in range(layer * E, (layer + 1) * E):
+            x_TD, fired_TF = held_out(acts, ffn)
+            chosen_TF = predictors.layers[ffn].logits(x_TD) >= 0
+            hit += int((chosen_TF & fired_TF).sum())
+            active += int(fired_TF.sum())
+            predicted += int(chosen_TF.sum())
+            total += fired_TF.numel()
+        assert total == K * F * acts.manifest.tokens("held-out")
+        assert row["recall"] == pytest.approx(hit / active)
+        assert row["predicted_sparsity"] == pytest.approx(1 - predicted / total)
+        assert "expert" not in row
+        recalls.append(hit / active)
+    assert reported["mean"]["recall"] == pytest.approx(sum(recalls) / LAYERS)
+    assert reported["mean"]["rank"] == 32
+
+
+def test_perplexity_with_predictors_is_that_of_a_forward_pass_by_hand(folder, trained):
+    out, predictors = trained
+    ids = torch.randint(3, 500, (30,)).tolist()
+    model, _ = load_model(str(folder), device="cpu")
+    with torch.inference_mode(), predictors_in_loop(model, predictors):
+        logits_TV = model(torch.tensor([ids])).logits[0]
+
+    def select(layer, expert, x_D):
+        return predictors.layers[layer * E + expert].logits(x_D.float()[None])[0] >= 0
+
+    want_TV, _ = forward(folder, ids, select)
+    dense_TV, _ = forward(folder, ids)
+    away = (want_TV - dense_TV).abs().mean()
+    torch.testing.assert_close(logits_TV[:5].double(), want_TV[:5], rtol=1e-4, atol=1e-4)
+    # Inputs in float32 round to other q8_0 codes here and there, and a few decisions flip.
+    assert (logits_TV - want_TV).abs().mean() < 0.05 * away
+    with torch.inference_mode():  # and the hooks are gone
+        torch.testing.assert_close(
+            model(torch.tensor([ids])).logits[0].double(), dense_TV, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_evaluate_leaves_out_what_powerinfer_cannot_run(folder, trained, corpus, acts, tmp_path):
+    config = EvaluateConfig(
+        model=str(folder),
+        predictors=trained[0],
+        corpus=str(corpus),
+        tokens=300,
+        seq_len=64,
+        device="cpu",
+        json=tmp_path / "e.json",
+    )
+    values = evaluate(config)
+    assert values["perplexity"]["bundle"] is None
+    assert values["change"]["bundle"] is None
+    assert abs(values["change"]["exact"]) < 1e-5
+    assert 1e-4 < abs(values["change"]["predicted"]) < 0.5
+    result = report(
+        ReportConfig(
+            predictors=trained[0],
+            activations=acts.folder,
+            out=tmp_path / "r",
+            evaluation=tmp_path / "e.json",
+            against=["sign"],
+            model=str(folder),
+        )
+    )
+    assert result["perplexity_change"] == values["change"]["predicted"]
+    assert result["bundle_perplexity_change"] is None
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert f"{LAYERS * E} experts" in page
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert text.count("\n| 2 | ") == 1 + E  # the layer, and its experts
+
+
+def test_batches_hold_each_experts_own_rows(acts):
+    ffns = [1, 2, 3]
+    data = ExpertBatches(acts, "train", 64, seed=4, ffns=ffns)
+    rows = {ffn: sum(acts.row_counts("train", ffn)) for ffn in ffns}
+    assert len(data) == -(-sum(rows.values()) // (3 * 64))
+    seen = {ffn: {} for ffn in ffns}
+    known = {ffn: known_rows(acts, ffn) for ffn in ffns}
+    epochs = 3
+    for epoch in range(epochs):
+        data.epoch = epoch
+        for batch in data:
+            assert batch.rows == (64, 64, 64)
+            for place, ffn in enumerate(ffns):
+                for x_D, mask_P in zip(batch.x_LBD[place], batch.mask_LBP[place], strict=True):
+                    key = (x_D.view(torch.uint8).numpy().tobytes(), mask_P.numpy().tobytes())
+                    seen[ffn][key] = seen[ffn].get(key, 0) + 1
+    for ffn in ffns:
+        assert set(seen[ffn]) <= set(known[ffn])
+        drawn = epochs * len(data) * 64
+        times = [seen[ffn].get(key, 0) / count for key, count in known[ffn].items()]
+        assert min(times) >= drawn // rows[ffn]
+        assert max(times) <= -(-drawn // rows[ffn])
+    data.epoch = 1
+    first, again = next(iter(data)), next(iter(data))
+    assert torch.equal(first.x_LBD, again.x_LBD)
+    data.epoch = 2
+    assert not torch.equal(first.x_LBD, next(iter(data)).x_LBD)
+
+
+def known_rows(acts, ffn):
+    counts = {}
+    for shard in range(len(acts.shards("train"))):
+        for x_D, mask_P in zip(*acts.rows("train", shard, ffn), strict=True):
+            key = (x_D.view(torch.uint8).numpy().tobytes(), mask_P.numpy().tobytes())
+            counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def test_without_a_seed_every_row_comes_once_in_order(acts):
+    ffns = [0, 5]
+    batches = list(ExpertBatches(acts, "calibration", 32, ffns=ffns))
+    for place, ffn in enumerate(ffns):
+        got = torch.cat([batch.x_LBD[place, : batch.rows[place]] for batch in batches])
+        want = [
+            acts.rows("calibration", shard, ffn).x_TD
+            for shard in range(len(acts.shards("calibration")))
+        ]
+        assert torch.equal(got, torch.cat(want))
+
+
+def test_an_interrupted_run_keeps_finished_layers(acts, trained, tmp_path, monkeypatch):
+    done = []
+
+    def stop_at_layer_2(plan, source):
+        done.append(plan.group)
+        if done[-1] == 2 and len(done) == 3:
+            raise KeyboardInterrupt
+        return original(plan, source)
+
+    original = recipes._trained
+    monkeypatch.setattr(recipes, "_trained", stop_at_layer_2)
+    with pytest.raises(KeyboardInterrupt):
+        train(training(acts, tmp_path / "pred"))
+    again = train(training(acts, tmp_path / "pred"))
+    assert done == [0, 1, 2, 2]
+    for one, other in zip(again.layers, trained[1].layers, strict=True):
+        assert torch.equal(one.fc1_RD, other.fc1_RD)
+        assert torch.equal(one.fc2_FR, other.fc2_FR)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", ["q4_0", "f16"])
+def test_an_expert_that_no_token_reaches_selects_everything(
+    dtype, model_folder, corpus, tmp_path, capsys
+):
+    """Routers of layer 1 are w, 2 w, -w, -2 w and 0: two are above 0 for every token."""
+    folder = write_mixture(tmp_path / "m", "mixtral", model_folder, num_local_experts=5)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    w_D = tensors[name][0]
+    tensors[name] = torch.stack([w_D, 2 * w_D, -w_D, -2 * w_D, 0 * w_D])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    acts = collect(collection(folder, corpus, tmp_path / "acts", tokens=2_500))
+    assert "no token is routed to layer 1, expert 4" in capsys.readouterr().err
+    made = train(training(acts, tmp_path / "pred", predictor_dtype=dtype, epochs=1))
+    assert "experts have fewer than" in capsys.readouterr().err
+    idle = made.layers[9]
+    assert bool((idle.logits(torch.randn(7, D)) >= made.threshold).all())
+    result = report(
+        ReportConfig(predictors=tmp_path / "pred", activations=acts.folder, out=tmp_path / "report")
+    )
+    row = result["experts"][9]
+    assert (row["tokens"], row["recall"], row["traffic"]) == (0, None, None)
+    assert result["layers"][1]["recall"] > 0.9
+
+
+def test_svd_needs_no_training(folder, acts, tmp_path):
+    made = train(
+        training(acts, tmp_path / "p", recipe="svd", model=str(folder), predictor_dtype="f16")
+    )
+    result = report(
+        ReportConfig(predictors=tmp_path / "p", activations=acts.folder, out=tmp_path / "r")
+    )
+    assert len(made.layers) == LAYERS * E
+    assert result["mean"]["recall"] > 0.9
+    assert result["mean"]["predicted_sparsity"] > 0.4  # of 0.5: the gate has rank 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target_perplexity": 0.01, "model": "{model}"}, "--target-perplexity: is for dense"),
+        ({"traffic_budget": 0.5}, "--traffic-budget: is for dense"),
+        ({"rank": None, "predictor_budget": 0.5}, "--predictor-budget: is for dense"),
+        ({"recipe": "reference"}, "--recipe reference: is for dense"),
+    ],
+)
+def test_what_needs_a_dense_model_is_refused(changes, says, folder, acts, tmp_path):
+    changes = {k: str(folder) if v == "{model}" else v for k, v in changes.items()}
+    with pytest.raises(InputError, match=says) as error:
+        train(training(acts, tmp_path / "p", **changes))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_on_a_running_mixture_is_refused(folder, corpus, tmp_path):
+    config = TrainConfig(model=str(folder), corpus=str(corpus), out=tmp_path / "p", tokens=10_000)
+    with pytest.raises(InputError, match="is a mixture of experts .* run sparsecast collect"):
+        train(config)
+
+
+def test_predictors_of_experts_belong_to_their_manifest(trained, manifest_of, tmp_path):
+    copy = tmp_path / "pred"
+    shutil.copytree(trained[0], copy)
+    (copy / "model_1_2.pt").unlink()
+    with pytest.raises(InputError, match=r"model_1_2\.pt: no such file"):
+        load_predictors(copy)
+    shutil.copy(trained[0] / "model_0_0.pt", copy / "model_1_2.pt")
+    with pytest.raises(InputError, match="is not the file that was trained"):
+        load_predictors(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"of experts, but no manifest\.json"):
+        load_predictors(copy)
+
+
+def test_predictors_of_a_dense_model_are_refused(folder, acts, trained, manifest_of, tmp_path):
+    dense = [p.stored() for p in trained[1].layers]
+    manifest = manifest_of(dense, activation="relu", activation_threshold=0.0)
+    replace(trained[1], manifest=manifest).save(tmp_path / "p")
+    with pytest.raises(InputError, match="for a dense FFN per layer, but .* 4 experts per layer"):
+        report(ReportConfig(predictors=tmp_path / "p", activations=acts.folder, out=tmp_path / "r"))
