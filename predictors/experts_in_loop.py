@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsecast.core.models.experts import expert_loops, expert_matrices, expert_modules
+from sparsecast.core.models.expert_loop import expert_matrices
+from sparsecast.core.models.experts import expert_loops, expert_modules
 from sparsecast.core.models.families import family_of
 from sparsecast.core.models.shape import model_shape
 from sparsecast.predictors.checkpoint import PredictorSet

@@ -37,7 +37,11 @@ _SIZES = (
     "dim_model_base",
     "sliding_window",
     "sparsity_new_intermediate_size",
+    "sliding_window_size",
     "num_local_experts",
+    "moe_ffn_hidden_size",
+    "moe_num_primary_experts",
+    "moe_num_active_primary_experts",
     "num_experts_per_tok",
 )
 _POSITIVE = (

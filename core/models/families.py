@@ -33,8 +33,8 @@ class Family:
     layers: str
     """The list of decoder layers, from the causal LM."""
     experts: str | None = None
-    """The module of a layer that runs its experts, in a mixture of experts; experts.py has what it
-    must be like. `gate`, `up` and `down` are then the names of one expert's tensors in the file."""
+    """The module of a layer that runs its experts, in a mixture of experts, as expert_loop.py wants
+    it. `gate`, `up` and `down` are then the names of one expert's tensors in the file."""
     stored_experts: str = ""
     """The list of experts of a layer, as the file names it."""
     norms: tuple[str, ...]
@@ -145,6 +145,15 @@ _MIXTRAL = replace(
     act="mlp.experts.act_fn",
 )
 
+_SMALLTHINKER = replace(
+    _MIXTRAL,
+    experts="block_sparse_moe.experts",
+    gate="gate",
+    up="up",
+    down="down",
+    act="block_sparse_moe.experts.act_fn",
+)
+
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -160,6 +169,7 @@ FAMILIES = {
     "persimmon": _PERSIMMON,
     "bitnet": _BITNET,
     "mixtral": _MIXTRAL,
+    "smallthinker": _SMALLTHINKER,
 }
 
 

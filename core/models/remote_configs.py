@@ -5,6 +5,7 @@
     bamboo, turbosparse...  Mistral with ReLU on gate and up; predictors inside the file are ignored
     turbosparsemixtral      Mixtral with ReLU on gate and up, in the same way
     minicpm                 Granite, which is Llama with MiniCPM's scales applied at run time
+    smallthinker            a class of ours, see smallthinker.py
     falcon, RefinedWeb...   Falcon, whose first configs named sizes n_layer, n_head and n_head_kv
 
 Tensor names are those of the class that stands in, so only the config changes. No remote code is
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.models.smallthinker import smallthinker_config
 
 _FOREIGN = ("model_type", "architectures", "auto_map", "transformers_version", "rope_scaling")
 
@@ -102,6 +104,10 @@ def _minicpm(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     )
 
 
+def _smallthinker(raw: dict[str, Any], where: str) -> PreTrainedConfig:
+    return smallthinker_config(raw, where, _common(raw)["rope_parameters"])
+
+
 def _falcon(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     fields = {_FALCON.get(key, key): value for key, value in _common(raw).items()}
     fields.setdefault("new_decoder_architecture", raw["model_type"] == "RefinedWeb")
@@ -120,6 +126,7 @@ REMAPPED: dict[str, Callable[[dict[str, Any], str], PreTrainedConfig]] = {
     "turbosparsemistral": _bamboo,
     "turbosparsemixtral": _turbosparse_mixtral,
     "minicpm": _minicpm,
+    "smallthinker": _smallthinker,
     "falcon": _falcon,
     "RefinedWeb": _falcon,
     "RefinedWebModel": _falcon,
@@ -132,6 +139,7 @@ _ARCHITECTURES = {
     "MiniCPMForCausalLM": "minicpm",
     "TurboSparseMixtralForCausalLM": "turbosparsemixtral",
     "MixtralForCausalLM": "mixtral",
+    "SmallThinkerForCausalLM": "smallthinker",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsecast.core.models.experts import expert_matrices
+from sparsecast.core.models.expert_loop import expert_matrices
 from sparsecast.core.models.families import family_of
 
 

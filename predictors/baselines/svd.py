@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.models.bitnet import effective_weight
-from sparsecast.core.models.experts import expert_matrices
+from sparsecast.core.models.expert_loop import expert_matrices
 from sparsecast.core.models.families import family_of
 from sparsecast.core.models.ffns import place_of
 from sparsecast.core.models.shape import model_shape

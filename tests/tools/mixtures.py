@@ -47,6 +47,48 @@ CONFIGS = {
         "model_type": "turbosparsemixtral",
         "auto_map": {"AutoModelForCausalLM": "modeling_turbosparsemixtral.TurboSparseMixtral"},
     },
+    "smallthinker": {
+        "architectures": ["SmallThinkerForCausalLM"],
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoModelForCausalLM": "modeling_smallthinker.SmallThinkerForCausalLM"},
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "head_dim": 16,
+        "hidden_size": D,
+        "initializer_range": 0.02,
+        "max_length": None,
+        "max_position_embeddings": 256,
+        "model_name": "smallthinker_4b_instruct",
+        "model_type": "smallthinker",
+        "moe_ffn_hidden_size": F,
+        "moe_num_active_primary_experts": K,
+        "moe_num_primary_experts": E,
+        "moe_primary_router_apply_softmax": False,
+        "norm_topk_prob": True,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-6,
+        "rope_layout": [1, 0, 1],
+        "rope_scaling": None,
+        "rope_theta": 1.5e6,
+        "sliding_window_size": 9,
+        "sliding_window_layout": [0, 0, 1],
+        "temperature": None,
+        "tie_word_embeddings": True,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "torch_dtype": "float32",
+        "use_cache": False,
+        "vocab_size": VOCAB,
+    },
+}
+CONFIGS["smallthinker-softmax"] = {
+    name: value
+    for name, value in (
+        CONFIGS["smallthinker"] | {"moe_primary_router_apply_softmax": True}
+    ).items()
+    if name != "model_type"  # as the 21B's config
 }
 NAMES = list(CONFIGS)
 
@@ -83,7 +125,7 @@ def _tensors(config: dict) -> dict[str, torch.Tensor]:
             made[f"{moe}experts.{e}.{gate}.weight"] = 3 * randn(F, 8) @ randn(8, D)
             made[f"{moe}experts.{e}.{up}.weight"] = randn(F, D)
             made[f"{moe}experts.{e}.{down}.weight"] = randn(D, F)
-        if config["model_type"] == "turbosparsemixtral":  # keeps its predictors beside the FFN
+        if config.get("model_type") == "turbosparsemixtral":  # keeps its predictors beside the FFN
             made[f"{moe}experts.0.predictor.fc1.weight"] = torch.zeros(8, D)
     return made
 
@@ -94,7 +136,7 @@ def config_experts(config: dict) -> int:
 
 def names_of(config: dict) -> tuple[str, str, str, str]:
     """Names of router, gate, up and down."""
-    if config["model_type"] == "smallthinker":
+    if "moe_num_primary_experts" in config:
         return "primary_router", "gate", "up", "down"
     return "gate", "w1", "w3", "w2"
 
@@ -171,7 +213,7 @@ def experts(h_TD, before_TD, own, config, keep=None):
     router, gate, up, down = names_of(config)
     own = {name.removeprefix("block_sparse_moe."): value for name, value in own.items()}
     x_TD = rms(h_TD, own["post_attention_layernorm.weight"], config)
-    small = config["model_type"] == "smallthinker"
+    small = "moe_num_primary_experts" in config
     logits_TE = (before_TD if small else x_TD) @ own[f"{router}.weight"].T
     top_Tk, chosen_Tk = logits_TE.topk(K, -1)
     if small and not config["moe_primary_router_apply_softmax"]:
@@ -185,7 +227,7 @@ def experts(h_TD, before_TD, own, config, keep=None):
         for slot, e in enumerate(row):
             g = own[f"experts.{e}.{gate}.weight"] @ x_TD[t]
             u = own[f"experts.{e}.{up}.weight"] @ x_TD[t]
-            drelu = config["model_type"] == "turbosparsemixtral"
+            drelu = config.get("model_type") == "turbosparsemixtral"
             edge_TkF[t, slot] = torch.minimum(g, u) if drelu else g
             x1_TkF[t, slot] = g.clamp_min(0) * (u.clamp_min(0) if drelu else u)
             x1 = x1_TkF[t, slot] if keep is None else x1_TkF[t, slot] * keep(e, h_TD[t])
