@@ -16,6 +16,7 @@ from sparsecast.core.files import check_file, check_writable_file, unreadable_er
 from sparsecast.core.folders import KINDS, folder_kind
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
+from sparsecast.core.models.ffns import place_of
 from sparsecast.core.models.location import find_local, is_path
 from sparsecast.export.bundle import GPUIDX_SUFFIX, bundle_file
 from sparsecast.export.inspect_model import model_values, show_model
@@ -98,8 +99,10 @@ def _predictor_values(path: Path) -> dict[str, Any]:
 def _layer(predictors: PredictorSet, i: int) -> dict[str, Any]:
     layer, manifest = predictors.layers[i], predictors.manifest
     scores: dict[str, float] = {} if manifest is None else manifest.calibration[i]
+    place, expert = place_of(i, predictors.experts)
     return {
-        "layer": i,
+        "layer": place,
+        **({} if expert is None else {"expert": expert}),
         "rank": layer.rank,
         "hidden_size": layer.fc1_RD.shape[1],
         "ffn_width": layer.fc2_FR.shape[0],
@@ -129,7 +132,8 @@ def _show_predictors(values: dict[str, Any]) -> None:
     for row in values["layers"]:
         scores = ("" if row[name] is None else f"{row[name]:.4f}" for name in SCORES)
         nbytes = f"{row['bytes']:,}"
-        table.add_row(str(row["layer"]), str(row["rank"]), row["dtype"], nbytes, *scores)
+        name = f"{row['layer']}, expert {row['expert']}" if "expert" in row else str(row["layer"])
+        table.add_row(name, str(row["rank"]), row["dtype"], nbytes, *scores)
     show(table)
 
 

@@ -11,6 +11,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.families import refuse_experts
 from sparsecast.core.models.location import find_local
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.base import Check
@@ -73,7 +74,10 @@ def plan_verify(cfg: VerifyConfig, file: GGUFFile) -> VerifyPlan:
 def _source_model(model: str | None, file: GGUFFile) -> tuple[Checkpoint | None, str]:
     """Return the source model, or None and the reason why there is none to compare with."""
     if model is not None:
-        return Checkpoint(model), ""
+        given = Checkpoint(model)
+        why = "no bundle is of one; give --model the model that the bundle was exported from"
+        refuse_experts(given.config, model, why)
+        return given, ""
     manifest = predictor_manifest(file)
     if not manifest:
         return None, "the bundle does not name its model; give --model"

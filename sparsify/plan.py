@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.bitnet import rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.families import activation_rule, family_of, refuse_experts
 from sparsecast.core.models.loading import check_seq_len, open_model, pick_device
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.text.corpus import LongDocuments
@@ -107,6 +107,9 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
 
 def _open(model: str, seq_len: int) -> tuple[Checkpoint, Tokenizer]:
     checkpoint, tokenizer = open_model(model)
+    refuse_experts(
+        checkpoint.config, model, "ProSparse training is for dense FFNs alone; give a dense model"
+    )
     check_seq_len(seq_len, empty_model(checkpoint.config), model)
     family, name = family_of(checkpoint.config, model), activation_name(checkpoint.config)
     if name == "relu2":

@@ -16,7 +16,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.bitnet import rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint, check_tied_head
-from sparsecast.core.models.families import activation_rule, family_of
+from sparsecast.core.models.families import activation_rule, family_of, refuse_experts
 from sparsecast.core.models.scales import Scales, scales_of
 from sparsecast.core.models.shape import ModelShape
 from sparsecast.export.write.tensor_map import model_rows
@@ -119,6 +119,12 @@ def read_hparams(checkpoint: Checkpoint, activation_threshold: float | None = No
     config: Any = checkpoint.config
     where = checkpoint.source
     family = family_of(config, where)
+    refuse_experts(
+        config,
+        where,
+        "PowerInfer's engine has dense FFNs alone, so there is no bundle of it; collect, train, "
+        "report and evaluate work",
+    )
     if config.model_type in REASONS:
         raise InputError(
             f"{where}: model_type is {config.model_type!r}: {REASONS[config.model_type]}"

@@ -28,7 +28,7 @@ from transformers.activations import ReLUSquaredActivation
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule, FATReLU
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.families import Family, activation_rule, family_of
+from sparsecast.core.models.families import Family, activation_rule, family_of, refuse_experts
 from sparsecast.core.models.shape import model_shape
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.kernels.in_models.bundle import is_bundle, load_weights, open_bundle
@@ -80,6 +80,11 @@ def sparsify_model(
             "policy: predicted needs predictors; give a predictor folder or a bundle, or use exact"
         )
     family = family_of(model.config, name)
+    refuse_experts(
+        model.config,
+        name,
+        "the kernels skip neurons of dense FFNs alone; collect, train, report and evaluate work",
+    )
     layers = family.decoder_layers(model)
     for number, layer in enumerate(layers):
         _check_layer(layer, family, f"{name}: layer {number}")
