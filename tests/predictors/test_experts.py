@@ -24,6 +24,7 @@ from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.config import EvaluateConfig, ReportConfig, TrainConfig
 from sparsecast.predictors.evaluate import evaluate
 from sparsecast.predictors.model_in_loop import predictors_in_loop
+from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.report.run import report
 from sparsecast.predictors.train import train
 from sparsecast.predictors.training.expert_data import ExpertBatches
@@ -61,6 +62,11 @@ def trained(acts, tmp_path_factory):
 def reported(acts, trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report"
     return report(ReportConfig(predictors=trained[0], activations=acts.folder, out=out))
+
+
+def evaluation(folder, predictors, corpus, **changes) -> EvaluateConfig:
+    base = {"tokens": 300, "seq_len": 64, "device": "cpu", **changes}
+    return EvaluateConfig(model=str(folder), predictors=predictors, corpus=str(corpus), **base)
 
 
 def held_out(acts, ffn):
@@ -128,39 +134,40 @@ def test_a_layers_scores_are_those_of_its_experts_added_up(acts, trained, report
     assert reported["mean"]["rank"] == 32
 
 
-def test_perplexity_with_predictors_is_that_of_a_forward_pass_by_hand(folder, trained):
-    out, predictors = trained
-    ids = torch.randint(3, 500, (30,)).tolist()
-    model, _ = load_model(str(folder), device="cpu")
-    with torch.inference_mode(), predictors_in_loop(model, predictors):
-        logits_TV = model(torch.tensor([ids])).logits[0]
+def test_predictors_in_the_loop_equal_a_forward_pass_by_hand(folder, trained, monkeypatch):
+    """Each predictor gets the residual of its own expert's tokens, and what it does not select is
+    left out. The decisions are the model's own: they flip where rounding does."""
+    predictors, seen = trained[1], {}
+    ffn_of = {id(p.fc1_RD): ffn for ffn, p in enumerate(predictors.layers)}
+
+    def logits(self, x_TD):
+        logits_TF = original(self, x_TD)
+        seen[ffn_of[id(self.fc1_RD)]] = iter(zip(x_TD, logits_TF >= 0, strict=True))
+        return logits_TF
 
     def select(layer, expert, x_D):
-        return predictors.layers[layer * E + expert].logits(x_D.float()[None])[0] >= 0
+        own_D, chosen_F = next(seen[layer * E + expert])
+        torch.testing.assert_close(own_D.double(), x_D, rtol=1e-4, atol=1e-4)
+        return chosen_F
 
-    want_TV, _ = forward(folder, ids, select)
-    dense_TV, _ = forward(folder, ids)
-    away = (want_TV - dense_TV).abs().mean()
-    torch.testing.assert_close(logits_TV[:5].double(), want_TV[:5], rtol=1e-4, atol=1e-4)
-    # Inputs in float32 round to other q8_0 codes here and there, and a few decisions flip.
-    assert (logits_TV - want_TV).abs().mean() < 0.05 * away
-    with torch.inference_mode():  # and the hooks are gone
-        torch.testing.assert_close(
-            model(torch.tensor([ids])).logits[0].double(), dense_TV, rtol=1e-4, atol=1e-4
-        )
+    original = Predictor.logits
+    monkeypatch.setattr(Predictor, "logits", logits)
+    ids = torch.randint(3, 500, (30,)).tolist()
+    model, _ = load_model(str(folder), device="cpu")
+    with torch.inference_mode():
+        with predictors_in_loop(model, predictors):
+            logits_TV = model(torch.tensor([ids])).logits[0].double()
+        want_TV, _ = forward(folder, ids, select)
+        dense_TV, _ = forward(folder, ids)
+        after_TV = model(torch.tensor([ids])).logits[0].double()
+    torch.testing.assert_close(logits_TV, want_TV, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after_TV, dense_TV, rtol=1e-4, atol=1e-4)  # hooks are gone
+    assert (want_TV - dense_TV).abs().mean() > 0.01
+    assert all(next(rows, None) is None for rows in seen.values())
 
 
 def test_evaluate_leaves_out_what_powerinfer_cannot_run(folder, trained, corpus, acts, tmp_path):
-    config = EvaluateConfig(
-        model=str(folder),
-        predictors=trained[0],
-        corpus=str(corpus),
-        tokens=300,
-        seq_len=64,
-        device="cpu",
-        json=tmp_path / "e.json",
-    )
-    values = evaluate(config)
+    values = evaluate(evaluation(folder, trained[0], corpus, json=tmp_path / "e.json"))
     assert values["perplexity"]["bundle"] is None
     assert values["change"]["bundle"] is None
     assert abs(values["change"]["exact"]) < 1e-5
@@ -254,16 +261,22 @@ def test_an_interrupted_run_keeps_finished_layers(acts, trained, tmp_path, monke
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("dtype", ["q4_0", "f16"])
+@pytest.mark.parametrize(
+    ("name", "count", "router", "dtype"),
+    [
+        ("mixtral", "num_local_experts", "gate", "q4_0"),
+        ("smallthinker", "moe_num_primary_experts", "primary_router", "f16"),
+    ],
+)
 def test_an_expert_that_no_token_reaches_selects_everything(
-    dtype, model_folder, corpus, tmp_path, capsys
+    name, count, router, dtype, model_folder, corpus, tmp_path, capsys
 ):
     """Routers of layer 1 are w, 2 w, -w, -2 w and 0: two are above 0 for every token."""
-    folder = write_mixture(tmp_path / "m", "mixtral", model_folder, num_local_experts=5)
+    folder = write_mixture(tmp_path / "m", name, model_folder, **{count: 5})
     tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.1.block_sparse_moe.gate.weight"
-    w_D = tensors[name][0]
-    tensors[name] = torch.stack([w_D, 2 * w_D, -w_D, -2 * w_D, 0 * w_D])
+    key = f"model.layers.1.block_sparse_moe.{router}.weight"
+    w_D = tensors[key][0]
+    tensors[key] = torch.stack([w_D, 2 * w_D, -w_D, -2 * w_D, 0 * w_D])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     acts = collect(collection(folder, corpus, tmp_path / "acts", tokens=2_500))
     assert "no token is routed to layer 1, expert 4" in capsys.readouterr().err
@@ -277,6 +290,9 @@ def test_an_expert_that_no_token_reaches_selects_everything(
     row = result["experts"][9]
     assert (row["tokens"], row["recall"], row["traffic"]) == (0, None, None)
     assert result["layers"][1]["recall"] > 0.9
+    values = evaluate(evaluation(folder, tmp_path / "pred", corpus))
+    assert abs(values["change"]["exact"]) < 1e-5
+    assert 1e-4 < abs(values["change"]["predicted"]) < 0.5
 
 
 def test_svd_needs_no_training(folder, acts, tmp_path):
