@@ -40,6 +40,9 @@ from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.compatibility import check_model, check_usage
 from sparsecast.predictors.predictor import Predictor
 
+DENSE_ALONE = (
+    "the kernels skip neurons of dense FFNs alone; collect, train, report and evaluate work"
+)
 POLICIES = ("exact", "predicted", "auto")
 
 
@@ -80,11 +83,7 @@ def sparsify_model(
             "policy: predicted needs predictors; give a predictor folder or a bundle, or use exact"
         )
     family = family_of(model.config, name)
-    refuse_experts(
-        model.config,
-        name,
-        "the kernels skip neurons of dense FFNs alone; collect, train, report and evaluate work",
-    )
+    refuse_experts(model.config, name, DENSE_ALONE)
     layers = family.decoder_layers(model)
     for number, layer in enumerate(layers):
         _check_layer(layer, family, f"{name}: layer {number}")
