@@ -29,6 +29,8 @@ DEFAULT_SCHEDULES = {
 class TrainConfig:
     """Train one predictor per layer, all layers at once, and calibrate each to an objective.
 
+    In a mixture of experts each expert has a predictor, and one layer is trained after the other.
+
     Trains on recorded activations (--activations) or on a running model (--model with --corpus). An
     interrupted run resumes from its last epoch when the command is repeated. `torchrun
     --nproc-per-node N -m sparsecast train ...` distributes the layers over N processes.

@@ -12,6 +12,7 @@ import torch
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.core.messages import log
 from sparsecast.core.torch_files import save_torch
 from sparsecast.predictors.baselines.label_clipping import ClippedStore
 from sparsecast.predictors.baselines.public_recipe import PublicRecipeModule
@@ -68,6 +69,8 @@ def _trained_experts(
 ) -> dict[int, UncalibratedPredictor | Predictor]:
     """Train the experts of one layer after the other; an interrupted run keeps finished layers."""
     own: dict[int, UncalibratedPredictor | Predictor] = {}
+    if finished := sum(part.trained.is_file() for part in plan.groups()):
+        log.info(f"resuming: the experts of {finished} layers are trained")
     for part in plan.groups():
         if not part.trained.is_file():
             done = _trained(part, source)

@@ -81,6 +81,8 @@ def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
             _begin(plan.work, plan.resume_options)
     last = plan.checkpoint
     resume = last if last.is_file() else None
+    if resume is not None and plan.context.leads:
+        log.info("resuming from the last finished epoch")
     train_data: Any = source.batches(plan)
     calibration_data = calibration_batches(source.store, plan)
     callbacks: list[Callback] = [_Epochs(train_data, last)]
@@ -199,7 +201,6 @@ def _begin(work: Path, options: dict[str, Any]) -> None:
     for leftover in (*work.glob("*.part"), *work.glob("layer-*.pt")):
         leftover.unlink()
     if begun:
-        log.info("resuming from the last finished epoch")
         return
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / LOGS, ignore_errors=True)

@@ -240,21 +240,31 @@ def test_without_a_seed_every_row_comes_once_in_order(acts):
         assert torch.equal(got, torch.cat(want))
 
 
-def test_an_interrupted_run_keeps_finished_layers(acts, trained, tmp_path, monkeypatch):
-    done = []
+def test_an_interrupted_run_goes_on(acts, trained, tmp_path, monkeypatch, capsys):
+    """In the second epoch of layer 2, with the layers before it finished."""
+    layers, fails = [], [True]
 
-    def stop_at_layer_2(plan, source):
-        done.append(plan.group)
-        if done[-1] == 2 and len(done) == 3:
-            raise KeyboardInterrupt
+    def noted(plan, source):
+        layers.append(plan.group)
         return original(plan, source)
 
-    original = recipes._trained
-    monkeypatch.setattr(recipes, "_trained", stop_at_layer_2)
-    with pytest.raises(KeyboardInterrupt):
+    def read(self):
+        if layers[-1] == 2 and self.epoch == 1 and fails.pop():
+            raise RuntimeError("the power fails")
+        yield from original_rows(self)
+
+    original, original_rows = recipes._trained, ExpertBatches.__iter__
+    monkeypatch.setattr(recipes, "_trained", noted)
+    monkeypatch.setattr(ExpertBatches, "__iter__", read)
+    with pytest.raises(RuntimeError, match="the power fails"):
         train(training(acts, tmp_path / "pred"))
+    assert "resuming" not in capsys.readouterr().err
+    fails.append(False)
     again = train(training(acts, tmp_path / "pred"))
-    assert done == [0, 1, 2, 2]
+    told = capsys.readouterr().err
+    assert "resuming: the experts of 2 layers are trained" in told
+    assert "resuming from the last finished epoch" in told
+    assert layers == [0, 1, 2, 2]
     for one, other in zip(again.layers, trained[1].layers, strict=True):
         assert torch.equal(one.fc1_RD, other.fc1_RD)
         assert torch.equal(one.fc2_FR, other.fc2_FR)
