@@ -121,7 +121,7 @@ def resolve(cfg: TrainConfig, context: DistributedContext) -> TrainingRequest:
     if cfg.activations is not None:
         store = ActivationStore(cfg.activations)
         recorded = store.manifest
-        num_layers = len(recorded.ffns)
+        num_layers = recorded.model_shape.ffns
         if recorded.layers != list(range(len(recorded.layers))):
             raise InputError(
                 f"{cfg.activations}: holds layers {recorded.layers}, but PowerInfer needs every "

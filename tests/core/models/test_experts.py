@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
@@ -18,6 +20,8 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import write_manifest
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
+from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.train import train
 from tests.tools.mixtures import LAYERS, NAMES, E, F, K, forward, write_mixture
 
 
@@ -41,6 +45,12 @@ def short(tmp_path_factory, corpus):
     rows = [{"text": text[start : start + 30 + start % 120]} for start in starts]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def recorded(mixture, short, tmp_path_factory):
+    out = tmp_path_factory.mktemp("acts") / "acts"
+    return collect(config(mixture("mixtral"), short, out, count_tokens=200))
 
 
 def config(folder, corpus, out, **changes):
@@ -95,8 +105,8 @@ def assert_recorded(store, layer, start, stop, want):
     assert covered == K * (stop - start)
 
 
-def test_statistics_are_counts_of_the_rows(mixture, short, tmp_path):
-    store = collect(config(mixture("mixtral"), short, tmp_path / "acts", count_tokens=200))
+def test_statistics_are_counts_of_the_rows(recorded, tmp_path):
+    store = recorded
     stats = store.stats()
     for ffn in store.manifest.ffns:
         masks = [
@@ -210,6 +220,30 @@ def test_a_missing_matrix_of_one_expert_is_named(mixture, tmp_path, model_folder
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"layers\.1\.block_sparse_moe\.experts\.2\.w3.* missing"):
         load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"experts": 10**15}, "holds no counts|going by manifest"),
+        ({"experts_per_token": 1}, "holds no counts|going by manifest"),
+        ({"experts_per_token": 5}, "its experts makes no sense"),
+        ({"experts": 0}, "its experts makes no sense"),
+        ({"experts": "4"}, "its experts makes no sense"),
+        ({"energy": True}, "its experts makes no sense"),
+    ],
+)
+def test_a_manifest_of_other_experts_is_refused(fields, says, recorded, tmp_path):
+    """With checksums that fit: what nobody but somebody hostile would do."""
+    copy = shutil.copytree(recorded.folder, tmp_path / "acts")
+    value = json.loads((copy / "manifest.json").read_text()) | fields
+    sums = value["checksums"]
+    del sums["manifest.json"]
+    text = json.dumps(value, sort_keys=True).encode()
+    sums["manifest.json"] = xxhash.xxh3_128_hexdigest(text)
+    (copy / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=says):
+        train(TrainConfig(activations=copy, out=tmp_path / "pred", device="cpu"))
 
 
 def test_energies_are_refused(mixture, corpus, tmp_path):
