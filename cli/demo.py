@@ -13,6 +13,7 @@ from sparsecast.collect.run import collect
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.core.options import validate_fields
+from sparsecast.core.text.corpus import LongDocuments
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify
@@ -45,11 +46,26 @@ def demo(cfg: DemoConfig) -> bool:
     acts, predictors = cfg.out / "activations", cfg.out / "predictors"
     bundle, evaluation = cfg.out / "bundle", cfg.out / "evaluate.json"
     _step("collect: what do the predictors see, and which neurons fire?")
-    collect(CollectConfig(model=model, corpus="builtin", out=acts, tokens=cfg.tokens))
+    long: LongDocuments = (
+        "cut"  # builtin's files are long: their beginnings are as many tokens from more files
+    )
+    collect(
+        CollectConfig(
+            model=model, corpus="builtin", out=acts, tokens=cfg.tokens, long_documents=long
+        )
+    )
     _step("train: one predictor per layer, all layers at once")
     train(TrainConfig(activations=acts, out=predictors))
     _step("evaluate: perplexity with the predictors in the loop")
-    evaluate(EvaluateConfig(model=model, predictors=predictors, corpus="builtin", json=evaluation))
+    evaluate(
+        EvaluateConfig(
+            model=model,
+            predictors=predictors,
+            corpus="builtin",
+            json=evaluation,
+            long_documents=long,
+        )
+    )
     _step("report: recall and predicted sparsity on held-out documents")
     report(
         ReportConfig(
