@@ -22,7 +22,7 @@ from sparsecast.core.options import convert_value, option_of, short_repr, withou
 GROUPS = {
     "input": "model preset corpus activations predictors bundle path against evaluation engine "
     "prompt convert converter_python activation_threshold",
-    "output": "out json folder force",
+    "output": "out json folder force allow_other_tokens",
     "text": "tokens count_tokens eval_tokens seq_len batch_size batch_tokens",
     "what is recorded": "layers input_dtype energy",
     "predictors": "rank predictor_dtype predictor_budget target_recall target_sparsity "

@@ -42,8 +42,8 @@ def model_card(plan: ExportPlan) -> str:
         "partial sums without a lock, so with more threads results change from run to run."
         + (SPACE_NOTE if pieces else ""),
     ]
-    if plan.vocabulary.notes:
-        parts += ["## Text", *plan.vocabulary.notes]
+    if notes := text_notes(plan):
+        parts += ["## Text", *notes]
     if hparams.activation.threshold > 0:
         parts += ["## Activation", relu_note(hparams)]
     if hparams.scales is not None:
@@ -57,6 +57,20 @@ def model_card(plan: ExportPlan) -> str:
     check = f"sparsecast verify .{named} --engine PATH_TO_POWERINFER_BUILD"
     parts += ["## Check it", f"```\n{check}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def text_notes(plan: ExportPlan) -> list[str]:
+    """Say how the engine treats text differently, and how much text that concerns."""
+    notes, differences = list(plan.vocabulary.notes), plan.vocabulary.differences
+    if differences:
+        notes.append(f"The model's tokenizer {'; '.join(differences)}; the engine does not.")
+    if plan.other_tokens is not None:
+        notes.append(
+            f"Of a text the engine makes other tokens than the model was trained on: of "
+            f"{plan.other_tokens}. It is right for token ids: where that matters, tokenize with "
+            "the model's tokenizer and give the engine ids."
+        )
+    return notes
 
 
 def split_note(split: Split) -> str:

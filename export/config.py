@@ -47,6 +47,11 @@ class ExportConfig:
     """Accept predictors that were trained for another model, input or activation if their shapes
     fit; the card says so."""
 
+    allow_other_tokens: bool = False
+    """Accept a tokenizer that splits or normalizes text as the engine never does (Llama 3, Qwen,
+    SmolLM2). The engine is right if it is given token ids; of a text it makes other tokens. The
+    export counts the documents of the builtin corpus that this concerns; the card says so."""
+
     def __post_init__(self) -> None:
         validate_fields(self, vram_context=1, activation_threshold=0)
         if self.vram_budget is not None and not 0 < self.vram_budget < 2**20:

@@ -20,7 +20,9 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import lost_threshold_warning
 from sparsecast.export.bundle import file_name
 from sparsecast.export.config import ExportConfig
+from sparsecast.export.read.other_tokens import OtherTokens
 from sparsecast.export.traffic import Traffic, traffic_of
+from sparsecast.export.write.consent import check_other_tokens
 from sparsecast.export.write.hot_cold import Split, check_width, split_for
 from sparsecast.export.write.hparams import HParams, read_hparams
 from sparsecast.export.write.tensor_plan import PlannedTensor, plan_tensors
@@ -59,6 +61,8 @@ class ExportPlan:
     checkpoint: Checkpoint
     hparams: HParams
     vocabulary: Vocabulary
+    other_tokens: OtherTokens | None
+    """Of how much text the engine makes other tokens; None where it is none."""
     predictors: PredictorSet
     mismatches: list[str]
     """How the predictors differ from the model's own, where --force allows it."""
@@ -91,12 +95,12 @@ class ExportPlan:
         return {
             "sparsecast": version("sparsecast"),
             "model": self.checkpoint.fingerprint,
-            # Finished bundles hold the digest of this spelling; theirs have no scales.
+            # Finished bundles hold the digests of these spellings; theirs have no scales.
             "config": _digest(
                 repr(self.hparams).replace("HParams(", "Hyper(", 1)
                 + ("" if self.hparams.scales is None else repr(self.hparams.scales))
             ),
-            "tokenizer": _digest(repr(self.vocabulary)),
+            "tokenizer": _digest(repr(self.vocabulary).replace(", differences=[])", ")")),
             "predictors": _weights_checksum(self.predictors),
             "activations": None if self.counts is None else self.counts.checksum,
             "dtype": self.dtype,
@@ -114,13 +118,14 @@ def plan_export(cfg: ExportConfig) -> ExportPlan:
     """Read and check every input of an export.
 
     Raises:
-        InputError: See `read_hparams`, `read_vocabulary`, `load_predictors` and `plan_tensors`;
-            predictors or activations of another model; an FFN that does not divide into the
-            blocks of --vram-budget.
+        InputError: See `read_hparams`, `read_vocabulary`, `check_other_tokens`, `load_predictors`
+            and `plan_tensors`; predictors or activations of another model; an FFN that does not
+            divide into the blocks of --vram-budget.
     """
     checkpoint = Checkpoint(cfg.model)
     hparams = read_hparams(checkpoint, cfg.activation_threshold)
     vocabulary = read_vocabulary(checkpoint, hparams.vocab)
+    other = check_other_tokens(checkpoint, vocabulary, allowed=cfg.allow_other_tokens)
     predictors, wrong = _predictors(cfg.predictors, checkpoint, hparams, force=cfg.force)
     counts = None if cfg.activations is None else _counts(cfg.activations, checkpoint, hparams)
     gpu = None if cfg.vram_budget is None else GPUBudget(cfg.vram_budget, cfg.vram_context)
@@ -132,6 +137,7 @@ def plan_export(cfg: ExportConfig) -> ExportPlan:
         checkpoint=checkpoint,
         hparams=hparams,
         vocabulary=vocabulary,
+        other_tokens=other,
         predictors=predictors,
         mismatches=wrong,
         counts=counts,

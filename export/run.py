@@ -14,7 +14,14 @@ from sparsecast.core.messages import log
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.torch_files import save_torch
 from sparsecast.export.bundle import BESIDE, GPUIDX_SUFFIX, SUFFIX
-from sparsecast.export.card import mismatch_note, model_card, relu_note, split_note, window_note
+from sparsecast.export.card import (
+    mismatch_note,
+    model_card,
+    relu_note,
+    split_note,
+    text_notes,
+    window_note,
+)
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.finished import find_finished
 from sparsecast.export.plan import ExportPlan, plan_export
@@ -100,7 +107,7 @@ def _log_notes(plan: ExportPlan) -> None:
         log.warning(relu_note(plan.hparams))
     if plan.hparams.window is not None:
         log.warning(window_note(plan.hparams))
-    for note in plan.vocabulary.notes:
+    for note in text_notes(plan):
         log.warning(note)
     mib = plan.weight_bytes / 2**20
     log.info(f"{plan.out / plan.file}: {mib:,.1f} MiB of weights in {plan.dtype}")

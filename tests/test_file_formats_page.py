@@ -33,6 +33,7 @@ def test_the_versions_are_those_of_today():
 @pytest.mark.parametrize(
     "key",
     [writer.KEY_THRESHOLD, writer.KEY_FINGERPRINT, writer.KEY_RECIPE, writer.KEY_ACTIVATION]
+    + [writer.KEY_OTHER_TOKENS]
     + [gpuidx.ARCHITECTURE, gpuidx.KEY_BLOCKS, gpuidx.KEY_CAPACITY],
 )
 def test_every_key_of_ours_is_described(key):

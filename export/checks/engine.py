@@ -65,10 +65,10 @@ def check_engine(
     Returns:
         The checks, and both perplexities where the engine was asked for one.
     """
-    file, (tokenizer, docs, ids_NS) = emulator.file, text
+    file, (tokenizer, docs, ids_NS, by_ids) = emulator.file, text
     checks = [check_tokenization(build, file, tokenizer, docs)]
     numbers = None
-    if tokenizer.exact:
+    if not by_ids:
         overall, numbers = check_engine_perplexity(build, file, emulator, joined(docs), ids_NS)
         checks.append(overall)
     spelling = Spelling(tokenizer.texts, tokenizer.excluded)
@@ -80,7 +80,7 @@ def check_engine(
         replies = replies_to(build, file, spelling, prompts_PS)
     except EngineError as error:
         return [*checks, Check("engine tokens", False, str(error))], numbers
-    if not tokenizer.exact:
+    if by_ids:
         overall, numbers = check_perplexity_by_ids(
             build, file, emulator, spelling, prompts_PS, replies
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -27,11 +28,13 @@ from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.checks.predictors import check_predictors
 from sparsecast.export.checks.sources import Source
 from sparsecast.export.checks.tensors import check_finite, check_tensors
+from sparsecast.export.checks.tokens import check_other_tokens, check_tokens, recorded
 from sparsecast.export.checks.values import check_values
 from sparsecast.export.checks.vocab import check_vocabulary
-from sparsecast.export.checks.vocab_source import check_pieces, check_tokens
+from sparsecast.export.checks.vocab_source import check_pieces
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.protocol import HeldOutText, losses, read_held_out
+from sparsecast.export.read.other_tokens import model_ids
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.predictors.manifest import PredictorManifest
@@ -101,10 +104,12 @@ def check_bundle(plan: VerifyPlan, result: VerifyResult) -> None:
     if plan.checkpoint is not None and not result.ok:
         return
 
-    text = read_held_out(plan.corpus, tokenizer_of(file), plan.tokens)
+    loaded = _source_model(plan)
+    text, found = _read_text(plan, loaded)
+    checks += found
     result.text = f"{text.ids_NS.numel():,} held-out tokens of {plan.corpus}"
     emulator = Emulator(file)
-    found, model_NS = _check_logits(plan, emulator, text)
+    found, model_NS = _check_logits(emulator, text, loaded)
     checks += found
     checks += _check_calibration(plan, emulator, calibration, text.ids_NS, model_NS)
     if plan.engine is not None:
@@ -127,24 +132,50 @@ def _check_source(plan: VerifyPlan) -> list[Check]:
     return [check_header(source), check_pieces(source), *check_values(source)]
 
 
+def _source_model(plan: VerifyPlan) -> tuple[Any, Any] | None:
+    """Load the source model and its tokenizer where they are at hand."""
+    if plan.checkpoint is None:
+        return None
+    return load_model(
+        plan.checkpoint.source, device="cpu", dtype="float32", activation_threshold=plan.threshold
+    )
+
+
+def _read_text(plan: VerifyPlan, loaded: tuple[Any, Any] | None) -> tuple[HeldOutText, list[Check]]:
+    """Read the held-out text, and compare its tokens with those of the source model.
+
+    Where the engine makes other tokens of text, the text's ids are the model's.
+    """
+    tokenizer = tokenizer_of(plan.file)
+    try:
+        told = recorded(plan.file)
+    except ValueError as error:
+        wrong = [Check("other tokens", False, str(error))]
+        return read_held_out(plan.corpus, tokenizer, plan.tokens), wrong
+    if loaded is None:
+        return read_held_out(plan.corpus, tokenizer, plan.tokens), []
+    own = loaded[1]
+    encode = None if told is None else model_ids(own)
+    text = read_held_out(plan.corpus, tokenizer, plan.tokens, encode)
+    checks = [check_tokens(own, tokenizer, text.docs, told=told is not None)]
+    if told is not None:
+        checks.append(check_other_tokens(own, tokenizer, told))
+    return text, checks
+
+
 def _check_logits(
-    plan: VerifyPlan, emulator: Emulator, text: HeldOutText
+    emulator: Emulator, text: HeldOutText, loaded: tuple[Any, Any] | None
 ) -> tuple[list[Check], Tensor | None]:
-    """Compare tokens and, with every neuron active, logits with the source model.
+    """Compare logits, with every neuron active, with the source model.
 
     Returns:
         The checks, and the source model's losses where it is at hand.
     """
-    if plan.checkpoint is None:
+    if loaded is None:
         reason = degenerate(emulator.logits(text.ids_NS[:1]))
         return [Check("logits", reason is None, reason or "finite and not constant")], None
-    model, tokenizer = load_model(
-        plan.checkpoint.source, device="cpu", dtype="float32", activation_threshold=plan.threshold
-    )
-    checks = [
-        check_tokens(tokenizer, text.tokenizer, text.docs),
-        check_logits(emulator, with_relu(model), text.ids_NS),
-    ]
+    model = loaded[0]
+    checks = [check_logits(emulator, with_relu(model), text.ids_NS)]
     return checks, losses(lambda ids: model_logits(model, ids), text.ids_NS)
 
 

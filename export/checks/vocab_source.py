@@ -1,4 +1,4 @@
-"""Compare a file's vocabulary and tokens with the model's.
+"""Compare a file's vocabulary with the model's.
 
 Written without the exporter's code: a tokenizer's files are read as JSON instead of through the
 tokenizers library, and pieces come from sentencepiece's processor instead of its protobuf.
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json
@@ -20,8 +18,7 @@ from sparsecast.core.tokenizers.files import sentencepiece_file
 from sparsecast.export.checks.base import Check
 from sparsecast.export.checks.sources import Source
 from sparsecast.export.checks.vocab import BYTES
-from sparsecast.export.engine.protocol import joined
-from sparsecast.export.read.vocab import BYTE, NORMAL, UNKNOWN, USER, FileVocabulary
+from sparsecast.export.read.vocab import BYTE, NORMAL, UNKNOWN, USER
 
 CONTROL, UNUSED = 3, 5
 
@@ -202,36 +199,3 @@ def _wrong_ends(source: Source, folder: Path) -> list[str]:
         for end in ("bos", "eos")
         if (got := keys.get(f"tokenizer.ggml.{end}_token_id")) is not None and got not in known[end]
     ]
-
-
-def check_tokens(model: Any, tokenizer: FileVocabulary, docs: list[str]) -> Check:
-    """Compare the tokens of held-out text by the file's tokenizer and by the model's.
-
-    A gpt2 vocabulary cannot express a model's own way to split text. Tokens are then compared
-    without it, and the documents that it changes are counted.
-    """
-
-    def own(text: str) -> list[int]:
-        plain = model(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        ids: list[int] = plain["input_ids"]
-        return ids
-
-    text = joined(docs)
-    ids = tokenizer.encode(text)
-    want = own(text) if tokenizer.exact else _without_own_splits(model, text)
-    detail = f"{len(ids):,} tokens of held-out text, " + (
-        "as by the model's tokenizer"
-        if want == ids
-        else f"{len(want):,} by the model's tokenizer, not all the same"
-    )
-    if not tokenizer.exact and (differ := sum(own(doc) != tokenizer.encode(doc) for doc in docs)):
-        detail += f"; its own way to split text changes {differ} of {len(docs)} documents"
-    return Check("tokens", want == ids, detail)
-
-
-def _without_own_splits(model: Any, text: str) -> list[int]:
-    plain = Tokenizer.from_str(model.backend_tokenizer.to_str())
-    plain.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
-    plain.encode_special_tokens = True
-    ids: list[int] = plain.encode(text, add_special_tokens=False).ids
-    return ids

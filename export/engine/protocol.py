@@ -26,6 +26,7 @@ CHUNK = 128
 """The engine's allocator fails an assertion for some context lengths, but not for 128."""
 TOKENS_AT_ONCE = 1024
 Logits = Callable[[Tensor], Tensor]
+Encode = Callable[[str], list[int]]
 
 
 class HeldOutText(NamedTuple):
@@ -35,16 +36,24 @@ class HeldOutText(NamedTuple):
     docs: list[str]
     ids_NS: Tensor
     """The documents, joined, in chunks; see `chunks_of`."""
+    by_ids: bool = False
+    """Whether the engine is given ids: of the text it may make others."""
 
 
-def read_held_out(corpus: str, tokenizer: FileVocabulary, tokens: int) -> HeldOutText:
+def read_held_out(
+    corpus: str, tokenizer: FileVocabulary, tokens: int, encode: Encode | None = None
+) -> HeldOutText:
     """Read and tokenize enough held-out documents for `tokens` tokens or two chunks.
+
+    Args:
+        encode: The model's ids of a text where the engine's are others.
 
     Raises:
         InputError: See `held_out_documents`.
     """
     docs = held_out_documents(corpus, tokenizer, tokens)
-    return HeldOutText(tokenizer, docs, chunks_of(joined(docs), tokenizer, tokens))
+    ids_NS = chunks_of(joined(docs), tokenizer, tokens, encode)
+    return HeldOutText(tokenizer, docs, ids_NS, encode is not None or tokenizer.bos is None)
 
 
 def held_out_documents(corpus: str, tokenizer: FileVocabulary, tokens: int) -> list[str]:
@@ -76,9 +85,15 @@ def joined(docs: list[str]) -> str:
     return "\n\n".join(docs)
 
 
-def chunks_of(text: str, tokenizer: FileVocabulary, tokens: int) -> Tensor:
-    """Tokenize into chunks, (N, S) int64 ids, as the engine's `perplexity` does."""
-    ids = tokenizer.encode(text.removesuffix("\n"))
+def chunks_of(
+    text: str, tokenizer: FileVocabulary, tokens: int, encode: Encode | None = None
+) -> Tensor:
+    """Tokenize into chunks, (N, S) int64 ids, as the engine's `perplexity` does.
+
+    Args:
+        encode: See `read_held_out`.
+    """
+    ids = (encode or tokenizer.encode)(text.removesuffix("\n"))
     if tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]
     n = min(len(ids), tokens) // CHUNK

@@ -1,27 +1,26 @@
-"""Build a tokenizer from the vocabulary of a PowerInfer file, which is of one of two kinds.
+"""Build the engine's tokenizer from the vocabulary of a PowerInfer file.
 
-Each gives the tokens that the model was trained on and the texts that the engine's server prints.
+Each kind gives the tokens that the engine makes of a text, and the texts that its server prints.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
-from tokenizers import AddedToken, Tokenizer, models
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.models import BPE
 
 from sparsecast.export.read.reader import GGUFFile
+from sparsecast.export.read.words import words
 
 NORMAL, UNKNOWN, USER, BYTE = 1, 2, 4, 6
 
 
 class FileVocabulary(Protocol):
-    """What verify needs from either kind."""
+    """What export and verify need from either kind."""
 
-    exact: bool
-    """Whether the engine splits every text into the same tokens."""
     bos: int | None
     """The token that the engine puts before a text."""
     texts: list[str]
@@ -30,32 +29,37 @@ class FileVocabulary(Protocol):
     """Tokens that the server must never choose: EOS, and those that crash it."""
 
     def encode(self, text: str) -> list[int]:
-        """Return ids without BOS."""
+        """Return the engine's ids, without BOS."""
         ...
 
 
 def tokenizer_of(file: GGUFFile) -> FileVocabulary:
     """Build the tokenizer of a file whose vocabulary `check_vocabulary` has passed."""
-    return Bytes(file) if file.keys["tokenizer.ggml.model"] == "gpt2" else Pieces(file)
+    return tokenizer_of_keys(file.keys)
+
+
+def tokenizer_of_keys(keys: Mapping[str, Any]) -> FileVocabulary:
+    """Build the tokenizer from the file's keys, before there is a file."""
+    return Bytes(keys) if keys["tokenizer.ggml.model"] == "gpt2" else Pieces(keys)
 
 
 class Pieces:
-    """Sentencepiece BPE, as in the engine's own tokenizer.
+    """Sentencepiece BPE.
 
-    It merges by best score, leftmost first, with byte fallback and one space put in front.
+    It merges by best score, leftmost first, with byte fallback and one space put in front. The
+    engine merges whatever forms a token, control and user-defined ones included, and finds none
+    of them whole: to sentencepiece they are normal pieces.
     """
 
-    exact = True
-
-    def __init__(self, file: GGUFFile) -> None:
-        keys = file.keys
+    def __init__(self, keys: Mapping[str, Any]) -> None:
         self.bos: int | None = keys.get("tokenizer.ggml.bos_token_id", 1)
         self.excluded = [keys.get("tokenizer.ggml.eos_token_id", 2)]
         tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
         self.texts = [_piece_text(*pair) for pair in zip(tokens, types, strict=True)]
         model = proto.ModelProto()  # type: ignore[attr-defined]  # created at import
         for text, score, kind in zip(tokens, keys["tokenizer.ggml.scores"], types, strict=True):
-            model.pieces.add(piece=text, score=score, type=kind)
+            model.pieces.add(piece=text, score=score, type=BYTE if kind == BYTE else NORMAL)
+        model.pieces.add(piece=max(tokens, key=len) + "?", type=UNKNOWN)  # it demands one
         spec = model.trainer_spec
         spec.model_type, spec.byte_fallback = spec.BPE, True
         model.normalizer_spec.add_dummy_prefix = True
@@ -79,25 +83,20 @@ def _piece_text(token: str, kind: int) -> str:
 
 
 class Bytes:
-    """GPT-2's byte-level BPE; user-defined tokens are found in the text first.
+    """GPT-2's byte-level BPE, on the engine's own words.
 
-    The engine splits text by rules that differ from GPT-2's regular expression for several spaces
-    before punctuation, and does not find user-defined tokens. Its server crashes when it chooses a
-    token that is part of a character, and drops the probabilities of tokens without text.
+    The engine does not find user-defined tokens. Its server crashes when it chooses a token that
+    is part of a character, and drops the probabilities of tokens without text.
     """
 
-    exact = False
-
-    def __init__(self, file: GGUFFile) -> None:
-        keys = file.keys
+    def __init__(self, keys: Mapping[str, Any]) -> None:
         self.bos: int | None = None
         tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
         merges = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
-        self._tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-        self._tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
-        user = [t for t, kind in zip(tokens, types, strict=True) if kind == USER]
-        self._tokenizer.add_tokens([AddedToken(text, normalized=False) for text in user])
-        byte_of = {character: byte for byte, character in enumerate(alphabet())}
+        self._bpe = BPE({token: i for i, token in enumerate(tokens)}, merges)
+        self._alphabet = alphabet()
+        self._known: dict[str, list[int]] = {}
+        byte_of = {character: byte for byte, character in enumerate(self._alphabet)}
         raw = [
             bytes(byte_of[character] for character in token) if kind == NORMAL else b""
             for token, kind in zip(tokens, types, strict=True)
@@ -107,7 +106,12 @@ class Bytes:
         self.excluded = sorted({keys["tokenizer.ggml.eos_token_id"], *partial})
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [token for word in words(text) for token in self._word(word)]
+
+    def _word(self, word: str) -> list[int]:
+        if (ids := self._known.get(word)) is None:
+            spelled = "".join(self._alphabet[byte] for byte in word.encode())
+            ids = self._known[word] = [token.id for token in self._bpe.tokenize(spelled)]
         return ids
 
 

@@ -7,6 +7,7 @@ defined, 5 unused, 6 byte. (PowerInfer's llama.cpp at d3ebd7c, llm_load_vocab an
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ class Vocabulary(NamedTuple):
     """Ids of bos and eos, and of unk and pad where the tokenizer has them."""
     notes: list[str]
     """Sentences on how the engine treats text differently from the tokenizer."""
+    differences: list[str] = []
+    """What the tokenizer does to text and the engine never does: the user has to consent."""
 
 
 @dataclass
@@ -41,6 +44,13 @@ class Parts:
     scores: dict[int, float] = field(default_factory=dict)
     merges: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    """See `Vocabulary`."""
+
+
+def listed(steps: list[dict[str, Any]]) -> str:
+    """Spell steps of a tokenizer in an error, shortened."""
+    return ", ".join(json.dumps(step, ensure_ascii=False)[:120] for step in steps) or "nothing"
 
 
 def steps_of(spec: dict[str, Any], name: str) -> list[dict[str, Any]]:

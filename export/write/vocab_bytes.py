@@ -1,9 +1,11 @@
 """Read GPT-2's byte-level BPE from the JSON of a tokenizer.
 
-The engine splits text into words by hand-written rules that imitate GPT-2's regular expression,
-writes their bytes in GPT-2's alphabet of 256 printable characters and applies the list of merges in
-order. It normalizes nothing. It aborts when it prints a token of type 1 with a character outside
-the alphabet. (PowerInfer's llama.cpp at d3ebd7c, llm_tokenizer_bpe.)
+The engine splits text into words by hand-written rules that imitate GPT-2's regular expression
+(export/read/words.py), writes their bytes in GPT-2's alphabet of 256 printable characters and
+applies the list of merges in order. It normalizes nothing, and takes no word whole
+(`ignore_merges`): what a tokenizer does otherwise is a difference that the user has to accept. It
+aborts when it prints a token of type 1 with a character outside the alphabet. (PowerInfer's
+llama.cpp at d3ebd7c, llm_tokenizer_bpe.)
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
     """Read tokens and merges; added tokens are left to the caller.
 
     Raises:
-        InputError: Text is normalized or split differently than by GPT-2, or the alphabet lacks
-            more than `SPARE`.
+        InputError: Tokens that the engine cannot put together or print, no merges, or an alphabet
+            that lacks more than `SPARE`.
     """
-    notes = _split_notes(path, spec)
+    notes = _split_notes(spec)
     model = spec["model"]
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[option]:
             raise InputError(
                 f"{path}: its model has {option} {model[option]!r}, expected none; the engine "
@@ -72,39 +74,43 @@ def byte_vocabulary(path: Path, spec: dict[str, Any]) -> Parts:
             "tokenizer.json, or its vocab.json and merges.txt, here"
         )
     tokens = {i: text for text, i in own.items()}
-    return Parts("gpt2", tokens, dict.fromkeys(tokens, NORMAL), merges=merges, notes=notes)
+    types = dict.fromkeys(tokens, NORMAL)
+    return Parts("gpt2", tokens, types, merges=merges, notes=notes, differences=_differences(spec))
 
 
-def _split_notes(path: Path, spec: dict[str, Any]) -> list[str]:
+def _differences(spec: dict[str, Any]) -> list[str]:
+    found = []
     if normalizers := steps_of(spec, "normalizer"):
-        kinds = ", ".join(step["type"] for step in normalizers)
-        raise InputError(
-            f"{path}: normalizes text ({kinds}), which the engine does not; expected "
-            "a byte-level BPE without normalizer, as GPT-2's"
-        )
+        found.append(f"normalizes text ({', '.join(step['type'] for step in normalizers)})")
+    names = _names(spec)
+    if names not in (["ByteLevel"], FALCON):
+        found.append(f"splits text by {', '.join(names)} instead of GPT-2's ByteLevel alone")
+    if spec["model"]["ignore_merges"]:
+        found.append("takes a word whole where it is a token (ignore_merges)")
+    return found
+
+
+def _split_notes(spec: dict[str, Any]) -> list[str]:
     steps = steps_of(spec, "pre_tokenizer")
-    names = [_described(step) for step in steps]
     spaced = next(step["add_prefix_space"] for step in steps if step["type"] == "ByteLevel")
     notes = []
-    if names == FALCON:
+    if _names(spec) == FALCON:
         notes.append(
             "The engine does not split around punctuation and after three digits as Falcon's "
             "tokenizer does, so such text becomes other tokens than the model was trained on."
-        )
-    elif names != ["ByteLevel"]:
-        raise InputError(
-            f"{path}: splits text by {', '.join(names)}, expected GPT-2's ByteLevel; the engine "
-            "cannot split as llama3, qwen2 or similar tokenizers do, so this model cannot run "
-            "there"
         )
     if spaced:
         notes.append("The tokenizer puts a space before a text, the engine does not.")
     return notes
 
 
+def _names(spec: dict[str, Any]) -> list[str]:
+    return [_described(step) for step in steps_of(spec, "pre_tokenizer")]
+
+
 def _described(step: dict[str, Any]) -> str:
     name: str = step["type"]
     if name == "Split":
         ((_, pattern),) = step["pattern"].items()
-        return f"Split({pattern[:60]!r})"
+        return f"Split({pattern[:60]!r})".replace(r"\\", "\\")
     return "ByteLevel without its regex" if not step.get("use_regex", True) else name

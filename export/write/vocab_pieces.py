@@ -5,12 +5,12 @@ whose union has the highest score, leftmost first; what is left over becomes byt
 scores a piece by its rank in training: 0, -1, -2, ... A converted tokenizer.json instead lists
 every pair of pieces whose union is a piece as a merge, in the order of scores. The two are
 equivalent only if all such pairs are there. Pieces whose merges alternate had the same score, as
-Llama 2's runs of spaces: their order of merges must give the same result as leftmost first.
+Llama 2's runs of spaces: their order of merges must give the same result as leftmost first. Where
+the two are not equivalent, or text is prepared in another way, the user has to accept it.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sparsecast.export.write.vocab import (
     UNKNOWN,
     USER,
     Parts,
+    listed,
     steps_of,
 )
 
@@ -47,7 +48,7 @@ def model_pieces(path: Path) -> Parts:
     """Read a sentencepiece model; its piece types are the engine's token types.
 
     Raises:
-        InputError: Not a sentencepiece model, a unigram one, or one without byte pieces.
+        InputError: No sentencepiece model, a unigram one, or one without byte pieces.
     """
     model = read_model(path)
     if not is_bpe(model):
@@ -55,20 +56,20 @@ def model_pieces(path: Path) -> Parts:
             f"{path}: is a unigram model, expected type BPE; the engine merges greedily by score "
             "and would split text into other tokens than this model was trained on"
         )
+    differences = []
     if not adds_one_space(model):
         prepares = model.normalizer_spec
         name = prepares.name or "a rule of its own"
-        raise InputError(
-            f"{path}: prepares text by {name}, dummy prefix {prepares.add_dummy_prefix}, removal "
-            f"of spaces {prepares.remove_extra_whitespaces}, expected the identity and one space "
-            "put in front; the engine does only that, so it would split text into other "
-            "tokens than this model was trained on"
+        differences.append(
+            f"prepares text by {name}, dummy prefix {prepares.add_dummy_prefix}, removal of spaces "
+            f"{prepares.remove_extra_whitespaces} instead of one space put in front"
         )
     parts = Parts(
         "llama",
         {i: piece.piece for i, piece in enumerate(model.pieces)},
         {i: int(piece.type) for i, piece in enumerate(model.pieces)},
         {i: piece.score for i, piece in enumerate(model.pieces)},
+        differences=differences,
     )
     _check_bytes(path, parts)
     return parts
@@ -78,16 +79,9 @@ def json_pieces(path: Path, spec: dict[str, Any]) -> Parts:
     """Read a tokenizer.json with byte_fallback; scores follow the order of its merges.
 
     Raises:
-        InputError: Merges or a treatment of spaces that scores cannot express, or no byte pieces.
+        InputError: No byte pieces.
     """
-    if (notes := space_notes(spec)) is None:
-        steps = steps_of(spec, "normalizer") + steps_of(spec, "pre_tokenizer")
-        found = ", ".join(json.dumps(step, ensure_ascii=False)[:120] for step in steps)
-        raise InputError(
-            f"{path}: prepares text by {found or 'nothing'}, expected one space put in front and "
-            "spaces turned into U+2581; the engine does only that, so it would split text "
-            "into other tokens than this model was trained on"
-        )
+    notes, differences = space_notes(spec)
     model = spec["model"]
     ids: dict[str, int] = model["vocab"]
     special = {token["content"]: token["special"] for token in spec["added_tokens"]}
@@ -107,9 +101,16 @@ def json_pieces(path: Path, spec: dict[str, Any]) -> Parts:
     for group in groups:
         scores |= dict.fromkeys((ids[text] for text in group), -float(rank))
         rank += len(group)
-    parts = Parts("llama", {i: text for text, i in ids.items()}, types, scores, notes=notes)
+    differences += _merge_differences(ids, merges, {text: scores[i] for text, i in pieces.items()})
+    parts = Parts(
+        "llama",
+        {i: text for text, i in ids.items()},
+        types,
+        scores,
+        notes=notes,
+        differences=differences,
+    )
     _check_bytes(path, parts)
-    _check_merges(path, ids, merges, {text: scores[i] for text, i in pieces.items()})
     return parts
 
 
@@ -128,23 +129,19 @@ def _groups(merges: list[tuple[str, str]]) -> list[list[str]]:
     return groups
 
 
-def _check_merges(
-    path: Path, ids: dict[str, int], merges: list[tuple[str, str]], scores: dict[str, float]
-) -> None:
-    """Refuse merges that a greedy search by score would not reproduce."""
+def _merge_differences(
+    ids: dict[str, int], merges: list[tuple[str, str]], scores: dict[str, float]
+) -> list[str]:
+    """Say where a greedy search by score would not reproduce the merges."""
     known = set(merges)
     split = next((pair for pair in merges_by_score(scores) if pair not in known), None)
     if split is not None:
-        what = f"pieces {split[0]!r} and {split[1]!r} form a piece, but no merge lists them"
+        what = f"no merge for the pieces {split[0]!r} and {split[1]!r}, which form a piece"
     elif (text := find_mismatch(ids, merges, _model(scores))) is not None:
-        what = f"merges split {text!r} as no scores can, the leftmost of equal ones first"
+        what = f"merges that split {text!r} as no scores can, the leftmost of equal ones first"
     else:
-        return
-    raise InputError(
-        f"{path}: its {what}; expected the merges of a sentencepiece model. The engine merges by "
-        "score whatever forms a piece and would split text into other tokens. If the model has a "
-        "tokenizer.model, put it beside this file"
-    )
+        return []
+    return [f"has {what} (if the model has a tokenizer.model, put it beside this file)"]
 
 
 def _model(scores: dict[str, float]) -> Any:
@@ -161,14 +158,17 @@ def _model(scores: dict[str, float]) -> Any:
     return model
 
 
-def space_notes(spec: dict[str, Any]) -> list[str] | None:
-    """Say how the engine treats spaces differently; None if that changes every text."""
+def space_notes(spec: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Say how the engine treats spaces differently: notes, and differences in every text."""
     steps = steps_of(spec, "normalizer"), steps_of(spec, "pre_tokenizer")
     if steps == (PREPENDED, []):
-        return []
+        return [], []
     if steps in [([], [METASPACE | {"prepend_scheme": when}]) for when in ("first", "always")]:
-        return ["The engine also puts a space before a text that begins with one."]
-    return None
+        return ["The engine also puts a space before a text that begins with one."], []
+    return [], [
+        f"prepares text by {listed(sum(steps, []))} instead of one space put in front and spaces "
+        "turned into U+2581"
+    ]
 
 
 def _check_bytes(path: Path, parts: Parts) -> None:

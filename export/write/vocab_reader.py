@@ -16,25 +16,22 @@ from sparsecast.export.write.vocab import CONTROL, UNUSED, USER, Parts, Vocabula
 from sparsecast.export.write.vocab_bytes import byte_vocabulary, is_byte_level
 from sparsecast.export.write.vocab_pieces import json_pieces, model_pieces, space_notes
 
-MODEL_NOTE = (
-    "The model's tokenizer does not prepare text as tokenizer.model says. The engine does: it puts "
-    "one space in front and changes nothing else."
-)
-
 
 def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
     """Return the tokenizer's own tokens, its added tokens and padding up to `size`.
 
     Raises:
-        InputError: A kind of tokenizer that the engine does not have or would misread.
+        InputError: A kind of tokenizer that the engine does not have, or tokens that it would not
+            load or print.
     """
     tokenizer: Any = load_tokenizer(checkpoint)
     path = sentencepiece_file(checkpoint.folder)
     if path is not None:
         parts = model_pieces(path)
         _, spec = _spec(checkpoint.folder, tokenizer)
-        notes = [] if spec is None else space_notes(spec)
-        parts.notes += [MODEL_NOTE] if notes is None else notes
+        notes, differences = ([], []) if spec is None else space_notes(spec)
+        parts.notes += notes
+        parts.differences += differences
     else:
         path, spec = _spec(checkpoint.folder, tokenizer)
         parts = _from_spec(path, spec)
@@ -58,7 +55,16 @@ def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
             "first; the engine may split them into other tokens."
         )
     scores = [parts.scores.get(i, 0.0) for i in range(size)] if parts.model == "llama" else []
-    return Vocabulary(parts.model, tokens, scores, types, parts.merges, special, parts.notes)
+    return Vocabulary(
+        parts.model,
+        tokens,
+        scores,
+        types,
+        parts.merges,
+        special,
+        parts.notes,
+        parts.differences,
+    )
 
 
 def _spec(folder: Path, tokenizer: Any) -> tuple[Path, Any]:

@@ -40,6 +40,8 @@ KEY_RECIPE = "sparsecast.recipe"
 """How the bundle was made, see `ExportPlan.recipe`."""
 KEY_ACTIVATION = "sparsecast.activation_threshold"
 """The model's FATReLU threshold, which its config may lack. The engine skips unknown keys."""
+KEY_OTHER_TOKENS = "sparsecast.other_tokens"
+"""See `OtherTokens`, as JSON."""
 FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
     "f32": LlamaFileType.ALL_F32,
@@ -93,6 +95,8 @@ def _add_header(writer: GGUFWriter, plan: ExportPlan) -> None:
     _add_vocabulary(writer, plan.vocabulary)
     writer.add_string(KEY_FINGERPRINT, plan.checkpoint.fingerprint)
     writer.add_string(KEY_RECIPE, plan.recipe_text)
+    if plan.other_tokens is not None:
+        writer.add_string(KEY_OTHER_TOKENS, plan.other_tokens.as_json)
     rule = plan.hparams.activation
     if rule.name == "fatrelu":
         writer.add_key_value(KEY_ACTIVATION, rule.threshold, GGUFValueType.FLOAT64)

@@ -30,12 +30,15 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import set_activation
 from sparsecast.export.config import ExportConfig
+from sparsecast.export.read import other_tokens
 from sparsecast.export.run import export
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.manifest import PredictorManifest
 from sparsecast.predictors.predictor import Predictor
 
 LAYERS, HIDDEN, FFN, RANK = 3, 64, 1280, 16
+SAMPLE = ["def f(x):\n    return x\n", "It's 1234567 and 89, isn't it?", "IT'S a  b;\n\n  cafe\u0301"]
+"""Cut by the engine as by GPT-2; the second otherwise than by SmolLM2's rules or Llama 3's."""
 COMMON = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
@@ -104,6 +107,13 @@ ZOO = {
     "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
 }
 """Every architecture of PowerInfer's that sparsecast writes, by what sets its tensors apart."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_sample():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(other_tokens, "_sample", lambda count: SAMPLE)
+        yield
 
 
 def random_predictors(

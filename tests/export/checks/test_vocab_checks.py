@@ -16,8 +16,9 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.engine_text import check_perplexity_by_ids
 from sparsecast.export.checks.sources import Source
+from sparsecast.export.checks.tokens import check_tokens
 from sparsecast.export.checks.vocab import check_vocabulary
-from sparsecast.export.checks.vocab_source import check_pieces, check_tokens
+from sparsecast.export.checks.vocab_source import check_pieces
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.engine.protocol import CHUNK, chunks_of, held_out_documents, joined
 from sparsecast.export.engine.replies import Reply, Spelling
