@@ -37,7 +37,11 @@ from sparsecast.predictors.manifest import PredictorManifest
 from sparsecast.predictors.predictor import Predictor
 
 LAYERS, HIDDEN, FFN, RANK = 3, 64, 1280, 16
-SAMPLE = ["def f(x):\n    return x\n", "It's 1234567 and 89, isn't it?", "IT'S a  b;\n\n  cafe\u0301"]
+SAMPLE = [
+    "def f(x):\n    return x\n",
+    "It's 1234567 and 89, isn't it?",
+    "IT'S a  b;\n\n  cafe\u0301",
+]
 """Cut by the engine as by GPT-2; the second otherwise than by SmolLM2's rules or Llama 3's."""
 COMMON = {
     "hidden_size": HIDDEN,

@@ -20,6 +20,7 @@ from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.write.vocab_reader import read_vocabulary
 
+
 def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "tokenizer.json"
     spec = json.loads(path.read_text())
