@@ -66,15 +66,15 @@ def exact_experts_in_loop(model: PreTrainedModel, sparse_ffn: Any) -> Iterator[N
 
     Args:
         sparse_ffn: Makes such a forward pass from (gate, up, down, act, relu_up=...), modules or
-            what has their `weight`.
+            what has their `weight` and `bias`.
     """
     loops = expert_loops(model)
 
     def ffn(module: Any, relu_up: bool, expert: int, x_TD: Tensor) -> Tensor:
         gate, up, down = expert_matrices(module, expert)
         linear = partial(nn.functional.linear, weight=gate)
-        parts = (linear, SimpleNamespace(weight=up), SimpleNamespace(weight=down), module.act_fn)
-        out_TD: Tensor = sparse_ffn(*parts, relu_up=relu_up)(x_TD)
+        others = (SimpleNamespace(weight=weight, bias=None) for weight in (up, down))
+        out_TD: Tensor = sparse_ffn(linear, *others, module.act_fn, relu_up=relu_up)(x_TD)
         return out_TD
 
     for module, loop in zip(expert_modules(model), loops, strict=True):

@@ -72,7 +72,7 @@ def exact_in_loop(model: PreTrainedModel) -> Iterator[None]:
     else:
         parent = family.down.rpartition(".")[0]
         blocks = [layer.get_submodule(parent) for layer in layers]
-        forwards = [_sparse_ffn(layer, family, relu_up=rule.on_up) for layer in layers]
+        forwards = [_sparse_ffn(*_parts(layer, family), relu_up=rule.on_up) for layer in layers]
     try:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
@@ -95,12 +95,19 @@ def _sparse_product(down: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _sparse_ffn(layer: nn.Module, family: Family, *, relu_up: bool) -> Callable[[Tensor], Tensor]:
+def _parts(layer: nn.Module, family: Family) -> list[nn.Module]:
+    """Return what `_sparse_ffn` takes of a layer whose FFN has a gate."""
     assert family.gate is not None
-    paths = (family.gate, family.act, family.up, family.down)
-    modules: list[Any] = [layer.get_submodule(path) for path in paths]
-    gate, act, up, down = modules
-    norm = nn.Identity() if family.x1_norm is None else layer.get_submodule(family.x1_norm)
+    paths = [family.gate, family.up, family.down, family.act]
+    if family.x1_norm is not None:
+        paths.append(family.x1_norm)
+    return [layer.get_submodule(path) for path in paths]
+
+
+def _sparse_ffn(
+    gate: Any, up: Any, down: Any, act: Any, norm: Any = None, *, relu_up: bool
+) -> Callable[[Tensor], Tensor]:
+    norm = nn.Identity() if norm is None else norm
     project = _sparse_product(down)
 
     def forward(x_BSD: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ Shape letters: B batch, S sequence, N tokens of a batch, E experts, k experts pe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,9 @@ from sparsecast.core.models.expert_loop import ExpertLoop
 
 MODEL_TYPE = "smallthinker"
 FULL, SLIDING = "full_attention", "sliding_attention"
+_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
+"""What this release of transformers calls the keys and values of earlier tokens."""
 
 
 class SmallThinkerConfig(MixtralConfig):  # type: ignore[no-untyped-call]
@@ -152,12 +156,12 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):  # type: ignore[no-untyped
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         config: Any = self.config
+        cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
         h_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if (config.use_cache if use_cache is None else use_cache) and cache is None:
             cache = DynamicCache(config=config)
@@ -168,7 +172,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):  # type: ignore[no-untyped
             "config": config,
             "inputs_embeds": h_BSD,
             "attention_mask": attention_mask,
-            "cache": cache,
+            CACHE: cache,
             "position_ids": position_ids,
         }
         kinds = config.layer_types or [FULL] * len(self.layers)
@@ -184,9 +188,9 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):  # type: ignore[no-untyped
                 h_BSD,
                 position_embeddings=rotations[bool(turns)],
                 attention_mask=masks[kind],
-                cache=cache,
+                **{CACHE: cache},
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(h_BSD), cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(h_BSD), **{CACHE: cache})
 
 
 class SmallThinkerForCausalLM(  # type: ignore[no-untyped-call]
@@ -207,7 +211,7 @@ class SmallThinkerForCausalLM(  # type: ignore[no-untyped-call]
     ) -> CausalLMOutputWithPast:
         out = self.model(input_ids, **kwargs)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, cache=out.cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: getattr(out, CACHE)})
 
 
 _NAMES = {
