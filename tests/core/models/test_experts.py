@@ -40,7 +40,7 @@ def mixture(tmp_path_factory, model_folder):
 def short(tmp_path_factory, corpus):
     """Documents of 30 to 150 characters, so that batches have padding."""
     text = "".join(path.read_text() for path in sorted(corpus.iterdir())[:9])
-    path = tmp_path_factory.mktemp("short") / "short.jsonl"
+    path = tmp_path_factory.mktemp("pieces") / "pieces.jsonl"
     starts = range(0, 60_000, 150)
     rows = [{"text": text[start : start + 30 + start % 120]} for start in starts]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
