@@ -136,7 +136,8 @@ def sizes_on_disk(nbytes: int, folder: Path) -> str:
     """
     files = sum(path.stat().st_size for path in folder.glob("model_*.pt"))
     exported, own = (f"{count / 2**20:,.2f} MiB" for count in (nbytes, files))
-    return f"{exported} in PowerInfer's file ({own} as model_*.pt)"
+    name = "model_<i>_<e>.pt" if any(folder.glob("model_*_*.pt")) else "model_<i>.pt"
+    return f"{exported} in PowerInfer's file ({own} as {name})"
 
 
 def model_file(ffn: int, experts: int = 0) -> str:

@@ -76,7 +76,7 @@ def _trained_experts(
             done = _trained(part, source)
             save_torch({ffn: state_of(one) for ffn, one in done.items()}, part.trained)
             part.checkpoint.unlink(missing_ok=True)
-        states = torch.load(part.trained, weights_only=True)
+        states = torch.load(part.trained, weights_only=True, mmap=True)
         own |= {ffn: from_state(state) for ffn, state in states.items()}
     return own
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.core.errors import InputError
-from sparsecast.core.models.ffns import ffn_numbers
+from sparsecast.core.models.ffns import ffn_numbers, place_of
 from sparsecast.core.progress import progress_bar
 from sparsecast.predictors.baselines.sparseinfer import sign_nbytes, sign_rules
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -107,18 +107,15 @@ def _score_each(
             total, experts = None, []
             for ffn in ffn_numbers([layer], manifest.experts):
                 own = add_up(rule_of(ffn), store, ffn)
-                experts.append({"tokens": own.rows, **_values(own, manifest)})
+                _, expert = place_of(ffn, manifest.experts)
+                if expert is not None:
+                    names = {"layer": layer, "expert": expert, "tokens": own.rows}
+                    experts.append({**names, **_values(own, manifest)})
                 total = own if total is None else total.plus(own)
                 progress.advance()
             assert total is not None
-            rows = [{"layer": layer, "expert": e, **row} for e, row in enumerate(experts)]
-            scores.append(
-                LayerScore(
-                    {"layer": layer, **_values(total, manifest)},
-                    total.histogram.curve(),
-                    rows if manifest.experts else [],
-                )
-            )
+            values = {"layer": layer, **_values(total, manifest)}
+            scores.append(LayerScore(values, total.histogram.curve(), experts))
     return scores
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections import OrderedDict
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,4 +233,4 @@ def test_the_manifest_of_a_forced_bundle_stays_that_of_its_predictors(other, pre
 
     manifest = json.loads((tmp_path / "b" / "predictor" / "manifest.json").read_text())
 
-    assert manifest == asdict(load_predictors(predictors).manifest)
+    assert manifest == json.loads((predictors / "manifest.json").read_text())
