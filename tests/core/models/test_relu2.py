@@ -117,7 +117,7 @@ def test_every_stage_up_to_evaluate(name, matrices, family_folder, corpus, tmp_p
     assert 0 < abs(values["change"]["predicted"]) < 0.5
     said = " ".join(capsys.readouterr().err.split())
     assert "bundle │ - │" in said
-    assert "bundle: not measured: PowerInfer computes ReLU alone" in said
+    assert "bundle: not measured: PowerInfer runs neither ReLU²" in said
 
     scores = report(
         ReportConfig(
