@@ -92,6 +92,8 @@ def _minicpm(raw: dict[str, Any], where: str) -> PreTrainedConfig:
             f"{where}: a MiniCPM config needs numbers under scale_emb, scale_depth, "
             f"dim_model_base, hidden_size, num_attention_heads and num_hidden_layers ({error})"
         ) from error
+    if fields.get("head_dim") is None:
+        fields.pop("head_dim", None)
     # MiniCPM's config class ties the embeddings unless told otherwise.
     fields.setdefault("tie_word_embeddings", True)
     return GraniteConfig(

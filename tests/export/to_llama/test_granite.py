@@ -69,7 +69,7 @@ def test_a_granite_is_folded_attention_and_biases_too(model_folder, tmp_path, ch
 
 def test_sparsing_law_has_no_model_type(model_folder, tmp_path):
     """And no tie_word_embeddings: MiniCPM's class ties."""
-    fields = {"model_type": ..., "hidden_act": "relu", "hidden_act_param": ...}
+    fields = {"model_type": ..., "hidden_act": "relu", "hidden_act_param": ..., "head_dim": None}
     wanted = save_minicpm(tmp_path / "m", model_folder, **fields)
 
     out = convert(ConvertConfig(model=str(tmp_path / "m"), to="llama", out=tmp_path / "llama"))
