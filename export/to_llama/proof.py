@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import set_activation
@@ -73,6 +74,7 @@ def prove(
         read: Called with bytes of weights, `PASSES` times those of the model in all.
 
     Raises:
+        InputError: All logits are 0.
         RuntimeError: They are not the same.
     """
     check_values(plan, written, read)
@@ -95,7 +97,11 @@ def prove(
 
     model = plan.checkpoint.config
     llama_TV = logits(written.config, partial(of_llama, False), rule)
-    largest = float(llama_TV.abs().max())
+    if not (largest := float(llama_TV.abs().max())):
+        raise InputError(
+            f"{plan.checkpoint.folder}: all logits are 0, so nothing can be proved; expected the "
+            "weights of a trained model: download or save them again"
+        )
     scaled_TV = logits(model, partial(of_llama, True), plan.rule)
     apart = _largest_difference(scaled_TV, llama_TV) / largest
     if not apart <= BOUND:

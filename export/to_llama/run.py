@@ -79,6 +79,13 @@ def _is_finished(plan: ConvertPlan) -> bool:
         )
     changes = compare_options(earlier, plan.options)
     check_unchanged(plan.out, "a converted model", changes, finished=True)
+    try:
+        Checkpoint(str(plan.out)).check()
+    except InputError as error:
+        raise InputError(
+            f"{plan.out}: holds a damaged conversion ({error}); choose another --out or remove the "
+            "folder"
+        ) from error
     log.info(f"{plan.out}: already converted")
     return True
 

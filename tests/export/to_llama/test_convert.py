@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
 
+from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
@@ -204,6 +205,9 @@ def test_a_finished_conversion_is_kept_and_another_one_refused(source, llama, tm
     (model / "config.json").write_text(json.dumps({**config, "scale_depth": 1.5}))
     with pytest.raises(ValueError, match="a converted model made differently .config was"):
         converted(model, out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds a damaged conversion .*no model.safetensors"):
+        converted(source, out)
 
 
 def wrong_factor(monkeypatch):

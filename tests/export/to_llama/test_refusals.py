@@ -83,6 +83,10 @@ def another_head(tensors):
     tensors["lm_head.weight"] = torch.randn(512, 64)
 
 
+def silent(tensors):
+    tensors["model.norm.weight"].zero_()
+
+
 def lost(tensors):
     del tensors["model.layers.1.self_attn.o_proj.weight"]
 
@@ -94,6 +98,7 @@ def lost(tensors):
         (infinite, r"layers\.2\.mlp\.down_proj\.weight holds NaN or infinity"),
         (too_large, "embed_tokens.weight holds 6000, which times 12 is beyond float16"),
         (another_head, "lm_head.weight is not model.embed_tokens.weight, but config.json ties"),
+        (silent, "all logits are 0, so nothing can be proved"),
         (lost, r"layers\.1\.self_attn\.o_proj\.weight is missing"),
     ],
 )
