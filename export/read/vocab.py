@@ -47,8 +47,9 @@ class Pieces:
     """Sentencepiece BPE.
 
     It merges by best score, leftmost first, with byte fallback and one space put in front. The
-    engine merges whatever forms a token, control and user-defined ones included, and finds none
-    of them whole: to sentencepiece they are normal pieces.
+    engine merges whatever forms a token, and finds none of them whole: to sentencepiece all of
+    them, control tokens and bytes included, are normal pieces. What becomes none of them is
+    spelled in bytes here.
     """
 
     def __init__(self, keys: Mapping[str, Any]) -> None:
@@ -56,22 +57,32 @@ class Pieces:
         self.excluded = [keys.get("tokenizer.ggml.eos_token_id", 2)]
         tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
         self.texts = [_piece_text(*pair) for pair in zip(tokens, types, strict=True)]
+        self._bytes = [tokens.index(f"<0x{byte:02X}>") for byte in range(256)]
         model = proto.ModelProto()  # type: ignore[attr-defined]  # created at import
-        for text, score, kind in zip(tokens, keys["tokenizer.ggml.scores"], types, strict=True):
-            model.pieces.add(piece=text, score=score, type=BYTE if kind == BYTE else NORMAL)
+        for text, score in zip(tokens, keys["tokenizer.ggml.scores"], strict=True):
+            model.pieces.add(piece=text, score=score, type=NORMAL)
         model.pieces.add(piece=max(tokens, key=len) + "?", type=UNKNOWN)  # it demands one
-        spec = model.trainer_spec
-        spec.model_type, spec.byte_fallback = spec.BPE, True
+        model.trainer_spec.model_type = model.trainer_spec.BPE
         model.normalizer_spec.add_dummy_prefix = True
         model.normalizer_spec.remove_extra_whitespaces = False
         model.normalizer_spec.escape_whitespaces = True
+        self._unknown = len(tokens)
         self._processor: Any = sentencepiece.SentencePieceProcessor(
             model_proto=model.SerializeToString()
         )
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
-        return ids
+        if self._unknown not in ids:
+            return ids
+        pieces = self._processor.encode_as_pieces(text)
+        found: list[int] = []
+        for i, piece in zip(ids, pieces, strict=True):
+            if i == self._unknown:
+                found += [self._bytes[byte] for byte in piece.encode()]
+            else:
+                found.append(i)
+        return found
 
 
 def _piece_text(token: str, kind: int) -> str:

@@ -72,19 +72,51 @@ def test_a_token_beyond_the_most_probable_has_the_same_probability(engine, byte_
 
 @pytest.mark.engine
 @pytest.mark.parametrize("bytewise", [True, False])
-def test_documents_that_the_engine_cuts_otherwise_are_counted(
-    bytewise, engine, byte_bundle, bundle_folder, corpus
+def test_the_engine_cuts_documents_as_the_files_tokenizer(
+    bytewise, engine, byte_bundle, bundle_folder
 ):
+    """Where it cuts otherwise than GPT-2 too."""
     file = GGUFFile(bundle_file(byte_bundle() if bytewise else bundle_folder))
-    tokenizer = tokenizer_of(file)
-    alike = ["def f(x):\n    return x", "It's 1234, \u4f60\u597d! \U0001f600", " a  b\n\n  c"]
-    spaces = "x    (y)\n" if bytewise else "<|never a token|>"
+    docs = [
+        "def f(x):\n    return x",
+        "It's 1234, \u4f60\u597d! \U0001f600",
+        "x    (y)\n",
+        "<s>!x!",
+    ]
 
-    for docs, differ in ((alike, 0), ([*alike, spaces], int(bytewise))):
-        check = check_tokenization(engine, file, tokenizer, docs)
+    check = check_tokenization(engine, file, tokenizer_of(file), docs)
 
-        assert check.ok
-        assert f"{differ} of {len(docs)} held-out documents differ" in check.detail
+    assert check.ok
+    assert check.detail == "0 of 4 held-out documents differ"
+
+
+@pytest.mark.engine
+def test_a_tokenizer_that_the_engine_lacks_passes_with_consent(
+    engine, byte_copy, random_predictors, corpus
+):
+    """Digits apart, as in SmolLM2: the engine gets the model's ids."""
+    path = byte_copy / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    spec["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [digits, spec["pre_tokenizer"]],
+    }
+    path.write_text(json.dumps(spec))
+    predictors = random_predictors(byte_copy.parent / "p", str(byte_copy))
+    out = byte_copy.parent / "b"
+    cfg = ExportConfig(
+        model=str(byte_copy), predictors=predictors, out=out, allow_other_tokens=True
+    )
+    export(cfg)
+
+    result = verify(VerifyConfig(bundle=out, corpus=str(corpus), engine=engine))
+
+    assert result.ok, details(result)
+    assert result.engine.perplexity == pytest.approx(result.engine.reference, rel=2e-3)
+    assert "by token ids" in details(result)["engine perplexity"]
+    assert details(result)["engine tokenization"].startswith("0 of ")
+    assert "as when exported" in details(result)["other tokens"]
 
 
 @pytest.mark.engine
