@@ -132,8 +132,10 @@ def _against_bytes(source: Source, folder: Path) -> tuple[str, list[str]]:
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
-    """Read merges in either form: "left right" or ["left", "right"]."""
-    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    """Read merges in either form, "left right" or ["left", "right"]; of a repeated one the last
+    counts, as in the tokenizers library."""
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    return [*dict.fromkeys(reversed(pairs))][::-1]
 
 
 def _ids(raw: dict[str, Any]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -266,3 +266,49 @@ def test_tokens_added_to_tokenizer_model_are_compared_too(
         assert not check.ok
         assert f"token {rows} is" in check.detail
         column[rows] = before
+
+
+def repeat_a_merge(folder: Path, number: int) -> tuple[int, list[list[str]]]:
+    """Put a merge of tokenizer.json at its front too; its place from the end, and the merges."""
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    merges = spec["model"]["merges"]
+    merges.insert(0, merges[number])
+    path.write_text(json.dumps(spec))
+    return number - len(merges) + 1, merges
+
+
+def test_a_repeated_merge_counts_where_it_stands_last(byte_copy, random_predictors, corpus):
+    """As in the tokenizers library; the engine would take the first, so one alone is written."""
+    before = tokenizer_of_folder(byte_copy)
+    place, merges = repeat_a_merge(byte_copy, 200)
+    predictors = random_predictors(byte_copy.parent / "p", str(byte_copy))
+    out = byte_copy.parent / "b"
+    file = GGUFFile(export(ExportConfig(model=str(byte_copy), predictors=predictors, out=out)))
+    source = Source(Checkpoint(str(byte_copy)), file)
+    text = " ".join(path.read_text() for path in sorted(corpus.iterdir())[:2])
+
+    written = file.keys["tokenizer.ggml.merges"]
+    assert written == [" ".join(pair) for pair in merges[1:]]
+    assert check_pieces(source).ok, check_pieces(source).detail
+    assert tokenizer_of_folder(byte_copy)(text) == before(text)
+
+    written.insert(0, written.pop(place))
+    assert "merges differ from number 0 on" in check_pieces(source).detail
+
+
+def test_a_repeated_merge_of_pieces_is_no_alternation(json_copy, random_predictors):
+    repeat_a_merge(json_copy, 100)
+    predictors = random_predictors(json_copy.parent / "p", str(json_copy))
+    out = json_copy.parent / "b"
+    file = GGUFFile(export(ExportConfig(model=str(json_copy), predictors=predictors, out=out)))
+
+    check = check_pieces(Source(Checkpoint(str(json_copy)), file))
+
+    assert check.ok, check.detail
+
+
+def tokenizer_of_folder(folder: Path):
+    """The library's ids of a text."""
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return lambda text: own.encode(text, add_special_tokens=False).ids
