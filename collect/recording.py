@@ -17,7 +17,7 @@ from sparsecast.collect.first_batch import warn_of_activation
 from sparsecast.collect.output import finished_shards
 from sparsecast.collect.plan import CollectionPlan
 from sparsecast.collect.store.expert_filler import ExpertFiller
-from sparsecast.collect.store.filler import Filler, down_norms
+from sparsecast.collect.store.filler import Filler, x1_gains
 from sparsecast.collect.store.firing import NothingFiresError, check_firing
 from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.shard_reader import ShardFile
@@ -74,7 +74,7 @@ def _recorder(
     if shape.experts:
         experts = ExpertFiller(shape)
         return experts, ExpertRecorder(model, experts.record, experts.layers)
-    filler = Filler(shape, down_norms(model, shape))
+    filler = Filler(shape, x1_gains(model, shape))
     return filler, Recorder(model, filler, filler.layers)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsecast.collect.store.filler import Filler, down_norms
+from sparsecast.collect.store.filler import Filler, x1_gains
 from sparsecast.collect.store.shard import SHARD_BYTES, Shape
 from sparsecast.collect.store.units import Unit
 from sparsecast.collect.store.writer import Writer, record_unit
@@ -38,7 +38,7 @@ def _forward(model: PreTrainedModel, batch: TokenBatch) -> None:
 
 def recording(model: PreTrainedModel, shape: Shape, units: list[Unit], writer: Writer) -> None:
     """Record every unit, as `collect` does; returns when all of them are written."""
-    filler = Filler(shape, down_norms(model, shape))
+    filler = Filler(shape, x1_gains(model, shape))
     with Recorder(model, filler):
         for unit in units:
             record_unit(filler, writer, unit, partial(_forward, model))

@@ -1,9 +1,9 @@
 """Energies of active entries in one byte each, for energy recall.
 
 The energy of an active entry is (x1_j * ||down column j||)^2, the squared norm of what the neuron
-adds to the residual stream. Where a norm stands between x1 and down (BitNet), the column is
-multiplied by the norm's weight j, and the energy is that squared norm times the mean square of x1.
-Its root, the amplitude, is stored on a logarithmic scale:
+adds to the residual stream. Where an RMS norm stands between x1 and down (BitNet), x1 is divided by
+its root mean square over F, and the column is multiplied by the norm's weight j. The energy's root,
+the amplitude, is stored on a logarithmic scale:
 
     code = clamp(round(8 * log2(amplitude)) + 144, 0, 255),    amplitude = 2 ** ((code - 144) / 8)
 
@@ -15,6 +15,8 @@ Shape letters: T tokens, F FFN width, N active entries, token by token, neurons 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,13 +26,21 @@ ZERO = 144
 """The code of amplitude 1."""
 
 
-def encode(x1_TF: Tensor, norm_F: Tensor, mask_TF: Tensor) -> Tensor:
-    """(N,) uint8 codes of the entries where `mask_TF` is true.
+class Gains(NamedTuple):
+    """What a layer's x1 is multiplied by on its way to the residual stream."""
 
-    Args:
-        norm_F: float32, see `Family.x1_gains`.
-    """
-    amplitude_N = (x1_TF.float() * norm_F)[mask_TF].abs()
+    gain_F: Tensor
+    """float32, see `Family.x1_gains`."""
+    eps: float | None = None
+    """Added to the mean square of x1 in the RMS norm behind it; None if there is no norm."""
+
+
+def encode(x1_TF: Tensor, gains: Gains, mask_TF: Tensor) -> Tensor:
+    """(N,) uint8 codes of the entries where `mask_TF` is true."""
+    x1_TF = x1_TF.float()
+    if gains.eps is not None:
+        x1_TF = x1_TF * (x1_TF.square().mean(1, keepdim=True) + gains.eps).rsqrt()
+    amplitude_N = (x1_TF * gains.gain_F.to(x1_TF.device))[mask_TF].abs()
     return (amplitude_N.log2() * STEPS + ZERO).round_().clamp_(0, 255).to(torch.uint8)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsecast.collect.store.energy import encode
+from sparsecast.collect.store.energy import Gains, encode
 from sparsecast.collect.store.shard import INPUT_DTYPES, Shape, ShardBuffer
 from sparsecast.collect.store.units import Unit
 from sparsecast.core.bitmask import count_per_neuron, count_per_token, pack
@@ -76,15 +76,15 @@ class Filler:
     are allocated once: small long-lived buffers between large ones fragment the host heap.
     """
 
-    def __init__(self, shape: Shape, norms: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(self, shape: Shape, gains: Mapping[int, Gains] | None = None) -> None:
         """
         Args:
-            norms: Needed for energies, see `down_norms`.
+            gains: Needed for energies, see `x1_gains`.
         """
         self._shape = shape
         self._dtype = INPUT_DTYPES[shape.x_dtype]
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._norms = {} if norms is None else norms
+        self._gains = {} if gains is None else gains
         self._index = {layer: index for index, layer in enumerate(shape.layers)}
         self._counts: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._home: dict[int, torch.device] = {}
@@ -177,8 +177,7 @@ class Filler:
         self._put(f"layer.{layer}.mask", self._kept(pack(mask_NF)))
         self._input(layer, x_TD)
         if self._shape.energy:
-            norm_F = self._norms[layer].to(x1_NF.device)
-            codes_N = encode(self._kept(x1_NF), norm_F, self._kept(mask_NF))
+            codes_N = encode(self._kept(x1_NF), self._gains[layer], self._kept(mask_NF))
             shard.buffer.energies[layer].append(codes_N.cpu())
 
     def _counters(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -224,8 +223,8 @@ def raise_to(largest: Tensor, value: Tensor) -> None:
     torch.maximum(largest, torch.maximum(-low, high).float(), out=largest)
 
 
-def down_norms(model: PreTrainedModel, shape: Shape) -> dict[int, Tensor]:
-    """Per layer (F,) float32: see `Family.x1_gains`.
+def x1_gains(model: PreTrainedModel, shape: Shape) -> dict[int, Gains]:
+    """Return the gains of every recorded layer.
 
     Empty if `shape` has no energies, which are what needs them.
 
@@ -236,7 +235,7 @@ def down_norms(model: PreTrainedModel, shape: Shape) -> dict[int, Tensor]:
         return {}
     family = family_of(model.config, str(model.config.name_or_path))
     blocks = family.decoder_layers(model)
-    norms = {}
+    gains = {}
     for layer in shape.layers:
         down = blocks[layer].get_submodule(family.down)
         assert isinstance(down, nn.Linear)
@@ -245,5 +244,5 @@ def down_norms(model: PreTrainedModel, shape: Shape) -> dict[int, Tensor]:
                 "--energy: needs the down projections in memory, but --device-map has moved them "
                 "off; use more devices, or leave --energy out"
             )
-        norms[layer] = family.x1_gains(blocks[layer])
-    return norms
+        gains[layer] = Gains(family.x1_gains(blocks[layer]), family.x1_norm_eps(blocks[layer]))
+    return gains

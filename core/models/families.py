@@ -93,6 +93,13 @@ class Family:
             gain_F = gain_F * weight.detach().float().abs()
         return gain_F
 
+    def x1_norm_eps(self, layer: nn.Module) -> float | None:
+        """Return what `x1_norm` adds to the mean square of x1; None without that norm."""
+        if self.x1_norm is None:
+            return None
+        norm: Any = layer.get_submodule(self.x1_norm)
+        return float(norm.variance_epsilon)
+
 
 _LLAMA = Family(
     layers="model.layers",

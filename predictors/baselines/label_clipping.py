@@ -2,7 +2,8 @@
 
 If a token has more than `share * F` active neurons, only that many count as active: those with the
 largest |x1|, ties included. Predictors then skip more neurons; they miss more active ones, but few
-large ones. |x1| comes from the store's energies, divided by `Family.x1_gains`, to within 4.5 %. A
+large ones. |x1| comes from the store's energies, divided by `Family.x1_gains`, to within 4.5 % and,
+with a norm behind x1, up to a factor that is one for the whole token. A
 neuron that adds nothing, whatever its x1 is, never counts.
 
 Shape letters: T tokens, F FFN width.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.inspect import InspectConfig, inspect
 from sparsecast.collect.run import collect
-from sparsecast.collect.store.energy import decode, encode
+from sparsecast.collect.store.energy import Gains, decode, encode
 from sparsecast.collect.store.filler import Filler
 from sparsecast.collect.store.shard import SHARD_BYTES, Shape, ShardBuffer
 from sparsecast.collect.store.shard_reader import ShardFile
@@ -82,9 +82,22 @@ def test_counts_do_not_overflow_where_everything_fires():
 @given(st.floats(2**-18, 2**13.8), st.floats(0.1, 4))
 def test_an_energy_is_kept_within_nine_percent(amplitude, norm):
     x1 = torch.tensor([[amplitude / norm, 0.0]])
-    code = encode(x1, torch.tensor([norm, 1.0]), x1 != 0)
+    code = encode(x1, Gains(torch.tensor([norm, 1.0])), x1 != 0)
     assert code.shape == (1,)
     assert decode(code).item() == pytest.approx(amplitude**2, rel=2 ** (1 / 8) - 1 + 1e-3)
+
+
+def test_energies_behind_a_norm_do_not_grow_with_x1():
+    """BitNet's x1 is a product of gates squared: far beyond what one byte holds."""
+    x1_TF = torch.tensor([[3.0, 0.0, -4.0]]) * torch.tensor([[1e-6], [1.0], [1e9]])
+    code_N = encode(x1_TF, Gains(torch.tensor([1.0, 1.0, 0.5]), eps=1e-5), x1_TF != 0)
+    got_T2 = decode(code_N).double().view(3, 2)
+    rms = (25 / 3) ** 0.5
+    want_2 = torch.tensor([3 / rms, 2 / rms], dtype=torch.float64).square()
+    torch.testing.assert_close(got_T2[1:], want_2.expand(2, 2), rtol=0.091, atol=0)
+    weak = (25e-12 / 3 + 1e-5) ** 0.5  # the epsilon decides
+    want = torch.tensor([3e-6 / weak, 2e-6 / weak], dtype=torch.float64).square()
+    torch.testing.assert_close(got_T2[0], want, rtol=0.091, atol=0)
 
 
 def test_energies_come_back_where_the_neurons_fired(tmp_path, forward_of):
@@ -92,7 +105,7 @@ def test_energies_come_back_where_the_neurons_fired(tmp_path, forward_of):
     manifest = replace(MANIFEST, energy=True)
     shape = manifest.shape
     norms = {layer: torch.rand(37) + 0.5 for layer in shape.layers}
-    filler = Filler(shape, norms)
+    filler = Filler(shape, {layer: Gains(norm_F) for layer, norm_F in norms.items()})
     keep = torch.ones(1, 50, dtype=torch.bool)
     keep[0, 7] = False
     units = [Unit(split, 0, [TokenBatch(split, torch.arange(50)[None], keep)]) for split in SPLITS]
