@@ -8,8 +8,12 @@ class InputError(ValueError):
     """
 
 
+_MOST = 400
+"""Characters of a library's message, which may quote whole files."""
+
+
 def reason_of(error: Exception) -> str:
     """Return a library's error message in one line: the first line that is not a heading."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     told = next((line for line in lines if not line.endswith(":")), "")
-    return told or type(error).__name__
+    return told[:_MOST] + "..." * (len(told) > _MOST) or type(error).__name__

@@ -20,7 +20,9 @@ from sparsecast.core.disk import format_bytes
 from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.bitnet import check_compiles, rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.experts import install_loops
 from sparsecast.core.models.families import activation_rule, family_of, lost_threshold_warning
 from sparsecast.core.models.loading import (
     build_model,
@@ -48,6 +50,8 @@ from sparsecast.export.write.vocab_reader import read_vocabulary
 
 SEQ_LEN = 512
 BATCH = 2
+LEAST_POSITIONS = 8
+"""With fewer, hardly a token of a document is predicted."""
 MOST_LAYERS = 1_000
 """Of a config whose weights are unusable, so that nothing bounds what it describes."""
 
@@ -90,12 +94,14 @@ def model_values(cfg: InspectConfig) -> dict[str, Any]:
         "input": family.convention,
         "tokenizer": tokenizer,
         "weights": weights,
-        "stages": _stages(usable, weights, inexact),
+        "stages": _stages(config, usable, weights, inexact),
         "powerinfer": _powerinfer(checkpoint),
         "check": None,
         "not_checked": usable or unknown if cfg.check else "left out by --check false",
     }
     values["stages"]["export"] = values["powerinfer"]["model"] or values["powerinfer"]["vocabulary"]
+    if values["not_checked"] is None and (values["positions"] or SEQ_LEN) < LEAST_POSITIONS:
+        values["not_checked"] = f"max_position_embeddings is below {LEAST_POSITIONS}"
     if values["not_checked"] is None:
         rule: Any = named if inexact else activation_rule(config, source)
         values |= _check(cfg, checkpoint, rule)
@@ -123,7 +129,7 @@ def _outline(config: Any) -> PreTrainedModel | None:
 
 def _shape(outline: PreTrainedModel) -> dict[str, int] | None:
     shape: ModelShape | None = model_shape(outline) if fits_in(outline) else None
-    return None if shape is None else asdict(shape)
+    return None if shape is None else {key: size for key, size in asdict(shape).items() if size}
 
 
 def _stored_bytes(checkpoint: Checkpoint) -> int:
@@ -165,14 +171,28 @@ def _tokenizer_values(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _stages(usable: str | None, weights: str | None, inexact: str | None) -> dict[str, str | None]:
+def _stages(
+    config: Any, usable: str | None, weights: str | None, inexact: str | None
+) -> dict[str, str | None]:
     """Return why each stage cannot use the model, None where it can."""
     recorded = usable or inexact
+    family, rounds = family_of(config, "model"), rounds_online(config)
+    dense_alone = untrained = unreplaced = None
+    if family.experts is not None:
+        dense_alone = f"is a mixture of experts ({config.model_type}); only dense FFNs work there"
+    if rounds:
+        unreplaced = "its weights are rounded in every forward pass, which the kernels do not do"
+        untrained = "its weights are rounded in every forward pass, which sparsify does not train"
+    named = getattr(config, family.act_key, None)
+    if named == "fatrelu":
+        untrained = untrained or inexact
+    if named == "relu2":
+        untrained = f"{family.act_key} is 'relu2', which is sparse already; use the model as it is"
     names = ("collect", "train", "report", "evaluate")
     return {
         **dict.fromkeys(names, recorded),
-        "sparsify": usable,
-        "sparsify_model": weights or inexact,
+        "sparsify": usable or dense_alone or untrained,
+        "sparsify_model": weights or inexact or dense_alone or unreplaced,
     }
 
 
@@ -197,10 +217,18 @@ def _check(
     """Load the model and run the truth check on held-out documents."""
     documents = start_reading(cfg.corpus, assign_splits(read_documents(cfg.corpus)))
     device = pick_device(cfg.device)
-    model: Any = build_model(checkpoint, pick_dtype(cfg.dtype, checkpoint.config.dtype, device))
+    dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, device)
+    try:
+        model: Any = build_model(checkpoint, dtype)
+        if rounds_online(checkpoint.config):
+            check_compiles(device)
+    except InputError as error:
+        return {"not_checked": str(error).removeprefix(f"{checkpoint.folder}: ")}
     model.to(device).eval()
     if not fits_in(model):
         return {"not_checked": "its FFNs are not of one kind"}
+    if family_of(checkpoint.config, "model").experts is not None:
+        install_loops(model, relu_up=False)
     if isinstance(rule, ActivationRule):
         set_activation(model, rule)
     batches = list(
@@ -287,6 +315,11 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
         facts["shape"] = (
             f"{shape['layers']} layers, hidden {shape['hidden_size']}, FFN {shape['ffn_width']}, "
             f"{shape['ffn_matrices']} matrices"
+            + (
+                f", {shape['experts']} experts, {shape['experts_per_token']} per token"
+                if "experts" in shape
+                else ""
+            )
         )
     if values["parameters"] is not None:
         facts["size"] = f"{values['parameters']:,} parameters" + (

@@ -19,6 +19,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.bitnet import effective_weight
 from sparsecast.core.models.remote_configs import REMAPPED
+from sparsecast.core.options import short_repr
 
 RESIDUAL_BEFORE_FFN_NORM = "residual-before-ffn-norm"
 LAYER_INPUT = "layer-input"
@@ -234,9 +235,9 @@ def activation_rule(
     name = getattr(config, family.act_key, None)
     if name not in ("relu", "fatrelu", "drelu", "relu2"):
         raise InputError(
-            f"{where}: {family.act_key} is {name!r}, which leaves no exact zeros in the FFN; "
-            "expected 'relu', 'relu2' or 'fatrelu'. `sparsecast sparsify` turns such a model into "
-            "a sparse one (ReLU substitution, progressive L1 regularization, threshold shift)"
+            f"{where}: {family.act_key} is {short_repr(name)}, which leaves no exact zeros in the "
+            "FFN; expected 'relu', 'relu2' or 'fatrelu'. `sparsecast sparsify` turns such a model "
+            "into a sparse one (ReLU substitution, progressive L1 regularization, threshold shift)"
         )
     if threshold is not None:
         if name not in ("relu", "fatrelu") or not 0 <= threshold <= LARGEST_THRESHOLD:

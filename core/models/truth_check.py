@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.experts import expert_loops, expert_modules
 from sparsecast.core.models.families import family_of
 from sparsecast.core.models.loading import input_device
 from sparsecast.core.text.tokens import TokenBatch
@@ -101,9 +102,10 @@ def candidates(
 
 
 def fits_in(model: PreTrainedModel) -> bool:
-    """Return whether every layer has one FFN of the family's submodules; a mixture has more."""
+    """Return whether every layer has the family's submodules."""
     family = family_of(model.config, "model")
-    paths = [path for path in (family.gate, family.up, family.x1_reader) if path is not None]
+    found = (family.experts,) if family.experts else (family.gate, family.up, family.x1_reader)
+    paths = [path for path in found if path is not None]
     layers = family.decoder_layers(model)
     return all(isinstance(_find(layer, path), nn.Module) for layer in layers for path in paths)
 
@@ -153,17 +155,19 @@ class Score:
 def score(model: PreTrainedModel, batches: list[TokenBatch], candidate: Candidate) -> Score:
     """Read the batches with `candidate` in every FFN; the model is as before afterwards.
 
-    Memory: one batch's logits, and one layer's gate and up.
+    Zeros of a mixture are shares of x1 of the experts that were chosen. Memory: one batch's logits,
+    and one layer's gate and up.
     """
     layers = family_of(model.config, "model").decoder_layers(model)
-    zeros = [0] * len(layers)
+    zeros, total = [0] * len(layers), [0] * len(layers)
     nll: list[Tensor] = []
-    kept_N, width = torch.zeros(0, dtype=torch.bool), 0
+    kept_N = torch.zeros(0, dtype=torch.bool)
 
-    def count(layer: int, x1_NF: Tensor) -> None:
-        nonlocal width
-        width = x1_NF.shape[1]
-        zeros[layer] += int((x1_NF[kept_N.to(x1_NF.device)] == 0).sum())
+    def count(layer: int, x1_TF: Tensor, place_T: Tensor | None = None) -> None:
+        kept_T = kept_N.to(x1_TF.device)
+        x1_TF = x1_TF[kept_T if place_T is None else kept_T[place_T]]
+        zeros[layer] += int((x1_TF == 0).sum())
+        total[layer] += x1_TF.numel()
 
     with activation_replaced(model, candidate, count):
         for batch in batches:
@@ -177,13 +181,13 @@ def score(model: PreTrainedModel, batches: list[TokenBatch], candidate: Candidat
                     row_SV[: length - 1].float(), target, reduction="none"
                 )
                 nll.append(loss.double().cpu())
-    tokens = sum(batch.tokens for batch in batches)
-    return Score(candidate, torch.cat(nll), [number / (tokens * width) for number in zeros])
+    shares = [number / of for number, of in zip(zeros, total, strict=True)]
+    return Score(candidate, torch.cat(nll), shares)
 
 
 @contextmanager
 def activation_replaced(
-    model: PreTrainedModel, candidate: Candidate, count: Callable[[int, Tensor], object]
+    model: PreTrainedModel, candidate: Candidate, count: Callable[..., object]
 ) -> Iterator[None]:
     """Compute x1 with `candidate` in place of the model's own activation, for a block.
 
@@ -191,9 +195,13 @@ def activation_replaced(
     already got, dReLU's hook included, does not count.
 
     Args:
-        count: Called with (layer, x1 (N, F)).
+        count: Called with (layer, x1 (N, F)), and for an expert with its tokens' places as well.
     """
     family = family_of(model.config, "model")
+    if family.experts is not None:
+        with _replaced_in_experts(model, candidate, count):
+            yield
+        return
     held: dict[str, Tensor] = {}
 
     def hold(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
@@ -221,6 +229,30 @@ def activation_replaced(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _replaced_in_experts(
+    model: PreTrainedModel, candidate: Candidate, count: Callable[..., object]
+) -> Iterator[None]:
+    def see(layer: int, _expert: int, token_T: Tensor, _slot: Tensor, x1_TF: Tensor) -> Tensor:
+        count(layer, x1_TF, token_T)
+        return x1_TF
+
+    modules: list[Any] = expert_modules(model)
+    loops = expert_loops(model)
+    before = [
+        (module.act_fn, loop.relu_up, loop.on_x1)
+        for module, loop in zip(modules, loops, strict=True)
+    ]
+    try:
+        for number, (module, loop) in enumerate(zip(modules, loops, strict=True)):
+            module.act_fn, loop.relu_up = candidate.act, candidate.on_up
+            loop.on_x1 = partial(see, number)
+        yield
+    finally:
+        for module, loop, kept in zip(modules, loops, before, strict=True):
+            module.act_fn, loop.relu_up, loop.on_x1 = kept
 
 
 @dataclass(frozen=True)

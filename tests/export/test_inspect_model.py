@@ -15,6 +15,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models import location
 from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.export.inspect import inspect
+from tests.tools.mixtures import write_mixture
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -165,3 +166,36 @@ def test_a_name_that_is_no_path_is_looked_for_on_the_hub(monkeypatch):
     with pytest.raises(InputError, match="owner/name: not there"):
         inspect(InspectConfig(path=Path("owner/name")))
     assert asked == ["owner/name"]
+
+
+def test_stages_that_refuse_a_model_are_not_promised(looked, changed, tmp_path, model_folder):
+    """What sparsify and sparsify_model say themselves: see their own tests."""
+    stages = looked(changed(hidden_act="relu2"), check=False)[0]["stages"]
+    assert "sparse already" in stages["sparsify"]
+    assert (stages["collect"], stages["sparsify_model"]) == (None, None)
+    shutil.rmtree(tmp_path / "changed")
+    values, _ = looked(changed(hidden_act="fatrelu", hidden_act_param=None))
+    assert "hidden_act_param" in values["stages"]["sparsify"]
+
+    values, text = looked(write_mixture(tmp_path / "m", "mixtral", model_folder), check=False)
+    assert values["stages"]["collect"] is None
+    for stage in ("sparsify", "sparsify_model", "export"):
+        assert "is a mixture of experts" in values["stages"][stage]
+    assert (values["shape"]["experts"], values["shape"]["experts_per_token"]) == (4, 2)
+    assert "4 experts, 2 per token" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"max_position_embeddings": 1}, "below 8"), ({"hidden_act": "xielu"}, "alpha_n is missing")],
+)
+def test_a_model_that_cannot_be_checked_is_described_all_the_same(fields, reason, looked, changed):
+    values, _ = looked(changed(**fields))
+    assert values["check"] is None
+    assert reason in values["not_checked"]
+    assert values["shape"]["layers"] == 3
+
+
+def test_a_long_activation_name_is_cut(looked, changed):
+    values, _ = looked(changed(hidden_act="silu\n" * 1000), check=False)
+    assert max(len(reason) for reason in values["stages"].values()) < 700

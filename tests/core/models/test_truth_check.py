@@ -25,6 +25,7 @@ from sparsecast.core.models.truth_check import (
 from sparsecast.core.text.corpus import read_documents
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import TokenBatch, token_batches
+from tests.tools.mixtures import LAYERS, F, K, forward, write_mixture
 
 RELU = ActivationRule("relu")
 
@@ -190,3 +191,37 @@ def test_ungated_models_are_compared_with_what_they_may_have(family_folder):
     model, _ = load_model(str(family_folder("opt")), device="cpu")
     assert family_of(model.config, "opt").gate is None
     assert [each.name for each in candidates(RELU, gated=False)] == ["relu", "gelu", "relu2"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "turbosparse", "smallthinker"])
+def test_a_mixture_is_scored_as_its_forward_pass_by_hand(name, tmp_path, model_folder):
+    folder = write_mixture(tmp_path / "m", name, model_folder)
+    model, _ = load_model(str(folder), device="cpu")
+    rule = activation_rule(model.config, name)
+    ids_BS = torch.randint(3, 512, (2, 24))
+    keep_BS = torch.ones(2, 24, dtype=torch.bool)
+    keep_BS[1, 15:] = False
+    batch = TokenBatch("held-out", ids_BS, keep_BS)
+    with torch.inference_mode():
+        before = model(ids_BS).logits
+    scored = {
+        each.name: score(model, [batch], each)
+        for each in candidates(rule, gated=True, thresholds=(0.05,))
+    }
+    with torch.inference_mode():
+        assert torch.equal(model(ids_BS).logits, before)
+    nll, zeros = [], [0.0] * LAYERS
+    for ids in (ids_BS[0].tolist(), ids_BS[1, :15].tolist()):
+        logits, layers = forward(folder, ids)
+        nll.append(-logits[:-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]])
+        zeros = [
+            n + (layer.x1_TkF == 0).sum().item() for n, layer in zip(zeros, layers, strict=True)
+        ]
+    own = scored[str(rule)]
+    torch.testing.assert_close(own.nll_T, torch.cat(nll), rtol=1e-3, atol=1e-3)
+    assert own.zeros == pytest.approx([n / (39 * K * F) for n in zeros], abs=2e-3)
+    assert scored["silu"].active == pytest.approx(1, abs=1e-3)
+    assert scored["relu"].active == pytest.approx(scored["relu2"].active, abs=0.05)
+    assert scored["drelu"].active < scored["relu"].active - 0.1
+    assert scored["fatrelu(0.05)"].active < scored["relu"].active
+    assert scored["relu"].nll != scored["relu2"].nll != scored["silu"].nll
