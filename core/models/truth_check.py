@@ -298,6 +298,9 @@ class TruthCheck:
                 f"cannot tell whether {name} fits: {self.tokens:,} tokens are too few, at least "
                 f"{LEAST_TOKENS} are needed",
             )
+        if math.isinf(best.nll):
+            text = "the model overflows with every activation; check its weights and --dtype"
+            return Verdict("unknown", None, f"cannot tell whether {name} fits: {text}")
         if best.nll > math.log(self.vocabulary) - CHANCE:
             return Verdict(
                 "unknown",

@@ -225,3 +225,11 @@ def test_a_mixture_is_scored_as_its_forward_pass_by_hand(name, tmp_path, model_f
     assert scored["drelu"].active < scored["relu"].active - 0.1
     assert scored["fatrelu(0.05)"].active < scored["relu"].active
     assert scored["relu"].nll != scored["relu2"].nll != scored["silu"].nll
+
+
+def test_a_model_of_nans_overflows():
+    bad = torch.full((600,), math.nan, dtype=torch.float64)
+    scores = [Score(each, bad, [0.5]) for each in candidates(RELU, gated=True)]
+    verdict = TruthCheck(scores, "config", 2048).verdict
+    assert (verdict.kind, verdict.best) == ("unknown", None)
+    assert "the model overflows with every activation" in verdict.text
