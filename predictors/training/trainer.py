@@ -98,13 +98,16 @@ def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
             )
     except SystemExit as stop:  # how Lightning ends an interrupt, with SIGINT left ignored
         signal.signal(signal.SIGINT, handler)
-        kept = last.is_file()
-        left = (
-            "repeat the command to resume from the last finished epoch"
-            if kept
-            else "no epoch was finished yet, nothing is left behind"
-        )
-        raise interrupt_like(stop, f"{plan.out}: interrupted; {left}") from stop
+        raise interrupt_like(stop, f"{plan.out}: interrupted; {_left(plan)}") from stop
+
+
+def _left(plan: TrainingPlan) -> str:
+    """Say what an interrupted run leaves behind."""
+    if plan.checkpoint.is_file():
+        return "repeat the command to resume from the last finished epoch"
+    if any(plan.work.glob(LAST)):
+        return "what other layers have finished is kept, repeat the command to go on from there"
+    return "no epoch was finished yet, nothing is left behind"
 
 
 def _trainer(plan: TrainingPlan, callbacks: list[Callback]) -> L.Trainer:

@@ -271,6 +271,26 @@ def test_an_interrupted_run_goes_on(acts, trained, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_interrupt_tells_what_is_kept(acts, tmp_path, monkeypatch):
+    """In the first epoch of layer 0, where nothing is, and in that of layer 1."""
+    layer = 0
+
+    def read(self):
+        if self._ffns[0] // E == layer:
+            raise KeyboardInterrupt
+        yield from original(self)
+
+    original = ExpertBatches.__iter__
+    monkeypatch.setattr(ExpertBatches, "__iter__", read)
+    with pytest.raises(KeyboardInterrupt, match="nothing is left behind"):
+        train(training(acts, tmp_path / "pred"))
+    assert not list(tmp_path.iterdir())
+    layer = 1
+    with pytest.raises(KeyboardInterrupt, match="what other layers have finished is kept"):
+        train(training(acts, tmp_path / "pred"))
+    assert [path.name for path in tmp_path.glob(".*/*.ckpt")] == ["last-trained-0.ckpt"]
+
+
 @pytest.mark.parametrize(
     ("name", "count", "router", "dtype"),
     [
