@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.errors import InputError
+from sparsecast.core.models.ffns import ffn_name
 from sparsecast.predictors.calibration.bias import UncalibratedPredictor, bias_of
 from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, ScoreHistogram, count
@@ -69,8 +70,9 @@ def calibrate_layer(
         predictor = uncalibrated.at_threshold(threshold, coarse)
         if not all(bool(weight.isfinite().all()) for weight in predictor.weights):
             raise InputError(
-                f"layer {layer}: its predictor has weights that {uncalibrated.dtype} cannot hold; "
-                "train with a smaller --lr, or choose another --rank"
+                f"{ffn_name(layer, store.manifest.experts)}: its predictor has weights that "
+                f"{uncalibrated.dtype} cannot hold; train with a smaller --lr, or choose another "
+                "--rank"
             )
         on_device = predictor.to(torch.device(device))
         histogram, total = score_calibration(on_device, uncalibrated.constant_R, store, layer)
