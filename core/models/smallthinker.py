@@ -168,17 +168,13 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):  # type: ignore[no-untyped
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(h_BSD.shape[1], device=h_BSD.device) + seen)[None]
-        given = {
-            "config": config,
-            "inputs_embeds": h_BSD,
-            "attention_mask": attention_mask,
-            CACHE: cache,
-            "position_ids": position_ids,
-        }
+        given = {"attention_mask": attention_mask, CACHE: cache, "position_ids": position_ids}
+        if "cache_position" in _ARGUMENTS:
+            given["cache_position"] = position_ids[0]
         kinds = config.layer_types or [FULL] * len(self.layers)
-        masks = {FULL: create_causal_mask(**given)}
+        masks = {FULL: create_causal_mask(config, h_BSD, **given)}
         if SLIDING in kinds:
-            masks[SLIDING] = create_sliding_window_causal_mask(**given)
+            masks[SLIDING] = create_sliding_window_causal_mask(config, h_BSD, **given)
         cos, sin = self.rotary_emb(h_BSD, position_ids=position_ids)
         # A rotation by no angle leaves queries and keys as they are, to the bit.
         rotations = [(torch.ones_like(cos), torch.zeros_like(sin)), (cos, sin)]
