@@ -19,6 +19,7 @@ from sparsecast.predictors.config import ReportConfig, TrainConfig
 OTHERS = {"sparsify"}
 """Stages whose options need more than these values to be accepted."""
 NEEDED = {
+    "convert": {"to": "llama"},
     "train": {"activations": "a"},
     "bench export": {"model": "m", "predictors": "p"},
 }
