@@ -104,12 +104,13 @@ def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[i
             "model's chat_template.jinja, or give plain text under 'text'"
         )
     # A special token that somebody spells out passes the template as a stand-in.
-    spelled = [said for said in _specials(tokenizer) if said in doc.text]
+    written = "\n".join((doc.text, *(role for role, _ in doc.chat)))
+    spelled = [said for said in _specials(tokenizer) if said in written]
     stand_ins = {f"\ue000{place}\ue001": said for place, said in enumerate(spelled)}
     turns = []
     for role, content in doc.chat:
         for stand_in, said in stand_ins.items():
-            content = content.replace(said, stand_in)
+            role, content = role.replace(said, stand_in), content.replace(said, stand_in)
         turns.append({"role": role, "content": content})
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))

@@ -50,6 +50,14 @@ def test_a_special_token_that_somebody_spells_out_is_text(tokenizer):
     assert "".join(tokenizer.decode(ids[1:-1]).split()) == "<|user|>a<s>b</s></s>"
 
 
+def test_a_special_token_as_a_role_is_text(tokenizer):
+    tokenizer.chat_template = "<s>" + CHATML
+    ids = encode_document(tokenizer, Document("k", "a", (("</s>", "a"), ("<s>", "b"))), 1000)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.eos_token_id not in ids
+    assert "".join(tokenizer.decode(ids[1:]).split()) == "<|</s>|>a<|<s>|>b"
+
+
 def test_a_chat_that_cannot_be_rendered_is_refused(tokenizer, model_folder):
     chat = Document("k", "hello", (("user", "hello"),))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
