@@ -231,6 +231,6 @@ def test_a_lost_threshold_is_warned_of(lost, predictors, tmp_path, capsys):
 def test_the_manifest_of_a_forced_bundle_stays_that_of_its_predictors(other, predictors, tmp_path):
     exported(other, predictors, tmp_path / "b", force=True)
 
-    manifest = asdict(load_predictors(tmp_path / "b" / "predictor").manifest)
+    manifest = load_predictors(tmp_path / "b" / "predictor").manifest
 
-    assert manifest == json.loads((predictors / "manifest.json").read_text())
+    assert manifest == load_predictors(predictors).manifest
