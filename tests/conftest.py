@@ -9,7 +9,7 @@ import shutil
 import socket
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -109,7 +109,8 @@ class Forked:
     poll = returncode.fget
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(self.process.pid, number)
 
     def communicate(self, timeout: float = 300) -> tuple[None, str]:
         """(nothing, what it wrote to standard error) once it has ended."""
@@ -346,6 +347,11 @@ def acts(tmp_path_factory, model_folder, corpus):
     """6,000 tokens recorded from `model_folder` over `corpus`."""
     out = tmp_path_factory.mktemp("acts") / "acts"
     cfg = CollectConfig(
-        model=str(model_folder), corpus=str(corpus), out=out, tokens=6_000, seq_len=256
+        model=str(model_folder),
+        corpus=str(corpus),
+        out=out,
+        tokens=6_000,
+        seq_len=256,
+        long_documents="cut",
     )
     return collect(cfg)

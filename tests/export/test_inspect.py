@@ -62,7 +62,7 @@ def test_predictors_are_shown_layer_by_layer(shown, quantized):
     assert values["bytes"] == sum(layer.nbytes for layer in layers)
     files = sum(path.stat().st_size for path in folder.glob("*.pt"))
     stored, here = (f"{count / 2**20:.2f} MiB" for count in (values["bytes"], files))
-    assert f"size {stored} in PowerInfer's file ({here} as model_*.pt)" in text
+    assert f"size {stored} in PowerInfer's file ({here} as model_<i>.pt)" in text
     assert "│ 2 │ 32 │ q4_0 │ 24,192 │ 0.5000 │ 0.5000 │" in text
     assert "residual-before-ffn-norm" in text
 

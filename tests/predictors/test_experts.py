@@ -43,7 +43,7 @@ def acts(folder, corpus, tmp_path_factory) -> ActivationStore:
 
 
 def collection(folder, corpus, out, **changes):
-    base = {"tokens": 4_000, "seq_len": 64, "device": "cpu", **changes}
+    base = {"tokens": 4_000, "seq_len": 64, "device": "cpu", "long_documents": "cut", **changes}
     return CollectConfig(model=str(folder), corpus=str(corpus), out=out, **base)
 
 

@@ -39,6 +39,7 @@ def cfg(model_folder, corpus, tmp_path) -> TrainConfig:
         rank=32,
         predictor_dtype="f16",
         device="cpu",
+        long_documents="cut",
     )
 
 
@@ -52,6 +53,7 @@ def whole(model_folder, corpus, tmp_path_factory):
             out=tmp_path_factory.mktemp("whole") / "acts",
             seq_len=256,
             device="cpu",
+            long_documents="cut",
         ),
         shares={"train": 1 << 40, "calibration": 400, "held-out": 2},
     )
@@ -286,6 +288,7 @@ def test_a_killed_run_resumes_with_the_text_it_has_not_read(cfg, tmp_path, monke
                 "activations": "acts",
                 "tokens": None,
                 "seq_len": None,
+                "long_documents": None,
                 "dtype": "float16",
             },
             "--dtype: belongs to --corpus",
