@@ -65,7 +65,13 @@ def test_recorded_input_reproduces_the_recorded_mask(acts, model_folder):
         assert 0.05 < fired.float().mean() < 0.95
 
 
-def test_recorded_tokens_are_those_of_a_dense_forward(acts, model_folder, corpus):
+@pytest.fixture(scope="module")
+def windows(model_folder, corpus, tmp_path_factory):
+    """6,000 tokens, of long documents in windows."""
+    return collect(config(model_folder, corpus, tmp_path_factory.mktemp("windows") / "acts"))
+
+
+def test_recorded_tokens_are_those_of_a_dense_forward(windows, model_folder, corpus):
     """Same order, no padding: layer 0's input follows from embedding and attention alone."""
     model, tokenizer = load_model(str(model_folder), device="cpu")
     want = []
@@ -90,7 +96,7 @@ def test_recorded_tokens_are_those_of_a_dense_forward(acts, model_folder, corpus
                 model(ids[keep][None])
             hook.remove()
             want.append(captured[0])
-    got = acts.rows("held-out", 0, 0).x_TD.float()
+    got = windows.rows("held-out", 0, 0).x_TD.float()
     torch.testing.assert_close(got, torch.cat(want), rtol=2e-3, atol=2e-3)
 
 
@@ -101,14 +107,14 @@ def config(model_folder, corpus, out, **changes) -> CollectConfig:
     return replace(base, **changes)
 
 
-def test_a_finished_store_is_kept_and_other_options_are_refused(acts, model_folder, corpus):
-    before = {p.name: p.stat().st_mtime_ns for p in acts.folder.iterdir()}
+def test_a_finished_store_is_kept_and_other_options_are_refused(windows, model_folder, corpus):
+    before = {p.name: p.stat().st_mtime_ns for p in windows.folder.iterdir()}
 
-    collect(config(model_folder, corpus, acts.folder))
+    collect(config(model_folder, corpus, windows.folder))
 
-    assert {p.name: p.stat().st_mtime_ns for p in acts.folder.iterdir()} == before
+    assert {p.name: p.stat().st_mtime_ns for p in windows.folder.iterdir()} == before
     with pytest.raises(InputError, match=r"seq_len was 256, now 64"):
-        collect(config(model_folder, corpus, acts.folder, seq_len=64))
+        collect(config(model_folder, corpus, windows.folder, seq_len=64))
 
 
 def test_chosen_layers_and_bf16(model_folder, corpus, tmp_path):
