@@ -124,7 +124,7 @@ def resolve(cfg: TrainConfig, context: DistributedContext) -> TrainingRequest:
         num_layers = recorded.model_shape.ffns
         if recorded.layers != list(range(len(recorded.layers))):
             raise InputError(
-                f"{cfg.activations}: holds layers {recorded.layers}, but PowerInfer needs every "
+                f"{cfg.activations}: holds layers {recorded.layers}, but predictors need every "
                 "layer from 0 on; collect without --layers"
             )
         fingerprint, hidden_size = recorded.fingerprint, recorded.hidden_size

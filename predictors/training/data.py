@@ -11,7 +11,7 @@ Shape letters: L layers, B batch, T tokens, D hidden, F FFN width, P packed widt
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -35,6 +35,17 @@ class LayersBatch(NamedTuple):
     """uint8, packed; see core/bitmask.py."""
     rows: tuple[int, ...] | None = None
     """How many of the B rows each expert has, if not all; zeros follow them."""
+
+
+def allocate(
+    rows: Iterable[Tensor], layers: int, tokens: int, *, pinned: bool
+) -> tuple[Tensor, Tensor]:
+    """Return empty inputs and masks of a batch, of the dtypes and widths of `rows`."""
+    x_LBD, mask_LBP = (
+        torch.empty(layers, tokens, part.shape[1], dtype=part.dtype, pin_memory=pinned)
+        for part in rows
+    )
+    return x_LBD, mask_LBP
 
 
 class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
@@ -96,16 +107,7 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
     def _read(self, blocks: list[tuple[int, int, int]], pool: ThreadPoolExecutor) -> LayersBatch:
         tokens = sum(stop - start for _, start, stop in blocks)
         one = self._store.rows(self._split, 0, self._layers[0], 0, 1)
-        x_LBD, mask_LBP = (
-            torch.empty(
-                len(self._layers),
-                tokens,
-                part.shape[1],
-                dtype=part.dtype,
-                pin_memory=self._pinned,
-            )
-            for part in one
-        )
+        x_LBD, mask_LBP = allocate(one, len(self._layers), tokens, pinned=self._pinned)
 
         def read(place: int) -> None:
             layer = self._layers[place]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore, Rows
 from sparsecast.core.prefetch import prefetch
-from sparsecast.predictors.training.data import BLOCK, READERS, LayersBatch
+from sparsecast.predictors.training.data import BLOCK, READERS, LayersBatch, allocate
 
 LEAST_ROWS = {"train": 128, "calibration": 16}
 """An expert with fewer is not trained: its predictor selects every neuron."""
@@ -86,16 +86,9 @@ class ExpertBatches(torch.utils.data.IterableDataset[LayersBatch]):
 
     def _read(self, start: int, pool: ThreadPoolExecutor) -> LayersBatch:
         one = self._store.rows(self._split, *self._first_row(), 0, 1)
-        x_LBD, mask_LBP = (
-            torch.zeros(
-                len(self._ffns),
-                self._size,
-                part.shape[1],
-                dtype=part.dtype,
-                pin_memory=self._pinned,
-            )
-            for part in one
-        )
+        x_LBD, mask_LBP = allocate(one, len(self._ffns), self._size, pinned=self._pinned)
+        x_LBD.zero_()
+        mask_LBP.zero_()
 
         def read(place: int) -> int:
             ffn = self._ffns[place]

@@ -93,7 +93,7 @@ def test_predictors_find_the_gates_of_rank_8(reported):
     """Half of the neurons fire; predictors of rank 32 find about 95 % and skip most others."""
     for row in reported["experts"]:
         assert 0.4 < row["true_sparsity"] < 0.6
-        assert 0.85 < row["recall"] < 0.99
+        assert 0.9 < row["recall"] < 0.99
         assert row["predicted_sparsity"] > 0.65 * row["true_sparsity"]
 
 
