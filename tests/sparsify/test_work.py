@@ -16,8 +16,9 @@ from sparsecast.collect.output import lock_output
 from sparsecast.core import disk, lightning
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
-from sparsecast.sparsify import phases, run
+from sparsecast.sparsify import run
 from sparsecast.sparsify.run import sparsify
+from sparsecast.sparsify.training import fit
 
 CHAT = '{"messages": [{"role": "user", "content": "Explain %d in short"}]}\n'
 
@@ -133,7 +134,7 @@ def test_a_corpus_that_can_be_read_once_is_refused(dense, options, tmp_path, kin
 
 
 def test_a_full_disk_says_what_is_needed_kept_and_next(dense, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(phases, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(fit, "CHECKPOINT_STEPS", 2)
     cfg = options(model=str(dense()))
     save, calls = lightning.save_torch, iter(range(9))
 
@@ -141,7 +142,7 @@ def test_a_full_disk_says_what_is_needed_kept_and_next(dense, options, tmp_path,
         with largest_file(2**12 if next(calls) else 2**30):  # at the second file
             save(value, path)
 
-    monkeypatch.setattr(phases, "save_torch", filling)
+    monkeypatch.setattr(fit, "save_torch", filling)
     monkeypatch.setattr(lightning, "save_torch", filling)
     with pytest.raises(
         OSError, match=r"\(ProSparse-before-the-shift.pt: File too large\)"
@@ -179,14 +180,14 @@ def test_a_disk_that_cannot_hold_the_run_is_refused_before_training(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_behind_a_whole_step(dense, options, monkeypatch, number):
-    step, calls = phases.SparsifyModule.training_step, iter(range(99))
+    step, calls = fit.SparsifyModule.training_step, iter(range(99))
 
     def interrupted(self, batch, index):
         if next(calls) == 1:
             os.kill(os.getpid(), number)
         return step(self, batch, index)
 
-    monkeypatch.setattr(phases.SparsifyModule, "training_step", interrupted)
+    monkeypatch.setattr(fit.SparsifyModule, "training_step", interrupted)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     cfg = options(model=str(dense()))
 
@@ -200,7 +201,7 @@ def test_a_signal_ends_the_run_behind_a_whole_step(dense, options, monkeypatch, 
 
 def test_interrupted_everywhere_it_ends_as_an_uninterrupted_run(options, monkeypatch, tmp_path):
     """Weights, threshold and scores are the same, whatever random numbers were drawn before."""
-    monkeypatch.setattr(phases, "CHECKPOINT_STEPS", 1)
+    monkeypatch.setattr(fit, "CHECKPOINT_STEPS", 1)
     changes = {"preset": "micro", "baselines": True, "tokens": 640, "lr": None}
     whole = sparsify(options(**changes, out=tmp_path / "whole"))
     cfg = options(**changes, out=tmp_path / "parts")
@@ -221,7 +222,7 @@ def test_interrupted_everywhere_it_ends_as_an_uninterrupted_run(options, monkeyp
 
 
 def _interrupt(patched, where):
-    step = phases.SparsifyModule.training_step
+    step = fit.SparsifyModule.training_step
 
     def stopped(*_args):
         raise KeyboardInterrupt
@@ -234,7 +235,7 @@ def _interrupt(patched, where):
     if hasattr(run, where):
         patched.setattr(run, where, stopped)
     else:
-        patched.setattr(phases.SparsifyModule, "training_step", interrupted)
+        patched.setattr(fit.SparsifyModule, "training_step", interrupted)
 
 
 def test_a_run_that_diverges_says_so_and_binds_nobody(dense, options, tmp_path):
@@ -248,5 +249,5 @@ def test_a_run_that_diverges_says_so_and_binds_nobody(dense, options, tmp_path):
 
 def test_an_l1_that_silences_everything_is_named(dense, options, tmp_path):
     with pytest.raises(InputError, match=r"--l1 1e\+06: no neuron"):
-        sparsify(options(model=str(dense("opt", "relu")), l1=1e6, lr=0.5, tokens=1280))
+        sparsify(options(model=str(dense("opt", "relu")), l1=1e6, lr=0.5, tokens=5120))
     assert left(tmp_path) == []

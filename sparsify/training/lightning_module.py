@@ -5,7 +5,7 @@
 The mean is over tokens and neurons. ProSparse's paper does not say how it reduces the norm, so its
 lambdas cannot be used here.
 
-Shape letters: B batch, S sequence.
+Shape letters: B batch, S sequence, L layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecast.core.models.families import family_of
-from sparsecast.sparsify.schedule import l1_share, lr_share
+from sparsecast.sparsify.training.schedule import l1_share, lr_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,13 @@ class SparsifyModule(L.LightningModule):
         self.phase = phase
         self._optimizer_state = optimizer_state
         self._x1_means: list[Tensor] = []
+        self._x1_zeros: list[Tensor] = []
         family = family_of(model.config, "model")
         self._handles = [
             layer.get_submodule(family.x1_reader).register_forward_pre_hook(self._on_x1)
             for layer in family.decoder_layers(model)
         ]
-        self._losses = torch.compile(self._both_losses) if compile else self._both_losses
+        self._measured = torch.compile(self._forward) if compile else self._forward
 
     def remove_hooks(self) -> None:
         """Remove the forward hooks, which would keep later autograd graphs in memory."""
@@ -66,22 +67,27 @@ class SparsifyModule(L.LightningModule):
             handle.remove()
 
     def _on_x1(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._x1_means.append(args[0].abs().mean(dtype=torch.float32))
+        x1 = args[0]
+        self._x1_means.append(x1.abs().mean(dtype=torch.float32))
+        self._x1_zeros.append((x1.detach() == 0).float().mean())
 
-    def _both_losses(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        self._x1_means = []
+    def _forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the mean NLL, and of each layer the mean |x1| and the share of zeros in x1."""
+        self._x1_means, self._x1_zeros = [], []
         logits = self.model(ids_BS[:, :-1], use_cache=False).logits
         nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids_BS[:, 1:].flatten())
-        return nll, torch.stack(self._x1_means).sum()
+        return nll, torch.stack(self._x1_means), torch.stack(self._x1_zeros)
 
     def training_step(self, ids_BS: Tensor, _: int) -> Tensor:
-        nll, l1 = self._losses(ids_BS)
+        nll, l1_L, zeros_L = self._measured(ids_BS)
+        l1 = l1_L.sum()
         phase = self.phase
         progress = self.global_step / max(1, phase.stop - phase.start)
         weight = phase.l1 * l1_share(progress) if phase.l1 else 0.0
         if self.global_step % 50 == 0:
             self.log("nll", nll.detach(), prog_bar=True)
             self.log("mean |x1|", l1.detach(), prog_bar=True)
+            self.log("sparsity", zeros_L.mean(), prog_bar=True)
         return nll + weight * l1
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
