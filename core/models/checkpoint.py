@@ -175,6 +175,7 @@ _INDIFFERENT = {
     "use_cache",
     "hidden_act",
     "hidden_act_param",
+    "hidden_activation",
     "activation",
     "activation_function",
 }

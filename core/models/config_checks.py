@@ -43,6 +43,7 @@ _SIZES = (
     "moe_num_primary_experts",
     "moe_num_active_primary_experts",
     "num_experts_per_tok",
+    "no_rope_layer_interval",
 )
 _POSITIVE = (
     "rope_theta",
@@ -53,6 +54,9 @@ _POSITIVE = (
     "attention_multiplier",
     "logits_scaling",
     "final_logit_softcapping",
+    "attn_logit_softcapping",
+    "query_pre_attn_scalar",
+    "clip_qkv",
 )
 _SHARES = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "dropout", "activation_dropout", "layerdrop")

@@ -52,7 +52,7 @@ class Family:
     x1_norm: str | None = None
     """An RMS norm between x1 and down; x1 is this norm's input then."""
     norm_offset: float = 0.0
-    """Nemotron's FFN norm multiplies by its weight + 1."""
+    """The FFN norm of Nemotron and Gemma multiplies by its weight + 1."""
     convention: str
     """Name of the predictor's input in the manifests of activations and predictors."""
 
@@ -84,7 +84,8 @@ class Family:
         """Return (F,) float32: the norm of what neuron j adds to the residual stream, over |x1_j|.
 
         It is the Euclidean norm of down's column j; with `x1_norm` times |its weight j|, and only
-        up to the division by the RMS of x1, which is one number for all neurons of a token.
+        up to the division by the RMS of x1, which is one number for all neurons of a token. What
+        follows down, such as Gemma 2's second norm, is not counted.
         """
         down = layer.get_submodule(self.down)
         assert isinstance(down, nn.Linear)
@@ -143,6 +144,10 @@ _PERSIMMON = replace(_TWO_MATRICES, up="mlp.dense_h_to_4h", down="mlp.dense_4h_t
 
 _BITNET = replace(_LLAMA, x1_norm="mlp.ffn_sub_norm")
 
+_GEMMA = replace(_LLAMA, norm_offset=1.0)
+
+_GEMMA2 = replace(_GEMMA, norms=("pre_feedforward_layernorm",), act_key="hidden_activation")
+
 _MIXTRAL = replace(
     _LLAMA,
     experts="mlp.experts",
@@ -168,6 +173,13 @@ FAMILIES = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "granite": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "olmo": _LLAMA,
+    "seed_oss": _LLAMA,
+    "smollm3": _LLAMA,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
     "opt": _OPT,
     "falcon": _FALCON,
     "arcee": _TWO_MATRICES,
@@ -179,6 +191,22 @@ FAMILIES = {
     "mixtral": _MIXTRAL,
     "smallthinker": _SMALLTHINKER,
 }
+
+
+_FUSED = "gate and up are one matrix (gate_up_proj), and each must be a module of its own"
+_NORM_BEHIND = (
+    "its FFN norm is behind the FFN, so there is no residual before the norm for a predictor to "
+    "read"
+)
+UNFIT = {
+    "phi3": _FUSED,
+    "glm": _FUSED,
+    "glm4": _FUSED,
+    "olmo2": _NORM_BEHIND,
+    "olmo3": _NORM_BEHIND,
+    "exaone4": _NORM_BEHIND,
+}
+"""Why some families that users ask for have no row, and a row would not do."""
 
 
 def family_of(config: PreTrainedConfig, where: str) -> Family:
@@ -212,6 +240,8 @@ def refuse_experts(config: PreTrainedConfig, where: str, why: str) -> None:
 
 def unknown_family_message(model_type: object, where: str, *, brings_code: bool = False) -> str:
     """Build the error for a model of no known family."""
+    if isinstance(model_type, str) and model_type in UNFIT:
+        return f"{where}: model_type is {model_type!r}: {UNFIT[model_type]}; use another model"
     known = ", ".join(sorted({*FAMILIES, *REMAPPED}, key=str.lower))
     code = "; the code that comes with it (auto_map) is never run" if brings_code else ""
     return (

@@ -46,7 +46,7 @@ def with_thresholds(model, thresholds):
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-biased", "qwen3", "opt", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "llama-biased", "qwen3", "gemma2", "opt", "falcon"])
 @pytest.mark.parametrize("per", ["layer", "neuron"])
 def test_the_folded_model_computes_the_same(family, per):
     model = build(family)

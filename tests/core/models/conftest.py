@@ -165,6 +165,23 @@ def _squared(name: str):
     return model.to(getattr(torch, raw["torch_dtype"]))
 
 
+GEMMA2 = {"head_dim": 16, "hidden_activation": "relu", "query_pre_attn_scalar": 16}
+ROWS = {
+    "ernie4_5": {"head_dim": 16},
+    "olmo": {"clip_qkv": None},
+    "seed_oss": {"head_dim": 16, "attention_bias": True},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": None},
+    "gemma": {"head_dim": 16},
+    "gemma2": {**GEMMA2, "sliding_window": 64},
+    "gemma3_text": {**GEMMA2, "sliding_window": 64},
+}
+"""Families with Llama's names, or all but one of them, that are built from their config alone."""
+
+
+def _row(name: str):
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**GATED | ROWS[name]))
+
+
 NATIVE = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED)),
     "llama-fatrelu": lambda: _fatrelu(LlamaConfig(**GATED)),
@@ -228,6 +245,8 @@ def family_folder(tmp_path_factory, model_folder):
         torch.manual_seed(3)
         if name in SQUARED:
             model = _squared(name)
+        elif name in ROWS:
+            model = _row(name)
         else:
             model = NATIVE["llama" if name in FOREIGN else name]()
         for key, weight in model.named_parameters():

@@ -25,25 +25,11 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
 from sparsecast.predictors.model_in_loop import exact_in_loop
 
-NAMES = [
-    "llama",
-    "llama-fatrelu",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "opt",
-    "falcon-7b",
-    "falcon-40b",
-    "sparsellama",
-    "bamboo",
-    "minicpm",
-    "arcee",
-    "nemotron",
-    "jais2",
-    "nanochat",
-    "persimmon",
-    "bitnet",
-]
+GEMMAS = ["gemma", "gemma2", "gemma3_text"]
+GATED = ["llama", "llama-fatrelu", "mistral", "qwen2", "qwen3", "sparsellama", "bamboo", "minicpm"]
+SQUARED = ["arcee", "nemotron", "jais2", "nanochat", "persimmon", "bitnet"]
+NAMES = [*GATED, "ernie4_5", "olmo", "seed_oss", "smollm3", *GEMMAS, "opt", "falcon-7b"]
+NAMES += ["falcon-40b", *SQUARED]
 LAYER = {"opt": "model.decoder.layers.{}.", "falcon-7b": "transformer.h.{}."}
 LAYER["falcon-40b"] = LAYER["falcon-7b"]
 FIRST = {
@@ -63,6 +49,8 @@ LAST = {
     "bitnet": "mlp.ffn_sub_norm",
 }
 """The module that reads x1, where it is not down_proj."""
+NORM = {name: "pre_feedforward_layernorm" for name in ("gemma2", "gemma3_text")}
+"""The FFN norm of those with names like Llama's, where it is not post_attention_layernorm."""
 
 
 def rms_norm(x_TD, weight_D, eps=1e-5):
@@ -100,7 +88,11 @@ def gate_and_x1(name: str, weights: dict, layer: int, x_TD: torch.Tensor):
             normed = rms_norm(x_TD, weight)
         pre = normed @ w[f"{FIRST[name]}.weight"].T + w.get(f"{FIRST[name]}.bias", 0.0)
         return pre, pre.clamp_min(0).square()
-    normed = rms_norm(x_TD, w["post_attention_layernorm.weight"])
+    if name == "olmo":
+        normed = layer_norm(x_TD, 1.0, 0.0)
+    else:
+        weight = w[f"{NORM.get(name, 'post_attention_layernorm')}.weight"]
+        normed = rms_norm(x_TD, weight + 1 if name in GEMMAS else weight)
     gate = normed @ w["mlp.gate_proj.weight"].T
     up = normed @ w["mlp.up_proj.weight"].T
     if name == "bitnet":
@@ -175,7 +167,7 @@ def own_x1(name: str, layer: torch.nn.Module, x_TD: torch.Tensor) -> torch.Tenso
     if name.startswith("falcon"):
         norm = layer.ln_mlp if name == "falcon-40b" else layer.input_layernorm
         return layer.mlp.act(layer.mlp.dense_h_to_4h(norm(x_TD)))
-    normed = layer.post_attention_layernorm(x_TD)
+    normed = layer.get_submodule(NORM.get(name, "post_attention_layernorm"))(x_TD)
     if name in FIRST:
         return layer.get_submodule(FIRST[name])(normed).relu().square()
     return layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
@@ -372,7 +364,9 @@ def test_a_bin_file_without_tensors_and_a_broken_tokenizer_are_named(family_fold
         load_model(str(copy), device="cpu")
 
 
-@pytest.mark.parametrize("name", ["opt", "falcon-40b", "bamboo", "minicpm", "persimmon", "bitnet"])
+@pytest.mark.parametrize(
+    "name", ["opt", "falcon-40b", "bamboo", "minicpm", "persimmon", "bitnet", *GEMMAS]
+)
 def test_the_exact_sparse_ffn_is_the_dense_one(name, family_folder):
     """`evaluate` runs it on every family: the same logits from what fired alone."""
     model, _ = load_model(str(family_folder(name)), device="cpu")

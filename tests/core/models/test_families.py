@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Olmo2Config, Phi3Config
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import FATReLU
@@ -60,6 +60,19 @@ def test_an_unknown_family_names_the_table():
         InputError, match=r"model_type is 'gpt2'.*llama.*sparsecast.core.models.famil"
     ):
         family_of(GPT2Config(), "m")
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (Phi3Config(), r"'phi3': gate and up are one matrix \(gate_up_proj\), .* its own; use"),
+        (Olmo2Config(), "'olmo2': its FFN norm is behind the FFN"),
+    ],
+    ids=["phi3", "olmo2"],
+)
+def test_a_family_that_no_row_would_fit_says_why(config, why):
+    with pytest.raises(InputError, match=why):
+        family_of(config, "m")
 
 
 def edited(model_folder, tmp_path, **changes):

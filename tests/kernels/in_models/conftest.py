@@ -12,6 +12,8 @@ from transformers import (
     BitNetForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Jais2Config,
     Jais2ForCausalLM,
     LlamaConfig,
@@ -71,6 +73,9 @@ ZOO = {
     "prosparse": lambda: LlamaForCausalLM(LlamaConfig(**FATRELU)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**FATRELU)),
     "bamboo": lambda: MistralForCausalLM(MistralConfig(**GATED, hidden_act="drelu")),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**GATED, head_dim=16, query_pre_attn_scalar=16, hidden_activation="relu")
+    ),
     "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
     "falcon-7b": lambda: FalconForCausalLM(FalconConfig(**FALCON, bias=False)),
     "falcon-40b": lambda: FalconForCausalLM(

@@ -16,7 +16,7 @@ from sparsecast.kernels.in_models.sparse_ffn import SparseFFN
 from sparsecast.kernels.in_models.sparsify import sparsify_model
 from sparsecast.predictors.model_in_loop import predictors_in_loop
 
-RELUS = ["llama", "prosparse", "mistral", "bamboo", "opt", "falcon-7b", "falcon-40b"]
+RELUS = ["llama", "prosparse", "mistral", "bamboo", "gemma2", "opt", "falcon-7b", "falcon-40b"]
 SQUARES = ["arcee", "nemotron", "nanochat", "jais2", "persimmon"]
 FAMILIES = [*RELUS, *SQUARES, "bitnet"]
 SHAPES = [(1, 1), (2, 3), (2, 11)]
