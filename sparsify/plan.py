@@ -54,6 +54,8 @@ class SparsifyPlan:
     baselines: bool
     compile: bool
     device: torch.device
+    dtype: torch.dtype
+    """Of the weights as they are saved and scored."""
     seed: int
     options: dict[str, Any] = field(repr=False)
     """What a resumed run must have in common with its first start, free of local paths."""
@@ -100,6 +102,7 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
         baselines=cfg.baselines,
         compile=cfg.compile and device.type == "cuda",
         device=device,
+        dtype=torch.float16 if checkpoint is None else saved_dtype(checkpoint),
         seed=cfg.seed,
         options=_shared_options(cfg, checkpoint),
     )
@@ -125,6 +128,18 @@ def _open(model: str, seq_len: int) -> tuple[Checkpoint, Tokenizer]:
     if name in SPARSE:
         activation_rule(checkpoint.config, model)
     return checkpoint, tokenizer
+
+
+def saved_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return float16 or bfloat16 for a model that transformers loads in it, else float32.
+
+    The config's dtype counts, and that of the FFN's weights where the config has none.
+    """
+    dtype = checkpoint.config.dtype
+    if dtype is None:
+        family = family_of(checkpoint.config, checkpoint.source)
+        dtype = checkpoint.tensor(f"{family.layers}.0.{family.up}.weight").dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def activation_name(config: PreTrainedConfig) -> Any:

@@ -93,7 +93,8 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
         _keep_tokenizer(plan.checkpoint, tokenizer, rule, kept, texts)
     rows_NS = _training_rows(plan, work, tokenizer, config.vocab_size, passes[1])
     max(passes, key=lambda skipped: skipped.count).tell()
-    work.reserve(empty_model(config).num_parameters(), plan.phases, rows_NS.numel())
+    parameters = empty_model(config).num_parameters()
+    work.reserve(parameters, plan.phases, rows_NS.numel(), plan.dtype.itemsize)
     return TrainingSetup(
         model=_load_or_initialize(plan, config).to(plan.device),
         tokenizer=tokenizer,

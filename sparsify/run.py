@@ -87,14 +87,15 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
     setup = prepare(plan, work)
     scores = train_all(plan, setup, work)
     rule, tried = _choose_threshold(setup, plan.shift_tolerance)
-    _round_to_float16(setup.model)  # score the weights that are saved
+    _round_weights(setup.model, plan.dtype)  # score the weights that are saved
     set_activation(setup.model, rule)
     after = "ProSparse after the shift" if tried else "ProSparse as saved"
     final = scores[after] = score(setup.model, setup.held_out)
     if not isfinite(final.perplexity):
+        dtype = str(plan.dtype).removeprefix("torch.")
         raise InputError(
-            f"{plan.out}: rounded to float16 the model's perplexity is {final.perplexity}; its "
-            "weights are beyond the range of float16, start from another model"
+            f"{plan.out}: rounded to {dtype} the model's perplexity is {final.perplexity}; its "
+            f"weights are beyond the range of {dtype}, start from another model"
         )
     facts = _facts(plan, setup, rule, scores, tried)
     _save(plan, setup, rule, scores, facts)
@@ -111,11 +112,11 @@ def _choose_threshold(
     return (ActivationRule("fatrelu", rounded) if rounded else setup.rule), tried
 
 
-def _round_to_float16(model: Any) -> None:
+def _round_weights(model: Any, dtype: torch.dtype) -> None:
     """Round the weights in place; buffers that no file stores, such as rope's, stay as they are."""
     for value in model.state_dict().values():
         if value.is_floating_point():
-            value.copy_(value.half())
+            value.copy_(value.to(dtype))
 
 
 def _save(
@@ -130,7 +131,7 @@ def _save(
     batch, texts = setup.held_out[0], setup.sample_texts
     expected = score(setup.model, [batch])
     with new_folder(plan.out) as folder:
-        write_model(setup.model, rule, setup.kept, folder)
+        write_model(setup.model, plan.dtype, rule, setup.kept, folder)
         setup.model.to("meta")  # frees its memory for the loaded copy
         check_saved(folder, setup.tokenizer, batch, expected, texts, plan.device)
         write_json(folder / FACTS, facts)

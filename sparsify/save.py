@@ -82,12 +82,14 @@ def tokenizer_differences(a: Tokenizer, b: Tokenizer, texts: Iterable[str]) -> s
     return None
 
 
-def write_model(model: Any, rule: ActivationRule, kept: Path, folder: Path) -> None:
-    """Convert a model to float16 in place and save it with the files of `copies.keep_files`."""
+def write_model(
+    model: Any, dtype: torch.dtype, rule: ActivationRule, kept: Path, folder: Path
+) -> None:
+    """Convert a model to `dtype` in place and save it with the files of `copies.keep_files`."""
     set_config_activation(model.config, rule)
     # transformers refuses to write some published generation_config.json files.
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.half().save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors makes them private
         path.chmod((folder / "config.json").stat().st_mode)
     shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
