@@ -92,7 +92,8 @@ def _not_there(source: str, error: Exception) -> InputError:
 
 
 def _wanted(files: list[str]) -> list[str]:
-    """Return the file patterns to download: all but weights in formats that are not read."""
+    """Return the file patterns to download: no weights in formats that are not read, no code."""
     safe = any(file.endswith(".safetensors") for file in files)
     weights = "*.safetensors" if safe else "pytorch_model*.bin"
-    return ["*.json", weights, "*.model", "*.txt", "*.jinja"]
+    legal = ["LICENSE*", "NOTICE*", "USE_POLICY*"]
+    return ["*.json", weights, "*.model", "*.tiktoken", "*.txt", "*.jinja", *legal]

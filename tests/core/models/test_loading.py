@@ -9,9 +9,11 @@ import pickle
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -242,3 +244,22 @@ def test_a_hub_that_cannot_be_reached_is_said_and_its_cache_is_used(tmp_path, mo
     )
     assert resolve_model("owner/name") == tmp_path
     assert "its copy in the cache is used" in " ".join(capfd.readouterr().err.split())
+
+
+def test_what_is_downloaded_is_a_license_too_but_no_code(tmp_path, monkeypatch):
+    """A copy of the model must hand the license on."""
+    names = ["model.safetensors", "pytorch_model.bin", "config.json", "LICENSE", "NOTICE.txt"]
+    names += ["USE_POLICY.md", "README.md", "modeling_x.py", "qwen.tiktoken", "chat.jinja"]
+    files = [SimpleNamespace(rfilename=name) for name in names]
+    info = SimpleNamespace(siblings=files, sha="0" * 40)
+    monkeypatch.setattr("sparsecast.core.models.location.HfApi.model_info", lambda *_, **__: info)
+    asked = {}
+    monkeypatch.setattr(
+        "sparsecast.core.models.location.snapshot_download",
+        lambda *_, **options: asked.update(options) or str(tmp_path),
+    )
+
+    resolve_model("owner/name")
+
+    got = filter_repo_objects(names, allow_patterns=asked["allow_patterns"])
+    assert set(names) - set(got) == {"pytorch_model.bin", "README.md", "modeling_x.py"}
