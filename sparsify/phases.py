@@ -22,6 +22,7 @@ from sparsecast.sparsify.work_folder import Diverged, WorkFolder
 DECAY_SHARE = 0.5
 """Last part of the sparse training, in which the learning rate falls."""
 NAMES = {"silu": "SiLU", "gelu": "GELU", "relu": "ReLU", "fatrelu": "FATReLU", "drelu": "dReLU"}
+NAMES |= {"gelu_new": "GELU", "gelu_pytorch_tanh": "GELU"}
 
 
 def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> dict[str, Score]:

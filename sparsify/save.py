@@ -25,10 +25,16 @@ from sparsecast.core.text.tokens import TokenBatch, encode
 from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.sparsify.measure import Score, score
 
+_GEMMA = {"hidden_act", "hidden_activation"}
+"""Published Gemma configs have both, and which one counts depends on the program that reads it."""
+
 
 def set_config_activation(config: PreTrainedConfig, rule: ActivationRule) -> None:
     """Write the activation into the config field that the model's family uses."""
-    setattr(config, family_of(config, "model").act_key, rule.name)
+    key = family_of(config, "model").act_key
+    also = {name for name in _GEMMA if key in _GEMMA and getattr(config, name, None) is not None}
+    for name in {key} | also:
+        setattr(config, name, rule.name)
     if rule.name == "fatrelu":
         config.hidden_act_param = rule.threshold
     elif hasattr(config, "hidden_act_param"):
