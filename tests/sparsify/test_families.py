@@ -79,6 +79,40 @@ def test_with_relu_plain_transformers_computes_the_same(kind, source, options, m
     assert all(0.2 < layer.double().mean() < 0.8 for layer in zeros)
 
 
+FOREIGN = {
+    "minicpm": (
+        "llama",
+        {
+            "architectures": ["MiniCPMForCausalLM"],
+            "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 8,
+            "rope_scaling": None,
+        },
+        "granite",
+    ),
+    "RefinedWebModel": ("falcon", {"architectures": ["RWForCausalLM"]}, "falcon"),
+}
+"""model_type to the names of its tensors, its own fields, and what it is saved as."""
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_model_that_needs_code_of_its_own_is_saved_as_one_that_does_not(kind, source, options):
+    names, fields, saved = FOREIGN[kind]
+    folder = source(names, "bfloat16", tie_word_embeddings=True)
+    (folder / "config.json").write_text(
+        json.dumps(config_of(folder) | {"model_type": kind} | fields)
+    )
+
+    out = sparsify(options(model=str(folder), shift_tolerance=1.0))
+
+    config = config_of(out)
+    assert (config["model_type"], config["dtype"]) == (saved, "bfloat16")
+    assert "auto_map" not in config
+    assert type(AutoModelForCausalLM.from_pretrained(out).config).model_type == saved
+
+
 def test_a_gemma_with_two_fields_for_its_activation_gets_both_right(source, options):
     """As google/gemma-2-2b has them."""
     folder = source("gemma2")
