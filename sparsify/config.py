@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from typing import Literal
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.options import check_between, validate_fields
 from sparsecast.core.text.corpus import LongDocuments
+from sparsecast.sparsify.training.stages import TABLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +85,16 @@ class SparsifyConfig:
     pretrain_share: float = 0.4
     """Share of the tokens for the SiLU pre-training of a preset."""
 
+    stages: Literal["1b", "7b", "13b"] = "7b"
+    """Published stages in which the L1 term's weight rises, scaled to the run: those of
+    ProSparse-7B, ProSparse-13B, or MiniCPM-S-1B, whose learning rate falls in a last stage."""
+
     l1: float | None = None
-    """Final weight of the L1 term, the sum over layers of the mean |x1|, where x1 is the input of
-    the down projection. Unset: the preset's, or 0.1."""
+    """Final weight of the L1 term, the sum over layers of the mean over tokens and neurons of |x1|,
+    where x1 is the input of the down projection. Unset: the preset's, or 0.1."""
 
     lr: float | None = None
-    """Peak AdamW learning rate. Unset: the preset's, or 3e-5 as for ProSparse-7B."""
+    """Peak AdamW learning rate. Unset: the preset's, or that of --stages: 3e-5, for 13b 5e-5."""
 
     seq_len: int = 512
     """Tokens per sequence."""
@@ -176,7 +182,7 @@ class SparsifyConfig:
     def peak_lr(self) -> float:
         if self.lr is not None:
             return self.lr
-        return self._preset.lr if self._preset else 3e-5
+        return self._preset.lr if self._preset else TABLES[self.stages].lr
 
     @property
     def last_l1(self) -> float:

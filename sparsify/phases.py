@@ -20,7 +20,7 @@ from sparsecast.sparsify.training.lightning_module import Phase
 from sparsecast.sparsify.work_folder import Diverged, WorkFolder
 
 DECAY_SHARE = 0.5
-"""Last part of the sparse training, in which the learning rate falls."""
+"""Last part of the sparse training, in which the learning rate falls if the stages do not say."""
 NAMES = {"silu": "SiLU", "gelu": "GELU", "relu": "ReLU", "fatrelu": "FATReLU", "drelu": "dReLU"}
 NAMES |= {"gelu_new": "GELU", "gelu_pytorch_tanh": "GELU"}
 
@@ -81,6 +81,8 @@ def _check_score(result: Score, phase: Phase, l1: float) -> None:
 
 
 def _phase(plan: SparsifyPlan, name: str, first: int, stop: int, l1: float = 0.0) -> Phase:
+    table = plan.stages
+    share = 1 - table.regularized[-1].until / table.steps if table.decay else DECAY_SHARE
     return Phase(
         name=name,
         start=first,
@@ -88,5 +90,6 @@ def _phase(plan: SparsifyPlan, name: str, first: int, stop: int, l1: float = 0.0
         l1=l1,
         lr=plan.lr,
         warmup=min(500, plan.steps // 20 + 1),
-        decay_from=plan.steps - int(DECAY_SHARE * (plan.steps - plan.pretrain_steps)),
+        decay_from=plan.steps - int(share * (plan.steps - plan.pretrain_steps)),
+        stages=table,
     )

@@ -21,6 +21,7 @@ from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.text.corpus import LongDocuments
 from sparsecast.core.text.corpus_files import SUFFIXES, is_stream
 from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
+from sparsecast.sparsify.training.stages import TABLES, StageTable
 
 SPARSE = ("relu", "fatrelu", "drelu")
 
@@ -48,6 +49,7 @@ class SparsifyPlan:
     pretrain_steps: int
     lr: float
     """Peak learning rate."""
+    stages: StageTable
     l1: float
     """Final weight of the L1 term."""
     shift_tolerance: float
@@ -97,6 +99,7 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
         steps=cfg.steps,
         pretrain_steps=cfg.pretrain_steps,
         lr=cfg.peak_lr,
+        stages=TABLES[cfg.stages],
         l1=cfg.last_l1,
         shift_tolerance=cfg.shift_tolerance,
         baselines=cfg.baselines,

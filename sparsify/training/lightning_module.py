@@ -2,8 +2,11 @@
 
     loss = cross entropy + lambda(t) * sum over layers of mean |x1|
 
-The mean is over tokens and neurons. ProSparse's paper does not say how it reduces the norm, so its
-lambdas cannot be used here.
+The mean is over tokens and neurons, so that the term does not grow with the batch, the length of
+its sequences or the width of the FFN; the sum, so that a layer's share does not shrink with the
+number of layers. ProSparse's paper does not say over what it reduces the norm, so its lambdas
+cannot be used here: the last one is an option, and the published ones give the others relative to
+it.
 
 Shape letters: B batch, S sequence, L layers.
 """
@@ -21,6 +24,7 @@ from transformers import PreTrainedModel
 
 from sparsecast.core.models.families import family_of
 from sparsecast.sparsify.training.schedule import l1_share, lr_share
+from sparsecast.sparsify.training.stages import TABLES, StageTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,12 @@ class Phase:
     warmup: int
     decay_from: int
     """Step at which the learning rate starts to fall."""
+    stages: StageTable = TABLES["7b"]
+    """How the L1 term's weight grows to `l1`."""
+
+    def l1_at(self, step: int) -> float:
+        """Return the L1 term's weight at a step of this phase, the first being 0."""
+        return self.l1 * l1_share(step + 1, self.stop - self.start, self.stages)
 
 
 class SparsifyModule(L.LightningModule):
@@ -81,14 +91,11 @@ class SparsifyModule(L.LightningModule):
     def training_step(self, ids_BS: Tensor, _: int) -> Tensor:
         nll, l1_L, zeros_L = self._measured(ids_BS)
         l1 = l1_L.sum()
-        phase = self.phase
-        progress = self.global_step / max(1, phase.stop - phase.start)
-        weight = phase.l1 * l1_share(progress) if phase.l1 else 0.0
         if self.global_step % 50 == 0:
             self.log("nll", nll.detach(), prog_bar=True)
             self.log("mean |x1|", l1.detach(), prog_bar=True)
             self.log("sparsity", zeros_L.mean(), prog_bar=True)
-        return nll + weight * l1
+        return nll + self.phase.l1_at(self.global_step) * l1
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         # Lightning refuses to clip with fused optimizers, although bf16 needs no unscaling.
