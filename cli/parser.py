@@ -20,10 +20,10 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.options import convert_value, option_of, short_repr, without_none
 
 GROUPS = {
-    "input": "model preset corpus activations predictors bundle path against evaluation engine "
-    "prompt convert converter_python activation_threshold",
+    "input": "model preset corpus sft_corpus activations predictors bundle path against evaluation "
+    "engine prompt convert converter_python activation_threshold",
     "output": "out json folder force allow_other_tokens",
-    "text": "tokens count_tokens eval_tokens seq_len batch_size batch_tokens",
+    "text": "tokens sft_tokens count_tokens eval_tokens seq_len batch_size batch_tokens",
     "what is recorded": "layers input_dtype energy",
     "predictors": "rank predictor_dtype predictor_budget target_recall target_sparsity "
     "target_perplexity traffic_budget",

@@ -25,7 +25,7 @@ MOST = 2**31 - 1
 MOST_TOKENS = 10**15
 MOST_SEED = 2**32 - 1
 """What numpy and Lightning take."""
-LIMITS = {"seed": MOST_SEED, "tokens": MOST_TOKENS, "count_tokens": MOST_TOKENS}
+LIMITS = {"seed": MOST_SEED} | dict.fromkeys(("tokens", "sft_tokens", "count_tokens"), MOST_TOKENS)
 
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60

@@ -50,7 +50,7 @@ with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 re
 
 Every row trained on {count(facts["tokens"])} tokens, from the same start, over the same
 batches. Sparsity is the share of zeros in the input of the down projection, the mean over layers,
-on held-out documents.
+on held-out documents.{_fine_tuning(facts)}
 
 Text: {count(facts["corpus_tokens"])} tokens of {_corpus(facts["corpus"])}
 
@@ -87,6 +87,18 @@ def _corpus(name: str) -> str:
     return (
         "sources and docstrings of the Python standard library (PSF-2.0)\nand of these packages, "
         f"all under Apache, BSD, MIT or PSF licenses:\n{', '.join(PACKAGES)}."
+    )
+
+
+def _fine_tuning(facts: Mapping[str, Any]) -> str:
+    tuned = facts.get("fine_tuning")
+    if tuned is None:
+        return ""
+    return (
+        f"\n\nThe last two rows were then fine-tuned on {count(tuned['tokens'])} tokens of chats, "
+        f"`{tuned['corpus']}`,\nwith the loss on the assistant's answers alone. The perplexity of "
+        f"held-out answers was {tuned['answer_perplexity_before']:.3f}\nbefore and "
+        f"{tuned['answer_perplexity']:.3f} after, in front of the threshold shift."
     )
 
 

@@ -56,6 +56,9 @@ PRESETS = {
     ),
 }
 
+SFT_SHARE = 6_000 / 95_000
+"""Steps of fine-tuning per step of sparse training, MiniCPM-S-1B's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparsifyConfig:
@@ -99,6 +102,14 @@ class SparsifyConfig:
     seq_len: int = 512
     """Tokens per sequence."""
 
+    sft_corpus: str | None = None
+    """Chats, as --corpus takes them, for supervised fine-tuning behind the sparse training: the
+    loss is on the assistant's answers alone. The model's tokenizer must have a chat template."""
+
+    sft_tokens: int | None = None
+    """Tokens of chats to train on, questions included. Unset: 6 % of --tokens, MiniCPM-S-1B's share
+    of steps."""
+
     long_documents: LongDocuments = "split"
     """For the texts that scores are measured on: split a document longer than --seq-len into
     windows, or cut it to its first one. Training reads all of a document in either case."""
@@ -132,6 +143,7 @@ class SparsifyConfig:
             raise InputError("sparsify: give either --model or --preset")
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"--preset: got {self.preset!r}, expected {' or '.join(PRESETS)}")
+        self._check_sft()
         if not self.pretrain_share < 1:
             raise InputError(f"--pretrain-share: must be below 1, got {self.pretrain_share}")
         check_between(self, 0, inf, "lr")
@@ -146,6 +158,22 @@ class SparsifyConfig:
             raise InputError(
                 f"--tokens: got {self.tokens}, expected at least {least * self.step_tokens:,}: "
                 f"{why} of --batch-tokens {self.batch_tokens}"
+            )
+
+    def _check_sft(self) -> None:
+        if self.sft_corpus is None:
+            if self.sft_tokens is not None:
+                raise InputError("--sft-tokens: is for --sft-corpus, which is not given")
+            return
+        if self.preset is not None:
+            raise InputError(
+                "--sft-corpus: the tokenizer of a --preset has no chat template; give a --model "
+                "whose tokenizer has one"
+            )
+        if self.sft_tokens is not None and self.sft_tokens < self.step_tokens:
+            raise InputError(
+                f"--sft-tokens: got {self.sft_tokens}, expected at least {self.step_tokens:,}: one "
+                f"step of --batch-tokens {self.batch_tokens}"
             )
 
     @property
@@ -177,6 +205,15 @@ class SparsifyConfig:
     def pretrain_steps(self) -> int:
         share = int(self.steps * self.pretrain_share)
         return min(max(1, share), self.steps - 1) if self._pretrains else 0
+
+    @property
+    def sft_steps(self) -> int:
+        """Optimizer steps of the supervised fine-tuning."""
+        if self.sft_corpus is None:
+            return 0
+        if self.sft_tokens is not None:
+            return self.sft_tokens // self.step_tokens
+        return max(1, round(SFT_SHARE * self.steps))
 
     @property
     def peak_lr(self) -> float:

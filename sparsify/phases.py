@@ -1,4 +1,4 @@
-"""Train the phases of a run: pre-training, the baselines, ProSparse.
+"""Train the phases of a run: pre-training, the baselines, ProSparse, supervised fine-tuning.
 
 A finished phase leaves `<name>.pt` in the work folder. The current phase writes `<name>.ckpt` every
 `CHECKPOINT_STEPS` steps and on an interrupt.
@@ -7,13 +7,15 @@ A finished phase leaves `<name>.pt` in the work folder. The current phase writes
 from __future__ import annotations
 
 from math import isfinite
+from typing import Any
 
 from torch import nn
 
 from sparsecast.core.messages import log
 from sparsecast.core.models.families import family_of
+from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.measure import Score, score
-from sparsecast.sparsify.plan import SparsifyPlan
+from sparsecast.sparsify.plan import SparsifyPlan, publishable_name
 from sparsecast.sparsify.prepare import TrainingSetup
 from sparsecast.sparsify.training.fit import train_phase
 from sparsecast.sparsify.training.lightning_module import Phase
@@ -52,6 +54,49 @@ def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> dic
         _check_score(result, phase, plan.l1)
         log.info(f"{name}: perplexity {result.perplexity:.3f}, sparsity {result.sparsity:.2%}")
     return scores
+
+
+def fine_tune(
+    plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder, scores: dict[str, Score]
+) -> dict[str, Any] | None:
+    """Train on the answers of chats, if that is planned, and add a row to `scores`.
+
+    The optimizer is a new one. Lambda is constant: the part of `plan.l1` that it is in the table.
+
+    Returns:
+        What the record says of it, with the perplexity of held-out answers before and after.
+    """
+    if setup.chats is None:
+        return None
+    assert plan.sft_corpus is not None
+    table, held_out = plan.stages, setup.chats.held_out_N2S
+    phase = Phase(
+        name="supervised fine-tuning",
+        start=0,
+        stop=plan.sft_steps,
+        l1=plan.l1 * (table.sft.weight / table.last_weight if table.sft else 1.0),
+        stages=None,
+        answers=True,
+        lr=plan.lr,
+        warmup=min(500, plan.sft_steps // 20 + 1),
+        decay_from=plan.sft_steps - int(DECAY_SHARE * plan.sft_steps),
+    )
+    before = answer_perplexity(setup.model, held_out)
+    train_phase(plan, setup, phase, work, None)
+    result = scores["ProSparse fine-tuned"] = score(setup.model, setup.held_out)
+    _check_score(result, phase, plan.l1)
+    after = answer_perplexity(setup.model, held_out)
+    log.info(
+        f"{phase.name}: perplexity of held-out answers {before:.3f}, now {after:.3f}; of text "
+        f"{result.perplexity:.3f}, sparsity {result.sparsity:.2%}"
+    )
+    return {
+        "corpus": publishable_name(plan.sft_corpus),
+        "tokens": plan.sft_tokens,
+        "l1": phase.l1,
+        "answer_perplexity_before": before,
+        "answer_perplexity": after,
+    }
 
 
 def _branches(plan: SparsifyPlan, setup: TrainingSetup) -> list[tuple[str, nn.Module, float]]:

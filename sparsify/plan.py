@@ -37,6 +37,8 @@ class SparsifyPlan:
     """The tokenizer of `checkpoint`; a preset trains its own."""
     preset: Preset | None
     corpus: str
+    sft_corpus: str | None
+    """Chats for supervised fine-tuning; None: there is none."""
     eval_tokens: int
     """Tokens per split that perplexity and sparsity are measured on."""
     seq_len: int
@@ -47,6 +49,8 @@ class SparsifyPlan:
     steps: int
     """Optimizer steps of the run, pre-training included."""
     pretrain_steps: int
+    sft_steps: int
+    """Optimizer steps on `sft_corpus`, behind `steps`."""
     lr: float
     """Peak learning rate."""
     stages: StageTable
@@ -64,13 +68,19 @@ class SparsifyPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens to train on."""
+        """Tokens to train on, without fine-tuning."""
         return self.steps * self.batch_size * self.seq_len
 
     @property
+    def sft_tokens(self) -> int:
+        """Tokens of the fine-tuning."""
+        return self.sft_steps * self.batch_size * self.seq_len
+
+    @property
     def phases(self) -> int:
-        """Number of training phases: pre-training, the baselines, ProSparse."""
-        return int(self.pretrain_steps > 0) + (3 if self.baselines else 1)
+        """Number of training phases: pre-training, the baselines, ProSparse, fine-tuning."""
+        others = int(self.pretrain_steps > 0) + int(self.sft_steps > 0)
+        return others + (3 if self.baselines else 1)
 
 
 def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
@@ -80,24 +90,32 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
         InputError: A corpus that can be read only once, or a model that cannot be used.
     """
     device = pick_device(cfg.device)
-    if is_stream(cfg.corpus):
-        raise InputError(
-            f"--corpus {cfg.corpus}: sparsify reads its corpus more than once, expected one that "
-            "can be; save it to a file"
-        )
+    for option, corpus in (("--corpus", cfg.corpus), ("--sft-corpus", cfg.sft_corpus)):
+        if corpus is not None and is_stream(corpus):
+            raise InputError(
+                f"{option} {corpus}: sparsify reads its corpus more than once, expected one that "
+                "can be; save it to a file"
+            )
     checkpoint, tokenizer = (None, None) if cfg.model is None else _open(cfg.model, cfg.seq_len)
+    if cfg.sft_corpus is not None and not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{cfg.model}: its tokenizer has no chat template, which --sft-corpus needs; add the "
+            "model's chat_template.jinja"
+        )
     return SparsifyPlan(
         out=Path(os.path.realpath(cfg.out)),
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         preset=None if cfg.preset is None else PRESETS[cfg.preset],
         corpus=cfg.corpus,
+        sft_corpus=cfg.sft_corpus,
         eval_tokens=cfg.eval_tokens,
         seq_len=cfg.seq_len,
         long_documents=cfg.long_documents,
         batch_size=cfg.batch_size,
         steps=cfg.steps,
         pretrain_steps=cfg.pretrain_steps,
+        sft_steps=cfg.sft_steps,
         lr=cfg.peak_lr,
         stages=TABLES[cfg.stages],
         l1=cfg.last_l1,
@@ -151,17 +169,23 @@ def activation_name(config: PreTrainedConfig) -> Any:
 
 
 def _shared_options(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    free_to_change = ("out", "model", "tokens", "l1", "lr", "device", "compile")
+    free_to_change = ("out", "model", "tokens", "sft_tokens", "l1", "lr", "device", "compile")
     options = {name: v for name, v in asdict(cfg).items() if name not in free_to_change}
-    path = str(Path(cfg.corpus).expanduser().absolute())
-    digest = blake2b(path.encode(errors="surrogateescape"), digest_size=4).hexdigest()
     return options | {
-        "corpus": publishable_name(cfg.corpus, f"#{digest}"),
+        "corpus": _distinct_name(cfg.corpus),
+        "sft_corpus": None if cfg.sft_corpus is None else _distinct_name(cfg.sft_corpus),
         "fingerprint": checkpoint.fingerprint if checkpoint else None,
         "steps": cfg.steps,
         "l1": cfg.last_l1,
         "lr": cfg.peak_lr,
+        "sft_steps": cfg.sft_steps or None,
     }
+
+
+def _distinct_name(corpus: str) -> str:
+    path = str(Path(corpus).expanduser().absolute())
+    digest = blake2b(path.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return publishable_name(corpus, f"#{digest}")
 
 
 def publishable_name(corpus: str, suffix: str = "") -> str:

@@ -30,6 +30,7 @@ from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import TokenBatch, token_batches
 from sparsecast.core.tokenizers.copies import keep_files
 from sparsecast.core.tokenizers.loading import load_tokenizer
+from sparsecast.sparsify.chats import Chats, read_chats
 from sparsecast.sparsify.config import Preset
 from sparsecast.sparsify.plan import SPARSE, SparsifyPlan, activation_name
 from sparsecast.sparsify.save import (
@@ -59,6 +60,8 @@ class TrainingSetup:
     """(N, S) int32 training sequences on the device of the model."""
     calibration: list[TokenBatch]
     held_out: list[TokenBatch]
+    chats: Chats | None
+    """For supervised fine-tuning, if that is planned."""
 
     @property
     def sample_texts(self) -> list[str]:
@@ -93,8 +96,10 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
         _keep_tokenizer(plan.checkpoint, tokenizer, rule, kept, texts)
     rows_NS = _training_rows(plan, work, tokenizer, config.vocab_size, passes[1])
     max(passes, key=lambda skipped: skipped.count).tell()
+    chats = read_chats(plan, work, tokenizer, config.vocab_size) if plan.sft_steps else None
+    tokens = rows_NS.numel() + sum(rows.numel() for rows in chats or ())
     parameters = empty_model(config).num_parameters()
-    work.reserve(parameters, plan.phases, rows_NS.numel(), plan.dtype.itemsize)
+    work.reserve(parameters, plan.phases, tokens, plan.dtype.itemsize)
     return TrainingSetup(
         model=_load_or_initialize(plan, config).to(plan.device),
         tokenizer=tokenizer,
@@ -103,6 +108,7 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
         rows_NS=rows_NS.to(plan.device),
         calibration=calibration,
         held_out=held_out,
+        chats=chats,
     )
 
 

@@ -1,6 +1,7 @@
 """The sparsify stage: pre-train a preset or load a model, then train it with ProSparse.
 
-    pre-train (SiLU) -> substitute ReLU -> progressive L1 -> choose the FATReLU threshold
+    pre-train (SiLU) -> substitute ReLU -> progressive L1 -> fine-tune on chats
+    -> choose the FATReLU threshold
 
 With baselines, the SiLU original and plain ReLU continue from the same weights, over the same
 batches, at the same learning rates, so that only the activation and the L1 term differ.
@@ -30,7 +31,7 @@ from sparsecast.core.models.loading import max_positions, set_activation
 from sparsecast.sparsify.card import Sample, write_card
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score, sweep
-from sparsecast.sparsify.phases import train_all
+from sparsecast.sparsify.phases import fine_tune, train_all
 from sparsecast.sparsify.plan import SparsifyPlan, make_plan, publishable_name
 from sparsecast.sparsify.prepare import TrainingSetup, prepare
 from sparsecast.sparsify.save import check_saved, write_model
@@ -86,6 +87,7 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
     torch.set_float32_matmul_precision("high")
     setup = prepare(plan, work)
     scores = train_all(plan, setup, work)
+    fine_tuning = fine_tune(plan, setup, work, scores)
     rule, tried = _choose_threshold(setup, plan.shift_tolerance)
     _round_weights(setup.model, plan.dtype)  # score the weights that are saved
     set_activation(setup.model, rule)
@@ -97,7 +99,7 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
             f"{plan.out}: rounded to {dtype} the model's perplexity is {final.perplexity}; its "
             f"weights are beyond the range of {dtype}, start from another model"
         )
-    facts = _facts(plan, setup, rule, scores, tried)
+    facts = _facts(plan, setup, rule, scores, tried) | {"fine_tuning": fine_tuning}
     _save(plan, setup, rule, scores, facts)
 
 

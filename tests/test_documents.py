@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,10 +175,22 @@ EASY = {"target_perplexity": 0.9, "traffic_budget": 0.9, "tokens": 1024}
 """And these in place of others that are given to `train`."""
 
 
+TEMPLATE = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+
+
 def stand_ins(corpus: Path) -> dict[str, str]:
-    """What the words of the pages stand for in a run."""
+    """What the words of the pages stand for in a run; writes a chat model and chats for them."""
     model = str(TINY_PROSPARSE)
+    shutil.copytree(model, "chat-model", dirs_exist_ok=True)
+    Path("chat-model/chat_template.jinja").write_text(TEMPLATE)
+    with open("CHATS.jsonl", "w") as file:
+        for i in range(60):
+            turns = [("user", f"x = {i}"), ("assistant", "y")]
+            said = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": said}) + "\n")
     return {
+        "CHAT_MODEL": "chat-model",
+        "CHATS": "CHATS.jsonl",
         "MODEL": model,
         "SILU_MODEL": model,
         "tiny-prosparse": model,

@@ -27,8 +27,13 @@ def split_of(key: str) -> str:
     return "train" if place < 0.90 else "calibration" if place < 0.95 else "held-out"
 
 
-def assign_splits(docs: Iterable[Document]) -> Iterator[tuple[str, Document]]:
+def assign_splits(
+    docs: Iterable[Document], option: str = "--corpus"
+) -> Iterator[tuple[str, Document]]:
     """Pair every document with its split, in order, streaming.
+
+    Args:
+        option: The one that names the corpus, for messages.
 
     Memory: the documents of the first `FEW` keys, at most `HEAD` characters.
 
@@ -43,16 +48,16 @@ def assign_splits(docs: Iterable[Document]) -> Iterator[tuple[str, Document]]:
         head.append(doc)
         keys.add(doc.key)
         held += len(doc.text)
-    forced = _forced(keys) if len(keys) <= FEW and held < HEAD else {}
+    forced = _forced(keys, option) if len(keys) <= FEW and held < HEAD else {}
     for doc in chain(head, stream):
         yield forced.get(doc.key) or split_of(doc.key), doc
 
 
-def _forced(keys: set[str]) -> dict[str, str]:
+def _forced(keys: set[str], option: str) -> dict[str, str]:
     """Assign the keys of a small corpus so that every split gets one."""
     if len(keys) < len(SPLITS):
         raise InputError(
-            f"--corpus: {len(keys)} different document(s) in it; expected at least {len(SPLITS)}, "
+            f"{option}: {len(keys)} different document(s) in it; expected at least {len(SPLITS)}, "
             f"one each for {', '.join(SPLITS)}; give more text"
         )
     natural = {key: split_of(key) for key in keys}

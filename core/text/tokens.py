@@ -88,10 +88,15 @@ def _ids_of(tokenizer: Tokenizer, text: str, literal: bool = True) -> list[int]:
     return list(got["input_ids"])
 
 
-def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[int]:
+def encode_document(
+    tokenizer: Tokenizer, doc: Document, seq_len: int, *, prompt: bool = False
+) -> list[int]:
     """Encode a document; a chat goes through the tokenizer's template, with one BOS.
 
     Special tokens are those that the template writes; one that somebody spells out is text.
+
+    Args:
+        prompt: End a chat with what the template writes for the assistant to answer.
 
     Raises:
         UnusableRowError: A chat and no template, or one that the template refuses.
@@ -113,7 +118,9 @@ def encode_document(tokenizer: Tokenizer, doc: Document, seq_len: int) -> list[i
             role, content = role.replace(said, stand_in), content.replace(said, stand_in)
         turns.append({"role": role, "content": content})
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+        )
     except Exception as error:  # a template raises what it likes
         raise UnusableRowError(
             f"the chat template refuses the chat that begins {doc.text[:40]!r} "
@@ -199,7 +206,7 @@ def tokenize_documents(
                 ids = sequence.ids[: left[split]]
                 if len(ids) < 2 <= left[split]:
                     continue
-                _check_ids(ids, tokenizer, vocabulary)
+                check_ids(ids, tokenizer, vocabulary)
                 left[split] -= len(ids)
                 any_read = True
                 yield replace(sequence, split=split, ids=ids)
@@ -235,7 +242,8 @@ def _sequences(
         yield Sequence(split, ids, more, first=number == 0)
 
 
-def _check_ids(ids: list[int], tokenizer: Tokenizer, vocabulary: float) -> None:
+def check_ids(ids: list[int], tokenizer: Tokenizer, vocabulary: float) -> None:
+    """Raise `InputError` if a token has no row in an embedding of `vocabulary` rows."""
     if (largest := max(ids)) >= vocabulary:
         raise InputError(
             f"{tokenizer.name_or_path}: the tokenizer gives id {largest} "

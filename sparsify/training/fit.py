@@ -20,6 +20,7 @@ from sparsecast.core.lightning import (
 )
 from sparsecast.core.messages import log
 from sparsecast.core.torch_files import save_torch
+from sparsecast.sparsify.chats import AnswerBatches
 from sparsecast.sparsify.plan import SparsifyPlan
 from sparsecast.sparsify.prepare import TrainingSetup
 from sparsecast.sparsify.sequences import Batches
@@ -52,7 +53,11 @@ def train_phase(
         log.info(f"{phase.name}: resuming at step {step:,}")
     else:
         log.info(f"{phase.name}: {phase.stop - phase.start:,} steps")
-    data = Batches(setup.rows_NS, plan.batch_size, plan.seed, phase.start + step)
+    first = phase.start + step
+    data: Batches | AnswerBatches = Batches(setup.rows_NS, plan.batch_size, plan.seed, first)
+    if phase.answers:
+        assert setup.chats is not None
+        data = AnswerBatches(setup.chats.train_N2S, plan.batch_size, plan.seed, first)
     module = SparsifyModule(setup.model, phase, optimizer, compile=plan.compile)
     try:
         with stop_on_signal() as stop, quiet_lightning():

@@ -14,6 +14,7 @@ Shape letters: B batch, S sequence, L layers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from sparsecast.sparsify.training.stages import TABLES, StageTable
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase of training. Steps are counted from the start of the run."""
+    """One phase of training. Steps are counted from the start of the run or of fine-tuning."""
 
     name: str
     start: int
@@ -40,11 +41,15 @@ class Phase:
     warmup: int
     decay_from: int
     """Step at which the learning rate starts to fall."""
-    stages: StageTable = TABLES["7b"]
-    """How the L1 term's weight grows to `l1`."""
+    stages: StageTable | None = TABLES["7b"]
+    """How the L1 term's weight grows to `l1`; None: it is constant."""
+    answers: bool = False
+    """Train on the answers of chats alone."""
 
     def l1_at(self, step: int) -> float:
         """Return the L1 term's weight at a step of this phase, the first being 0."""
+        if self.stages is None:
+            return self.l1
         return self.l1 * l1_share(step + 1, self.stop - self.start, self.stages)
 
 
@@ -81,15 +86,23 @@ class SparsifyModule(L.LightningModule):
         self._x1_means.append(x1.abs().mean(dtype=torch.float32))
         self._x1_zeros.append((x1.detach() == 0).float().mean())
 
-    def _forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the mean NLL, and of each layer the mean |x1| and the share of zeros in x1."""
+    def _forward(
+        self, ids_BS: Tensor, labels_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the mean NLL, and of each layer the mean |x1| and the share of zeros in x1.
+
+        Args:
+            labels_BS: What each place should hold, -100 where there is no loss. Unset: the ids.
+        """
+        labels_BS = ids_BS if labels_BS is None else labels_BS
         self._x1_means, self._x1_zeros = [], []
         logits = self.model(ids_BS[:, :-1], use_cache=False).logits
-        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids_BS[:, 1:].flatten())
+        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels_BS[:, 1:].flatten())
         return nll, torch.stack(self._x1_means), torch.stack(self._x1_zeros)
 
-    def training_step(self, ids_BS: Tensor, _: int) -> Tensor:
-        nll, l1_L, zeros_L = self._measured(ids_BS)
+    def training_step(self, batch: Tensor | Sequence[Tensor], _: int) -> Tensor:
+        """Compute the loss of a batch of ids, or of ids and labels."""
+        nll, l1_L, zeros_L = self._measured(*((batch,) if isinstance(batch, Tensor) else batch))
         l1 = l1_L.sum()
         if self.global_step % 50 == 0:
             self.log("nll", nll.detach(), prog_bar=True)

@@ -1,0 +1,243 @@
+"""Supervised fine-tuning on chats: rows, the loss on answers, resumed runs, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.loading import load_model
+from sparsecast.sparsify import run
+from sparsecast.sparsify.answers import IGNORED
+from sparsecast.sparsify.chats import AnswerBatches, answer_perplexity, pack_chats
+from sparsecast.sparsify.run import sparsify
+from sparsecast.sparsify.training import fit
+from sparsecast.sparsify.training.lightning_module import Phase, SparsifyModule
+from tests.sparsify.conftest import GATED
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
+    "{% if m.role == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+def chat(first: int, length: int, answer: int) -> torch.Tensor:
+    """Ids `first`, `first` + 1, ..., of which the last `answer` are labelled."""
+    ids = torch.arange(first, first + length, dtype=torch.int32)
+    labels = ids.clone()
+    labels[: length - answer] = IGNORED
+    return torch.stack([ids, labels])
+
+
+CHATS = [chat(10, 5, 2), chat(20, 3, 1), chat(30, 7, 3), chat(40, 8, 4), chat(50, 2, 1)]
+
+
+def test_chats_stand_whole_in_rows_that_end_with_others_without_loss():
+    rows = pack_chats(CHATS, 8)
+
+    assert rows[:, 0].tolist() == [
+        [10, 11, 12, 13, 14, 20, 21, 22],
+        [30, 31, 32, 33, 34, 35, 36, 40],
+        [40, 41, 42, 43, 44, 45, 46, 47],
+        [50, 51, 10, 11, 12, 13, 14, 10],
+    ]
+    labelled = rows[:, 1][rows[:, 1] != IGNORED].tolist()
+    assert labelled == [13, 14, 22, 34, 35, 36, 44, 45, 46, 47, 51]
+    assert ((rows[:, 1] == rows[:, 0]) | (rows[:, 1] == IGNORED)).all()
+    assert rows.dtype == torch.int32
+
+
+def test_batches_hold_every_row_once_an_epoch_and_go_on_where_they_stopped():
+    rows = pack_chats(CHATS, 8)
+    batches = iter(AnswerBatches(rows, 2, seed=1))
+    drawn = [next(batches) for _ in range(4)]
+
+    epoch = torch.stack([torch.cat([pair[k] for pair in drawn[:2]]) for k in (0, 1)], 1)
+    assert sorted(epoch.tolist()) == sorted(rows.tolist())
+    resumed = iter(AnswerBatches(rows, 2, seed=1, first=2))
+    for wanted in drawn[2:]:
+        ids, labels = next(resumed)
+        assert torch.equal(ids, wanted[0])
+        assert torch.equal(labels, wanted[1])
+        assert ids.dtype == labels.dtype == torch.int64
+
+
+@pytest.fixture
+def model():
+    return LlamaForCausalLM(LlamaConfig(**GATED | {"hidden_act": "relu", "vocab_size": 64})).eval()
+
+
+def nll_of_answers(model, ids, labels) -> list[float]:
+    """By hand: minus the log probability of each labelled token after those before it."""
+    logits = model(torch.tensor([ids])).logits[0]
+    return [
+        (torch.logsumexp(logits[i - 1], 0) - logits[i - 1, ids[i]]).item()
+        for i in range(1, len(ids))
+        if labels[i] != IGNORED
+    ]
+
+
+def test_the_loss_is_the_cross_entropy_over_answers_alone(model, monkeypatch):
+    rows = pack_chats(CHATS, 8).long()
+    steps = {"start": 0, "stop": 9, "warmup": 0, "decay_from": 9}
+    phase = Phase(name="p", **steps, l1=0.3, lr=1e-3, stages=None, answers=True)
+    module = SparsifyModule(model, phase)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+
+    loss = module.training_step([rows[:, 0], rows[:, 1]], 0)
+    _, l1_L, _ = module._forward(rows[:, 0], rows[:, 1])
+    module.remove_hooks()
+
+    by_hand = [x for row in rows.tolist() for x in nll_of_answers(model, *row)]
+    assert len(by_hand) == 11
+    expected = sum(by_hand) / len(by_hand) + 0.3 * l1_L.sum().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_answers_are_scored_behind_their_own_chat_alone(model, monkeypatch):
+    rows = torch.cat([pack_chats([one], 8) for one in CHATS])
+    monkeypatch.setattr("sparsecast.sparsify.chats.SCORED_ROWS", 2)
+
+    found = answer_perplexity(model, rows)
+
+    by_hand = [x for one in CHATS for x in nll_of_answers(model, *one.tolist())]
+    assert found == pytest.approx(torch.tensor(by_hand).mean().exp().item(), rel=1e-5)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    turn = '{"role": "%s", "content": "%s"}'
+    line = f'{{"messages": [{turn}, {turn}]}}\n'
+    path.write_text("".join(line % ("user", f"f({i})", "assistant", 1) for i in range(30)))
+    return path
+
+
+@pytest.fixture
+def talking(dense):
+    def make(**fields) -> str:
+        folder = dense(**fields)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(("stages", "share"), [("7b", 1.0), ("1b", 0.2)])
+def test_a_run_fine_tunes_before_it_shifts_the_threshold(
+    talking, options, chats, tmp_path, monkeypatch, stages, share
+):
+    sweep, seen = run.sweep, []
+
+    def swept(model, *rest):
+        done = torch.load(tmp_path / ".out.work" / "supervised-fine-tuning.pt", weights_only=True)
+        now = model.state_dict()
+        seen.append(all(torch.equal(done["model"][name], now[name]) for name in now))
+        return sweep(model, *rest)
+
+    monkeypatch.setattr(run, "sweep", swept)
+    cfg = options(model=talking(), sft_corpus=str(chats), sft_tokens=1_280, stages=stages, l1=0.5)
+
+    sparsify(cfg)
+
+    assert seen == [True]
+    facts = json.loads((cfg.out / "sparsify.json").read_text())
+    assert list(facts["held_out"]) == [
+        "ProSparse before the shift",
+        "ProSparse fine-tuned",
+        "ProSparse after the shift",
+    ]
+    tuned = facts["fine_tuning"]
+    assert (tuned["corpus"], tuned["tokens"]) == ("chats.jsonl", 1_280)
+    assert tuned["l1"] == pytest.approx(0.5 * share)
+    assert tuned["answer_perplexity"] < 0.5 * tuned["answer_perplexity_before"]
+    card = (cfg.out / "README.md").read_text()
+    assert "fine-tuned on 1,280 tokens of chats, `chats.jsonl`" in card
+    assert f"{tuned['answer_perplexity']:.3f} after" in card
+    assert (cfg.out / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_interrupted_in_fine_tuning_it_ends_as_an_uninterrupted_run(
+    talking, options, chats, tmp_path, monkeypatch
+):
+    changes = {"model": talking(), "sft_corpus": str(chats), "sft_tokens": 256}
+    whole = sparsify(options(**changes, out=tmp_path / "whole"))
+    cfg = options(**changes, out=tmp_path / "parts")
+    monkeypatch.setattr(fit, "CHECKPOINT_STEPS", 1)
+    step = SparsifyModule.training_step
+
+    def interrupted(self, batch, index):
+        if self.phase.answers and self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SparsifyModule, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sparsify(cfg)
+    chats.rename(tmp_path / "moved")  # the rows are in the work folder
+    chats.write_text((tmp_path / "moved").read_text())
+    torch.rand(7)
+    parts = sparsify(cfg)
+
+    a, b = (json.loads((out / "sparsify.json").read_text()) for out in (whole, parts))
+    assert a == b
+    a, b = (load_model(str(out), device="cpu")[0].state_dict() for out in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_cannot_be_fine_tuned_on_is_refused_before_training(
+    dense, talking, options, chats, tmp_path
+):
+    source = str(dense(initializer_range=0.1))
+    with pytest.raises(InputError, match="its tokenizer has no chat template"):
+        sparsify(options(model=source, sft_corpus=str(chats)))
+    source = talking()
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "x = {i}"}}\n' for i in range(9)))
+    with pytest.raises(InputError, match="no chat for train and held-out .*a text, expected a"):
+        sparsify(options(model=source, sft_corpus=str(texts)))
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(chats.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(InputError, match=r"--sft-corpus: 2 different document\(s\)"):
+        sparsify(options(model=source, sft_corpus=str(few)))
+    with pytest.raises(InputError, match="--sft-corpus -: sparsify reads its corpus more than"):
+        sparsify(options(model=source, sft_corpus="-"))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.work").exists()
+
+
+def test_chats_that_cannot_be_used_are_counted(talking, options, chats, capsys):
+    alone = '{"messages": [{"role": "user", "content": "Is anybody there? %d"}]}\n'
+    chats.write_text("".join(alone % i for i in range(9)) + chats.read_text())
+
+    sparsify(options(model=talking(), sft_corpus=str(chats), sft_tokens=640))
+
+    assert re.search(
+        r"[3-9] of 39 rows cannot be used .*: a chat without a turn of the assistant",
+        capsys.readouterr().err,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"sft_tokens": 640}, "--sft-tokens: is for --sft-corpus"),
+        ({"sft_corpus": "c", "sft_tokens": 63}, "--sft-tokens: got 63, expected at least 64"),
+        ({"sft_corpus": "c", "preset": "micro", "model": None}, "--preset has no chat template"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(options, changes, match):
+    with pytest.raises(InputError, match=match):
+        options(**{"model": "m"} | changes)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(64 * 95_000, 6_000), (64, 1), (64 * 100, 6)])
+def test_the_default_is_a_share_of_the_steps(options, tokens, steps):
+    assert options(model="m", sft_corpus="c", tokens=tokens).sft_steps == steps
+    assert options(model="m", tokens=tokens).sft_steps == 0
