@@ -130,7 +130,7 @@ class AnswerBatches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
     """Endless batches of (B, S) int64 ids and labels, in the order of `Batches`."""
 
     def __init__(self, rows_N2S: Tensor, batch_size: int, seed: int, first: int = 0) -> None:
-        self._batches = Batches(rows_N2S, batch_size, seed, first)
+        self._batches = Batches(rows_N2S.numpy(), batch_size, seed, first)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for both_B2S in self._batches:

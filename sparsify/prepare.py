@@ -10,14 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import hidden_sibling
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -38,7 +36,7 @@ from sparsecast.sparsify.save import (
     set_config_activation,
     tokenizer_differences,
 )
-from sparsecast.sparsify.sequences import pack_documents
+from sparsecast.sparsify.sequences import open_rows, pack_documents, rows_file
 from sparsecast.sparsify.train_tokenizer import train_tokenizer
 from sparsecast.sparsify.work_folder import WorkFolder
 
@@ -56,8 +54,8 @@ class TrainingSetup:
     """Folder with the tokenizer files that go beside the saved model."""
     rule: ActivationRule
     """The activation that replaces the model's own: relu, or drelu if the model has that."""
-    rows_NS: Tensor
-    """(N, S) int32 training sequences on the device of the model."""
+    rows_NS: np.ndarray[Any, Any]
+    """(N, S) training sequences, mapped from the file in the work folder."""
     calibration: list[TokenBatch]
     held_out: list[TokenBatch]
     chats: Chats | None
@@ -97,15 +95,15 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
     rows_NS = _training_rows(plan, work, tokenizer, config.vocab_size, passes[1])
     max(passes, key=lambda skipped: skipped.count).tell()
     chats = read_chats(plan, work, tokenizer, config.vocab_size) if plan.sft_steps else None
-    tokens = rows_NS.numel() + sum(rows.numel() for rows in chats or ())
     parameters = empty_model(config).num_parameters()
-    work.reserve(parameters, plan.phases, tokens, plan.dtype.itemsize)
+    nbytes = rows_NS.nbytes + sum(rows.nbytes for rows in chats or ())
+    work.reserve(parameters, plan.phases, nbytes, plan.dtype.itemsize)
     return TrainingSetup(
         model=_load_or_initialize(plan, config).to(plan.device),
         tokenizer=tokenizer,
         kept=kept,
         rule=rule,
-        rows_NS=rows_NS.to(plan.device),
+        rows_NS=rows_NS,
         calibration=calibration,
         held_out=held_out,
         chats=chats,
@@ -223,16 +221,12 @@ def _training_rows(
     tokenizer: Tokenizer,
     vocabulary: int,
     skipped: SkippedRows,
-) -> Tensor:
-    path = work.path / "tokens.safetensors"
-    if path.is_file():
-        return load_file(path)["rows"]
-    docs = _train_documents(plan, skipped)
-    rows_NS = pack_documents(docs, tokenizer, plan.seq_len, plan.tokens, vocabulary, skipped)
-    part = hidden_sibling(path, "part")
-    save_file({"rows": rows_NS}, part)
-    part.replace(path)
-    return rows_NS
+) -> np.ndarray[Any, Any]:
+    path = rows_file(work.path, vocabulary)
+    if not path.is_file():
+        docs = _train_documents(plan, skipped)
+        pack_documents(docs, tokenizer, path, plan.seq_len, plan.tokens, vocabulary, skipped)
+    return open_rows(path, plan.seq_len)
 
 
 def _train_documents(plan: SparsifyPlan, skipped: SkippedRows) -> Iterator[Document]:

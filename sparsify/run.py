@@ -55,8 +55,8 @@ def sparsify(cfg: SparsifyConfig) -> Path:
     options is kept. Before the folder gets its name, the saved model is loaded and compared with
     the measured one.
 
-    Memory: 16 bytes per parameter (float32 weights, gradients, two AdamW moments), the activations
-    of one step, and 4 bytes per token of the corpus, on one device.
+    Memory: 16 bytes per parameter (float32 weights, gradients, two AdamW moments) and the
+    activations of one step, on one device. The tokens of the corpus stay on disk.
 
     Raises:
         InputError: The model or corpus does not exist, or the family is not supported; `cfg.out`
@@ -186,7 +186,7 @@ def _facts(
         "model_type": setup.model.config.model_type,
         "tokens": plan.tokens,
         "corpus": publishable_name(plan.corpus),
-        "corpus_tokens": setup.rows_NS.numel(),
+        "corpus_tokens": setup.rows_NS.size,
         "l1": plan.l1,
         "lr": plan.lr,
         "activation": rule.name,

@@ -1,6 +1,10 @@
-"""Pack a corpus into one matrix of training sequences, and draw batches from it.
+"""Pack a corpus into training sequences on disk, and draw batches from them.
 
-Shape letters: N sequences, S sequence.
+The file holds the ids of all sequences, one behind the other, as uint16, or as uint32 for more than
+65,536 ids; the dtype is the file's suffix. It is mapped into memory, so the operating system
+reads the pages that a batch needs, and keeps as many as there is room for.
+
+Shape letters: N sequences, S sequence, B batch.
 """
 
 from __future__ import annotations
@@ -8,13 +12,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.files import hidden_sibling
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import Document
 from sparsecast.core.text.rows import UnusableRowError
@@ -25,58 +32,83 @@ GROUP = 1024
 """Documents per call of the tokenizer."""
 
 
+def rows_file(folder: Path, vocabulary: int) -> Path:
+    """Return the path of the training sequences of a model with this many ids."""
+    return folder / f"tokens.{'uint16' if vocabulary <= 1 << 16 else 'uint32'}"
+
+
+def open_rows(path: Path, seq_len: int) -> np.ndarray[Any, Any]:
+    """Map a file of `pack_documents` into memory as (N, S), read-only."""
+    return np.memmap(path, dtype=path.suffix[1:], mode="r").reshape(-1, seq_len)
+
+
 def pack_documents(
     docs: Iterable[Document],
     tokenizer: Any,
+    path: Path,
     seq_len: int,
     limit: int,
-    vocabulary: float = float("inf"),
+    vocabulary: int,
     skipped: SkippedRows | None = None,
-) -> Tensor:
-    """Concatenate tokenized documents and cut them into sequences of `seq_len` tokens.
+) -> None:
+    """Concatenate tokenized documents, cut into sequences of `seq_len` tokens, in a file.
 
     The first token of every sequence is replaced by BOS if the tokenizer has one. Chats go through
-    the tokenizer's template.
+    the tokenizer's template. Peak memory is one group of documents. The file appears when it is
+    complete.
 
     Args:
+        path: As `rows_file` names it.
         limit: Stop reading after this many tokens.
         vocabulary: Number of rows of the model's embedding.
         skipped: Counts the chats that the template refuses.
-
-    Returns:
-        (N, S) int32 on the CPU. Peak memory is 4 bytes per token plus one group of documents.
 
     Raises:
         InputError: Too little text, no document but refused chats, or a token without a row in the
             embedding.
     """
     skipped = SkippedRows("the corpus") if skipped is None else skipped
-    flat: list[Tensor] = []
     total = 0
     stream = iter(docs)
-    with progress_bar("tokenize", None) as progress:
-        while total < limit and (group := list(islice(stream, GROUP))):
-            for ids in _encoded(tokenizer, group, skipped):
-                flat.append(torch.tensor(ids, dtype=torch.int32))
-                total += len(ids)
-            progress.advance(len(group))
-    if not total and skipped.count:
-        raise skipped.error()
-    if total < seq_len:
-        raise InputError(
-            f"the training split has {total} tokens, expected at least {seq_len}; give more text "
-            "or a smaller --seq-len"
-        )
-    rows = torch.cat(flat)[: total - total % seq_len].view(-1, seq_len).clone()
-    if (largest := int(rows.max())) >= vocabulary:
+    part = hidden_sibling(path, "part")
+    try:
+        with progress_bar("tokenize", None) as progress, part.open("wb") as file:
+            while total < limit and (group := list(islice(stream, GROUP))):
+                ids_T = _concatenated(tokenizer, group, skipped)
+                _check_ids(ids_T, tokenizer, vocabulary)
+                if tokenizer.bos_token_id is not None:
+                    ids_T[-total % seq_len :: seq_len] = tokenizer.bos_token_id
+                file.write(ids_T.astype(path.suffix[1:]).tobytes())
+                total += len(ids_T)
+                progress.advance(len(group))
+            file.truncate(file.tell() - total % seq_len * np.dtype(path.suffix[1:]).itemsize)
+        if not total and skipped.count:
+            raise skipped.error()
+        if total < seq_len:
+            raise InputError(
+                f"the training split has {total} tokens, expected at least {seq_len}; give more "
+                "text or a smaller --seq-len"
+            )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _concatenated(
+    tokenizer: Any, group: Sequence[Document], skipped: SkippedRows
+) -> np.ndarray[Any, Any]:
+    """Return the tokens of a group of documents, one behind the other, as int64."""
+    encoded = [np.array(ids, dtype=np.int64) for ids in _encoded(tokenizer, group, skipped)]
+    return np.concatenate([np.empty(0, dtype=np.int64), *encoded])
+
+
+def _check_ids(ids_T: np.ndarray[Any, Any], tokenizer: Any, vocabulary: int) -> None:
+    if (largest := int(ids_T.max(initial=0))) >= vocabulary:
         raise InputError(
             f"{tokenizer.name_or_path}: the tokenizer gives id {largest} "
             f"({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings for "
             f"{vocabulary} ids alone; give the tokenizer that belongs to the model"
         )
-    if tokenizer.bos_token_id is not None:
-        rows[:, 0] = tokenizer.bos_token_id
-    return rows
 
 
 def _encoded(
@@ -105,13 +137,15 @@ def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 class Batches(torch.utils.data.IterableDataset[Tensor]):
-    """Endless (B, S) int64 batches, starting at step `first`.
+    """Endless (B, S) int64 batches on the CPU, starting at step `first`.
 
     Each epoch is a seeded permutation, so the batch of a step depends only on the seed and the
     step, and a resumed run sees the batches of an uninterrupted one.
     """
 
-    def __init__(self, rows_NS: Tensor, batch_size: int, seed: int, first: int = 0) -> None:
+    def __init__(
+        self, rows_NS: np.ndarray[Any, Any], batch_size: int, seed: int, first: int = 0
+    ) -> None:
         self._rows_NS = rows_NS
         self._batch_size = batch_size
         self._seed = seed
@@ -129,8 +163,8 @@ class Batches(torch.utils.data.IterableDataset[Tensor]):
                 take.append(chosen)
                 need -= len(chosen)
                 place += len(chosen)
-            index = torch.cat(take).to(self._rows_NS.device)
-            yield self._rows_NS[index].long()
+            index_B = torch.cat(take).numpy()
+            yield torch.from_numpy(self._rows_NS[index_B].astype(np.int64))
 
     def _order(self, epoch: int) -> Tensor:
         if getattr(self, "_epoch", None) != epoch:

@@ -43,13 +43,17 @@ class WorkFolder:
         """Whether a phase is finished or has a checkpoint."""
         return any(self.path.glob("*.pt")) or any(self.path.glob("*.ckpt"))
 
-    def reserve(self, parameters: int, phases: int, tokens: int, saved_bytes: int) -> None:
+    def reserve(self, parameters: int, phases: int, rows: int, saved_bytes: int) -> None:
         """Compute the disk space that the run needs and refuse a disk that is too small.
 
         Each phase leaves weights and two AdamW moments in float32, and the current checkpoint is
-        as large. Tokens are int32, and the model is saved in `saved_bytes` a parameter.
+        as large.
+
+        Args:
+            rows: Bytes of the training sequences.
+            saved_bytes: Of a parameter in the finished model.
         """
-        self.needs = 12.0 * parameters * (phases + 1) + 4.0 * tokens + saved_bytes * parameters
+        self.needs = 12.0 * parameters * (phases + 1) + rows + saved_bytes * parameters
         there = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
         check_disk_space(self.path.parent, int(self.needs) - there, "the run")
 

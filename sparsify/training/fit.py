@@ -64,7 +64,7 @@ def train_phase(
             trainer = _trainer(phase, _Checkpoints(last, phase, stop), plan.device)
             trainer.fit(
                 module,
-                DataLoader(data, batch_size=None),
+                DataLoader(data, batch_size=None, pin_memory=plan.device.type == "cuda"),
                 ckpt_path=str(last) if step else None,
                 weights_only=True,
             )

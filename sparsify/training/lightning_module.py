@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecast.core.models.families import family_of
-from sparsecast.sparsify.training.cross_entropy import head_of, summed_nll
+from sparsecast.sparsify.training.cross_entropy import IGNORED, head_of, summed_nll
 from sparsecast.sparsify.training.schedule import l1_share, lr_share
 from sparsecast.sparsify.training.stages import TABLES, StageTable
 
@@ -99,7 +99,9 @@ class SparsifyModule(L.LightningModule):
         self._x1_means, self._x1_zeros = [], []
         hidden_BSD = self.model.base_model(ids_BS[:, :-1], use_cache=False).last_hidden_state
         target_BS = labels_BS[:, 1:]
-        nll = summed_nll(hidden_BSD, head_of(self.model), target_BS) / (target_BS != -100).sum()
+        nll = summed_nll(hidden_BSD, head_of(self.model), target_BS) / (
+            target_BS != IGNORED
+        ).sum().clamp(min=1)
         return nll, torch.stack(self._x1_means), torch.stack(self._x1_zeros)
 
     def training_step(self, batch: Tensor | Sequence[Tensor], _: int) -> Tensor:

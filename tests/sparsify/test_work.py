@@ -48,7 +48,7 @@ def test_a_start_that_fails_leaves_nothing_and_binds_nobody(dense, options, tmp_
 
     (tmp_path / ".out.work").mkdir()  # killed before anything was trained
     (tmp_path / ".out.work" / "options.json").write_text('{"seed": 1}')
-    (tmp_path / ".out.work" / "tokens.safetensors").write_bytes(b"half")
+    (tmp_path / ".out.work" / "tokens.uint16").write_bytes(b"half")
 
     assert sparsify(options(model=source)).is_dir()
     assert left(tmp_path) == ["out"]
