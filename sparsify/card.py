@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from sparsecast.core.files import read_json, write_text
@@ -25,11 +26,7 @@ def write_card(
     """Write README.md into a model's folder, which must contain sparsify.json."""
     facts = read_json(folder / "sparsify.json", "what sparsify measured")
     original = next((row for row in scores if row.endswith(" original")), None)
-    rows = [
-        f"| {row} | {s.sparsity:.2%} | {s.perplexity:.3f} | "
-        + (f"{s.perplexity / scores[original].perplexity - 1:+.2%} |" if original else "- |")
-        for row, s in scores.items()
-    ]
+    rows = [_row(row, s, scores[original] if original else None) for row, s in scores.items()]
     quoted = "\n\n".join(
         f"The beginning of a held-out document:\n\n{_fenced(s.prompt)}\n\n"
         f"and how the model goes on:\n\n{_fenced(s.text)}"
@@ -44,13 +41,15 @@ A ReLU-sparse {_FAMILIES.get(facts["model_type"], facts["model_type"])} of \
 with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 regularization, and
 {_shift(facts)}.
 
-| model | sparsity | held-out perplexity | against {(original or "SiLU").split()[0]} |
-|---|---|---|---|
+| model | sparsity | of layers: min / median / max | dead neurons | held-out perplexity | \
+against {(original or "SiLU").split()[0]} |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 Every row trained on {count(facts["tokens"])} tokens, from the same start, over the same
 batches. Sparsity is the share of zeros in the input of the down projection, the mean over layers,
-on held-out documents.{_fine_tuning(facts)}
+on held-out documents; a dead neuron fires for none of their tokens. `sparsify.json` has both for
+every layer.{_fine_tuning(facts)}
 
 Text: {count(facts["corpus_tokens"])} tokens of {_corpus(facts["corpus"])}
 
@@ -70,6 +69,16 @@ Temperature 0.7, top-k 40, nothing picked by hand.
 
 {quoted}
 """,
+    )
+
+
+def _row(name: str, score: Score, original: Score | None) -> str:
+    change = f"{score.perplexity / original.perplexity - 1:+.2%}" if original else "-"
+    layers = score.layer_sparsity
+    spread = " / ".join(f"{pick(layers):.2%}" for pick in (min, median, max))
+    return (
+        f"| {name} | {score.sparsity:.2%} | {spread} | {sum(score.dead_neurons):,} | "
+        f"{score.perplexity:.3f} | {change} |"
     )
 
 

@@ -121,7 +121,8 @@ class SparsifyConfig:
     """Relative increase in calibration perplexity that the FATReLU threshold may cause."""
 
     baselines: bool = False
-    """Also train the original activation and plain ReLU on the same tokens, for the model card."""
+    """Also train the original activation, plain ReLU, and ReLU with a fixed L1 weight on the same
+    tokens, for the model card."""
 
     eval_tokens: int = 200_000
     """Tokens per split (calibration and held-out) that scores are measured on."""

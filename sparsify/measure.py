@@ -1,4 +1,7 @@
-"""Measure perplexity and sparsity of a model, and choose its FATReLU threshold."""
+"""Measure perplexity and sparsity of a model, and choose its FATReLU threshold.
+
+Shape letters: N places of a batch, padding included, F FFN width.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,30 @@ from sparsecast.core.text.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Score:
-    """Perplexity and sparsity of a model on given text."""
+    """Perplexity, sparsity and dead neurons of a model on given text."""
 
     perplexity: float
     """Infinite or NaN if training has destroyed the model."""
     sparsity: float
     """Share of zeros in x1, the plain mean over layers."""
+    layer_sparsity: tuple[float, ...]
+    """Share of zeros in each layer's x1."""
+    dead_neurons: tuple[int, ...]
+    """Per layer, the neurons that fire for no token of the text."""
 
 
 def score(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> Score:
-    """Measure perplexity, and sparsity over every token that is not padding."""
-    zeros: dict[int, float] = {}
-    kept_N = torch.zeros(0)
+    """Measure perplexity, and sparsity and dead neurons over every token that is not padding."""
+    fired: dict[int, Tensor] = {}  # layer to (F,) int64: tokens on which each neuron fired
+    kept_N1 = torch.zeros(0)
 
     def keep(batch: TokenBatch) -> None:
-        nonlocal kept_N
-        kept_N = batch.keep_BS.flatten()
+        nonlocal kept_N1
+        kept_N1 = batch.keep_BS.flatten()[:, None]
 
     def count(layer: int, _: Tensor, x1_NF: Tensor) -> None:
-        share_N = (x1_NF == 0).float().mean(1)
-        zeros[layer] = zeros.get(layer, 0.0) + (share_N * kept_N).sum().item()
+        fired_F = ((x1_NF != 0) & kept_N1).sum(0)
+        fired[layer] = fired_F + fired.get(layer, 0)
 
     with Recorder(model, count):
         try:
@@ -47,7 +54,9 @@ def score(model: PreTrainedModel, batches: Sequence[TokenBatch]) -> Score:
         except OverflowError:  # in exp
             value = float("inf")
     tokens = sum(batch.tokens for batch in batches)
-    return Score(value, sum(zeros.values()) / (len(zeros) * tokens))
+    layers = tuple(1 - fired_F.sum().item() / (len(fired_F) * tokens) for fired_F in fired.values())
+    dead = tuple(int((fired_F == 0).sum()) for fired_F in fired.values())
+    return Score(value, sum(layers) / len(layers), layers, dead)
 
 
 def gate_quantiles(model: PreTrainedModel, batch: TokenBatch, shares: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ A finished phase leaves `<name>.pt` in the work folder. The current phase writes
 from __future__ import annotations
 
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -44,11 +44,13 @@ def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> dic
     family = family_of(model.config, "model")
     parent, _, attribute = family.act.rpartition(".")
     scores = {}
-    for name, activation, l1 in _branches(plan, setup):
+    for branch in _branches(plan, setup):
+        name = branch.name
         model.load_state_dict(trunk)
         for layer in family.decoder_layers(model):
-            setattr(layer.get_submodule(parent), attribute, activation)
-        phase = _phase(plan, name, plan.pretrain_steps, plan.steps, l1)
+            setattr(layer.get_submodule(parent), attribute, branch.activation)
+        start, stop = plan.pretrain_steps, plan.steps
+        phase = _phase(plan, name, start, stop, branch.l1, branch.progressive)
         train_phase(plan, setup, phase, work, optimizer)
         result = scores[name] = score(model, setup.held_out)
         _check_score(result, phase, plan.l1)
@@ -99,17 +101,29 @@ def fine_tune(
     }
 
 
-def _branches(plan: SparsifyPlan, setup: TrainingSetup) -> list[tuple[str, nn.Module, float]]:
-    """List (name, activation, final L1 weight) of the branches that share the same start."""
+class Branch(NamedTuple):
+    """A training that begins where the others of the run do."""
+
+    name: str
+    activation: nn.Module
+    l1: float = 0.0
+    """Final weight of the L1 term."""
+    progressive: bool = True
+    """Whether that weight grows in stages."""
+
+
+def _branches(plan: SparsifyPlan, setup: TrainingSetup) -> list[Branch]:
     family = family_of(setup.model.config, "model")
-    found = [("ProSparse before the shift", setup.rule.module(), plan.l1)]
+    sparse = setup.rule.module()
+    last = Branch("ProSparse before the shift", sparse, plan.l1)
     if not plan.baselines:
-        return found
+        return [last]
     act = str(getattr(setup.model.config, family.act_key))
     original = family.decoder_layers(setup.model)[0].get_submodule(family.act)
+    found = [Branch(f"{NAMES.get(act, act)} original", original)]
     if act != setup.rule.name:
-        found.insert(0, (f"plain {NAMES[setup.rule.name]}", setup.rule.module(), 0.0))
-    return [(f"{NAMES.get(act, act)} original", original, 0.0), *found]
+        found.append(Branch(f"plain {NAMES[setup.rule.name]}", sparse))
+    return [*found, Branch("fixed L1", sparse, plan.l1, progressive=False), last]
 
 
 def _check_score(result: Score, phase: Phase, l1: float) -> None:
@@ -119,13 +133,20 @@ def _check_score(result: Score, phase: Phase, l1: float) -> None:
             f"{result.perplexity}; choose a smaller --lr"
         )
     if result.sparsity == 1:
-        raise Diverged(
-            f"--l1 {l1:g}: no neuron of {phase.name} fires any more on held-out text; choose "
-            "a smaller --l1 or --lr"
-        )
+        silent = f"no neuron of {phase.name} fires any more on held-out text"
+        if phase.stages is not None:
+            raise Diverged(f"--l1 {l1:g}: {silent}; choose a smaller --l1 or --lr")
+        log.warning(silent)  # ProSparse's stages may still avoid it
 
 
-def _phase(plan: SparsifyPlan, name: str, first: int, stop: int, l1: float = 0.0) -> Phase:
+def _phase(
+    plan: SparsifyPlan,
+    name: str,
+    first: int,
+    stop: int,
+    l1: float = 0.0,
+    progressive: bool = True,
+) -> Phase:
     table = plan.stages
     share = 1 - table.regularized[-1].until / table.steps if table.decay else DECAY_SHARE
     return Phase(
@@ -136,5 +157,5 @@ def _phase(plan: SparsifyPlan, name: str, first: int, stop: int, l1: float = 0.0
         lr=plan.lr,
         warmup=min(500, plan.steps // 20 + 1),
         decay_from=plan.steps - int(share * (plan.steps - plan.pretrain_steps)),
-        stages=table,
+        stages=table if progressive else None,
     )

@@ -80,7 +80,7 @@ class SparsifyPlan:
     def phases(self) -> int:
         """Number of training phases: pre-training, the baselines, ProSparse, fine-tuning."""
         others = int(self.pretrain_steps > 0) + int(self.sft_steps > 0)
-        return others + (3 if self.baselines else 1)
+        return others + (4 if self.baselines else 1)
 
 
 def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:

@@ -3,8 +3,9 @@
     pre-train (SiLU) -> substitute ReLU -> progressive L1 -> fine-tune on chats
     -> choose the FATReLU threshold
 
-With baselines, the SiLU original and plain ReLU continue from the same weights, over the same
-batches, at the same learning rates, so that only the activation and the L1 term differ.
+With baselines, the SiLU original, plain ReLU and ReLU with a fixed L1 weight continue from the same
+weights, over the same batches, at the same learning rates, so that only the activation and the L1
+term differ.
 """
 
 from __future__ import annotations
@@ -193,6 +194,8 @@ def _facts(
         "threshold": rule.threshold,
         "shift_tolerance": plan.shift_tolerance,
         "held_out": {name: asdict(value) for name, value in scores.items()},
-        "calibration_sweep": [{"threshold": t, **asdict(s)} for t, s in tried],
+        "calibration_sweep": [
+            {"threshold": t, "perplexity": s.perplexity, "sparsity": s.sparsity} for t, s in tried
+        ],
         "options": plan.options,
     }

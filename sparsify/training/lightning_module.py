@@ -99,20 +99,20 @@ class SparsifyModule(L.LightningModule):
         self._x1_means, self._x1_zeros = [], []
         hidden_BSD = self.model.base_model(ids_BS[:, :-1], use_cache=False).last_hidden_state
         target_BS = labels_BS[:, 1:]
-        nll = summed_nll(hidden_BSD, head_of(self.model), target_BS) / (
-            target_BS != IGNORED
-        ).sum().clamp(min=1)
+        targets = (target_BS != IGNORED).sum().clamp(min=1)
+        nll = summed_nll(hidden_BSD, head_of(self.model), target_BS) / targets
         return nll, torch.stack(self._x1_means), torch.stack(self._x1_zeros)
 
     def training_step(self, batch: Tensor | Sequence[Tensor], _: int) -> Tensor:
         """Compute the loss of a batch of ids, or of ids and labels."""
         nll, l1_L, zeros_L = self._measured(*((batch,) if isinstance(batch, Tensor) else batch))
         l1 = l1_L.sum()
+        weight = self.phase.l1_at(self.global_step)
         if self.global_step % 50 == 0:
             self.log("nll", nll.detach(), prog_bar=True)
             self.log("mean |x1|", l1.detach(), prog_bar=True)
             self.log("sparsity", zeros_L.mean(), prog_bar=True)
-        return nll + self.phase.l1_at(self.global_step) * l1
+        return nll + weight * l1
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         # Lightning refuses to clip with fused optimizers, although bf16 needs no unscaling.

@@ -21,6 +21,11 @@ FACTS = {
 }
 
 
+AFTER = (
+    "| ProSparse after the shift | 75.00% | 55.00% / 80.00% / 90.00% | 1,234 | 3.000 | +50.00% |"
+)
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(16_384, "16,384"), (999_999, "999,999"), (1_000_000, "1.0M"), (159_973_376, "160.0M")],
@@ -47,13 +52,16 @@ def test_a_corpus_is_named_without_its_path(spec, name):
 
 def test_the_card_reads_well_and_holds_samples_in_their_fences(tmp_path):
     (tmp_path / "sparsify.json").write_text(json.dumps(FACTS))
-    scores = {"GELU original": Score(2.0, 0.0), "ProSparse after the shift": Score(3.0, 0.75)}
+    scores = {
+        "GELU original": Score(2.0, 0.0, (0.0, 0.0, 0.0), (0, 0, 0)),
+        "ProSparse after the shift": Score(3.0, 0.75, (0.8, 0.9, 0.55), (0, 1_200, 34)),
+    }
 
     write_card(tmp_path, "m", scores, [Sample("Use ```text", "fences ````")])
 
     card = (tmp_path / "README.md").read_text()
     assert "A ReLU-sparse Falcon of 18,736 parameters" in card
-    assert "| ProSparse after the shift | 75.00% | 3.000 | +50.00% |" in card
+    assert AFTER in card
     assert "against GELU" in card
     assert "trained on 16,384 tokens" in card
     assert "7,296 tokens of `notes.txt`" in card

@@ -31,12 +31,13 @@ def test_l1_makes_a_sparser_model_and_the_card_tells_the_truth(corpus, tmp_path)
     assert list(held_out) == [
         "SiLU original",
         "plain ReLU",
+        "fixed L1",
         "ProSparse before the shift",
         "ProSparse after the shift",
     ]
-    sparsity = [row["sparsity"] for row in held_out.values()]
-    assert sparsity == sorted(sparsity)
-    assert sparsity[2] > sparsity[1] + 0.05
+    silu, relu, fixed, before, after = (row["sparsity"] for row in held_out.values())
+    assert silu < relu < min(fixed, before) - 0.05
+    assert before < after
     model, tokenizer = load_model(str(cfg.out), device="cpu")
     docs = assign_splits(read_documents(cfg.corpus, long_documents="split"))
     quota = {"held-out": cfg.eval_tokens}
@@ -47,4 +48,6 @@ def test_l1_makes_a_sparser_model_and_the_card_tells_the_truth(corpus, tmp_path)
     again, told = score(model, data), held_out["ProSparse after the shift"]
     assert again.perplexity == pytest.approx(told["perplexity"])
     assert again.sparsity == pytest.approx(told["sparsity"])
+    assert again.layer_sparsity == pytest.approx(told["layer_sparsity"])
+    assert list(again.dead_neurons) == told["dead_neurons"]
     assert f"{told['perplexity']:.3f}" in (cfg.out / "README.md").read_text()

@@ -199,6 +199,9 @@ def test_a_signal_ends_the_run_behind_a_whole_step(dense, options, monkeypatch, 
     assert torch.load(last, weights_only=True)["global_step"] == 2
 
 
+PLACES = ("pre-training", "SiLU", "plain ReLU", "fixed L1", "ProSparse", "sweep", "write_model")
+
+
 def test_interrupted_everywhere_it_ends_as_an_uninterrupted_run(options, monkeypatch, tmp_path):
     """Weights, threshold and scores are the same, whatever random numbers were drawn before."""
     monkeypatch.setattr(fit, "CHECKPOINT_STEPS", 1)
@@ -206,7 +209,7 @@ def test_interrupted_everywhere_it_ends_as_an_uninterrupted_run(options, monkeyp
     whole = sparsify(options(**changes, out=tmp_path / "whole"))
     cfg = options(**changes, out=tmp_path / "parts")
 
-    for where in ("pre-training", "SiLU", "plain ReLU", "ProSparse", "sweep", "write_model"):
+    for where in PLACES:
         with monkeypatch.context() as patched:
             _interrupt(patched, where)
             with pytest.raises(KeyboardInterrupt):
@@ -251,3 +254,22 @@ def test_an_l1_that_silences_everything_is_named(dense, options, tmp_path):
     with pytest.raises(InputError, match=r"--l1 1e\+06: no neuron"):
         sparsify(options(model=str(dense("opt", "relu")), l1=1e6, lr=0.5, tokens=5120))
     assert left(tmp_path) == []
+
+
+def test_a_fixed_l1_that_silences_everything_is_a_result(dense, options, monkeypatch, capsys):
+    """The baseline's weight is there from the first step, ProSparse's grows: only one must hold."""
+    step = fit.SparsifyModule.training_step
+
+    def silenced(self, batch, index):
+        if not self.phase.progressive:
+            with torch.no_grad():
+                self.model.model.layers[0].mlp.gate_proj.weight.zero_()
+        return step(self, batch, index)
+
+    monkeypatch.setattr(fit.SparsifyModule, "training_step", silenced)
+    out = sparsify(options(model=str(dense()), baselines=True, lr=1e-9))
+
+    held_out = json.loads((out / "sparsify.json").read_text())["held_out"]
+    assert held_out["fixed L1"]["sparsity"] == 1
+    assert held_out["ProSparse before the shift"]["sparsity"] < 1
+    assert "no neuron of fixed L1 fires any more" in capsys.readouterr().err
