@@ -103,11 +103,12 @@ def _fine_tuning(facts: Mapping[str, Any]) -> str:
     tuned = facts.get("fine_tuning")
     if tuned is None:
         return ""
+    answers = tuned["answer_perplexity"]
     return (
         f"\n\nThe last two rows were then fine-tuned on {count(tuned['tokens'])} tokens of chats, "
         f"`{tuned['corpus']}`,\nwith the loss on the assistant's answers alone. The perplexity of "
-        f"held-out answers was {tuned['answer_perplexity_before']:.3f}\nbefore and "
-        f"{tuned['answer_perplexity']:.3f} after, in front of the threshold shift."
+        f"held-out answers was\n{answers['before']:.3f} before, {answers['after']:.3f} after, and "
+        f"is {answers['saved']:.3f} in the model as saved."
     )
 
 

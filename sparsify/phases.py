@@ -66,7 +66,7 @@ def fine_tune(
     The optimizer is a new one. Lambda is constant: the part of `plan.l1` that it is in the table.
 
     Returns:
-        What the record says of it, with the perplexity of held-out answers before and after.
+        What the record says of it, with the perplexity of held-out answers.
     """
     if setup.chats is None:
         return None
@@ -96,8 +96,7 @@ def fine_tune(
         "corpus": publishable_name(plan.sft_corpus),
         "tokens": plan.sft_tokens,
         "l1": phase.l1,
-        "answer_perplexity_before": before,
-        "answer_perplexity": after,
+        "answer_perplexity": {"before": before, "after": after},
     }
 
 

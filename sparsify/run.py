@@ -30,6 +30,7 @@ from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import max_positions, set_activation
 from sparsecast.sparsify.card import Sample, write_card
+from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score, sweep
 from sparsecast.sparsify.phases import fine_tune, train_all
@@ -99,6 +100,10 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
         raise InputError(
             f"{plan.out}: rounded to {dtype} the model's perplexity is {final.perplexity}; its "
             f"weights are beyond the range of {dtype}, start from another model"
+        )
+    if setup.chats is not None and fine_tuning is not None:
+        fine_tuning["answer_perplexity"]["saved"] = answer_perplexity(
+            setup.model, setup.chats.held_out_N2S
         )
     facts = _facts(plan, setup, rule, scores, tried) | {"fine_tuning": fine_tuning}
     _save(plan, setup, rule, scores, facts)

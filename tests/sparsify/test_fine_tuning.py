@@ -155,10 +155,12 @@ def test_a_run_fine_tunes_before_it_shifts_the_threshold(
     tuned = facts["fine_tuning"]
     assert (tuned["corpus"], tuned["tokens"]) == ("chats.jsonl", 1_280)
     assert tuned["l1"] == pytest.approx(0.5 * share)
-    assert tuned["answer_perplexity"] < 0.5 * tuned["answer_perplexity_before"]
+    answers = tuned["answer_perplexity"]
+    assert answers["after"] < 0.5 * answers["before"]
+    assert answers["saved"] == pytest.approx(answers["after"], rel=0.05)
     card = (cfg.out / "README.md").read_text()
     assert "fine-tuned on 1,280 tokens of chats, `chats.jsonl`" in card
-    assert f"{tuned['answer_perplexity']:.3f} after" in card
+    assert f"{answers['after']:.3f} after, and is {answers['saved']:.3f} in the model as" in card
     assert (cfg.out / "chat_template.jinja").read_text() == TEMPLATE
 
 
@@ -222,6 +224,19 @@ def test_chats_that_cannot_be_used_are_counted(talking, options, chats, capsys):
         r"[3-9] of 39 rows cannot be used .*: a chat without a turn of the assistant",
         capsys.readouterr().err,
     )
+
+
+def test_a_model_that_was_made_without_these_options_is_kept(dense, options, capsys):
+    cfg = options(model=str(dense()))
+    record = sparsify(cfg) / "sparsify.json"
+    facts = json.loads(record.read_text())
+    for name in ("stages", "sft_corpus", "sft_tokens", "sft_steps"):
+        facts["options"].pop(name, None)
+    record.write_text(json.dumps(facts))
+
+    assert sparsify(cfg).is_dir()
+
+    assert "already sparsified with these options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
