@@ -1,15 +1,16 @@
 """The tokens of a chat that the assistant says, which supervised fine-tuning learns.
 
 Where the template marks them with `{% generation %}`, transformers tells which they are. Elsewhere
-an answer is what the whole chat has between two prefixes of it: the turns before, with the header
-that the template writes when the assistant is to answer, and the turns up to the answer. A chat in
-which the ids of a prefix are not the first ids of the whole is refused: some templates write a turn
-differently when others follow.
+the turns before an answer, with the header that the template writes when the assistant is to
+answer, must have the first ids of the whole chat: the answer follows. It ends where the turns up to
+it end. Some templates, such as Qwen3's, write an answer differently when turns follow; then it
+ends with the first special token. A chat in which neither holds is refused.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -47,14 +48,17 @@ def label_answers(tokenizer: Any, doc: Document, seq_len: int) -> Tensor:
         raise UnusableRowError("a text, expected a chat under 'messages' or 'conversations'")
     if ASSISTANT not in (role for role, _ in doc.chat):
         raise UnusableRowError("a chat without a turn of the assistant")
-    ids = encode_document(tokenizer, doc, seq_len)
-    marked = tokenizer.is_fast and MARKED.search(tokenizer.get_chat_template())
-    said = _marked(tokenizer, doc, ids) if marked else _between_prefixes(tokenizer, doc, ids)
+    ids = encode_document(tokenizer, doc, sys.maxsize)
+    if tokenizer.is_fast and MARKED.search(tokenizer.get_chat_template()):
+        said = _marked(tokenizer, doc, ids)
+    else:
+        said = _between_prefixes(tokenizer, doc, ids, seq_len)
     both = torch.tensor([ids, ids], dtype=torch.int32)
     both[1][~torch.tensor(said)] = IGNORED
     both[1, 0] = IGNORED
+    both = both[:, :seq_len].contiguous()
     if bool((both[1] == IGNORED).all()):
-        raise UnusableRowError(f"a chat without an answer in its first {len(ids)} tokens")
+        raise UnusableRowError(f"a chat without an answer in its first {both.shape[1]} tokens")
     return both
 
 
@@ -67,14 +71,15 @@ def _marked(tokenizer: Any, doc: Document, ids: list[int]) -> list[bool]:
         return_assistant_tokens_mask=True,
     )
     found = with_bos(tokenizer, got["input_ids"])
-    if found[: len(ids)] != ids:
+    if found != ids:
         raise UnusableRowError("a chat that spells out a special token")
     mask = [bool(place) for place in got["assistant_masks"]]
     surplus = len(mask) - len(found)  # BOS tokens of the template beyond one, or -1
-    return ([False] + mask if surplus < 0 else mask[surplus:])[: len(ids)]
+    return [False] + mask if surplus < 0 else mask[surplus:]
 
 
-def _between_prefixes(tokenizer: Any, doc: Document, ids: list[int]) -> list[bool]:
+def _between_prefixes(tokenizer: Any, doc: Document, ids: list[int], seq_len: int) -> list[bool]:
+    """Return for each id whether it is of an answer that begins within `seq_len` tokens."""
     assert doc.chat is not None
     special = set(tokenizer.all_special_ids)
     said = [False] * len(ids)
@@ -82,24 +87,29 @@ def _between_prefixes(tokenizer: Any, doc: Document, ids: list[int]) -> list[boo
         if role != ASSISTANT or turn == 0:
             continue
         start = _length_of_prefix(tokenizer, doc, ids, turn, prompt=True)
+        if start is not None and start >= seq_len:
+            break
         stop = _length_of_prefix(tokenizer, doc, ids, turn + 1)
-        end = next((i for i in range(stop, start, -1) if ids[i - 1] in special), stop)
-        if not "".join(tokenizer.decode(ids[end:stop])).strip():
-            stop = end
+        ends = [i + 1 for i in range(start or 0, stop or len(ids)) if ids[i] in special]
+        if start is None or (stop is None and not ends):
+            raise UnusableRowError(
+                f"a chat whose answer in turn {turn + 1} cannot be told apart: what the template "
+                "writes alone for the turns up to there gets other tokens when more follows; mark "
+                "answers in the template with {% generation %}"
+            )
+        if stop is None:
+            stop = ends[0]
+        elif ends and not "".join(tokenizer.decode(ids[ends[-1] : stop])).strip():
+            stop = ends[-1]
         said[start:stop] = [True] * (stop - start)
     return said
 
 
 def _length_of_prefix(
     tokenizer: Any, doc: Document, ids: list[int], turns: int, prompt: bool = False
-) -> int:
-    """Return how many of `ids` the first turns of a chat are."""
+) -> int | None:
+    """Return how many of `ids` the first turns of a chat are; None: they are other ids."""
     assert doc.chat is not None
     prefix = replace(doc, chat=doc.chat[:turns])
-    found = encode_document(tokenizer, prefix, len(ids), prompt=prompt)
-    if found != ids[: len(found)]:
-        raise UnusableRowError(
-            f"a chat whose beginning, {turns} of its turns, gets other tokens when more follows: "
-            "its answers cannot be told apart; mark them in the template with {% generation %}"
-        )
-    return len(found)
+    found = encode_document(tokenizer, prefix, sys.maxsize, prompt=prompt)
+    return len(found) if found == ids[: len(found)] else None

@@ -116,7 +116,26 @@ def test_a_special_token_that_somebody_spells_out_stays_text(tokenizer):
         label_answers(tokenizer, document(chat), 512)
 
 
+THINKING = PLAIN.replace(
+    "{{ m.content }}",
+    "{% if loop.last and m.role == 'assistant' %}think\n{% endif %}{{ m.content }}",
+)
+"""As Qwen3 writes a thought into the last answer alone."""
 LAST_ONLY = PLAIN.replace("{{ m.content }}", "{{ '' if loop.last else '!' }}{{ m.content }}")
+
+
+def test_an_answer_that_is_written_differently_when_turns_follow_ends_with_its_token(tokenizer):
+    tokenizer.chat_template = THINKING
+    doc = document(CHATS["more turns"][:4])
+
+    both = label_answers(tokenizer, doc, 512)
+
+    assert answers(tokenizer, both) == [SAID["more turns"][0], "think\n" + SAID["more turns"][1]]
+    first = next(i for i, label in enumerate(both[1].tolist()) if label != IGNORED)
+    cut = label_answers(tokenizer, doc, first + 2)
+    assert cut.tolist() == both[:, : first + 2].tolist()
+
+
 MERGING = PLAIN.replace("assistant:\n", "assistant: ").replace("m.role }}:\n", "m.role }}: ")
 
 
@@ -125,8 +144,13 @@ MERGING = PLAIN.replace("assistant:\n", "assistant: ").replace("m.role }}:\n", "
     [
         (PLAIN, (("user", "a"), ("tool", "b")), "without a turn of the assistant"),
         (PLAIN, (("assistant", "I begin."), ("user", "So?")), "without an answer in its first"),
-        (LAST_ONLY, CHATS["more turns"], "beginning, 1 of its turns, gets other tokens when more"),
-        (MERGING, CHATS["system"], "beginning, 2 of its turns, gets other tokens when more"),
+        (LAST_ONLY, CHATS["more turns"], "answer in turn 2 cannot be told apart"),
+        (
+            THINKING.replace("</s>", ""),
+            CHATS["more turns"],
+            "answer in turn 2 cannot be told apart",
+        ),
+        (MERGING, CHATS["system"], "answer in turn 3 cannot be told apart"),
         ("{{ raise_exception('no') }}", CHATS["system"], "the chat template refuses"),
     ],
 )
