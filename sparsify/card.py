@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from sparsecast.core.files import read_json, write_text
 from sparsecast.core.models.families import FAMILIES
 from sparsecast.core.text.builtin import PACKAGES
+from sparsecast.sparsify.figure import FIGURE
 from sparsecast.sparsify.measure import Score
+from sparsecast.sparsify.training.curve_table import CURVES, TENSORBOARD
 
 
 class Sample(NamedTuple):
@@ -53,7 +55,7 @@ every layer.{_fine_tuning(facts)}
 
 Text: {count(facts["corpus_tokens"])} tokens of {_corpus(facts["corpus"])}
 
-## Load
+{_curves(folder)}## Load
 
 {_loading(facts)}
 
@@ -88,6 +90,19 @@ _FAMILIES = {"llama": "LLaMA", "opt": "OPT", "falcon": "Falcon"}
 def count(number: int) -> str:
     """Format a number of tokens or parameters, such as 6.8M."""
     return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number:,}"
+
+
+def _curves(folder: Path) -> str:
+    if not (folder / CURVES / FIGURE).is_file():
+        return ""
+    return f"""## Curves
+
+![loss, lambda and sparsity over the tokens of the training]({CURVES}/{FIGURE})
+
+Behind the figure: a CSV file per training in `{CURVES}`, and the same for
+`tensorboard --logdir {CURVES}/{TENSORBOARD}`.
+
+"""
 
 
 def _corpus(name: str) -> str:

@@ -32,11 +32,13 @@ from sparsecast.core.models.loading import max_positions, set_activation
 from sparsecast.sparsify.card import Sample, write_card
 from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.config import SparsifyConfig
+from sparsecast.sparsify.figure import FIGURE, write_figure
 from sparsecast.sparsify.measure import Score, score, sweep
 from sparsecast.sparsify.phases import fine_tune, train_all
 from sparsecast.sparsify.plan import SparsifyPlan, make_plan, publishable_name
 from sparsecast.sparsify.prepare import TrainingSetup, prepare
 from sparsecast.sparsify.save import check_saved, write_model
+from sparsecast.sparsify.training.curve_table import CURVES, copy_curves, read_tables
 from sparsecast.sparsify.work_folder import (
     FACTS,
     WorkFolder,
@@ -106,7 +108,7 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
             setup.model, setup.chats.held_out_N2S
         )
     facts = _facts(plan, setup, rule, scores, tried) | {"fine_tuning": fine_tuning}
-    _save(plan, setup, rule, scores, facts)
+    _save(plan, setup, rule, scores, facts, work)
 
 
 def _choose_threshold(
@@ -133,8 +135,9 @@ def _save(
     rule: ActivationRule,
     scores: Mapping[str, Score],
     facts: Mapping[str, Any],
+    work: WorkFolder,
 ) -> None:
-    """Write the model folder: weights, tokenizer, facts and card."""
+    """Write the model folder: weights, tokenizer, facts, curves and card."""
     samples = _samples(plan, setup)
     batch, texts = setup.held_out[0], setup.sample_texts
     expected = score(setup.model, [batch])
@@ -143,6 +146,9 @@ def _save(
         setup.model.to("meta")  # frees its memory for the loaded copy
         check_saved(folder, setup.tokenizer, batch, expected, texts, plan.device)
         write_json(folder / FACTS, facts)
+        if tables := read_tables(work.path / CURVES):  # else trained by an earlier version
+            copy_curves(work.path / CURVES, folder / CURVES)
+            write_figure(folder / CURVES / FIGURE, tables, scores)
         write_card(folder, plan.out.name, scores, samples)
 
 

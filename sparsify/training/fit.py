@@ -24,6 +24,8 @@ from sparsecast.sparsify.chats import AnswerBatches
 from sparsecast.sparsify.plan import SparsifyPlan
 from sparsecast.sparsify.prepare import TrainingSetup
 from sparsecast.sparsify.sequences import Batches
+from sparsecast.sparsify.training.curve_table import CURVES
+from sparsecast.sparsify.training.curves import Curves
 from sparsecast.sparsify.training.lightning_module import Phase, SparsifyModule
 from sparsecast.sparsify.work_folder import Diverged, WorkFolder
 
@@ -61,7 +63,8 @@ def train_phase(
     module = SparsifyModule(setup.model, phase, optimizer, compile=plan.compile)
     try:
         with stop_on_signal() as stop, quiet_lightning():
-            trainer = _trainer(phase, _Checkpoints(last, phase, stop), plan.device)
+            curves = Curves(work.path / CURVES, phase, plan.batch_size * plan.seq_len)
+            trainer = _trainer(phase, [curves, _Checkpoints(last, phase, stop)], plan.device)
             trainer.fit(
                 module,
                 DataLoader(data, batch_size=None, pin_memory=plan.device.type == "cuda"),
@@ -108,7 +111,7 @@ class _Checkpoints(Callback):
         self._stop.check()
 
 
-def _trainer(phase: Phase, checkpoints: _Checkpoints, device: torch.device) -> L.Trainer:
+def _trainer(phase: Phase, callbacks: list[Callback], device: torch.device) -> L.Trainer:
     on_gpu = device.type == "cuda"
     return L.Trainer(
         max_steps=phase.stop - phase.start,
@@ -119,6 +122,6 @@ def _trainer(phase: Phase, checkpoints: _Checkpoints, device: torch.device) -> L
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[TrainingBar(phase.name), checkpoints],
+        callbacks=[TrainingBar(phase.name), *callbacks],
         plugins=[cluster_environment(), StagedCheckpoints()],
     )

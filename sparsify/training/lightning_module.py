@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -52,6 +52,18 @@ class Phase:
         if self.stages is None:
             return self.l1
         return self.l1 * l1_share(step + 1, self.stop - self.start, self.stages)
+
+
+class Measured(NamedTuple):
+    """What the last training step measured, on the device."""
+
+    nll: Tensor
+    l1: Tensor
+    """Sum over layers of the mean |x1|, without its weight."""
+    weight: float
+    """lambda(t)."""
+    zeros_L: Tensor
+    """Share of zeros in each layer's x1."""
 
 
 class SparsifyModule(L.LightningModule):
@@ -108,6 +120,7 @@ class SparsifyModule(L.LightningModule):
         nll, l1_L, zeros_L = self._measured(*((batch,) if isinstance(batch, Tensor) else batch))
         l1 = l1_L.sum()
         weight = self.phase.l1_at(self.global_step)
+        self.measured = Measured(nll.detach(), l1.detach(), weight, zeros_L)
         if self.global_step % 50 == 0:
             self.log("nll", nll.detach(), prog_bar=True)
             self.log("mean |x1|", l1.detach(), prog_bar=True)

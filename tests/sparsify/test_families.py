@@ -64,7 +64,7 @@ def test_a_family_becomes_sparse_and_is_recorded(
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_with_relu_plain_transformers_computes_the_same(kind, source, options, monkeypatch):
-    monkeypatch.setattr(run, "sweep", lambda *_: (0.0, [(0.0, save.Score(1.0, 0.5))]))
+    monkeypatch.setattr(run, "sweep", lambda *_: (0.0, [(0.0, save.Score(1.0, 0.5, (0.5,), (0,)))]))
     out = sparsify(options(model=str(source(kind))))
     ours, _ = load_model(str(out), device="cpu")
     for name in ("fatrelu", "drelu"):
