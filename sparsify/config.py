@@ -60,11 +60,18 @@ SFT_SHARE = 6_000 / 95_000
 """Steps of fine-tuning per step of sparse training, MiniCPM-S-1B's."""
 
 
+TARGET_SPARSITY = 0.85
+MOST_SPARSITY = 0.95
+"""The target if --max-perplexity-increase alone is given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparsifyConfig:
-    """Train a ReLU-sparse model with ProSparse: ReLU, progressive L1, FATReLU threshold shift.
+    """Train a ReLU-sparse model: as sparse as asked, or with ProSparse's own recipe.
 
-    Training starts from a model (--model) or pre-trains a small SiLU llama first (--preset).
+    Training starts from a model (--model) or pre-trains a small SiLU llama first (--preset). Say
+    how sparse (--target-sparsity) or how much worse (--max-perplexity-increase), or give --l1 for
+    ProSparse: ReLU, progressive L1, FATReLU threshold shift.
     """
 
     out: Path
@@ -88,13 +95,23 @@ class SparsifyConfig:
     pretrain_share: float = 0.4
     """Share of the tokens for the SiLU pre-training of a preset."""
 
+    target_sparsity: float | None = None
+    """Share of zeros in x1, the input of the down projection, that the model ends with, the mean
+    over layers: a threshold on the gate rises during training until it is reached. Unset: 0.85, but
+    0.95 with --max-perplexity-increase, and nothing with --l1."""
+
+    max_perplexity_increase: float | None = None
+    """Sparsity stops rising where calibration perplexity exceeds that of the dense start by more
+    than this share."""
+
     stages: Literal["1b", "7b", "13b"] = "7b"
     """Published stages in which the L1 term's weight rises, scaled to the run: those of
     ProSparse-7B, ProSparse-13B, or MiniCPM-S-1B, whose learning rate falls in a last stage."""
 
     l1: float | None = None
     """Final weight of the L1 term, the sum over layers of the mean over tokens and neurons of |x1|,
-    where x1 is the input of the down projection. Unset: the preset's, or 0.1."""
+    where x1 is the input of the down projection: ProSparse's recipe instead of a target. With a
+    target, the weight that --baselines are trained with. Unset: the preset's, or 0.1."""
 
     lr: float | None = None
     """Peak AdamW learning rate. Unset: the preset's, or that of --stages: 3e-5, for 13b 5e-5."""
@@ -138,12 +155,20 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         validate_fields(
-            self, tokens=1, seq_len=2, eval_tokens=2, pretrain_share=0, l1=0, shift_tolerance=0
+            self,
+            tokens=1,
+            seq_len=2,
+            eval_tokens=2,
+            pretrain_share=0,
+            l1=0,
+            shift_tolerance=0,
+            max_perplexity_increase=0,
         )
         if (self.model is None) == (self.preset is None):
             raise InputError("sparsify: give either --model or --preset")
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"--preset: got {self.preset!r}, expected {' or '.join(PRESETS)}")
+        self._check_target()
         self._check_sft()
         if not self.pretrain_share < 1:
             raise InputError(f"--pretrain-share: must be below 1, got {self.pretrain_share}")
@@ -159,6 +184,15 @@ class SparsifyConfig:
             raise InputError(
                 f"--tokens: got {self.tokens}, expected at least {least * self.step_tokens:,}: "
                 f"{why} of --batch-tokens {self.batch_tokens}"
+            )
+
+    def _check_target(self) -> None:
+        check_between(self, 0, 1, "target_sparsity")
+        given = self.target_sparsity is not None or self.max_perplexity_increase is not None
+        if given and self.l1 is not None and not self.baselines:
+            raise InputError(
+                "--l1: is ProSparse's recipe, and --target-sparsity and --max-perplexity-increase "
+                "are another; give one of them, or --baselines true to train both"
             )
 
     def _check_sft(self) -> None:
@@ -221,6 +255,15 @@ class SparsifyConfig:
         if self.lr is not None:
             return self.lr
         return self._preset.lr if self._preset else TABLES[self.stages].lr
+
+    @property
+    def target(self) -> float | None:
+        """Share of zeros to reach; None for ProSparse's recipe."""
+        if self.target_sparsity is not None:
+            return self.target_sparsity
+        if self.max_perplexity_increase is not None:
+            return MOST_SPARSITY
+        return TARGET_SPARSITY if self.l1 is None else None
 
     @property
     def last_l1(self) -> float:

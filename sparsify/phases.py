@@ -12,25 +12,41 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from sparsecast.core.messages import log
+from sparsecast.core.models.activations import FATReLU
 from sparsecast.core.models.families import family_of
 from sparsecast.sparsify.chats import answer_perplexity
-from sparsecast.sparsify.measure import Score, score
+from sparsecast.sparsify.measure import Score, score, sweep
 from sparsecast.sparsify.plan import SparsifyPlan, publishable_name
 from sparsecast.sparsify.prepare import TrainingSetup
 from sparsecast.sparsify.training.fit import train_phase
 from sparsecast.sparsify.training.lightning_module import Phase
+from sparsecast.sparsify.training.perplexity_guard import PerplexityGuard
+from sparsecast.sparsify.training.raised_threshold import RaisedFATReLU, RaisedThreshold
 from sparsecast.sparsify.work_folder import Diverged, WorkFolder
 
 DECAY_SHARE = 0.5
 """Last part of the sparse training, in which the learning rate falls if the stages do not say."""
+BEFORE, AFTER = "ProSparse before the shift", "ProSparse after the shift"
+RAISED = "raised threshold"
 NAMES = {"silu": "SiLU", "gelu": "GELU", "relu": "ReLU", "fatrelu": "FATReLU", "drelu": "dReLU"}
 NAMES |= {"gelu_new": "GELU", "gelu_pytorch_tanh": "GELU"}
 
 
-def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> dict[str, Score]:
+class Trained(NamedTuple):
+    """What the phases came to; the weights are in the model."""
+
+    scores: dict[str, Score]
+    """Of each branch on held-out text."""
+    threshold: float
+    """Of the last branch at its end; 0 in ProSparse's recipe, which has none yet."""
+    bound: float | None
+    """Largest calibration perplexity that sparsity may lead to."""
+
+
+def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> Trained:
     """Train every phase and score each branch on held-out text.
 
-    `setup.model` ends with the weights of ProSparse before the threshold shift.
+    `setup.model` ends with the weights of the last branch: of the recipe that is saved.
 
     Raises:
         Diverged: Training has destroyed the model.
@@ -41,21 +57,56 @@ def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> dic
         phase = _phase(plan, "pre-training", 0, plan.pretrain_steps)
         optimizer = train_phase(plan, setup, phase, work, optimizer)
     trunk = {name: value.clone() for name, value in model.state_dict().items()}
+    raised, guard, bound = _raised(plan, setup)
+    scores: dict[str, Score] = {}
+    for branch in _branches(plan, setup, raised):
+        model.load_state_dict(trunk)
+        _put(branch.activation, model)
+        start, stop = plan.pretrain_steps, plan.steps
+        phase = _phase(plan, branch.name, start, stop, branch.l1, branch.progressive)
+        if branch.name == RAISED:
+            train_phase(plan, setup, phase, work, optimizer, raised, guard)
+            assert raised is not None
+            _put(FATReLU(raised.threshold.item()), model)
+        else:
+            train_phase(plan, setup, phase, work, optimizer)
+        result = _scored(branch.name, scores, setup)
+        _check_score(result, phase, plan.l1)
+        if branch.name == BEFORE and plan.target is not None and not setup.rule.on_up:
+            sweep(model, setup.calibration, plan.shift_tolerance)
+            _scored(AFTER, scores, setup)
+    return Trained(scores, 0.0 if raised is None else raised.threshold.item(), bound)
+
+
+def _raised(
+    plan: SparsifyPlan, setup: TrainingSetup
+) -> tuple[RaisedThreshold | None, PerplexityGuard | None, float | None]:
+    """Return the threshold to raise, what stops it, and the bound of calibration perplexity.
+
+    The model must still be dense: the bound is relative to it.
+    """
+    if plan.target is None:
+        return None, None, None
+    steps = plan.steps - plan.pretrain_steps
+    raised = RaisedThreshold(plan.target, steps).to(plan.device)
+    if plan.max_increase is None:
+        return raised, None, None
+    dense, calibration = setup.model, setup.calibration
+    guard = PerplexityGuard(raised, dense, calibration, plan.max_increase, steps)
+    return raised, guard, score(dense, calibration).perplexity * (1 + plan.max_increase)
+
+
+def _put(activation: nn.Module, model: Any) -> None:
     family = family_of(model.config, "model")
     parent, _, attribute = family.act.rpartition(".")
-    scores = {}
-    for branch in _branches(plan, setup):
-        name = branch.name
-        model.load_state_dict(trunk)
-        for layer in family.decoder_layers(model):
-            setattr(layer.get_submodule(parent), attribute, branch.activation)
-        start, stop = plan.pretrain_steps, plan.steps
-        phase = _phase(plan, name, start, stop, branch.l1, branch.progressive)
-        train_phase(plan, setup, phase, work, optimizer)
-        result = scores[name] = score(model, setup.held_out)
-        _check_score(result, phase, plan.l1)
-        log.info(f"{name}: perplexity {result.perplexity:.3f}, sparsity {result.sparsity:.2%}")
-    return scores
+    for layer in family.decoder_layers(model):
+        setattr(layer.get_submodule(parent), attribute, activation)
+
+
+def _scored(name: str, scores: dict[str, Score], setup: TrainingSetup) -> Score:
+    result = scores[name] = score(setup.model, setup.held_out)
+    log.info(f"{name}: perplexity {result.perplexity:.3f}, sparsity {result.sparsity:.2%}")
+    return result
 
 
 def fine_tune(
@@ -72,11 +123,12 @@ def fine_tune(
         return None
     assert plan.sft_corpus is not None
     table, held_out = plan.stages, setup.chats.held_out_N2S
+    sft_share = table.sft.weight / table.last_weight if table.sft else 1.0
     phase = Phase(
         name="supervised fine-tuning",
         start=0,
         stop=plan.sft_steps,
-        l1=plan.l1 * (table.sft.weight / table.last_weight if table.sft else 1.0),
+        l1=0.0 if plan.target is not None else plan.l1 * sft_share,
         stages=None,
         answers=True,
         lr=plan.lr,
@@ -85,7 +137,7 @@ def fine_tune(
     )
     before = answer_perplexity(setup.model, held_out)
     train_phase(plan, setup, phase, work, None)
-    result = scores["ProSparse fine-tuned"] = score(setup.model, setup.held_out)
+    result = scores["fine-tuned"] = score(setup.model, setup.held_out)
     _check_score(result, phase, plan.l1)
     after = answer_perplexity(setup.model, held_out)
     log.info(
@@ -111,18 +163,22 @@ class Branch(NamedTuple):
     """Whether that weight grows in stages."""
 
 
-def _branches(plan: SparsifyPlan, setup: TrainingSetup) -> list[Branch]:
+def _branches(
+    plan: SparsifyPlan, setup: TrainingSetup, raised: RaisedThreshold | None
+) -> list[Branch]:
     family = family_of(setup.model.config, "model")
     sparse = setup.rule.module()
-    last = Branch("ProSparse before the shift", sparse, plan.l1)
+    prosparse = Branch(BEFORE, sparse, plan.l1)
+    recipe = prosparse if raised is None else Branch(RAISED, RaisedFATReLU(raised))
     if not plan.baselines:
-        return [last]
+        return [recipe]
     act = str(getattr(setup.model.config, family.act_key))
     original = family.decoder_layers(setup.model)[0].get_submodule(family.act)
     found = [Branch(f"{NAMES.get(act, act)} original", original)]
     if act != setup.rule.name:
         found.append(Branch(f"plain {NAMES[setup.rule.name]}", sparse))
-    return [*found, Branch("fixed L1", sparse, plan.l1, progressive=False), last]
+    found += [Branch("fixed L1", sparse, plan.l1, progressive=False), prosparse]
+    return found if raised is None else [*found, recipe]
 
 
 def _check_score(result: Score, phase: Phase, l1: float) -> None:

@@ -54,8 +54,12 @@ class SparsifyPlan:
     lr: float
     """Peak learning rate."""
     stages: StageTable
+    target: float | None
+    """Share of zeros in x1 to reach; None for ProSparse's recipe."""
+    max_increase: float | None
+    """Of calibration perplexity, relative to the dense start; None: no bound."""
     l1: float
-    """Final weight of the L1 term."""
+    """Final weight of the L1 term, in ProSparse's recipe and the baselines."""
     shift_tolerance: float
     baselines: bool
     compile: bool
@@ -78,9 +82,9 @@ class SparsifyPlan:
 
     @property
     def phases(self) -> int:
-        """Number of training phases: pre-training, the baselines, ProSparse, fine-tuning."""
+        """Number of training phases: pre-training, the baselines, the recipe, fine-tuning."""
         others = int(self.pretrain_steps > 0) + int(self.sft_steps > 0)
-        return others + (4 if self.baselines else 1)
+        return others + 1 + self.baselines * (3 if self.target is None else 4)
 
 
 def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
@@ -118,6 +122,8 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
         sft_steps=cfg.sft_steps,
         lr=cfg.peak_lr,
         stages=TABLES[cfg.stages],
+        target=cfg.target,
+        max_increase=cfg.max_perplexity_increase,
         l1=cfg.last_l1,
         shift_tolerance=cfg.shift_tolerance,
         baselines=cfg.baselines,

@@ -31,10 +31,11 @@ from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import max_positions, set_activation
 from sparsecast.sparsify.card import Sample, write_card
 from sparsecast.sparsify.chats import answer_perplexity
+from sparsecast.sparsify.choose_threshold import Tried, choose_activation
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.figure import FIGURE, write_figure
-from sparsecast.sparsify.measure import Score, score, sweep
-from sparsecast.sparsify.phases import fine_tune, train_all
+from sparsecast.sparsify.measure import Score, score
+from sparsecast.sparsify.phases import AFTER, fine_tune, train_all
 from sparsecast.sparsify.plan import SparsifyPlan, make_plan, publishable_name
 from sparsecast.sparsify.prepare import TrainingSetup, prepare
 from sparsecast.sparsify.save import check_saved, write_model
@@ -90,12 +91,13 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
     L.seed_everything(plan.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     setup = prepare(plan, work)
-    scores = train_all(plan, setup, work)
+    trained = train_all(plan, setup, work)
+    scores = trained.scores
     fine_tuning = fine_tune(plan, setup, work, scores)
-    rule, tried = _choose_threshold(setup, plan.shift_tolerance)
+    rule, tried = choose_activation(plan, setup, trained)
     _round_weights(setup.model, plan.dtype)  # score the weights that are saved
     set_activation(setup.model, rule)
-    after = "ProSparse after the shift" if tried else "ProSparse as saved"
+    after = AFTER if tried and plan.target is None else "as saved"
     final = scores[after] = score(setup.model, setup.held_out)
     if not isfinite(final.perplexity):
         dtype = str(plan.dtype).removeprefix("torch.")
@@ -109,17 +111,6 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
         )
     facts = _facts(plan, setup, rule, scores, tried) | {"fine_tuning": fine_tuning}
     _save(plan, setup, rule, scores, facts, work)
-
-
-def _choose_threshold(
-    setup: TrainingSetup, tolerance: float
-) -> tuple[ActivationRule, list[tuple[float, Score]]]:
-    """Return the activation to save and the scores of every threshold that was tried."""
-    if setup.rule.on_up:  # dReLU has no threshold
-        return setup.rule, []
-    threshold, tried = sweep(setup.model, setup.calibration, tolerance)
-    rounded = float(f"{threshold:.3g}")
-    return (ActivationRule("fatrelu", rounded) if rounded else setup.rule), tried
 
 
 def _round_weights(model: Any, dtype: torch.dtype) -> None:
@@ -191,7 +182,7 @@ def _facts(
     setup: TrainingSetup,
     rule: ActivationRule,
     scores: Mapping[str, Score],
-    tried: list[tuple[float, Score]],
+    tried: Tried,
 ) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in setup.model.parameters()),
@@ -199,6 +190,8 @@ def _facts(
         "tokens": plan.tokens,
         "corpus": publishable_name(plan.corpus),
         "corpus_tokens": setup.rows_NS.size,
+        "target_sparsity": plan.target,
+        "max_perplexity_increase": plan.max_increase,
         "l1": plan.l1,
         "lr": plan.lr,
         "activation": rule.name,

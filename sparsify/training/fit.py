@@ -27,6 +27,7 @@ from sparsecast.sparsify.sequences import Batches
 from sparsecast.sparsify.training.curve_table import CURVES
 from sparsecast.sparsify.training.curves import Curves
 from sparsecast.sparsify.training.lightning_module import Phase, SparsifyModule
+from sparsecast.sparsify.training.raised_threshold import RaisedThreshold
 from sparsecast.sparsify.work_folder import Diverged, WorkFolder
 
 CHECKPOINT_STEPS = 500
@@ -40,15 +41,25 @@ def train_phase(
     phase: Phase,
     work: WorkFolder,
     optimizer: dict[str, Any] | None,
+    raised: RaisedThreshold | None = None,
+    guard: Callback | None = None,
 ) -> dict[str, Any]:
-    """Train one phase or load its finished weights; return the state of the optimizer."""
+    """Train one phase or load its finished weights; return the state of the optimizer.
+
+    Args:
+        optimizer: State of the phase before.
+        raised: The threshold of the model's activations, which training moves.
+        guard: Stops its rise.
+    """
     slug = phase.name.replace(" ", "-")
     done, last = work.path / f"{slug}.pt", work.path / f"{slug}.ckpt"
     if done.is_file():
         saved = torch.load(done, map_location=plan.device, weights_only=True)
         setup.model.load_state_dict(saved["model"])
-        finished: dict[str, Any] = saved["optimizer"]
-        return finished
+        if raised is not None:
+            raised.load_state_dict(saved["raised"])
+        earlier: dict[str, Any] = saved["optimizer"]
+        return earlier
     step = 0
     if last.is_file():
         step = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
@@ -60,11 +71,12 @@ def train_phase(
     if phase.answers:
         assert setup.chats is not None
         data = AnswerBatches(setup.chats.train_N2S, plan.batch_size, plan.seed, first)
-    module = SparsifyModule(setup.model, phase, optimizer, compile=plan.compile)
+    module = SparsifyModule(setup.model, phase, optimizer, plan.compile, raised)
     try:
         with stop_on_signal() as stop, quiet_lightning():
             curves = Curves(work.path / CURVES, phase, plan.batch_size * plan.seq_len)
-            trainer = _trainer(phase, [curves, _Checkpoints(last, phase, stop)], plan.device)
+            callbacks = [curves, *([guard] if guard else []), _Checkpoints(last, phase, stop)]
+            trainer = _trainer(phase, callbacks, plan.device)
             trainer.fit(
                 module,
                 DataLoader(data, batch_size=None, pin_memory=plan.device.type == "cuda"),
@@ -77,7 +89,11 @@ def train_phase(
         module.remove_hooks()
     setup.model.to(plan.device)
     state = trainer.optimizers[0].state_dict()
-    save_torch({"model": setup.model.state_dict(), "optimizer": state}, done)
+    finished = {"model": setup.model.state_dict(), "optimizer": state}
+    if raised is not None:
+        raised.to(plan.device)
+        finished["raised"] = raised.state_dict()
+    save_torch(finished, done)
     last.unlink(missing_ok=True)
     return state
 

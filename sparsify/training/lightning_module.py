@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from sparsecast.core.models.families import family_of
 from sparsecast.sparsify.training.cross_entropy import IGNORED, head_of, summed_nll
+from sparsecast.sparsify.training.raised_threshold import BELOW_WEIGHT, RaisedThreshold
 from sparsecast.sparsify.training.schedule import l1_share, lr_share
 from sparsecast.sparsify.training.stages import TABLES, StageTable
 
@@ -75,10 +76,12 @@ class SparsifyModule(L.LightningModule):
         phase: Phase,
         optimizer_state: dict[str, Any] | None = None,
         compile: bool = False,
+        raised: RaisedThreshold | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.phase = phase
+        self.raised = raised
         self._optimizer_state = optimizer_state
         self._x1_means: list[Tensor] = []
         self._x1_zeros: list[Tensor] = []
@@ -101,31 +104,44 @@ class SparsifyModule(L.LightningModule):
 
     def _forward(
         self, ids_BS: Tensor, labels_BS: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Compute the mean NLL, and of each layer the mean |x1| and the share of zeros in x1.
+
+        With a raised threshold also the sum over layers of its term, and gates of all layers.
 
         Args:
             labels_BS: What each place should hold, -100 where there is no loss. Unset: the ids.
         """
         labels_BS = ids_BS if labels_BS is None else labels_BS
         self._x1_means, self._x1_zeros = [], []
+        if self.raised is not None:
+            self.raised.records = []
         hidden_BSD = self.model.base_model(ids_BS[:, :-1], use_cache=False).last_hidden_state
         target_BS = labels_BS[:, 1:]
         targets = (target_BS != IGNORED).sum().clamp(min=1)
         nll = summed_nll(hidden_BSD, head_of(self.model), target_BS) / targets
-        return nll, torch.stack(self._x1_means), torch.stack(self._x1_zeros)
+        about_gates = None
+        if self.raised is not None:
+            about_gates = self.raised.recorded()
+        return nll, torch.stack(self._x1_means), torch.stack(self._x1_zeros), about_gates
 
     def training_step(self, batch: Tensor | Sequence[Tensor], _: int) -> Tensor:
         """Compute the loss of a batch of ids, or of ids and labels."""
-        nll, l1_L, zeros_L = self._measured(*((batch,) if isinstance(batch, Tensor) else batch))
+        parts = (batch,) if isinstance(batch, Tensor) else batch
+        nll, l1_L, zeros_L, about_gates = self._measured(*parts)
         l1 = l1_L.sum()
         weight = self.phase.l1_at(self.global_step)
+        loss = nll + weight * l1
+        if self.raised is not None and about_gates is not None:
+            below, gates_K = about_gates
+            loss = loss + BELOW_WEIGHT * below
+            self.raised.move(self.global_step, gates_K, zeros_L.mean())
         self.measured = Measured(nll.detach(), l1.detach(), weight, zeros_L)
         if self.global_step % 50 == 0:
             self.log("nll", nll.detach(), prog_bar=True)
             self.log("mean |x1|", l1.detach(), prog_bar=True)
             self.log("sparsity", zeros_L.mean(), prog_bar=True)
-        return nll + weight * l1
+        return loss
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         # Lightning refuses to clip with fused optimizers, although bf16 needs no unscaling.

@@ -110,9 +110,11 @@ def dense(tmp_path, model_folder):
 
 @pytest.fixture
 def options(tmp_path, short_corpus):
-    """Four steps of two sequences of 32 tokens."""
+    """Four steps of two sequences of 32 tokens, of ProSparse's recipe unless a target is given."""
 
     def make(**changes) -> SparsifyConfig:
+        if not {"target_sparsity", "max_perplexity_increase"} & set(changes):
+            changes = {"l1": 5.0 if changes.get("preset") == "micro" else 0.1} | changes
         base = {"corpus": str(short_corpus), "out": tmp_path / "out", "device": "cpu"}
         base |= {"tokens": 256, "batch_tokens": 64, "seq_len": 32, "eval_tokens": 200, "lr": 1e-2}
         return SparsifyConfig(**base | changes)

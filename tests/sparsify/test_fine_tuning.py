@@ -149,7 +149,7 @@ def test_a_run_fine_tunes_before_it_shifts_the_threshold(
     facts = json.loads((cfg.out / "sparsify.json").read_text())
     assert list(facts["held_out"]) == [
         "ProSparse before the shift",
-        "ProSparse fine-tuned",
+        "fine-tuned",
         "ProSparse after the shift",
     ]
     tuned = facts["fine_tuning"]

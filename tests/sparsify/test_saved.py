@@ -81,7 +81,7 @@ def test_relu_on_gate_and_up_stays_on_both(dense, options):
     model, _ = load_model(str(out), device="cpu")
     held_out = facts_of(out)["held_out"]
     trained = ["dReLU original", "fixed L1", "ProSparse before the shift"]
-    assert list(held_out) == [*trained, "ProSparse as saved"]
+    assert list(held_out) == [*trained, "as saved"]
     assert all(row["sparsity"] > 0.6 for row in held_out.values())  # 3/4 of random products
     assert activation_rule(model.config, "out").name == "drelu"
 

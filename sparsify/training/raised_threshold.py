@@ -1,0 +1,136 @@
+"""Raise one FATReLU threshold during training until x1 is as sparse as asked.
+
+Every FFN computes fatrelu_T with the same T, which follows the gates:
+
+    T = quantile of all gates of all layers at the wanted share of zeros s(t)
+    s(t) = S - (S - s_0) (1 - q)^3,  q rising from 0 to 1 between RAMP's shares of the training
+
+s_0 is the share of zeros at the start of the ramp and S is the target. So the target is met
+whatever the scale of the activations, without a weight to tune. The loss gets one more term, which
+moves what T has cut below zero and leaves the large activations alone:
+
+    BELOW_WEIGHT * sum over layers of mean over tokens and neurons of relu(g) [g < T] / T
+
+Under it T itself falls again, often to where plain ReLU is as sparse as asked.
+
+The ramp is that of gradual magnitude pruning (arXiv 1710.01878, equation 1). FATReLU is that of
+ProSparse (arXiv 2402.13516), whose T is chosen after training; docs/experiments.md compares both.
+
+Shape letters: N tokens, F FFN width, K sampled gates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed, nn
+
+RAMP = (0.1, 0.6)
+"""Shares of the training between which sparsity rises."""
+BELOW_WEIGHT = 0.03
+UPDATE_STEPS = 5
+"""Steps between two moves of the threshold."""
+SMOOTHING = 0.7
+"""Part of the old threshold in the new one."""
+CORRECTION = 0.1
+"""How fast the quantile makes up for a share of zeros in x1 that is not the gate's."""
+SAMPLED_TOKENS, SAMPLED_NEURONS = 128, 512
+"""Gates of a layer that the quantile is computed from, per forward pass."""
+
+
+class RaisedThreshold(nn.Module):
+    """The state of the threshold. All of it stays on the device, so that no step waits for it."""
+
+    threshold: Tensor
+    want: Tensor
+    """The share of zeros that is wanted now."""
+    ramp: Tensor
+    """q: how much of the ramp is done."""
+    affordable: Tensor
+    """1 if the ramp may go on, 0 if it waits."""
+    begun_at: Tensor
+    """s_0."""
+    correction: Tensor
+    """Added to the share whose quantile is taken: zeros in x1 can have other causes than T."""
+
+    def __init__(self, target: float, steps: int) -> None:
+        """Start without a threshold.
+
+        Args:
+            target: S.
+            steps: Optimizer steps of the training.
+        """
+        super().__init__()
+        self.target = target
+        self.first = max(1, round(RAMP[0] * steps))
+        self._rise = UPDATE_STEPS / max(UPDATE_STEPS, round((RAMP[1] - RAMP[0]) * steps))
+        for name in ("threshold", "want", "ramp", "begun_at", "correction"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("affordable", torch.ones(()))
+        self.records: list[tuple[Tensor, Tensor]] | None = None
+        """Of each layer the mean relu(g) [g < T] / T and some gates, during a forward pass."""
+
+    def recorded(self) -> tuple[Tensor, Tensor]:
+        """End a forward pass; return its term's sum over layers, and gates of all layers."""
+        assert self.records
+        below, gates = zip(*self.records, strict=True)
+        self.records = None
+        return torch.stack(below).sum(), torch.cat(gates)
+
+    @torch.no_grad()
+    def move(self, step: int, gates_K: Tensor, zeros: Tensor) -> None:
+        """Move the threshold after the forward pass of a step.
+
+        Args:
+            step: The first one is 0.
+            gates_K: Gates of all layers of this rank, float32.
+            zeros: () share of zeros in x1, the mean over layers, of this step on all ranks.
+        """
+        if step % UPDATE_STEPS or step < self.first:
+            return
+        started = self.ramp > 0
+        self.begun_at.copy_(torch.where(started, self.begun_at, zeros))
+        self.correction += torch.where(started, CORRECTION * (self.want - zeros), 0.0)
+        self.ramp.add_(self._rise * self.affordable).clamp_(max=1)
+        missing = (self.target - self.begun_at).clamp(min=0)
+        self.want.copy_(self.begun_at + missing * (1 - (1 - self.ramp) ** 3))
+        found = _quantile(gates_K, (self.want + self.correction).clamp(0, 1))
+        smoothed = SMOOTHING * self.threshold + (1 - SMOOTHING) * found
+        self.threshold.copy_(torch.where(self.threshold > 0, smoothed, found))
+
+
+def _quantile(gates_K: Tensor, share: Tensor) -> Tensor:
+    """Return the gate that `share` of the gates of all ranks lie below, or 0 if it is negative."""
+    if distributed.is_initialized() and (ranks := distributed.get_world_size()) > 1:
+        everywhere_RK = gates_K.new_empty(ranks, len(gates_K))
+        distributed.all_gather_into_tensor(everywhere_RK, gates_K)
+        gates_K = everywhere_RK.flatten()
+    place = (share * (len(gates_K) - 1)).long()
+    return gates_K.sort().values[place].clamp(min=0)
+
+
+class RaisedFATReLU(nn.Module):
+    """FATReLU with the threshold of a `RaisedThreshold`, which it tells about the gates."""
+
+    def __init__(self, shared: RaisedThreshold) -> None:
+        super().__init__()
+        self._shared = (shared,)  # no submodule: the model's state stays that of its checkpoint
+
+    def forward(self, gate: Tensor) -> Tensor:
+        (shared,) = self._shared
+        threshold = shared.threshold.to(gate.dtype)
+        fires = gate >= threshold
+        # A recomputation must repeat every operation, but what it records is known already.
+        cut = torch.where(fires, 0, gate.relu()).float().mean()
+        record = cut / threshold.float().clamp(min=1e-12), _sample(gate.detach())
+        if shared.records is not None:
+            shared.records.append(record)
+        return torch.where(fires, gate, 0)
+
+
+def _sample(gate: Tensor) -> Tensor:
+    """Return a fixed choice of gates, float32; a prime stride keeps clear of first tokens."""
+    gate_NF = gate.flatten(0, -2)
+    tokens, width = gate_NF.shape
+    rows = (torch.arange(min(tokens, SAMPLED_TOKENS), device=gate.device) * 7919) % tokens
+    columns = slice(0, None, max(1, width // SAMPLED_NEURONS))
+    return gate_NF[rows, columns].float().flatten()

@@ -1,0 +1,236 @@
+"""A target is met from any scale of gates, smoothly, and with a bound on perplexity it waits."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsecast.core.errors import InputError
+from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.loading import load_model, set_activation
+from sparsecast.core.text.tokens import TokenBatch
+from sparsecast.sparsify import choose_threshold, phases
+from sparsecast.sparsify.choose_threshold import meet_target
+from sparsecast.sparsify.config import SparsifyConfig
+from sparsecast.sparsify.measure import Score, score
+from sparsecast.sparsify.run import sparsify
+from sparsecast.sparsify.training import fit
+from sparsecast.sparsify.training.raised_threshold import (
+    RAMP,
+    SMOOTHING,
+    UPDATE_STEPS,
+    RaisedFATReLU,
+    RaisedThreshold,
+)
+
+STEPS = 400
+
+
+def test_the_activation_and_its_term_are_the_formulas():
+    shared = RaisedThreshold(0.9, STEPS)
+    shared.threshold.fill_(0.5)
+    gate = torch.randn(5, 7, 11, dtype=torch.float64, requires_grad=True)
+    shared.records = []
+    out = RaisedFATReLU(shared)(gate)
+    below, gates_K = shared.recorded()
+
+    g = gate.detach().numpy()
+    assert np.array_equal(out.detach().numpy(), np.where(g >= 0.5, g, 0.0))
+    cut = (g > 0) & (g < 0.5)
+    assert below.item() == pytest.approx((g * cut).sum() / g.size / 0.5, rel=1e-6)
+    (slope,) = torch.autograd.grad(below, gate)
+    assert np.allclose(slope.numpy(), cut / g.size / 0.5, rtol=1e-6)
+    assert sorted(gates_K.tolist()) == pytest.approx(sorted(g.ravel().tolist()), rel=1e-6)
+
+
+def test_without_a_threshold_it_is_relu_and_a_recomputation_records_nothing():
+    shared = RaisedThreshold(0.9, STEPS)
+    gate = torch.randn(3, 4, 5)
+    assert torch.equal(RaisedFATReLU(shared)(gate), gate.relu())
+    assert shared.records is None
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("target", [0.8, 0.88, 0.95])
+def test_the_target_is_reached_smoothly_at_every_scale(scale, target):
+    """Gates drift and are sampled anew in every step, and up silences a tenth of the rest."""
+    torch.manual_seed(0)
+    shared = RaisedThreshold(target, STEPS)
+    kept = torch.rand(50_000) > 0.1
+    zeros, wanted = [], []
+    for step in range(STEPS):
+        gates_K = scale * (1 + step / STEPS) * (torch.randn(50_000) - 0.3)
+        zero = 1 - ((gates_K >= shared.threshold) & (gates_K > 0) & kept).float().mean()
+        shared.move(step, gates_K, zero)
+        zeros.append(zero.item())
+        wanted.append(shared.want.item())
+
+    begun = zeros[shared.first]
+    first, last = (round(share * STEPS) for share in RAMP)
+    q = np.clip(
+        (np.arange(first, STEPS, UPDATE_STEPS) - first + UPDATE_STEPS) / (last - first), 0, 1
+    )
+    formula = target - (target - begun) * (1 - q) ** 3
+    assert wanted[first::UPDATE_STEPS] == pytest.approx(formula, abs=1e-4)
+    assert np.mean(zeros[-20:]) == pytest.approx(target, abs=0.003)
+    assert max(zeros) < target + 0.01  # no overshoot
+    every = np.array(zeros[first:]).reshape(-1, 20).mean(1)
+    assert all(later > sooner - 0.004 for sooner, later in pairwise(every))  # no oscillation
+
+
+def test_the_threshold_is_a_quantile_and_moves_by_a_part_of_the_way():
+    shared = RaisedThreshold(0.75, UPDATE_STEPS)  # the ramp is one move long
+    gates_K = torch.randn(10_001)
+    shared.move(UPDATE_STEPS, gates_K, torch.tensor(0.5))
+    at = np.quantile(gates_K.numpy(), 0.75, method="lower")
+    assert shared.threshold.item() == pytest.approx(at, rel=1e-6)
+    shared.move(2 * UPDATE_STEPS, 3 * gates_K, torch.tensor(0.75))
+    smoothed = SMOOTHING * at + (1 - SMOOTHING) * 3 * at
+    assert shared.threshold.item() == pytest.approx(smoothed, rel=1e-6)
+
+
+def test_the_ramp_waits_while_sparsity_costs_too_much():
+    shared = RaisedThreshold(0.9, STEPS)
+    shared.affordable.fill_(0)
+    for step in range(0, STEPS, UPDATE_STEPS):
+        shared.move(step, torch.randn(1000), torch.tensor(0.5))
+    assert shared.ramp == 0
+    assert shared.want.item() == pytest.approx(0.5)
+    shared.affordable.fill_(1)
+    shared.move(STEPS, torch.randn(1000), torch.tensor(0.5))
+    assert shared.ramp > 0
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=128,
+        initializer_range=0.3,
+        hidden_act="relu",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def batches():
+    ids_BS = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(2))
+    return [TokenBatch("calibration", ids_BS, torch.ones_like(ids_BS, dtype=torch.bool))]
+
+
+@pytest.mark.parametrize("target", [0.6, 0.8, 0.9, 0.99])
+@pytest.mark.parametrize("start", [1e-6, 0.3, 50.0])
+def test_a_chosen_threshold_meets_the_target(random_model, batches, target, start):
+    chosen, tried = meet_target(random_model, batches, target, start)
+    set_activation(random_model, ActivationRule("fatrelu", chosen))
+    assert score(random_model, batches).sparsity == pytest.approx(target, abs=0.003)
+    assert chosen in dict(tried)
+
+
+def test_relu_is_kept_where_it_is_sparse_enough(random_model, batches):
+    chosen, tried = meet_target(random_model, batches, 0.3, 0.1)
+    assert chosen == 0
+    assert len(tried) == 1
+
+
+def test_a_bound_gives_the_sparsest_threshold_within_it(random_model, batches, monkeypatch):
+    """Perplexity grows with the threshold here, which a random model's does not."""
+
+    def scored(model, _batches):
+        threshold = model.model.layers[0].mlp.act_fn.threshold
+        return Score(10 + threshold, min(1.0, threshold), (0.0,), (0,))
+
+    monkeypatch.setattr(choose_threshold, "score", scored)
+    chosen, tried = meet_target(random_model, batches, 0.9, 0.3, bound=10.4)
+    assert chosen == pytest.approx(0.4, abs=0.01)
+    assert chosen <= 0.4
+    assert dict(tried)[chosen].perplexity <= 10.4
+    assert meet_target(random_model, batches, 0.9, 0.3, bound=10.95)[0] == pytest.approx(0.9, 0.01)
+    assert meet_target(random_model, batches, 0.9, 0.3, bound=9.0)[0] == 0
+
+
+TRAINED = {"preset": "micro", "tokens": 3_840, "lr": None, "pretrain_share": 0.2}
+
+
+@pytest.mark.parametrize("target", [0.8, 0.85, 0.9])
+def test_a_trained_model_ends_at_its_target(options, target):
+    out = sparsify(options(**TRAINED, target_sparsity=target))
+    facts = json.loads((out / "sparsify.json").read_text())
+    calibrated = {tried["threshold"]: tried["sparsity"] for tried in facts["calibration_sweep"]}
+    assert calibrated[facts["threshold"]] == pytest.approx(target, abs=0.003)
+    assert facts["held_out"]["as saved"]["sparsity"] == pytest.approx(target, abs=0.05)
+    assert list(facts["held_out"]) == ["raised threshold", "as saved"]
+
+
+def test_interrupted_it_ends_as_an_uninterrupted_run(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(fit, "CHECKPOINT_STEPS", 7)
+    changes = TRAINED | {"target_sparsity": 0.9, "max_perplexity_increase": 0.5}
+    whole = sparsify(options(**changes, out=tmp_path / "whole"))
+    step = fit.SparsifyModule.training_step
+
+    def interrupted(self, batch, index):
+        if self.raised is not None and self.global_step == 25:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    cfg = options(**changes, out=tmp_path / "parts")
+    for place, broken in ((fit.SparsifyModule, "training_step"), (phases, "_scored")):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, broken, interrupted if place is not phases else _stop)
+            with pytest.raises(KeyboardInterrupt):
+                sparsify(cfg)
+    parts = sparsify(cfg)
+
+    a, b = (json.loads((out / "sparsify.json").read_text()) for out in (whole, parts))
+    assert a == b
+    a, b = (load_model(str(out), device="cpu")[0].state_dict() for out in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _stop(*_args):
+    raise KeyboardInterrupt
+
+
+def test_with_baselines_prosparse_is_trained_too(options):
+    out = sparsify(options(**TRAINED, target_sparsity=0.85, baselines=True))
+    assert list(json.loads((out / "sparsify.json").read_text())["held_out"]) == [
+        "SiLU original",
+        "plain ReLU",
+        "fixed L1",
+        "ProSparse before the shift",
+        "ProSparse after the shift",
+        "raised threshold",
+        "as saved",
+    ]
+
+
+def test_a_bound_that_cannot_be_kept_is_told(options, caplog, monkeypatch):
+    monkeypatch.setattr(choose_threshold.log, "propagate", True)
+    out = sparsify(options(**TRAINED, max_perplexity_increase=0.0))
+    kept = json.loads((out / "sparsify.json").read_text())
+    if kept["threshold"] == 0:
+        assert "train on more tokens, or allow more" in caplog.text
+
+
+@pytest.mark.parametrize("target", [0, 1, -0.1, 1.5])
+def test_a_target_is_a_share(tmp_path, target):
+    with pytest.raises(InputError, match=r"--target-sparsity: must be in \(0, 1\)"):
+        SparsifyConfig(model="m", out=tmp_path, target_sparsity=target)
+
+
+def test_two_recipes_at_once_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--l1: is ProSparse's recipe"):
+        SparsifyConfig(model="m", out=tmp_path, target_sparsity=0.8, l1=0.1)
+    with pytest.raises(InputError, match="--l1: is ProSparse's recipe"):
+        SparsifyConfig(model="m", out=tmp_path, max_perplexity_increase=0.1, l1=0.1)
+    assert SparsifyConfig(model="m", out=tmp_path, l1=0.1).target is None
+    assert SparsifyConfig(model="m", out=tmp_path).target == 0.85
