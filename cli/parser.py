@@ -27,8 +27,8 @@ GROUPS = {
     "what is recorded": "layers input_dtype energy",
     "predictors": "rank predictor_dtype predictor_budget target_recall target_sparsity "
     "target_perplexity traffic_budget",
-    "training": "recipe epochs lr stages l1 clip_labels pretrain_share shift_tolerance baselines "
-    "seed data_parallel",
+    "training": "recipe epochs lr sft_lr stages l1 clip_labels pretrain_share shift_tolerance "
+    "baselines seed data_parallel",
     "GPU memory": "vram_budget vram_context",
     "what is measured": "shape shapes act x1_norm sparsities batches policies rounds steps sink "
     "perplexity reference_epochs check",

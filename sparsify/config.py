@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.options import check_between, validate_fields
+from sparsecast.core.options import check_between, option_of, validate_fields
 from sparsecast.core.text.corpus import LongDocuments
 from sparsecast.sparsify.training.stages import TABLES
 
@@ -127,6 +127,9 @@ class SparsifyConfig:
     """Tokens of chats to train on, questions included. Unset: 6 % of --tokens, MiniCPM-S-1B's share
     of steps."""
 
+    sft_lr: float | None = None
+    """Peak learning rate on chats. Unset: a tenth of --lr."""
+
     long_documents: LongDocuments = "split"
     """For the texts that scores are measured on: split a document longer than --seq-len into
     windows, or cut it to its first one. Training reads all of a document in either case."""
@@ -172,7 +175,7 @@ class SparsifyConfig:
         self._check_sft()
         if not self.pretrain_share < 1:
             raise InputError(f"--pretrain-share: must be below 1, got {self.pretrain_share}")
-        check_between(self, 0, inf, "lr")
+        check_between(self, 0, inf, "lr", "sft_lr")
         if self.batch_tokens < self.seq_len:
             raise InputError(
                 f"--batch-tokens: got {self.batch_tokens}, expected at least one sequence of "
@@ -197,8 +200,9 @@ class SparsifyConfig:
 
     def _check_sft(self) -> None:
         if self.sft_corpus is None:
-            if self.sft_tokens is not None:
-                raise InputError("--sft-tokens: is for --sft-corpus, which is not given")
+            for name in ("sft_tokens", "sft_lr"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{option_of(name)}: is for --sft-corpus, which is not given")
             return
         if self.preset is not None:
             raise InputError(
@@ -264,6 +268,10 @@ class SparsifyConfig:
         if self.max_perplexity_increase is not None:
             return MOST_SPARSITY
         return TARGET_SPARSITY if self.l1 is None else None
+
+    @property
+    def peak_sft_lr(self) -> float:
+        return 0.1 * self.peak_lr if self.sft_lr is None else self.sft_lr
 
     @property
     def last_l1(self) -> float:

@@ -131,7 +131,7 @@ def fine_tune(
         l1=0.0 if plan.target is not None else plan.l1 * sft_share,
         stages=None,
         answers=True,
-        lr=plan.lr,
+        lr=plan.sft_lr,
         warmup=min(500, plan.sft_steps // 20 + 1),
         decay_from=plan.sft_steps - int(DECAY_SHARE * plan.sft_steps),
     )
@@ -148,6 +148,7 @@ def fine_tune(
         "corpus": publishable_name(plan.sft_corpus),
         "tokens": plan.sft_tokens,
         "l1": phase.l1,
+        "lr": phase.lr,
         "answer_perplexity": {"before": before, "after": after},
     }
 
@@ -184,13 +185,14 @@ def _branches(
 def _check_score(result: Score, phase: Phase, l1: float) -> None:
     if not isfinite(result.perplexity):
         raise Diverged(
-            f"--lr {phase.lr:g}: training diverged, {phase.name} has a held-out perplexity of "
-            f"{result.perplexity}; choose a smaller --lr"
+            f"{phase.lr_option} {phase.lr:g}: training diverged, {phase.name} has a held-out "
+            f"perplexity of {result.perplexity}; choose a smaller {phase.lr_option}"
         )
     if result.sparsity == 1:
         silent = f"no neuron of {phase.name} fires any more on held-out text"
         if phase.stages is not None:
-            raise Diverged(f"--l1 {l1:g}: {silent}; choose a smaller --l1 or --lr")
+            lr = phase.lr_option
+            raise Diverged(f"--l1 {l1:g}: {silent}; choose a smaller --l1 or {lr}")
         log.warning(silent)  # ProSparse's stages may still avoid it
 
 

@@ -53,6 +53,7 @@ class SparsifyPlan:
     """Optimizer steps on `sft_corpus`, behind `steps`."""
     lr: float
     """Peak learning rate."""
+    sft_lr: float
     stages: StageTable
     target: float | None
     """Share of zeros in x1 to reach; None for ProSparse's recipe."""
@@ -121,6 +122,7 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
         pretrain_steps=cfg.pretrain_steps,
         sft_steps=cfg.sft_steps,
         lr=cfg.peak_lr,
+        sft_lr=cfg.peak_sft_lr,
         stages=TABLES[cfg.stages],
         target=cfg.target,
         max_increase=cfg.max_perplexity_increase,
@@ -185,6 +187,7 @@ def _shared_options(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[
         "l1": cfg.last_l1,
         "lr": cfg.peak_lr,
         "sft_steps": cfg.sft_steps or None,
+        "sft_lr": cfg.peak_sft_lr if cfg.sft_steps else None,
     }
 
 

@@ -118,8 +118,9 @@ class _Checkpoints(Callback):
             )
             if not isfinite(loss) or not whole:
                 raise Diverged(
-                    f"--lr {self._phase.lr:g}: training diverged in {self._phase.name} by step "
-                    f"{step:,}, the loss is {loss:g}; choose a smaller --lr"
+                    f"{self._phase.lr_option} {self._phase.lr:g}: training diverged in "
+                    f"{self._phase.name} by step {step:,}, the loss is {loss:g}; choose a smaller "
+                    + self._phase.lr_option
                     + (f" or an --l1 below {self._phase.l1:g}" if self._phase.l1 else "")
                 )
         if due and step < end:

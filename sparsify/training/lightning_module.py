@@ -48,6 +48,11 @@ class Phase:
     answers: bool = False
     """Train on the answers of chats alone."""
 
+    @property
+    def lr_option(self) -> str:
+        """The option that sets `lr`."""
+        return "--sft-lr" if self.answers else "--lr"
+
     def l1_at(self, step: int) -> float:
         """Return the L1 term's weight at a step of this phase, the first being 0."""
         if self.stages is None:

@@ -141,7 +141,8 @@ def test_a_run_fine_tunes_before_it_shifts_the_threshold(
         return sweep(model, *rest)
 
     monkeypatch.setattr(run, "sweep", swept)
-    cfg = options(model=talking(), sft_corpus=str(chats), sft_tokens=1_280, stages=stages, l1=0.5)
+    changes = {"sft_corpus": str(chats), "sft_tokens": 1_280, "sft_lr": 1e-2}
+    cfg = options(model=talking(), **changes, stages=stages, l1=0.5)
 
     sparsify(cfg)
 
@@ -154,7 +155,7 @@ def test_a_run_fine_tunes_before_it_shifts_the_threshold(
     ]
     tuned = facts["fine_tuning"]
     assert (tuned["corpus"], tuned["tokens"]) == ("chats.jsonl", 1_280)
-    assert tuned["l1"] == pytest.approx(0.5 * share)
+    assert (tuned["l1"], tuned["lr"]) == (pytest.approx(0.5 * share), 1e-2)
     answers = tuned["answer_perplexity"]
     assert answers["after"] < 0.5 * answers["before"]
     assert answers["saved"] == pytest.approx(answers["after"], rel=0.05)
@@ -214,6 +215,12 @@ def test_what_cannot_be_fine_tuned_on_is_refused_before_training(
     assert not (tmp_path / ".out.work").exists()
 
 
+def test_fine_tuning_that_diverges_names_its_own_learning_rate(talking, options, chats, tmp_path):
+    with pytest.raises(InputError, match=r"--sft-lr 1e\+30: training diverged .* smaller --sft-lr"):
+        sparsify(options(model=talking(), sft_corpus=str(chats), sft_tokens=256, sft_lr=1e30))
+    assert not (tmp_path / ".out.work").exists()
+
+
 def test_chats_that_cannot_be_used_are_counted(talking, options, chats, capsys):
     alone = '{"messages": [{"role": "user", "content": "Is anybody there? %d"}]}\n'
     chats.write_text("".join(alone % i for i in range(9)) + chats.read_text())
@@ -230,7 +237,7 @@ def test_a_model_that_was_made_without_these_options_is_kept(dense, options, cap
     cfg = options(model=str(dense()))
     record = sparsify(cfg) / "sparsify.json"
     facts = json.loads(record.read_text())
-    for name in ("stages", "sft_corpus", "sft_tokens", "sft_steps"):
+    for name in ("stages", "sft_corpus", "sft_tokens", "sft_steps", "sft_lr"):
         facts["options"].pop(name, None)
     record.write_text(json.dumps(facts))
 
@@ -243,6 +250,8 @@ def test_a_model_that_was_made_without_these_options_is_kept(dense, options, cap
     ("changes", "match"),
     [
         ({"sft_tokens": 640}, "--sft-tokens: is for --sft-corpus"),
+        ({"sft_lr": 1e-4}, "--sft-lr: is for --sft-corpus"),
+        ({"sft_corpus": "c", "sft_lr": 0}, r"--sft-lr: must be in \(0, inf\)"),
         ({"sft_corpus": "c", "sft_tokens": 63}, "--sft-tokens: got 63, expected at least 64"),
         ({"sft_corpus": "c", "preset": "micro", "model": None}, "--preset has no chat template"),
     ],
@@ -255,4 +264,5 @@ def test_options_that_do_not_go_together_are_named(options, changes, match):
 @pytest.mark.parametrize(("tokens", "steps"), [(64 * 95_000, 6_000), (64, 1), (64 * 100, 6)])
 def test_the_default_is_a_share_of_the_steps(options, tokens, steps):
     assert options(model="m", sft_corpus="c", tokens=tokens).sft_steps == steps
+    assert options(model="m", sft_corpus="c", lr=1e-3).peak_sft_lr == pytest.approx(1e-4)
     assert options(model="m", tokens=tokens).sft_steps == 0
