@@ -89,13 +89,16 @@ class RaisedThreshold(nn.Module):
             return
         started = self.ramp > 0
         self.begun_at.copy_(torch.where(started, self.begun_at, zeros))
-        self.correction += torch.where(started, CORRECTION * (self.want - zeros), 0.0)
+        cuts = started & (self.threshold > 0)
+        self.correction += torch.where(cuts, CORRECTION * (self.want - zeros), 0.0)
         self.ramp.add_(self._rise * self.affordable).clamp_(max=1)
         missing = (self.target - self.begun_at).clamp(min=0)
         self.want.copy_(self.begun_at + missing * (1 - (1 - self.ramp) ** 3))
         found = _quantile(gates_K, (self.want + self.correction).clamp(0, 1))
         smoothed = SMOOTHING * self.threshold + (1 - SMOOTHING) * found
-        self.threshold.copy_(torch.where(self.threshold > 0, smoothed, found))
+        # At 0 the term ends, and with it the push to more sparsity than is wanted.
+        goes_on = (self.threshold > 0) & (found > 0)
+        self.threshold.copy_(torch.where(goes_on, smoothed, found))
 
 
 def _quantile(gates_K: Tensor, share: Tensor) -> Tensor:
