@@ -17,7 +17,6 @@ from sparsecast.sparsify.chats import AnswerBatches, answer_perplexity, pack_cha
 from sparsecast.sparsify.run import sparsify
 from sparsecast.sparsify.training import fit
 from sparsecast.sparsify.training.lightning_module import Phase, SparsifyModule
-from tests.sparsify.conftest import GATED
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
@@ -69,7 +68,9 @@ def test_batches_hold_every_row_once_an_epoch_and_go_on_where_they_stopped():
 
 @pytest.fixture
 def model():
-    return LlamaForCausalLM(LlamaConfig(**GATED | {"hidden_act": "relu", "vocab_size": 64})).eval()
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, hidden_act="relu")).eval()
 
 
 def nll_of_answers(model, ids, labels) -> list[float]:
