@@ -1,4 +1,4 @@
-"""Train the phases of a run: pre-training, the baselines, ProSparse, supervised fine-tuning.
+"""Train the phases of a run: pre-training, the baselines, ProSparse.
 
 A finished phase leaves `<name>.pt` in the work folder. The current phase writes `<name>.ckpt` every
 `CHECKPOINT_STEPS` steps and on an interrupt.
@@ -14,9 +14,8 @@ from torch import nn
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import FATReLU
 from sparsecast.core.models.families import family_of
-from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.measure import Score, score, sweep
-from sparsecast.sparsify.plan import SparsifyPlan, publishable_name
+from sparsecast.sparsify.plan import SparsifyPlan
 from sparsecast.sparsify.prepare import TrainingSetup
 from sparsecast.sparsify.training.fit import train_phase
 from sparsecast.sparsify.training.lightning_module import Phase
@@ -71,7 +70,7 @@ def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> Tra
         else:
             train_phase(plan, setup, phase, work, optimizer)
         result = _scored(branch.name, scores, setup)
-        _check_score(result, phase, plan.l1)
+        check_score(result, phase, plan.l1)
         if branch.name == BEFORE and plan.target is not None and not setup.rule.on_up:
             sweep(model, setup.calibration, plan.shift_tolerance)
             _scored(AFTER, scores, setup)
@@ -109,50 +108,6 @@ def _scored(name: str, scores: dict[str, Score], setup: TrainingSetup) -> Score:
     return result
 
 
-def fine_tune(
-    plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder, scores: dict[str, Score]
-) -> dict[str, Any] | None:
-    """Train on the answers of chats, if that is planned, and add a row to `scores`.
-
-    The optimizer is a new one. Lambda is constant: the part of `plan.l1` that it is in the table.
-
-    Returns:
-        What the record says of it, with the perplexity of held-out answers.
-    """
-    if setup.chats is None:
-        return None
-    assert plan.sft_corpus is not None
-    table, held_out = plan.stages, setup.chats.held_out_N2S
-    sft_share = table.sft.weight / table.last_weight if table.sft else 1.0
-    phase = Phase(
-        name="supervised fine-tuning",
-        start=0,
-        stop=plan.sft_steps,
-        l1=0.0 if plan.target is not None else plan.l1 * sft_share,
-        stages=None,
-        answers=True,
-        lr=plan.sft_lr,
-        warmup=min(500, plan.sft_steps // 20 + 1),
-        decay_from=plan.sft_steps - int(DECAY_SHARE * plan.sft_steps),
-    )
-    before = answer_perplexity(setup.model, held_out)
-    train_phase(plan, setup, phase, work, None)
-    result = scores["fine-tuned"] = score(setup.model, setup.held_out)
-    _check_score(result, phase, plan.l1)
-    after = answer_perplexity(setup.model, held_out)
-    log.info(
-        f"{phase.name}: perplexity of held-out answers {before:.3f}, now {after:.3f}; of text "
-        f"{result.perplexity:.3f}, sparsity {result.sparsity:.2%}"
-    )
-    return {
-        "corpus": publishable_name(plan.sft_corpus),
-        "tokens": plan.sft_tokens,
-        "l1": phase.l1,
-        "lr": phase.lr,
-        "answer_perplexity": {"before": before, "after": after},
-    }
-
-
 class Branch(NamedTuple):
     """A training that begins where the others of the run do."""
 
@@ -182,7 +137,8 @@ def _branches(
     return found if raised is None else [*found, recipe]
 
 
-def _check_score(result: Score, phase: Phase, l1: float) -> None:
+def check_score(result: Score, phase: Phase, l1: float) -> None:
+    """Raise `Diverged` if training has destroyed the model or silenced its neurons."""
     if not isfinite(result.perplexity):
         raise Diverged(
             f"{phase.lr_option} {phase.lr:g}: training diverged, {phase.name} has a held-out "

@@ -34,8 +34,9 @@ from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.choose_threshold import Tried, choose_activation
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.figure import FIGURE, write_figure
+from sparsecast.sparsify.fine_tuning import fine_tune
 from sparsecast.sparsify.measure import Score, score
-from sparsecast.sparsify.phases import AFTER, fine_tune, train_all
+from sparsecast.sparsify.phases import AFTER, train_all
 from sparsecast.sparsify.plan import SparsifyPlan, make_plan, publishable_name
 from sparsecast.sparsify.prepare import TrainingSetup, prepare
 from sparsecast.sparsify.save import check_saved, write_model
