@@ -6,20 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsecast.core.files import read_json, write_text
 from sparsecast.core.models.families import FAMILIES
 from sparsecast.core.text.builtin import PACKAGES
 from sparsecast.sparsify.figure import FIGURE
 from sparsecast.sparsify.measure import Score
+from sparsecast.sparsify.samples import Sample
 from sparsecast.sparsify.training.curve_table import CURVES, TENSORBOARD
-
-
-class Sample(NamedTuple):
-    prompt: str
-    text: str
-    """The model's continuation."""
 
 
 def write_card(
@@ -29,11 +24,7 @@ def write_card(
     facts = read_json(folder / "sparsify.json", "what sparsify measured")
     original = next((row for row in scores if row.endswith(" original")), None)
     rows = [_row(row, s, scores[original] if original else None) for row, s in scores.items()]
-    quoted = "\n\n".join(
-        f"The beginning of a held-out document:\n\n{_fenced(s.prompt)}\n\n"
-        f"and how the model goes on:\n\n{_fenced(s.text)}"
-        for s in samples
-    )
+    quoted = "\n\n".join(map(_sample, samples))
     write_text(
         folder / "README.md",
         f"""# {name}
@@ -143,6 +134,13 @@ def _loading(facts: Mapping[str, Any]) -> str:
         f"`{field}` is `{facts['activation']}`, which transformers does not know: its own loader "
         "stops with a\nKeyError. sparsecast loads the model:"
     )
+
+
+def _sample(sample: Sample) -> str:
+    begun, answered = "The beginning of a held-out document", "how the model goes on"
+    if sample.chat:
+        begun, answered = "What the user says in a held-out chat", "how the model answers"
+    return f"{begun}:\n\n{_fenced(sample.prompt)}\n\nand {answered}:\n\n{_fenced(sample.text)}"
 
 
 def _fenced(text: str) -> str:

@@ -31,6 +31,7 @@ from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.sparsify.chats import Chats, read_chats
 from sparsecast.sparsify.config import Preset
 from sparsecast.sparsify.plan import SPARSE, SparsifyPlan, activation_name
+from sparsecast.sparsify.samples import keep_openings
 from sparsecast.sparsify.save import (
     check_kept,
     set_config_activation,
@@ -60,6 +61,8 @@ class TrainingSetup:
     held_out: list[TokenBatch]
     chats: Chats | None
     """For supervised fine-tuning, if that is planned."""
+    openings: list[Document]
+    """Beginnings of held-out documents."""
 
     @property
     def sample_texts(self) -> list[str]:
@@ -88,7 +91,10 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
         tokenizer, config = plan.tokenizer, plan.checkpoint.config
     rule = ActivationRule("drelu" if activation_name(config) == "drelu" else "relu")
     passes = SkippedRows(plan.corpus), SkippedRows(plan.corpus)
-    calibration, held_out = _evaluation_batches(plan, tokenizer, config.vocab_size, passes[0])
+    openings: list[Document] = []
+    calibration, held_out = _evaluation_batches(
+        plan, tokenizer, config.vocab_size, passes[0], openings
+    )
     if plan.checkpoint is not None:
         texts = _sample_texts(tokenizer, held_out)
         _keep_tokenizer(plan.checkpoint, tokenizer, rule, kept, texts)
@@ -107,6 +113,7 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
         calibration=calibration,
         held_out=held_out,
         chats=chats,
+        openings=openings,
     )
 
 
@@ -184,16 +191,23 @@ def _llama_config(preset: Preset, vocab_size: int, seq_len: int) -> LlamaConfig:
 
 
 def _evaluation_batches(
-    plan: SparsifyPlan, tokenizer: Tokenizer, vocabulary: int, skipped: SkippedRows
+    plan: SparsifyPlan,
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    skipped: SkippedRows,
+    openings: list[Document],
 ) -> tuple[list[TokenBatch], list[TokenBatch]]:
-    """Return the batches of the calibration split and of the held-out split."""
+    """Return the batches of the calibration split and of the held-out split.
+
+    `openings` gets the beginnings of held-out documents.
+    """
     long_documents = plan.long_documents
     docs = read_documents(
         plan.corpus, seq_len=plan.seq_len, long_documents=long_documents, skipped=skipped
     )
     found = list(
         token_batches(
-            assign_splits(docs),
+            keep_openings(assign_splits(docs), openings),
             tokenizer,
             {"calibration": plan.eval_tokens, "held-out": plan.eval_tokens},
             seq_len=plan.seq_len,

@@ -20,7 +20,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from transformers import GenerationConfig
 
 from sparsecast.core.distributed import int_from_environment
 from sparsecast.core.errors import InputError
@@ -29,7 +28,7 @@ from sparsecast.core.lock import lock_folder
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import max_positions, set_activation
-from sparsecast.sparsify.card import Sample, write_card
+from sparsecast.sparsify.card import write_card
 from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.choose_threshold import Tried, choose_activation
 from sparsecast.sparsify.config import SparsifyConfig
@@ -39,6 +38,7 @@ from sparsecast.sparsify.measure import Score, score
 from sparsecast.sparsify.phases import AFTER, train_all
 from sparsecast.sparsify.plan import SparsifyPlan, make_plan, publishable_name
 from sparsecast.sparsify.prepare import TrainingSetup, prepare
+from sparsecast.sparsify.samples import Sample, choose_prompts, continue_prompts
 from sparsecast.sparsify.save import check_saved, write_model
 from sparsecast.sparsify.training.curve_table import CURVES, copy_curves, read_tables
 from sparsecast.sparsify.work_folder import (
@@ -48,10 +48,6 @@ from sparsecast.sparsify.work_folder import (
     work_folder,
     work_path,
 )
-
-PROMPTS = 3
-PROMPT_TOKENS = 12
-SAMPLE_TOKENS = 120
 
 
 def sparsify(cfg: SparsifyConfig) -> Path:
@@ -145,37 +141,9 @@ def _save(
 
 
 def _samples(plan: SparsifyPlan, setup: TrainingSetup) -> list[Sample]:
-    """Let the model continue the first tokens of a few held-out documents."""
-    batch = setup.held_out[0]
     limit = int(min(max_positions(setup.model), plan.seq_len))
-    samples = []
-    for ids_S, keep_S in zip(batch.ids_BS[:PROMPTS], batch.keep_BS[:PROMPTS], strict=True):
-        prompt_S = ids_S[keep_S][:PROMPT_TOKENS]
-        length = min(SAMPLE_TOKENS, limit - len(prompt_S))
-        if length > 0:
-            torch.manual_seed(plan.seed)
-            samples.append(_sample(setup, prompt_S[None].to(plan.device), length))
-    return samples
-
-
-def _sample(setup: TrainingSetup, prompt_BS: torch.Tensor, length: int) -> Sample:
-    config = setup.model.config
-    generation: Any = GenerationConfig
-    options = generation(
-        max_new_tokens=length,
-        do_sample=True,
-        temperature=0.7,
-        top_k=40,
-        top_p=1.0,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.eos_token_id if isinstance(config.eos_token_id, int) else 0,
-    )
-    out_BS = setup.model.generate(
-        prompt_BS, generation_config=options, attention_mask=torch.ones_like(prompt_BS)
-    )
-    parts = (prompt_BS[0], out_BS[0, prompt_BS.shape[1] :])
-    return Sample(*("".join(setup.tokenizer.decode(p, skip_special_tokens=True)) for p in parts))
+    prompts = choose_prompts(setup.openings, setup.tokenizer, limit // 2)
+    return continue_prompts(setup.model, setup.tokenizer, prompts, limit, plan.seed)
 
 
 def _facts(

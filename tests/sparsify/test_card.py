@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from sparsecast.sparsify.card import Sample, count, write_card
+from sparsecast.sparsify.card import count, write_card
 from sparsecast.sparsify.measure import Score
 from sparsecast.sparsify.plan import publishable_name
+from sparsecast.sparsify.samples import Sample
 
 FACTS = {
     "parameters": 18_736,
