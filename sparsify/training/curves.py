@@ -78,7 +78,7 @@ class Curves(Callback):
             "batches": 0,
             "fired": torch.zeros(len(readers), width, dtype=torch.bool),
         }
-        self._sums = state["sums"].to(pl_module.device)  # loss, l1, sparsity of each layer
+        self._sums = state["sums"].to(pl_module.device)
         self._fired_LF = state["fired"].to(pl_module.device)
         self._batches = state["batches"]
         for reader, fired_F in zip(readers, self._fired_LF, strict=True):
@@ -104,12 +104,11 @@ class Curves(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, SparsifyModule)
-        measured = pl_module.measured
-        self._sums += torch.cat([torch.stack([measured.nll, measured.l1]), measured.zeros_L])
+        self._sums += pl_module.measured
         self._batches += 1
         step = trainer.global_step
         if step > self._written and (step % self._every == 0 or step == self._steps):
-            self._write(trainer, step, float(measured.weight))
+            self._write(trainer, step, float(pl_module.l1_weight))
 
     def _write(self, trainer: L.Trainer, step: int, weight: float) -> None:
         sums, fired_LF = self._reduced(trainer)

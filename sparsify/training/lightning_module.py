@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -60,20 +60,13 @@ class Phase:
         return self.l1 * l1_share(step + 1, self.stop - self.start, self.stages)
 
 
-class Measured(NamedTuple):
-    """What the last training step measured, on the device."""
-
-    nll: Tensor
-    l1: Tensor
-    """Sum over layers of the mean |x1|, without its weight."""
-    weight: float
-    """lambda(t)."""
-    zeros_L: Tensor
-    """Share of zeros in each layer's x1."""
-
-
 class SparsifyModule(L.LightningModule):
     """Train `model` in place through one phase."""
+
+    measured: Tensor
+    """(2 + L,), of the last step: NLL, the sum of the mean |x1|, and shares of zeros in x1."""
+    l1_weight: float
+    """lambda(t) of the last step."""
 
     def __init__(
         self,
@@ -135,13 +128,13 @@ class SparsifyModule(L.LightningModule):
         parts = (batch,) if isinstance(batch, Tensor) else batch
         nll, l1_L, zeros_L, about_gates = self._measured(*parts)
         l1 = l1_L.sum()
-        weight = self.phase.l1_at(self.global_step)
+        self.l1_weight = weight = self.phase.l1_at(self.global_step)
         loss = nll + weight * l1
         if self.raised is not None and about_gates is not None:
             below, gates_K = about_gates
             loss = loss + BELOW_WEIGHT * below
             self.raised.move(self.global_step, gates_K, zeros_L.mean())
-        self.measured = Measured(nll.detach(), l1.detach(), weight, zeros_L)
+        self.measured = torch.cat([torch.stack([nll, l1]), zeros_L]).detach()
         if self.global_step % 50 == 0:
             self.log("nll", nll.detach(), prog_bar=True)
             self.log("mean |x1|", l1.detach(), prog_bar=True)
