@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import starmap, zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,13 +19,21 @@ from sparsecast.sparsify.training.curve_table import CURVES, TENSORBOARD
 
 
 def write_card(
-    folder: Path, name: str, scores: Mapping[str, Score], samples: Sequence[Sample]
+    folder: Path,
+    name: str,
+    scores: Mapping[str, Score],
+    samples: Sequence[Sample],
+    before: Sequence[Sample] = (),
 ) -> None:
-    """Write README.md into a model's folder, which must contain sparsify.json."""
+    """Write README.md into a model's folder, which must contain sparsify.json.
+
+    Args:
+        before: What the original made of the prompts of `samples`; empty if it was not trained.
+    """
     facts = read_json(folder / "sparsify.json", "what sparsify measured")
     original = next((row for row in scores if row.endswith(" original")), None)
     rows = [_row(row, s, scores[original] if original else None) for row, s in scores.items()]
-    quoted = "\n\n".join(map(_sample, samples))
+    quoted = "\n\n".join(starmap(_sample, zip_longest(samples, before)))
     write_text(
         folder / "README.md",
         f"""# {name}
@@ -136,11 +145,14 @@ def _loading(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _sample(sample: Sample) -> str:
-    begun, answered = "The beginning of a held-out document", "how the model goes on"
+def _sample(sample: Sample, before: Sample | None) -> str:
+    begun, goes_on = "The beginning of a held-out document", "goes on"
     if sample.chat:
-        begun, answered = "What the user says in a held-out chat", "how the model answers"
-    return f"{begun}:\n\n{_fenced(sample.prompt)}\n\nand {answered}:\n\n{_fenced(sample.text)}"
+        begun, goes_on = "What the user says in a held-out chat", "answers"
+    parts = [f"{begun}:", _fenced(sample.prompt)]
+    if before is not None:
+        parts += [f"how the original {goes_on} after as many tokens:", _fenced(before.text)]
+    return "\n\n".join([*parts, f"and how the model {goes_on}:", _fenced(sample.text)])
 
 
 def _fenced(text: str) -> str:

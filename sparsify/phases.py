@@ -6,6 +6,7 @@ A finished phase leaves `<name>.pt` in the work folder. The current phase writes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -42,10 +43,18 @@ class Trained(NamedTuple):
     """Largest calibration perplexity that sparsity may lead to."""
 
 
-def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> Trained:
+def train_all(
+    plan: SparsifyPlan,
+    setup: TrainingSetup,
+    work: WorkFolder,
+    on_branch: Callable[[str], object] = lambda name: None,
+) -> Trained:
     """Train every phase and score each branch on held-out text.
 
     `setup.model` ends with the weights of the last branch: of the recipe that is saved.
+
+    Args:
+        on_branch: Called with the name of each branch while `setup.model` has its weights.
 
     Raises:
         Diverged: Training has destroyed the model.
@@ -71,6 +80,7 @@ def train_all(plan: SparsifyPlan, setup: TrainingSetup, work: WorkFolder) -> Tra
             train_phase(plan, setup, phase, work, optimizer)
         result = _scored(branch.name, scores, setup)
         check_score(result, phase, plan.l1)
+        on_branch(branch.name)
         if branch.name == BEFORE and plan.target is not None and not setup.rule.on_up:
             sweep(model, setup.calibration, plan.shift_tolerance)
             _scored(AFTER, scores, setup)

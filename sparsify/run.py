@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -88,7 +88,13 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
     L.seed_everything(plan.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     setup = prepare(plan, work)
-    trained = train_all(plan, setup, work)
+    before: list[Sample] = []
+
+    def keep_original(name: str) -> None:
+        if name.endswith(" original"):
+            before.extend(_samples(plan, setup))
+
+    trained = train_all(plan, setup, work, keep_original)
     scores = trained.scores
     fine_tuning = fine_tune(plan, setup, work, scores)
     rule, tried = choose_activation(plan, setup, trained)
@@ -107,7 +113,7 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
             setup.model, setup.chats.held_out_N2S
         )
     facts = _facts(plan, setup, rule, scores, tried) | {"fine_tuning": fine_tuning}
-    _save(plan, setup, rule, scores, facts, work)
+    _save(plan, setup, rule, scores, facts, work, before)
 
 
 def _round_weights(model: Any, dtype: torch.dtype) -> None:
@@ -124,8 +130,13 @@ def _save(
     scores: Mapping[str, Score],
     facts: Mapping[str, Any],
     work: WorkFolder,
+    before: Sequence[Sample],
 ) -> None:
-    """Write the model folder: weights, tokenizer, facts, curves and card."""
+    """Write the model folder: weights, tokenizer, facts, curves and card.
+
+    Args:
+        before: What the original made of the same prompts; empty without baselines.
+    """
     samples = _samples(plan, setup)
     batch, texts = setup.held_out[0], setup.sample_texts
     expected = score(setup.model, [batch])
@@ -137,7 +148,7 @@ def _save(
         if tables := read_tables(work.path / CURVES):  # else trained by an earlier version
             copy_curves(work.path / CURVES, folder / CURVES)
             write_figure(folder / CURVES / FIGURE, tables, scores)
-        write_card(folder, plan.out.name, scores, samples)
+        write_card(folder, plan.out.name, scores, samples, before)
 
 
 def _samples(plan: SparsifyPlan, setup: TrainingSetup) -> list[Sample]:

@@ -58,7 +58,8 @@ def test_the_card_reads_well_and_holds_samples_in_their_fences(tmp_path):
         "ProSparse after the shift": Score(3.0, 0.75, (0.8, 0.9, 0.55), (0, 1_200, 34)),
     }
 
-    write_card(tmp_path, "m", scores, [Sample("Use ```text", "fences ````")])
+    samples = [Sample("Use ```text", "fences ````"), Sample("Why?", "So.", chat=True)]
+    write_card(tmp_path, "m", scores, samples, [Sample("", "dense"), Sample("", "Thus.")])
 
     card = (tmp_path / "README.md").read_text()
     assert "A ReLU-sparse Falcon of 18,736 parameters" in card
@@ -69,3 +70,6 @@ def test_the_card_reads_well_and_holds_samples_in_their_fences(tmp_path):
     assert "`activation` is `fatrelu`" in card
     assert "````text\nUse ```text\n````" in card
     assert "`````text\nfences ````\n`````" in card
+    assert "how the original goes on after as many tokens:\n\n```text\ndense\n```" in card
+    assert "how the original answers after as many tokens:\n\n```text\nThus.\n```" in card
+    assert card.index("Thus.") < card.index("and how the model answers:") < card.index("So.")

@@ -50,4 +50,6 @@ def test_l1_makes_a_sparser_model_and_the_card_tells_the_truth(corpus, tmp_path)
     assert again.sparsity == pytest.approx(told["sparsity"])
     assert again.layer_sparsity == pytest.approx(told["layer_sparsity"])
     assert list(again.dead_neurons) == told["dead_neurons"]
-    assert f"{told['perplexity']:.3f}" in (cfg.out / "README.md").read_text()
+    card = (cfg.out / "README.md").read_text()
+    assert f"{told['perplexity']:.3f}" in card
+    assert card.count("how the original goes on") == card.count("how the model goes on") > 0
