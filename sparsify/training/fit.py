@@ -71,7 +71,7 @@ def train_phase(
     if phase.answers:
         assert setup.chats is not None
         data = AnswerBatches(setup.chats.train_N2S, plan.batch_size, plan.seed, first)
-    module = SparsifyModule(setup.model, phase, optimizer, plan.compile, raised)
+    module = SparsifyModule(setup.model, phase, optimizer, compile=plan.compile, raised=raised)
     try:
         with stop_on_signal() as stop, quiet_lightning():
             curves = Curves(work.path / CURVES, phase, plan.batch_size * plan.seq_len)

@@ -92,8 +92,7 @@ class RaisedThreshold(nn.Module):
         cuts = started & (self.threshold > 0)
         self.correction += torch.where(cuts, CORRECTION * (self.want - zeros), 0.0)
         self.ramp.add_(self._rise * self.affordable).clamp_(max=1)
-        missing = (self.target - self.begun_at).clamp(min=0)
-        self.want.copy_(self.begun_at + missing * (1 - (1 - self.ramp) ** 3))
+        self.want.copy_(self.target - (self.target - self.begun_at) * (1 - self.ramp) ** 3)
         found = _quantile(gates_K, (self.want + self.correction).clamp(0, 1))
         smoothed = SMOOTHING * self.threshold + (1 - SMOOTHING) * found
         # At 0 the term ends, and with it the push to more sparsity than is wanted.

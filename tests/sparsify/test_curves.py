@@ -55,9 +55,13 @@ class Watch:
                 )
                 for layer in layers
             ]
-            head = module.model.lm_head
+            weight_VD = module.model.lm_head.weight
             handles.append(
-                head.register_forward_hook(lambda _m, _a, out: found["logits"].append(out.detach()))
+                module.model.model.register_forward_hook(
+                    lambda _m, _a, out: found["logits"].append(
+                        (out.last_hidden_state @ weight_VD.T).detach()
+                    )
+                )
             )
             if module.global_step >= 3:
                 layers[0].gate_proj.weight.data[9] = 0  # has fired before

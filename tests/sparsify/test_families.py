@@ -15,7 +15,7 @@ from sparsecast.collect.run import collect
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.recorder import Recorder
-from sparsecast.sparsify import run, save
+from sparsecast.sparsify import run
 from sparsecast.sparsify.run import sparsify
 from tests.tools.dense_families import KINDS, write_model
 
@@ -64,7 +64,7 @@ def test_a_family_becomes_sparse_and_is_recorded(
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_with_relu_plain_transformers_computes_the_same(kind, source, options, monkeypatch):
-    monkeypatch.setattr(run, "sweep", lambda *_: (0.0, [(0.0, save.Score(1.0, 0.5, (0.5,), (0,)))]))
+    monkeypatch.setattr(run, "choose_activation", lambda _plan, setup, _trained: (setup.rule, []))
     out = sparsify(options(model=str(source(kind))))
     ours, _ = load_model(str(out), device="cpu")
     for name in ("fatrelu", "drelu"):

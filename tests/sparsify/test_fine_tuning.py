@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
-from sparsecast.sparsify import run
+from sparsecast.sparsify import choose_threshold
 from sparsecast.sparsify.answers import IGNORED
 from sparsecast.sparsify.chats import AnswerBatches, answer_perplexity, pack_chats
 from sparsecast.sparsify.run import sparsify
@@ -91,7 +91,7 @@ def test_the_loss_is_the_cross_entropy_over_answers_alone(model, monkeypatch):
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
 
     loss = module.training_step([rows[:, 0], rows[:, 1]], 0)
-    _, l1_L, _ = module._forward(rows[:, 0], rows[:, 1])
+    _, l1_L, *_ = module._forward(rows[:, 0], rows[:, 1])
     module.remove_hooks()
 
     by_hand = [x for row in rows.tolist() for x in nll_of_answers(model, *row)]
@@ -133,7 +133,7 @@ def talking(dense):
 def test_a_run_fine_tunes_before_it_shifts_the_threshold(
     talking, options, chats, tmp_path, monkeypatch, stages, share
 ):
-    sweep, seen = run.sweep, []
+    sweep, seen = choose_threshold.sweep, []
 
     def swept(model, *rest):
         done = torch.load(tmp_path / ".out.work" / "supervised-fine-tuning.pt", weights_only=True)
@@ -141,7 +141,7 @@ def test_a_run_fine_tunes_before_it_shifts_the_threshold(
         seen.append(all(torch.equal(done["model"][name], now[name]) for name in now))
         return sweep(model, *rest)
 
-    monkeypatch.setattr(run, "sweep", swept)
+    monkeypatch.setattr(choose_threshold, "sweep", swept)
     changes = {"sft_corpus": str(chats), "sft_tokens": 1_280, "sft_lr": 1e-2}
     cfg = options(model=talking(), **changes, stages=stages, l1=0.5)
 

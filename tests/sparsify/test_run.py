@@ -23,7 +23,7 @@ def options(corpus, out, **changes) -> SparsifyConfig:
 
 
 def test_l1_makes_a_sparser_model_and_the_card_tells_the_truth(corpus, tmp_path):
-    cfg = options(corpus, tmp_path / "out", baselines=True)
+    cfg = options(corpus, tmp_path / "out", baselines=True, l1=5.0)
 
     sparsify(cfg)
 

@@ -59,7 +59,7 @@ def test_plain_transformers_refuses_what_it_would_compute_wrongly(dense, options
 
 
 def test_a_threshold_of_zero_is_plain_relu_to_everybody(dense, options, monkeypatch):
-    monkeypatch.setattr(run, "sweep", lambda *_: (0.0, [(0.0, save.Score(1.0, 0.5, (0.5,), (0,)))]))
+    monkeypatch.setattr(run, "choose_activation", lambda _plan, setup, _trained: (setup.rule, []))
 
     out = sparsify(options(model=str(dense("llama", "fatrelu", hidden_act_param=0.1))))
 

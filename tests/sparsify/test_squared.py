@@ -54,6 +54,6 @@ def test_the_l1_term_is_on_x1_in_front_of_its_norm():
     seen = []
     for layer in model.model.layers:
         layer.mlp.ffn_sub_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    _, l1_L, _ = module._forward(torch.randint(3, 512, (2, 9)))
+    _, l1_L, *_ = module._forward(torch.randint(3, 512, (2, 9)))
     assert l1_L.sum().item() == pytest.approx(sum(x1.abs().mean().item() for x1 in seen), rel=1e-5)
     assert len(seen) == 2

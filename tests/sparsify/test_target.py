@@ -99,6 +99,7 @@ def test_a_threshold_that_is_not_needed_is_taken_away():
     gates_K = torch.randn(1001) - 1  # 84 % below zero
     for move in range(1, 4):
         shared.move(UPDATE_STEPS * move, gates_K, torch.tensor(0.84))
+        assert shared.want.item() == pytest.approx(0.5)  # denser than it is at the start
         assert shared.threshold == 0
         assert shared.correction == 0
 

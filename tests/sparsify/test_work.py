@@ -199,7 +199,15 @@ def test_a_signal_ends_the_run_behind_a_whole_step(dense, options, monkeypatch, 
     assert torch.load(last, weights_only=True)["global_step"] == 2
 
 
-PLACES = ("pre-training", "SiLU", "plain ReLU", "fixed L1", "ProSparse", "sweep", "write_model")
+PLACES = (
+    "pre-training",
+    "SiLU",
+    "plain ReLU",
+    "fixed L1",
+    "ProSparse",
+    "choose_activation",
+    "write_model",
+)
 
 
 def test_interrupted_everywhere_it_ends_as_an_uninterrupted_run(options, monkeypatch, tmp_path):
@@ -261,7 +269,7 @@ def test_a_fixed_l1_that_silences_everything_is_a_result(dense, options, monkeyp
     step = fit.SparsifyModule.training_step
 
     def silenced(self, batch, index):
-        if not self.phase.progressive:
+        if self.phase.stages is None:
             with torch.no_grad():
                 self.model.model.layers[0].mlp.gate_proj.weight.zero_()
         return step(self, batch, index)
