@@ -1,7 +1,7 @@
 """The processes of one torchrun: ranks, barriers, and errors that end all of them.
 
-Every rank follows the same plan and does its share of the units, so ranks exchange only barriers
-and errors, through gloo on every device.
+In most stages every rank follows the same plan and does its share of the units, so ranks exchange
+only barriers and errors, through gloo on every device.
 """
 
 from __future__ import annotations
@@ -46,6 +46,24 @@ class DistributedContext:
             with _quiet_loss():
                 distributed.barrier()
 
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; other ranks wait for it. It is pickled."""
+        if self.size > 1:
+            said = [value]
+            with _quiet_loss():
+                distributed.broadcast_object_list(said, src=0)
+            value = said[0]
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on some rank; every rank calls this."""
+        if self.size > 1:
+            flags = torch.tensor([int(flag)])
+            with _quiet_loss():
+                distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+            flag = bool(flags[0])
+        return flag
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run a block on every rank; continue only if it succeeded on all of them.
@@ -77,8 +95,13 @@ def _quiet_loss() -> Iterator[None]:
 
 
 @contextmanager
-def distributed_context() -> Iterator[DistributedContext]:
-    """Join the ranks that torchrun started, or run alone; contexts may be nested."""
+def distributed_context(backend: str = "gloo") -> Iterator[DistributedContext]:
+    """Join the ranks that torchrun started, or run alone; contexts may be nested.
+
+    Args:
+        backend: What torch.distributed exchanges tensors through. Objects, flags and barriers need
+            gloo for the CPU.
+    """
     size = int_from_environment("WORLD_SIZE", 1, least=1)
     if size == 1:
         yield DistributedContext()
@@ -88,7 +111,7 @@ def distributed_context() -> Iterator[DistributedContext]:
         return
     _check_launched(size)
     # A rank may have a day more to do than another, or wait for its model's download.
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    distributed.init_process_group(backend, timeout=timedelta(days=7))
     console.quiet = log.disabled = distributed.get_rank() > 0
     try:
         yield _this()

@@ -28,7 +28,7 @@ from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import check_ids
 from sparsecast.sparsify.answers import IGNORED, label_answers
 from sparsecast.sparsify.plan import SparsifyPlan
-from sparsecast.sparsify.sequences import Batches
+from sparsecast.sparsify.sequences import places
 from sparsecast.sparsify.work_folder import WorkFolder
 
 SCORED_ROWS = 16
@@ -126,15 +126,22 @@ def _row(chats: Sequence[Tensor], filler_2n: Tensor, seq_len: int) -> Tensor:
     return torch.cat([*chats, fill_2n], dim=1)
 
 
-class AnswerBatches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
+class AnswerBatches(torch.utils.data.IterableDataset[Any]):
     """Endless batches of (B, S) int64 ids and labels, in the order of `Batches`."""
 
     def __init__(self, rows_N2S: Tensor, batch_size: int, seed: int, first: int = 0) -> None:
-        self._batches = Batches(rows_N2S.numpy(), batch_size, seed, first)
+        self._rows_N2S = rows_N2S
+        self._choice = batch_size, seed, first
+        self._part = 0, 1
+
+    def take_part(self, rank: int, size: int) -> None:
+        """Yield the sequences of one of `size` processes, a divisor of the batch size."""
+        self._part = rank, size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for both_B2S in self._batches:
-            yield both_B2S[:, 0], both_B2S[:, 1]
+        for index_B in places(len(self._rows_N2S), *self._choice, *self._part):
+            ids_BS, labels_BS = self._rows_N2S[index_B].long().unbind(1)
+            yield ids_BS, labels_BS
 
 
 @torch.inference_mode()

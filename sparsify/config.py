@@ -137,6 +137,14 @@ class SparsifyConfig:
     batch_tokens: int = 32_768
     """Tokens per optimizer step."""
 
+    micro_batch: int | None = None
+    """Sequences per forward pass on each device; a step adds up the gradients of as many passes as
+    it takes. Unset: all sequences of a step at once."""
+
+    checkpoint_activations: bool = False
+    """Keep the inputs of decoder layers alone for the backward pass and compute the rest again:
+    less memory for about a third more computation. Never compiled."""
+
     shift_tolerance: float = 0.005
     """Relative increase in calibration perplexity that the FATReLU threshold may cause."""
 
@@ -161,6 +169,7 @@ class SparsifyConfig:
             self,
             tokens=1,
             seq_len=2,
+            micro_batch=1,
             eval_tokens=2,
             pretrain_share=0,
             l1=0,

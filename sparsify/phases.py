@@ -15,6 +15,7 @@ from torch import nn
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import FATReLU
 from sparsecast.core.models.families import family_of
+from sparsecast.core.models.perplexity import perplexity
 from sparsecast.sparsify.measure import Score, score, sweep
 from sparsecast.sparsify.plan import SparsifyPlan
 from sparsecast.sparsify.prepare import TrainingSetup
@@ -64,7 +65,7 @@ def train_all(
     if plan.pretrain_steps:
         phase = _phase(plan, "pre-training", 0, plan.pretrain_steps)
         optimizer = train_phase(plan, setup, phase, work, optimizer)
-    trunk = {name: value.clone() for name, value in model.state_dict().items()}
+    trunk = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     raised, guard, bound = _raised(plan, setup)
     scores: dict[str, Score] = {}
     for branch in _branches(plan, setup, raised):
@@ -100,9 +101,10 @@ def _raised(
     raised = RaisedThreshold(plan.target, steps).to(plan.device)
     if plan.max_increase is None:
         return raised, None, None
-    dense, calibration = setup.model, setup.calibration
-    guard = PerplexityGuard(raised, dense, calibration, plan.max_increase, steps)
-    return raised, guard, score(dense, calibration).perplexity * (1 + plan.max_increase)
+    dense, (batch, *_) = setup.model, setup.calibration
+    allowed = 1 + plan.max_increase
+    guard = PerplexityGuard(raised, batch, perplexity(dense, [batch]) * allowed, steps)
+    return raised, guard, perplexity(dense, setup.calibration) * allowed
 
 
 def _put(activation: nn.Module, model: Any) -> None:

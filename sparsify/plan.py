@@ -22,6 +22,7 @@ from sparsecast.core.text.corpus import LongDocuments
 from sparsecast.core.text.corpus_files import SUFFIXES, is_stream
 from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
 from sparsecast.sparsify.training.stages import TABLES, StageTable
+from sparsecast.sparsify.training.team import Team
 
 SPARSE = ("relu", "fatrelu", "drelu")
 
@@ -46,6 +47,9 @@ class SparsifyPlan:
     """How `eval_tokens` are read."""
     batch_size: int
     """Sequences per optimizer step."""
+    micro_batch: int | None
+    """Sequences per forward pass on each device; None for all of a step."""
+    checkpoint_activations: bool
     steps: int
     """Optimizer steps of the run, pre-training included."""
     pretrain_steps: int
@@ -68,6 +72,8 @@ class SparsifyPlan:
     dtype: torch.dtype
     """Of the weights as they are saved and scored."""
     seed: int
+    team: Team
+    """The processes that train."""
     options: dict[str, Any] = field(repr=False)
     """What a resumed run must have in common with its first start, free of local paths."""
 
@@ -88,19 +94,27 @@ class SparsifyPlan:
         return others + 1 + self.baselines * (3 if self.target is None else 4)
 
 
-def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
+def make_plan(cfg: SparsifyConfig, team: Team) -> SparsifyPlan:
     """Resolve the options and run every check that needs no corpus.
 
     Raises:
-        InputError: A corpus that can be read only once, or a model that cannot be used.
+        InputError: A corpus that can be read only once, a model that cannot be used, or a step that
+            does not divide among the processes.
     """
-    device = pick_device(cfg.device)
+    device = pick_device(team.context.device(cfg.device))
+    if cfg.batch_size % team.context.size:
+        raise InputError(
+            f"--batch-tokens: a step has {cfg.batch_size} sequences of --seq-len {cfg.seq_len} "
+            f"tokens, which {team.context.size} processes cannot share equally; choose a multiple "
+            "of their number"
+        )
     for option, corpus in (("--corpus", cfg.corpus), ("--sft-corpus", cfg.sft_corpus)):
         if corpus is not None and is_stream(corpus):
             raise InputError(
                 f"{option} {corpus}: sparsify reads its corpus more than once, expected one that "
                 "can be; save it to a file"
             )
+    eager = cfg.checkpoint_activations or team.context.size > 1
     checkpoint, tokenizer = (None, None) if cfg.model is None else _open(cfg.model, cfg.seq_len)
     if cfg.sft_corpus is not None and not getattr(tokenizer, "chat_template", None):
         raise InputError(
@@ -118,6 +132,8 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
         seq_len=cfg.seq_len,
         long_documents=cfg.long_documents,
         batch_size=cfg.batch_size,
+        micro_batch=cfg.micro_batch,
+        checkpoint_activations=cfg.checkpoint_activations,
         steps=cfg.steps,
         pretrain_steps=cfg.pretrain_steps,
         sft_steps=cfg.sft_steps,
@@ -129,10 +145,11 @@ def make_plan(cfg: SparsifyConfig) -> SparsifyPlan:
         l1=cfg.last_l1,
         shift_tolerance=cfg.shift_tolerance,
         baselines=cfg.baselines,
-        compile=cfg.compile and device.type == "cuda",
+        compile=cfg.compile and device.type == "cuda" and not eager,
         device=device,
         dtype=torch.float16 if checkpoint is None else saved_dtype(checkpoint),
         seed=cfg.seed,
+        team=team,
         options=_shared_options(cfg, checkpoint),
     )
 
@@ -177,8 +194,10 @@ def activation_name(config: PreTrainedConfig) -> Any:
 
 
 def _shared_options(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    free_to_change = ("out", "model", "tokens", "sft_tokens", "l1", "lr", "device", "compile")
-    options = {name: v for name, v in asdict(cfg).items() if name not in free_to_change}
+    resolved = ("out", "model", "tokens", "sft_tokens", "l1", "lr")
+    free_to_change = ("device", "compile", "micro_batch", "checkpoint_activations")
+    left_out = {*resolved, *free_to_change}
+    options = {name: v for name, v in asdict(cfg).items() if name not in left_out}
     return options | {
         "corpus": _distinct_name(cfg.corpus),
         "sft_corpus": None if cfg.sft_corpus is None else _distinct_name(cfg.sft_corpus),

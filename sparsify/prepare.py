@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -55,8 +54,10 @@ class TrainingSetup:
     """Folder with the tokenizer files that go beside the saved model."""
     rule: ActivationRule
     """The activation that replaces the model's own: relu, or drelu if the model has that."""
-    rows_NS: np.ndarray[Any, Any]
-    """(N, S) training sequences, mapped from the file in the work folder."""
+    rows: Path
+    """File of the training sequences, in the work folder."""
+    corpus_tokens: int
+    """Tokens in it."""
     calibration: list[TokenBatch]
     held_out: list[TokenBatch]
     chats: Chats | None
@@ -89,7 +90,7 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
     else:
         assert plan.tokenizer is not None
         tokenizer, config = plan.tokenizer, plan.checkpoint.config
-    rule = ActivationRule("drelu" if activation_name(config) == "drelu" else "relu")
+    rule = sparse_rule(config)
     passes = SkippedRows(plan.corpus), SkippedRows(plan.corpus)
     openings: list[Document] = []
     calibration, held_out = _evaluation_batches(
@@ -98,23 +99,37 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
     if plan.checkpoint is not None:
         texts = _sample_texts(tokenizer, held_out)
         _keep_tokenizer(plan.checkpoint, tokenizer, rule, kept, texts)
-    rows_NS = _training_rows(plan, work, tokenizer, config.vocab_size, passes[1])
+    rows = _training_rows(plan, work, tokenizer, config.vocab_size, passes[1])
     max(passes, key=lambda skipped: skipped.count).tell()
     chats = read_chats(plan, work, tokenizer, config.vocab_size) if plan.sft_steps else None
+    nbytes = rows.stat().st_size + sum(held.nbytes for held in chats or ())
     parameters = empty_model(config).num_parameters()
-    nbytes = rows_NS.nbytes + sum(rows.nbytes for rows in chats or ())
     work.reserve(parameters, plan.phases, nbytes, plan.dtype.itemsize)
     return TrainingSetup(
         model=_load_or_initialize(plan, config).to(plan.device),
         tokenizer=tokenizer,
         kept=kept,
         rule=rule,
-        rows_NS=rows_NS,
+        rows=rows,
+        corpus_tokens=open_rows(rows, plan.seq_len).size,
         calibration=calibration,
         held_out=held_out,
         chats=chats,
         openings=openings,
     )
+
+
+def planned_config(plan: SparsifyPlan) -> Any:
+    """Return the config of the model to train; of a preset, with the largest vocabulary."""
+    if plan.checkpoint is not None:
+        return plan.checkpoint.config
+    assert plan.preset is not None
+    return _llama_config(plan.preset, plan.preset.vocab_size, plan.seq_len)
+
+
+def sparse_rule(config: Any) -> ActivationRule:
+    """Return the activation that replaces a model's own."""
+    return ActivationRule("drelu" if activation_name(config) == "drelu" else "relu")
 
 
 def _load_or_initialize(plan: SparsifyPlan, config: Any) -> Any:
@@ -235,12 +250,12 @@ def _training_rows(
     tokenizer: Tokenizer,
     vocabulary: int,
     skipped: SkippedRows,
-) -> np.ndarray[Any, Any]:
+) -> Path:
     path = rows_file(work.path, vocabulary)
     if not path.is_file():
         docs = _train_documents(plan, skipped)
         pack_documents(docs, tokenizer, path, plan.seq_len, plan.tokens, vocabulary, skipped)
-    return open_rows(path, plan.seq_len)
+    return path
 
 
 def _train_documents(plan: SparsifyPlan, skipped: SkippedRows) -> Iterator[Document]:

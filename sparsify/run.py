@@ -21,13 +21,12 @@ from typing import Any
 import lightning as L
 import torch
 
-from sparsecast.core.distributed import int_from_environment
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_new_folder, new_folder, write_json
 from sparsecast.core.lock import lock_folder
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
-from sparsecast.core.models.loading import max_positions, set_activation
+from sparsecast.core.models.loading import max_positions, pick_device, set_activation
 from sparsecast.sparsify.card import write_card
 from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.choose_threshold import Tried, choose_activation
@@ -41,6 +40,8 @@ from sparsecast.sparsify.prepare import TrainingSetup, prepare
 from sparsecast.sparsify.samples import Sample, choose_prompts, continue_prompts
 from sparsecast.sparsify.save import check_saved, write_model
 from sparsecast.sparsify.training.curve_table import CURVES, copy_curves, read_tables
+from sparsecast.sparsify.training.fit import follow
+from sparsecast.sparsify.training.team import team
 from sparsecast.sparsify.work_folder import (
     FACTS,
     WorkFolder,
@@ -57,20 +58,31 @@ def sparsify(cfg: SparsifyConfig) -> Path:
     options is kept. Before the folder gets its name, the saved model is loaded and compared with
     the measured one.
 
-    Memory: 16 bytes per parameter (float32 weights, gradients, two AdamW moments) and the
-    activations of one step, on one device. The tokens of the corpus stay on disk.
+    Started by torchrun, its processes share weights, gradients, moments and the sequences of every
+    step equally; process 0 alone measures and saves.
+
+    Memory per device of N: 16 / N bytes per parameter (float32 weights, gradients, two AdamW
+    moments), the gathered weights of a decoder layer and of embedding and head, the activations of
+    `micro_batch` sequences, and about 1 GB of logits. A 7B takes 112 / N GB before activations.
+    When it measures, process 0 holds the whole model in float32, 28 GB for a 7B; when it writes a
+    checkpoint, 16 bytes per parameter in main memory. The tokens of the corpus stay on disk.
 
     Raises:
         InputError: The model or corpus does not exist, or the family is not supported; `cfg.out`
-            holds a model or an unfinished run with other options, or another run writes to it;
-            the disk is too small; or training diverges.
+            holds a model or an unfinished run with other options, or another run writes to it; the
+            number of processes does not divide the sequences of a step; the disk is too small; or
+            training diverges.
     """
-    if (size := int_from_environment("WORLD_SIZE", 1, least=1)) > 1:
-        raise InputError(
-            f"sparsify runs in one process, but torchrun has started {size}; start it without"
-        )
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    plan = make_plan(cfg)
+    with team() as joined:
+        if joined.context.leads:
+            return _lead(make_plan(cfg, joined))
+        follow(joined, pick_device(joined.context.device(cfg.device)))
+        return Path(os.path.realpath(cfg.out))
+
+
+def _lead(plan: SparsifyPlan) -> Path:
+    """Run the stage; other processes take part in the training alone."""
     out = plan.out
     if is_finished(out, plan.options):
         shutil.rmtree(work_path(out), ignore_errors=True)
@@ -169,7 +181,7 @@ def _facts(
         "model_type": setup.model.config.model_type,
         "tokens": plan.tokens,
         "corpus": publishable_name(plan.corpus),
-        "corpus_tokens": setup.rows_NS.size,
+        "corpus_tokens": setup.corpus_tokens,
         "target_sparsity": plan.target,
         "max_perplexity_increase": plan.max_increase,
         "l1": plan.l1,

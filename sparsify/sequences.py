@@ -136,39 +136,52 @@ def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [got.ids for got in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-class Batches(torch.utils.data.IterableDataset[Tensor]):
+class Batches(torch.utils.data.IterableDataset[Any]):
     """Endless (B, S) int64 batches on the CPU, starting at step `first`.
 
-    Each epoch is a seeded permutation, so the batch of a step depends only on the seed and the
-    step, and a resumed run sees the batches of an uninterrupted one.
+    Args:
+        path: A file of `pack_documents`.
+        batch_size: Sequences per step, over all processes.
     """
 
     def __init__(
-        self, rows_NS: np.ndarray[Any, Any], batch_size: int, seed: int, first: int = 0
+        self, path: Path, seq_len: int, batch_size: int, seed: int, first: int = 0
     ) -> None:
-        self._rows_NS = rows_NS
-        self._batch_size = batch_size
-        self._seed = seed
-        self.first = first
+        self._path = path
+        self._seq_len = seq_len
+        self._choice = batch_size, seed, first
+        self._part = 0, 1
+
+    def take_part(self, rank: int, size: int) -> None:
+        """Yield the sequences of one of `size` processes, a divisor of the batch size."""
+        self._part = rank, size
 
     def __iter__(self) -> Iterator[Tensor]:
-        n_rows = len(self._rows_NS)
-        place = self.first * self._batch_size
-        while True:
-            take: list[Tensor] = []
-            need = self._batch_size
-            while need:
-                epoch, offset = divmod(place, n_rows)
-                chosen = self._order(epoch)[offset : offset + need]
-                take.append(chosen)
-                need -= len(chosen)
-                place += len(chosen)
-            index_B = torch.cat(take).numpy()
-            yield torch.from_numpy(self._rows_NS[index_B].astype(np.int64))
+        rows_NS = open_rows(self._path, self._seq_len)
+        for index_B in places(len(rows_NS), *self._choice, *self._part):
+            yield torch.from_numpy(rows_NS[index_B.numpy()].astype(np.int64))
 
-    def _order(self, epoch: int) -> Tensor:
-        if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._permutation = torch.randperm(len(self._rows_NS), generator=generator)
-            self._epoch = epoch
-        return self._permutation
+
+def places(
+    n_rows: int, batch_size: int, seed: int, first: int, rank: int, size: int
+) -> Iterator[Tensor]:
+    """Yield the (B,) rows of each step from `first` on, without end.
+
+    Each epoch is a seeded permutation, so the batch of a step depends only on the seed and the
+    step, and a resumed run sees the batches of an uninterrupted one. Each of `size` processes gets
+    its part of the batch.
+    """
+    assert batch_size % size == 0
+    place, drawn = first * batch_size, -1
+    while True:
+        take: list[Tensor] = []
+        need = batch_size
+        while need:
+            epoch, offset = divmod(place, n_rows)
+            if epoch != drawn:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order, drawn = torch.randperm(n_rows, generator=generator), epoch
+            take.append(order[offset : offset + need])
+            need -= len(take[-1])
+            place += len(take[-1])
+        yield torch.cat(take).chunk(size)[rank]

@@ -44,18 +44,23 @@ class WorkFolder:
         return any(self.path.glob("*.pt")) or any(self.path.glob("*.ckpt"))
 
     def reserve(self, parameters: int, phases: int, rows: int, saved_bytes: int) -> None:
-        """Compute the disk space that the run needs and refuse a disk that is too small.
-
-        Each phase leaves weights and two AdamW moments in float32, and the current checkpoint is
-        as large.
-
-        Args:
-            rows: Bytes of the training sequences.
-            saved_bytes: Of a parameter in the finished model.
-        """
-        self.needs = 12.0 * parameters * (phases + 1) + rows + saved_bytes * parameters
+        """Compute the disk space that the run needs and refuse a disk that is too small."""
+        self.needs = disk_needed(parameters, phases, rows, saved_bytes)
         there = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
         check_disk_space(self.path.parent, int(self.needs) - there, "the run")
+
+
+def disk_needed(parameters: int, phases: int, rows: int, saved_bytes: int) -> float:
+    """Return the bytes of disk that a run takes.
+
+    Each phase leaves weights and two AdamW moments in float32, and the current checkpoint is as
+    large.
+
+    Args:
+        rows: Bytes of the training sequences.
+        saved_bytes: Of a parameter in the finished model.
+    """
+    return 12.0 * parameters * (phases + 1) + rows + saved_bytes * parameters
 
 
 def is_finished(out: Path, options: dict[str, Any]) -> bool:

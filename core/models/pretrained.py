@@ -87,6 +87,15 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
+def random_model(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """Build the causal LM of a config with random weights, in float32."""
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+    return cast(PreTrainedModel, model)
+
+
 def load_pretrained_tokenizer(folder: Path, kind: Any = AutoTokenizer) -> Any:
     """transformers' tokenizer of a folder: of the class `kind`, or of the one that its files name.
 

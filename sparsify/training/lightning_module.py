@@ -1,12 +1,12 @@
-"""The Lightning module of ProSparse: language modeling loss plus a progressive L1 term on x1.
+"""The Lightning module: language modeling loss, plus ProSparse's L1 term or a threshold's term.
 
     loss = cross entropy + lambda(t) * sum over layers of mean |x1|
 
-The mean is over tokens and neurons, so that the term does not grow with the batch, the length of
-its sequences or the width of the FFN; the sum, so that a layer's share does not shrink with the
-number of layers. ProSparse's paper does not say over what it reduces the norm, so its lambdas
-cannot be used here: the last one is an option, and the published ones give the others relative to
-it.
+With a raised threshold lambda is 0, and the threshold's module names the term. The mean is over
+tokens and neurons, so that the term does not grow with the batch, the length of its sequences or
+the width of the FFN; the sum, so that a layer's share does not shrink with the number of layers.
+ProSparse's paper does not say over what it reduces the norm, so its lambdas cannot be used here:
+the last one is an option, and the published ones give the others relative to it.
 
 Shape letters: B batch, S sequence, L layers.
 """
@@ -16,11 +16,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sparsecast.core.models.families import family_of
@@ -67,6 +70,9 @@ class SparsifyModule(L.LightningModule):
     """(2 + L,), of the last step: NLL, the sum of the mean |x1|, and shares of zeros in x1."""
     l1_weight: float
     """lambda(t) of the last step."""
+    _sharded = False
+    """Whether `_measured` alone has the weights at hand."""
+    _gates_K: Tensor
 
     def __init__(
         self,
@@ -74,6 +80,8 @@ class SparsifyModule(L.LightningModule):
         phase: Phase,
         optimizer_state: dict[str, Any] | None = None,
         compile: bool = False,
+        micro_batch: int | None = None,
+        checkpoint_activations: bool = False,
         raised: RaisedThreshold | None = None,
     ) -> None:
         super().__init__()
@@ -81,29 +89,38 @@ class SparsifyModule(L.LightningModule):
         self.phase = phase
         self.raised = raised
         self._optimizer_state = optimizer_state
-        self._x1_means: list[Tensor] = []
-        self._x1_zeros: list[Tensor] = []
+        self._micro_batch = micro_batch
+        self._x1: list[tuple[Tensor, Tensor]] | None = None
+        """Of each layer the mean |x1| and the share of zeros, during a forward pass."""
         family = family_of(model.config, "model")
+        self._layers: list[Any] = list(family.decoder_layers(model))
         self._handles = [
             layer.get_submodule(family.x1_reader).register_forward_pre_hook(self._on_x1)
-            for layer in family.decoder_layers(model)
+            for layer in self._layers
         ]
+        self._checkpointed = self._layers if checkpoint_activations else []
+        for layer in self._checkpointed:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self._measured = torch.compile(self._forward) if compile else self._forward
 
     def remove_hooks(self) -> None:
-        """Remove the forward hooks, which would keep later autograd graphs in memory."""
+        """Leave the model as it was; hooks would keep later autograd graphs in memory."""
         for handle in self._handles:
             handle.remove()
+        for layer in self._checkpointed:
+            del layer.forward
 
     def _on_x1(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         x1 = args[0]
-        self._x1_means.append(x1.abs().mean(dtype=torch.float32))
-        self._x1_zeros.append((x1.detach() == 0).float().mean())
+        # A recomputation must repeat every operation, but what it measures is known already.
+        measured = x1.abs().mean(dtype=torch.float32), (x1.detach() == 0).float().mean()
+        if self._x1 is not None:
+            self._x1.append(measured)
 
     def _forward(
         self, ids_BS: Tensor, labels_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Compute the mean NLL, and of each layer the mean |x1| and the share of zeros in x1.
+        """Compute the summed NLL, and of each layer the mean |x1| and the share of zeros in x1.
 
         With a raised threshold also the sum over layers of its term, and gates of all layers.
 
@@ -111,35 +128,72 @@ class SparsifyModule(L.LightningModule):
             labels_BS: What each place should hold, -100 where there is no loss. Unset: the ids.
         """
         labels_BS = ids_BS if labels_BS is None else labels_BS
-        self._x1_means, self._x1_zeros = [], []
+        self._x1 = []
         if self.raised is not None:
             self.raised.records = []
         hidden_BSD = self.model.base_model(ids_BS[:, :-1], use_cache=False).last_hidden_state
-        target_BS = labels_BS[:, 1:]
-        targets = (target_BS != IGNORED).sum().clamp(min=1)
-        nll = summed_nll(hidden_BSD, head_of(self.model), target_BS) / targets
-        about_gates = None
-        if self.raised is not None:
-            about_gates = self.raised.recorded()
-        return nll, torch.stack(self._x1_means), torch.stack(self._x1_zeros), about_gates
+        means, zeros = zip(*self._x1, strict=True)
+        self._x1 = None
+        about_gates = None if self.raised is None else self.raised.recorded()
+        nll = summed_nll(hidden_BSD, head_of(self.model), labels_BS[:, 1:])
+        return nll, torch.stack(means), torch.stack(zeros), about_gates
 
     def training_step(self, batch: Tensor | Sequence[Tensor], _: int) -> Tensor:
         """Compute the loss of a batch of ids, or of ids and labels."""
-        parts = (batch,) if isinstance(batch, Tensor) else batch
-        nll, l1_L, zeros_L, about_gates = self._measured(*parts)
-        l1 = l1_L.sum()
-        self.l1_weight = weight = self.phase.l1_at(self.global_step)
-        loss = nll + weight * l1
-        if self.raised is not None and about_gates is not None:
-            below, gates_K = about_gates
-            loss = loss + BELOW_WEIGHT * below
-            self.raised.move(self.global_step, gates_K, zeros_L.mean())
-        self.measured = torch.cat([torch.stack([nll, l1]), zeros_L]).detach()
+        whole = [batch] if isinstance(batch, Tensor) else list(batch)
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        size = len(whole[0])
+        *earlier, last = zip(
+            *(torch.split(x, self._micro_batch or size) for x in whole), strict=True
+        )
+        targets = self._average((whole[-1][:, 1:] != IGNORED).sum().float()).clamp(min=1)
+        value = measured = torch.zeros((), device=whole[0].device)
+        for part in earlier:
+            loss, of_part = self.loss(part, targets, len(part[0]) / size)
+            value, measured = value + loss.detach(), measured + of_part
+            with torch.autocast(self.device.type, enabled=False):
+                torch.autograd.backward(loss)
+        loss, of_part = self.loss(last, targets, len(last[0]) / size)
+        self.measured = self._average(measured + of_part)
+        if self.raised is not None:
+            self.raised.move(self.global_step, self._gates_K, self.measured[2:].mean())
         if self.global_step % 50 == 0:
-            self.log("nll", nll.detach(), prog_bar=True)
-            self.log("mean |x1|", l1.detach(), prog_bar=True)
-            self.log("sparsity", zeros_L.mean(), prog_bar=True)
-        return loss
+            self.log("nll", self.measured[0], prog_bar=True)
+            self.log("mean |x1|", self.measured[1], prog_bar=True)
+            self.log("sparsity", self.measured[2:].mean(), prog_bar=True)
+        total = self._average(value + loss.detach())
+        return loss + (total - loss).detach()  # the value of all parts, the gradient of the last
+
+    def loss(self, part: Sequence[Tensor], targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Return a part's share of the loss of a step, and of `measured`, without gradient.
+
+        Args:
+            part: Ids, and labels if not every token has a loss.
+            targets: () tokens of the whole step that have one, the mean over processes.
+            share: The part's share of the sequences of this process.
+        """
+        nll, l1_L, zeros_L, about_gates = self._measured(*part)
+        nll, l1 = nll / targets, share * l1_L.sum()
+        self.l1_weight = self.phase.l1_at(self.global_step)
+        loss = nll + self.l1_weight * l1
+        if about_gates is not None:
+            below, self._gates_K = about_gates
+            loss = loss + BELOW_WEIGHT * share * below
+        return loss, torch.cat([torch.stack([nll, l1]), share * zeros_L]).detach()
+
+    @torch.no_grad()
+    def mean_nll(self, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """Compute the mean NLL of the labels that are not -100, the same on all processes."""
+        run = self._measured if self._sharded else self._forward
+        return run(ids_BS, labels_BS)[0] / (labels_BS[:, 1:] != IGNORED).sum()
+
+    def _average(self, values: Tensor) -> Tensor:
+        """Return the mean of measured values over the processes."""
+        return values
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the gradients of a step's first forward passes."""
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         # Lightning refuses to clip with fused optimizers, although bf16 needs no unscaling.
@@ -152,11 +206,9 @@ class SparsifyModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             groups, lr=self.phase.lr, betas=(0.9, 0.95), fused=self.device.type == "cuda"
         )
-        if self._optimizer_state is not None:
-            # AdamW updates its state in place, and the next branch starts from the same state.
-            optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] = self.phase.lr
+        self._restore(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = self.phase.lr
 
         def share(step: int) -> float:
             p = self.phase
@@ -167,3 +219,9 @@ class SparsifyModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        """Go on with the optimizer's state of the phase before."""
+        if self._optimizer_state is not None:
+            # AdamW updates its state in place, and the next branch starts from the same state.
+            optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))

@@ -130,15 +130,28 @@ def test_a_file_that_is_not_complete_has_no_name(tokenizer, pack, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_epoch_draws_all_rows_once_and_a_later_start_goes_on(tokenizer, pack):
+def test_every_epoch_draws_all_rows_once_and_a_later_start_goes_on(tokenizer, pack, tmp_path):
     rows = pack(DOCS, tokenizer, seq_len=9)
-    steps = len(rows)
+    steps, path = len(rows), rows_file(tmp_path, 512)
 
-    batches = list(islice(Batches(rows, 2, seed=5), 2 * steps))
-    later = next(iter(Batches(rows, 2, seed=5, first=steps + 1)))
+    batches = list(islice(Batches(path, 9, 2, seed=5), 2 * steps))
+    later = next(iter(Batches(path, 9, 2, seed=5, first=steps + 1)))
 
     drawn = torch.cat(batches).view(4, len(rows), 9)
     for epoch in drawn:
         assert sorted(epoch.tolist()) == sorted(rows.tolist())
     assert not torch.equal(drawn[0], drawn[1])
     assert torch.equal(later, batches[steps + 1])
+
+
+def test_processes_share_the_batches_of_one(tokenizer, pack, tmp_path):
+    pack(DOCS, tokenizer, seq_len=9)
+    path = rows_file(tmp_path, 512)
+    whole = list(islice(Batches(path, 9, 6, seed=5), 4))
+    parts = [Batches(path, 9, 6, seed=5) for _ in range(3)]
+    for rank, part in enumerate(parts):
+        part.take_part(rank, 3)
+
+    shares = zip(*(islice(part, 4) for part in parts), strict=True)
+
+    assert all(torch.equal(torch.cat(s), w) for s, w in zip(shares, whole, strict=True))

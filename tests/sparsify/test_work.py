@@ -116,13 +116,6 @@ def test_a_second_run_into_one_folder_is_told_so(dense, options, tmp_path):
         sparsify(options(model=str(dense())))
 
 
-def test_several_processes_of_torchrun_are_refused(options, dense, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-
-    with pytest.raises(InputError, match="torchrun has started 2"):
-        sparsify(options(model=str(dense())))
-
-
 @pytest.mark.parametrize("kind", ["-", "fifo"])
 def test_a_corpus_that_can_be_read_once_is_refused(dense, options, tmp_path, kind):
     if kind == "fifo":
