@@ -155,6 +155,10 @@ class SparsifyConfig:
     eval_tokens: int = 200_000
     """Tokens per split (calibration and held-out) that scores are measured on."""
 
+    dry_run: bool = False
+    """Print parameters, memory per device, disk and time, the latter from a few steps on this
+    device. Nothing is trained or written."""
+
     device: str = "auto"
     """auto, cpu or cuda."""
 

@@ -195,7 +195,7 @@ def activation_name(config: PreTrainedConfig) -> Any:
 
 def _shared_options(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
     resolved = ("out", "model", "tokens", "sft_tokens", "l1", "lr")
-    free_to_change = ("device", "compile", "micro_batch", "checkpoint_activations")
+    free_to_change = ("device", "compile", "micro_batch", "checkpoint_activations", "dry_run")
     left_out = {*resolved, *free_to_change}
     options = {name: v for name, v in asdict(cfg).items() if name not in left_out}
     return options | {

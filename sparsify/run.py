@@ -31,6 +31,7 @@ from sparsecast.sparsify.card import write_card
 from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.choose_threshold import Tried, choose_activation
 from sparsecast.sparsify.config import SparsifyConfig
+from sparsecast.sparsify.dry_run import show_forecast
 from sparsecast.sparsify.figure import FIGURE, write_figure
 from sparsecast.sparsify.fine_tuning import fine_tune
 from sparsecast.sparsify.measure import Score, score
@@ -54,6 +55,8 @@ from sparsecast.sparsify.work_folder import (
 def sparsify(cfg: SparsifyConfig) -> Path:
     """Train a sparse model, save it under `cfg.out`, and return that folder.
 
+    With `cfg.dry_run` it prints what the run will take, and writes nothing.
+
     An interrupted run resumes from `.<out>.work` beside `cfg.out`. A finished model with the same
     options is kept. Before the folder gets its name, the saved model is loaded and compared with
     the measured one.
@@ -76,7 +79,11 @@ def sparsify(cfg: SparsifyConfig) -> Path:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     with team() as joined:
         if joined.context.leads:
-            return _lead(make_plan(cfg, joined))
+            plan = make_plan(cfg, joined)
+            if cfg.dry_run:
+                show_forecast(plan)
+                return plan.out
+            return _lead(plan)
         follow(joined, pick_device(joined.context.device(cfg.device)))
         return Path(os.path.realpath(cfg.out))
 

@@ -1,0 +1,103 @@
+"""What is forecast is what training then takes, and a forecast leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparsecast.core.distributed import DistributedContext
+from sparsecast.sparsify import dry_run
+from sparsecast.sparsify.dry_run import forecast
+from sparsecast.sparsify.plan import make_plan
+from sparsecast.sparsify.run import sparsify
+from sparsecast.sparsify.training.team import Team
+
+
+def plan_of(cfg, processes=1):
+    return make_plan(cfg, Team(DistributedContext(0, processes)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_stays_in_memory_is_the_sum_over_parameters(dense, options, tied):
+    source = dense(num_hidden_layers=3, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad)]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+
+    found = forecast(plan_of(options(model=str(source))))
+
+    assert found.persistent == sum(tensor.nbytes for tensor in tensors)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert (found.steps, found.tokens) == (4, 256)
+    assert found.gathered == 0
+
+
+def test_several_processes_share_it(dense, options):
+    source = str(dense(num_hidden_layers=3))
+    cfg = options(model=source, batch_tokens=128)
+
+    one, four = forecast(plan_of(cfg)), forecast(plan_of(cfg, 4))
+
+    assert four.persistent == one.persistent // 4
+    assert four.activations < one.activations
+    assert 0 < four.gathered < one.persistent
+    assert four.disk == one.disk
+
+
+def test_activations_of_two_layers_tell_those_of_all(dense, options, monkeypatch):
+    cfg = options(model=str(dense(num_hidden_layers=4)), micro_batch=1)
+    measure, measured = dry_run._measure, []
+
+    def kept(*args):
+        measured.append(measure(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(dry_run, "_measure", kept)
+    found = forecast(plan_of(cfg))
+    plan = plan_of(cfg)
+    whole = measure(plan, plan.checkpoint.config, 4, 1)
+
+    assert found.activations == whole.saved
+    assert found.activations > 4 * 32 * 16 * 4  # a hidden state per layer
+    assert measured[0].at(4, measured[1]).parameters == whole.parameters == found.parameters
+
+
+def test_smaller_passes_and_recomputed_layers_take_less(dense, options):
+    source = str(dense(num_hidden_layers=4))
+
+    plain, parts, again = (
+        forecast(plan_of(options(model=source, **changes))).activations
+        for changes in ({}, {"micro_batch": 1}, {"checkpoint_activations": True})
+    )
+
+    assert parts < plain
+    assert again < plain
+
+
+def test_nothing_is_written(dense, options, tmp_path, capsys):
+    source = dense()
+    before = sorted(tmp_path.rglob("*"))
+
+    sparsify(options(model=str(source), dry_run=True))
+
+    assert sorted(tmp_path.rglob("*")) == before
+    told = " ".join(capsys.readouterr().err.split())
+    assert "nothing is trained or written" in told
+    assert "parameters 18,736" in told
+    assert "weights, gradients, moments 300 kB" in told
+    assert "measured on this device" in told
+
+
+def test_a_micro_batch_that_does_not_fit_is_said(dense, options, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(dry_run, "_measure", full)
+
+    sparsify(options(model=str(dense()), dry_run=True))
+
+    assert "choose a --micro-batch" in " ".join(capsys.readouterr().err.split())
