@@ -230,5 +230,5 @@ def _time(found: Forecast, plan: SparsifyPlan) -> str:
     compiled = ", not compiled" if plan.compile else ""
     return (
         f"{timedelta(seconds=round(found.seconds))}, from steps of one and of two decoder layers "
-        f"measured on this device{compiled}; without {' and '.join(without)}"
+        f"measured on this device{compiled}; without {', '.join(without)}"
     )

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -112,6 +114,30 @@ def test_under_autocast_products_are_in_bfloat16_and_the_softmax_is_not():
     for mine, its in zip(found[1:], meant[1:], strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, its, rtol=0.02, atol=0.02 * float(its.abs().max()))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation's result has, forward and backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **kwargs or {})
+        tensors = [value for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        return found
+
+
+def test_no_tensor_holds_the_logits_of_all_tokens(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 5 * V)
+    hidden_BSD = torch.randn(4, 25, 2, requires_grad=True)
+    weight_VD = torch.randn(V, 2, requires_grad=True)
+
+    with Largest() as largest:
+        summed_nll(hidden_BSD, Head(weight_VD, 2.0, 3.0), torch.randint(V, (4, 25))).backward()
+
+    assert largest.numel == max(5 * V, hidden_BSD.numel())
+    assert largest.numel < 100 * V
 
 
 def test_it_compiles_without_a_graph_break():
