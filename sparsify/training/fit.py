@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import threading
 import warnings
@@ -49,6 +50,8 @@ from sparsecast.sparsify.work_folder import Diverged, WorkFolder
 CHECKPOINT_STEPS = 500
 LOSS_CHECK_STEPS = 50
 """Steps between two checks of the loss; each check waits for the device."""
+LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe")
+"""What gloo says of a process that has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +212,10 @@ def _fit(
     except SystemExit as ended:  # Lightning turns an interrupt into this
         if isinstance(ended.__context__, KeyboardInterrupt):
             raise interrupt_like(ended) from ended
+        raise
+    except RuntimeError as error:
+        if context.size > 1 and LOST.search(str(error)):
+            raise SystemExit(1) from error  # the process that failed has said why
         raise
     finally:
         module.remove_hooks()

@@ -201,7 +201,8 @@ def test_a_process_that_fails_in_its_first_step_leaves_nothing(arguments, dense,
     done = torchrun(args, FAIL.replace("WHICH", "'1'"), tmp_path)
 
     assert done.returncode == 1
-    assert "no memory on this one" in done.stderr
+    assert "rank 1: sparsify failed: no memory on this one" in done.stderr
+    assert done.stderr.count("sparsify failed") == 1
     assert list(folder.iterdir()) == []
 
     done = torchrun(args, "", tmp_path)
@@ -220,7 +221,8 @@ def test_a_leading_process_that_fails_leaves_nothing_and_ends_the_others(
     )
 
     assert codes == [1, 1]
-    assert "no memory on this one" in errors[0]
+    assert "sparsify failed: no memory on this one" in errors[0]
+    assert "failed" not in errors[1]
     assert list(folder.iterdir()) == []
 
 
