@@ -266,3 +266,56 @@ def test_the_card_shows_the_page(dense, options):
 
     assert (out / "curves" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "](curves/curves.png)" in (out / "README.md").read_text()
+
+
+RANKS = """
+import os
+from pathlib import Path
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+from sparsecast.core.lightning import cluster_environment
+from sparsecast.sparsify.training import curves
+from sparsecast.sparsify.training.lightning_module import Phase, SparsifyModule
+
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+curves.ROWS, curves.MOST_STEPS = 1, 2
+torch.manual_seed(1)
+sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, hidden_act="relu"))
+batches = torch.randint(64, (5, 4, 2)).chunk(size, 1)[rank]
+phase = Phase(name="p", start=10, stop=15, l1=1.0, lr=1e-2, warmup=1, decay_from=15)
+trainer = L.Trainer(
+    accelerator="cpu",
+    devices=size,
+    strategy="ddp" if size > 1 else "auto",
+    max_steps=5,
+    logger=False,
+    enable_checkpointing=False,
+    use_distributed_sampler=False,
+    plugins=[cluster_environment()],
+    callbacks=[curves.Curves(Path(os.environ["FOLDER"]), phase, 8)],
+)
+trainer.fit(SparsifyModule(model, phase), DataLoader(list(batches), batch_size=None))
+os._exit(0)
+"""
+
+
+def test_two_processes_write_the_curves_of_one(ranks_forked, tmp_path):
+    """Each has half of every batch; neurons are dead that fire in neither half."""
+    tables = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        code = f"os.environ['FOLDER'] = {str(folder)!r}\n{RANKS}"
+        for process in ranks_forked(count, [], code):
+            _, told = process.communicate()
+            assert process.returncode == 0, told
+        tables.append(rows_of(folder / "p.csv"))
+        assert len(events_of(folder / "tensorboard" / "p")["loss"]) == 3
+
+    alone, both = tables
+    assert [row["step"] for row in both] == [12, 14, 15]
+    for a, b in zip(alone, both, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert alone[-1]["dead_0"] > 0
