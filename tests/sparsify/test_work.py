@@ -17,6 +17,7 @@ from sparsecast.core import disk, lightning
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
 from sparsecast.sparsify import run
+from sparsecast.sparsify.plan import make_plan
 from sparsecast.sparsify.run import sparsify
 from sparsecast.sparsify.training import fit
 
@@ -274,3 +275,14 @@ def test_a_fixed_l1_that_silences_everything_is_a_result(dense, options, monkeyp
     assert held_out["fixed L1"]["sparsity"] == 1
     assert held_out["ProSparse before the shift"]["sparsity"] < 1
     assert "no neuron of fixed L1 fires any more" in capsys.readouterr().err
+
+
+def test_disk_is_reserved_for_every_training(options, monkeypatch, tmp_path):
+    cfg = options(preset="micro", baselines=True, lr=None)
+    _interrupt(monkeypatch, "write_model")
+
+    with pytest.raises(KeyboardInterrupt):
+        sparsify(cfg)
+
+    finished = list((tmp_path / ".out.work").glob("*.pt"))
+    assert len(finished) == make_plan(cfg).phases == 5
