@@ -84,7 +84,7 @@ def copy_curves(work: Path, folder: Path) -> None:
     shutil.copytree(work, folder)
     for phase in (folder / TENSORBOARD).iterdir():
         for number, path in enumerate(sorted(phase.iterdir())):
-            path.rename(path.with_name(f"events.out.tfevents.{number}"))
+            path.rename(path.with_name(f"events.out.tfevents.{number:04}"))
 
 
 def _row(line: dict[str, str]) -> Row:

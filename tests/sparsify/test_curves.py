@@ -196,7 +196,7 @@ def test_event_files_do_not_name_the_machine(dense, options):
     out = sparsify(options(model=str(dense())))
 
     files = [path for path in (out / "curves" / "tensorboard").rglob("*") if path.is_file()]
-    assert [path.name for path in files] == ["events.out.tfevents.0"]
+    assert [path.name for path in files] == ["events.out.tfevents.0000"]
     assert socket.gethostname().encode() not in files[0].read_bytes()
 
 
