@@ -26,7 +26,7 @@ from sparsecast.core.files import check_new_folder, new_folder, write_json
 from sparsecast.core.lock import lock_folder
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
-from sparsecast.core.models.loading import max_positions, pick_device, set_activation
+from sparsecast.core.models.loading import max_positions, set_activation
 from sparsecast.sparsify.card import write_card
 from sparsecast.sparsify.chats import answer_perplexity
 from sparsecast.sparsify.choose_threshold import Tried, choose_activation
@@ -84,7 +84,7 @@ def sparsify(cfg: SparsifyConfig) -> Path:
                 show_forecast(plan)
                 return plan.out
             return _lead(plan)
-        follow(joined, pick_device(joined.context.device(cfg.device)))
+        follow(joined, cfg.device)
         return Path(os.path.realpath(cfg.out))
 
 

@@ -27,6 +27,7 @@ from sparsecast.core.lightning import (
     quiet_lightning,
 )
 from sparsecast.core.messages import log
+from sparsecast.core.models.loading import pick_device
 from sparsecast.core.torch_files import save_torch
 from sparsecast.sparsify.chats import AnswerBatches
 from sparsecast.sparsify.plan import SparsifyPlan
@@ -152,10 +153,11 @@ def _data(
     return Batches(setup.rows, plan.seq_len, plan.batch_size, plan.seed, first)
 
 
-def follow(team: Team, device: torch.device) -> None:
+def follow(team: Team, device_name: str) -> None:
     """Train what the leading process trains, until that is done or ends."""
     torch.set_float32_matmul_precision("high")
     while (task := team.context.share(None)) is not None:
+        device = pick_device(team.context.device(device_name))
         with suppress(Diverged, KeyboardInterrupt):  # the leading process has them too, and tells
             _fit(task, team, device, None, None)
         del task

@@ -226,13 +226,17 @@ def test_a_leading_process_that_fails_leaves_nothing_and_ends_the_others(
     assert list(folder.iterdir()) == []
 
 
-def test_bad_input_is_told_once_by_all_processes(run, arguments, dense, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"corpus": "/none.txt"}, "no such file"), ({"device": "cuda:99"}, "--device: ")],
+)
+def test_bad_input_is_told_once_by_all_processes(run, arguments, dense, tmp_path, changes, told):
     folder = tmp_path / "runs"
 
-    codes, errors = run(2, arguments(folder / "out", model=str(dense()), corpus="/none.txt"))
+    codes, errors = run(2, arguments(folder / "out", model=str(dense()), **changes))
 
     assert codes == [2, 0]
-    assert "no such file" in errors[0]
+    assert told in errors[0]
     assert errors[1] == ""
     assert not folder.exists() or list(folder.iterdir()) == []
 
