@@ -94,13 +94,17 @@ class SparsifyPlan:
         return others + 1 + self.baselines * (3 if self.target is None else 4)
 
 
-def make_plan(cfg: SparsifyConfig, team: Team) -> SparsifyPlan:
+def make_plan(cfg: SparsifyConfig, team: Team | None = None) -> SparsifyPlan:
     """Resolve the options and run every check that needs no corpus.
+
+    Args:
+        team: The processes that train; this one alone if unset.
 
     Raises:
         InputError: A corpus that can be read only once, a model that cannot be used, or a step that
             does not divide among the processes.
     """
+    team = team or Team()
     device = pick_device(team.context.device(cfg.device))
     if cfg.batch_size % team.context.size:
         raise InputError(

@@ -103,9 +103,9 @@ class RaisedThreshold(nn.Module):
 def _quantile(gates_K: Tensor, share: Tensor) -> Tensor:
     """Return the gate that `share` of the gates of all ranks lie below, or 0 if it is negative."""
     if distributed.is_initialized() and (ranks := distributed.get_world_size()) > 1:
-        everywhere_RK = gates_K.new_empty(ranks, len(gates_K))
-        distributed.all_gather_into_tensor(everywhere_RK, gates_K)
-        gates_K = everywhere_RK.flatten()
+        everywhere = gates_K.new_empty(ranks * len(gates_K))
+        distributed.all_gather_into_tensor(everywhere, gates_K)
+        gates_K = everywhere
     place = (share * (len(gates_K) - 1)).long()
     return gates_K.sort().values[place].clamp(min=0)
 

@@ -83,21 +83,28 @@ def nll_of_answers(model, ids, labels) -> list[float]:
     ]
 
 
-def test_the_loss_is_the_cross_entropy_over_answers_alone(model, monkeypatch):
+def test_the_loss_is_the_cross_entropy_over_answers_alone(model):
     rows = pack_chats(CHATS, 8).long()
     steps = {"start": 0, "stop": 9, "warmup": 0, "decay_from": 9}
     phase = Phase(name="p", **steps, l1=0.3, lr=1e-3, stages=None, answers=True)
     module = SparsifyModule(model, phase)
-    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    targets = torch.tensor(11.0)
 
-    loss = module.training_step([rows[:, 0], rows[:, 1]], 0)
+    whole, measured = module.loss([rows[:, 0], rows[:, 1]], targets, 1.0)
+    shares = [1 / len(rows), 1 - 1 / len(rows)]
+    parts = [
+        module.loss([part[:, 0], part[:, 1]], targets, share)[0]
+        for part, share in zip((rows[:1], rows[1:]), shares, strict=True)
+    ]
     _, l1_L, *_ = module._forward(rows[:, 0], rows[:, 1])
     module.remove_hooks()
 
     by_hand = [x for row in rows.tolist() for x in nll_of_answers(model, *row)]
     assert len(by_hand) == 11
     expected = sum(by_hand) / len(by_hand) + 0.3 * l1_L.sum().item()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert whole.item() == pytest.approx(expected, rel=1e-5)
+    assert sum(parts).item() == pytest.approx(expected, rel=1e-5)
+    assert measured[0].item() == pytest.approx(sum(by_hand) / 11, rel=1e-5)
 
 
 def test_answers_are_scored_behind_their_own_chat_alone(model, monkeypatch):
