@@ -94,6 +94,24 @@ class SparsifyPlan:
         return others + 1 + self.baselines * (3 if self.target is None else 4)
 
 
+def _check_shares(cfg: SparsifyConfig, team: Team) -> None:
+    if cfg.batch_size % team.context.size:
+        raise InputError(
+            f"--batch-tokens: a step has {cfg.batch_size} sequences of --seq-len {cfg.seq_len} "
+            f"tokens, which {team.context.size} processes cannot share equally; choose a multiple "
+            "of their number"
+        )
+
+
+def _check_corpora(cfg: SparsifyConfig) -> None:
+    for option, corpus in (("--corpus", cfg.corpus), ("--sft-corpus", cfg.sft_corpus)):
+        if corpus is not None and is_stream(corpus):
+            raise InputError(
+                f"{option} {corpus}: sparsify reads its corpus more than once, expected one that "
+                "can be; save it to a file"
+            )
+
+
 def make_plan(cfg: SparsifyConfig, team: Team | None = None) -> SparsifyPlan:
     """Resolve the options and run every check that needs no corpus.
 
@@ -106,18 +124,8 @@ def make_plan(cfg: SparsifyConfig, team: Team | None = None) -> SparsifyPlan:
     """
     team = team or Team()
     device = pick_device(team.context.device(cfg.device))
-    if cfg.batch_size % team.context.size:
-        raise InputError(
-            f"--batch-tokens: a step has {cfg.batch_size} sequences of --seq-len {cfg.seq_len} "
-            f"tokens, which {team.context.size} processes cannot share equally; choose a multiple "
-            "of their number"
-        )
-    for option, corpus in (("--corpus", cfg.corpus), ("--sft-corpus", cfg.sft_corpus)):
-        if corpus is not None and is_stream(corpus):
-            raise InputError(
-                f"{option} {corpus}: sparsify reads its corpus more than once, expected one that "
-                "can be; save it to a file"
-            )
+    _check_shares(cfg, team)
+    _check_corpora(cfg)
     eager = cfg.checkpoint_activations or team.context.size > 1
     checkpoint, tokenizer = (None, None) if cfg.model is None else _open(cfg.model, cfg.seq_len)
     if cfg.sft_corpus is not None and not getattr(tokenizer, "chat_template", None):

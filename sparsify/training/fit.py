@@ -104,12 +104,7 @@ def train_phase(
             raised.load_state_dict(saved["raised"])
         earlier: dict[str, Any] = saved["optimizer"]
         return earlier
-    step = 0
-    if last.is_file():
-        step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        log.info(f"{phase.name}: resuming at step {step:,}")
-    else:
-        log.info(f"{phase.name}: {phase.stop - phase.start:,} steps")
+    step = _steps_done(phase, last)
     if several:
         setup.model.to("cpu")
     parts = (setup.model, raised, guard)
@@ -142,6 +137,16 @@ def train_phase(
     save_torch(finished, done)
     last.unlink(missing_ok=True)
     return state
+
+
+def _steps_done(phase: Phase, last: Path) -> int:
+    """Return the steps that an interrupted start has done, and tell."""
+    if not last.is_file():
+        log.info(f"{phase.name}: {phase.stop - phase.start:,} steps")
+        return 0
+    step: int = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    log.info(f"{phase.name}: resuming at step {step:,}")
+    return step
 
 
 def _data(
@@ -198,13 +203,7 @@ def _fit(
         with stop_on_signal() as stop, quiet_lightning():
             # OPT's layers return views. Nothing writes into them, which FSDP2 warns about.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-            callbacks = [
-                *([TrainingBar(task.phase.name)] if context.leads else []),
-                Curves(task.curves, task.phase, task.step_tokens),
-                *([] if task.guard is None else [task.guard]),
-                _Checkpoints(task, team, stop),
-            ]
-            trainer = _trainer(task.phase, callbacks, team, device)
+            trainer = _trainer(task.phase, _callbacks(task, team, stop), team, device)
             trainer.fit(
                 module,
                 DataLoader(task.data, batch_size=None, pin_memory=device.type == "cuda"),
@@ -227,6 +226,15 @@ def _fit(
         state = whole_state(state, keep=context.leads)
     team.waiting = True
     return state
+
+
+def _callbacks(task: Task, team: Team, stop: StopFlag) -> list[Callback]:
+    """Return the callbacks; what changes the state of training comes before the checkpoints."""
+    found: list[Callback] = [TrainingBar(task.phase.name)] if team.context.leads else []
+    found.append(Curves(task.curves, task.phase, task.step_tokens))
+    if task.guard is not None:
+        found.append(task.guard)
+    return [*found, _Checkpoints(task, team, stop)]
 
 
 class _Checkpoints(Callback):

@@ -156,8 +156,6 @@ class SparsifyModule(L.LightningModule):
                 torch.autograd.backward(loss)
         loss, of_part = self.loss(last, targets, len(last[0]) / size)
         self.measured = self._average(measured + of_part)
-        if self.raised is not None:
-            self.raised.move(self.global_step, self._gates_K, self.measured[2:].mean())
         if self.global_step % 50 == 0:
             self.log("nll", self.measured[0], prog_bar=True)
             self.log("mean |x1|", self.measured[1], prog_bar=True)
@@ -191,6 +189,11 @@ class SparsifyModule(L.LightningModule):
     def _average(self, values: Tensor) -> Tensor:
         """Return the mean of measured values over the processes."""
         return values
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Move the threshold, which the backward pass has read."""
+        if self.raised is not None:
+            self.raised.move(self.global_step, self._gates_K, self.measured[2:].mean())
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Keep the gradients of a step's first forward passes."""

@@ -65,10 +65,17 @@ class ShardedModule(SparsifyModule):
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
         self._measured = root.__call__
+        self._reshard = root.reshard
         source = self._sources[0]
         full = {} if source is None else dict(source.named_parameters())
         for name, weight in self.model.named_parameters():
             spread(full.get(name), weight)
+
+    def mean_nll(self, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """Compute as in one process; FSDP2 would keep the root's weights for a backward pass."""
+        found = super().mean_nll(ids_BS, labels_BS)
+        self._reshard()
+        return found
 
     def _average(self, values: Tensor) -> Tensor:
         assert self.device_mesh is not None

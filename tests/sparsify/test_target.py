@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +18,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import load_model, set_activation
 from sparsecast.core.text.tokens import TokenBatch
-from sparsecast.sparsify import choose_threshold, phases
+from sparsecast.sparsify import choose_threshold, config, phases
 from sparsecast.sparsify.choose_threshold import meet_target
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score
@@ -205,6 +209,56 @@ def test_interrupted_it_ends_as_an_uninterrupted_run(options, monkeypatch, tmp_p
     assert a == b
     a, b = (load_model(str(out), device="cpu")[0].state_dict() for out in (whole, parts))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_compiled_step_trains_what_the_eager_one_trains(options, monkeypatch, tmp_path):
+    """Autograd sees the buffers that a compiled graph keeps, such as the threshold."""
+    changes = TRAINED | {"target_sparsity": 0.9, "tokens": 1_280}
+    eager = sparsify(options(**changes, out=tmp_path / "eager"))
+    make = fit.SparsifyModule
+    monkeypatch.setattr(
+        fit, "SparsifyModule", lambda *args, **kw: make(*args, **kw | {"compile": True})
+    )
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step: compiled(step, backend="aot_eager"))
+    out = sparsify(options(**changes, out=tmp_path / "compiled"))
+
+    a, b = (load_model(str(folder), device="cpu")[0].state_dict() for folder in (eager, out))
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+
+
+def test_two_processes_raise_the_threshold_of_one(options, tmp_path):
+    """Both sort the gates of both; the guard measures on both."""
+    changes = TRAINED | {"target_sparsity": 0.9, "max_perplexity_increase": 0.5}
+    one = sparsify(options(**changes, out=tmp_path / "one"))
+    cfg = options(**changes, out=tmp_path / "two")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import pickle, sys\n"
+        "from sparsecast.sparsify import config\n"
+        "from sparsecast.sparsify.run import sparsify\n"
+        "preset, cfg = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "config.PRESETS['micro'] = preset\n"
+        "sparsify(cfg)\n"
+    )
+    (tmp_path / "cfg.pkl").write_bytes(pickle.dumps((config.PRESETS["micro"], cfg)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ran = subprocess.run(
+        [*launch, str(script), str(tmp_path / "cfg.pkl")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+    a, b = (json.loads((out / "sparsify.json").read_text()) for out in (one, cfg.out))
+    assert b["threshold"] == pytest.approx(a["threshold"], rel=0.02)
+    for name in ("raised threshold", "as saved"):
+        mine, theirs = a["held_out"][name], b["held_out"][name]
+        assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-3)
+        assert theirs["sparsity"] == pytest.approx(mine["sparsity"], abs=2e-3)
 
 
 def _stop(*_args):
