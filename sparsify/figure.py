@@ -1,4 +1,4 @@
-"""Draw the curves of a run on one page: loss, lambda, sparsity, and sparsity of every layer."""
+"""Draw the curves of a run on one page: loss, lambda or threshold, sparsity, all layers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def draw_curves(tables: Mapping[str, Sequence[Row]], scores: Mapping[str, Score]
             rows = tables[name]
             tokens = [row.tokens for row in rows]
             loss.plot(tokens, _running_mean(rows), color=color[name], lw=1.2, label=name)
-            weight.plot(tokens, [row.weight for row in rows], color=color[name], lw=1.4)
+            steered = [row.threshold or row.weight for row in rows]
+            weight.plot(tokens, steered, color=color[name], lw=1.4)
+            wanted = [row.wanted or np.nan for row in rows]
+            sparsity.plot(tokens, wanted, color="black", lw=0.8, ls=":")
             sparsity.plot(tokens, [row.sparsity for row in rows], color=color[name], lw=1.4)
         for name in scores.keys() - tables.keys():
             end = tables[names[-1]][-1].tokens
@@ -65,7 +68,7 @@ def draw_curves(tables: Mapping[str, Sequence[Row]], scores: Mapping[str, Score]
         every = [row.loss for rows in tables.values() for row in rows]
         loss.set_ylim(top=float(np.nanquantile(every, 0.97)) * 1.02)  # cuts the first steps off
         loss.set(ylabel="loss (mean NLL, nats), running mean")
-        weight.set(ylabel="lambda")
+        weight.set(ylabel="lambda, or threshold with a target")
         sparsity.set(ylabel="sparsity, mean over layers", ylim=(-0.02, 1.02))
         _draw_layers(figure, layers, tables[names[-1]])
         layers.set_title(names[-1], fontsize=9)

@@ -3,6 +3,7 @@
     step, tokens        counted from the start of the run, pre-training included
     loss, l1            mean NLL in nats, and the sum over layers of the mean |x1|
     lambda, lr          weight of the L1 term and learning rate of that step
+    threshold, wanted   T and the share of zeros that is wanted from then on; 0 without a target
     sparsity            share of zeros in x1, the mean over layers
     sparsity_0, ...     the same of each layer
     dead_0, ...         neurons of each layer that fired for no token since the row before
@@ -39,6 +40,8 @@ class Row(NamedTuple):
     lr: float
     sparsity_L: Sequence[float]
     dead_L: Sequence[int]
+    threshold: float = 0.0
+    wanted: float = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -56,15 +59,16 @@ def begin_table(path: Path, layers: int, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
         kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
-    names = ["step", "tokens", "loss", "l1", "lambda", "lr", "sparsity"]
+    names = ["step", "tokens", "loss", "l1", "lambda", "lr", "threshold", "wanted", "sparsity"]
     names += [f"{name}_{layer}" for name in ("sparsity", "dead") for layer in range(layers)]
     write_text(path, ",".join(names) + "\n" + "".join(kept))
 
 
 def append_row(path: Path, row: Row) -> None:
     """Append a row, on the disk's side of a crash of this process."""
-    shares = (row.loss, row.l1, row.weight, row.lr, row.sparsity, *row.sparsity_L)
-    values = (row.step, row.tokens, *(f"{value:.6g}" for value in shares), *row.dead_L)
+    steering = (row.weight, row.lr, row.threshold, row.wanted)
+    measured = (row.loss, row.l1, *steering, row.sparsity, *row.sparsity_L)
+    values = (row.step, row.tokens, *(f"{value:.6g}" for value in measured), *row.dead_L)
     with path.open("a", encoding="utf-8") as file:
         file.write(",".join(map(str, values)) + "\n")
 
@@ -97,6 +101,8 @@ def _row(line: dict[str, str]) -> Row:
         lr=float(line["lr"]),
         sparsity_L=[float(value) for name, value in line.items() if name.startswith("sparsity_")],
         dead_L=[int(value) for name, value in line.items() if name.startswith("dead_")],
+        threshold=float(line["threshold"]),
+        wanted=float(line["wanted"]),
     )
 
 

@@ -108,12 +108,15 @@ class Curves(Callback):
         self._batches += 1
         step = trainer.global_step
         if step > self._written and (step % self._every == 0 or step == self._steps):
-            self._write(trainer, step, float(pl_module.l1_weight))
+            self._write(trainer, pl_module, step)
 
-    def _write(self, trainer: L.Trainer, step: int, weight: float) -> None:
+    def _write(self, trainer: L.Trainer, module: SparsifyModule, step: int) -> None:
+        weight, raised = float(module.l1_weight), module.raised
         sums, fired_LF = self._reduced(trainer)
         dead_L = (~fired_LF).sum(1)
-        loss, l1, *rest = torch.cat([sums / self._batches, dead_L]).tolist()
+        goal_2 = sums.new_zeros(2) if raised is None else raised.goal
+        values = torch.cat([goal_2, sums / self._batches, dead_L]).tolist()
+        goal, (loss, l1, *rest) = values[:2], values[2:]
         layers = len(dead_L)
         self._sums.zero_()
         self._fired_LF.zero_()
@@ -123,7 +126,7 @@ class Curves(Callback):
         step += self._phase.start
         tokens = step * self._step_tokens
         sparsity_L, dead = rest[:layers], [int(count) for count in rest[layers:]]
-        row = Row(step, tokens, loss, l1, weight, float(self._lr), sparsity_L, dead)
+        row = Row(step, tokens, loss, l1, weight, float(self._lr), sparsity_L, dead, *goal)
         append_row(self._table, row)
         for tag, value in _scalars(row):
             self._writer.add_scalar(tag, value, step)
@@ -146,6 +149,8 @@ def _scalars(row: Row) -> Iterator[tuple[str, float]]:
         "l1": row.l1,
         "lambda": row.weight,
         "lr": row.lr,
+        "threshold": row.threshold,
+        "wanted sparsity": row.wanted,
         "sparsity": row.sparsity,
     }.items()
     for layer, (sparsity, dead) in enumerate(zip(row.sparsity_L, row.dead_L, strict=True)):

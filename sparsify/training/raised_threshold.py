@@ -69,6 +69,11 @@ class RaisedThreshold(nn.Module):
         self.records: list[tuple[Tensor, Tensor]] | None = None
         """Of each layer the mean relu(g) [g < T] / T and some gates, during a forward pass."""
 
+    @property
+    def goal(self) -> Tensor:
+        """(2,) threshold and wanted share of zeros."""
+        return torch.stack([self.threshold, self.want])
+
     def recorded(self) -> tuple[Tensor, Tensor]:
         """End a forward pass; return its term's sum over layers, and gates of all layers."""
         assert self.records
