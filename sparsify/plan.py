@@ -206,7 +206,7 @@ def activation_name(config: PreTrainedConfig) -> Any:
 
 
 def _shared_options(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    resolved = ("out", "model", "tokens", "sft_tokens", "l1", "lr")
+    resolved = ("out", "model", "tokens", "sft_tokens", "target_sparsity", "l1", "lr")
     free_to_change = ("device", "compile", "micro_batch", "checkpoint_activations", "dry_run")
     left_out = {*resolved, *free_to_change}
     options = {name: v for name, v in asdict(cfg).items() if name not in left_out}
@@ -215,6 +215,7 @@ def _shared_options(cfg: SparsifyConfig, checkpoint: Checkpoint | None) -> dict[
         "sft_corpus": None if cfg.sft_corpus is None else _distinct_name(cfg.sft_corpus),
         "fingerprint": checkpoint.fingerprint if checkpoint else None,
         "steps": cfg.steps,
+        "target_sparsity": cfg.target,
         "l1": cfg.last_l1,
         "lr": cfg.peak_lr,
         "sft_steps": cfg.sft_steps or None,

@@ -286,6 +286,14 @@ def test_a_bound_that_cannot_be_kept_is_told(options, caplog, monkeypatch):
         assert "train on more tokens, or allow more" in caplog.text
 
 
+def test_a_finished_model_of_the_other_recipe_is_not_taken(options, dense):
+    """Both recipes have the same weight of the L1 term, given or by default."""
+    model = str(dense())
+    sparsify(options(model=model, l1=0.1))
+    with pytest.raises(InputError, match=r"target_sparsity was None, now 0\.85"):
+        sparsify(options(model=model, l1=None))
+
+
 @pytest.mark.parametrize("target", [0, 1, -0.1, 1.5])
 def test_a_target_is_a_share(tmp_path, target):
     with pytest.raises(InputError, match=r"--target-sparsity: must be in \(0, 1\)"):
