@@ -82,7 +82,7 @@ def train_all(
         result = _scored(branch.name, scores, setup)
         check_score(result, phase, plan.l1)
         on_branch(branch.name)
-        if branch.name == BEFORE and plan.target is not None and not setup.rule.on_up:
+        if branch.name == BEFORE and plan.target is not None:
             sweep(model, setup.calibration, plan.shift_tolerance)
             _scored(AFTER, scores, setup)
     return Trained(scores, 0.0 if raised is None else raised.threshold.item(), bound)

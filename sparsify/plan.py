@@ -127,7 +127,9 @@ def make_plan(cfg: SparsifyConfig, team: Team | None = None) -> SparsifyPlan:
     _check_shares(cfg, team)
     _check_corpora(cfg)
     eager = cfg.checkpoint_activations or team.context.size > 1
-    checkpoint, tokenizer = (None, None) if cfg.model is None else _open(cfg.model, cfg.seq_len)
+    checkpoint, tokenizer = None, None
+    if cfg.model is not None:
+        checkpoint, tokenizer = _open(cfg.model, cfg.seq_len, cfg.target)
     if cfg.sft_corpus is not None and not getattr(tokenizer, "chat_template", None):
         raise InputError(
             f"{cfg.model}: its tokenizer has no chat template, which --sft-corpus needs; add the "
@@ -166,7 +168,7 @@ def make_plan(cfg: SparsifyConfig, team: Team | None = None) -> SparsifyPlan:
     )
 
 
-def _open(model: str, seq_len: int) -> tuple[Checkpoint, Tokenizer]:
+def _open(model: str, seq_len: int, target: float | None) -> tuple[Checkpoint, Tokenizer]:
     checkpoint, tokenizer = open_model(model)
     refuse_experts(
         checkpoint.config, model, "ProSparse training is for dense FFNs alone; give a dense model"
@@ -185,6 +187,11 @@ def _open(model: str, seq_len: int) -> tuple[Checkpoint, Tokenizer]:
         )
     if name in SPARSE:
         activation_rule(checkpoint.config, model)
+    if name == "drelu" and target is not None:
+        raise InputError(
+            f"{model}: its dReLU has no threshold that could reach a sparsity of {target:g}; give "
+            "--l1, for ProSparse's recipe"
+        )
     return checkpoint, tokenizer
 
 

@@ -294,6 +294,14 @@ def test_a_finished_model_of_the_other_recipe_is_not_taken(options, dense):
         sparsify(options(model=model, l1=None))
 
 
+def test_a_model_without_a_threshold_is_refused(options, dense):
+    model = str(dense("llama", "drelu"))
+    with pytest.raises(InputError, match="its dReLU has no threshold .* give --l1"):
+        sparsify(options(model=model, l1=None))
+    kept = json.loads((sparsify(options(model=model, l1=0.1)) / "sparsify.json").read_text())
+    assert kept["activation"] == "drelu"
+
+
 @pytest.mark.parametrize("target", [0, 1, -0.1, 1.5])
 def test_a_target_is_a_share(tmp_path, target):
     with pytest.raises(InputError, match=r"--target-sparsity: must be in \(0, 1\)"):
