@@ -105,8 +105,9 @@ class SparsifyConfig:
     than this share."""
 
     stages: Literal["1b", "7b", "13b"] = "7b"
-    """Published stages in which the L1 term's weight rises, scaled to the run: those of
-    ProSparse-7B, ProSparse-13B, or MiniCPM-S-1B, whose learning rate falls in a last stage."""
+    """Published stages in which the L1 term's weight rises in ProSparse's recipe, scaled to the
+    run: those of ProSparse-7B, ProSparse-13B, or MiniCPM-S-1B, whose learning rate falls in a last
+    stage."""
 
     l1: float | None = None
     """Final weight of the L1 term, the sum over layers of the mean over tokens and neurons of |x1|,
@@ -146,7 +147,8 @@ class SparsifyConfig:
     less memory for about a third more computation. Never compiled."""
 
     shift_tolerance: float = 0.005
-    """Relative increase in calibration perplexity that the FATReLU threshold may cause."""
+    """Relative increase in calibration perplexity that the FATReLU threshold may cause in
+    ProSparse's recipe."""
 
     baselines: bool = False
     """Also train the original activation, plain ReLU, and ReLU with a fixed L1 weight on the same
@@ -210,12 +212,25 @@ class SparsifyConfig:
                 "--l1: is ProSparse's recipe, and --target-sparsity and --max-perplexity-increase "
                 "are another; give one of them, or --baselines true to train both"
             )
+        if self.target is not None and not self.baselines:
+            self._check_unset(
+                "ProSparse's recipe; give --l1 instead of a target, or --baselines true to train "
+                "both",
+                "stages",
+                "shift_tolerance",
+            )
+        if self.preset is None:
+            self._check_unset("--preset, which is not given", "pretrain_share")
+
+    def _check_unset(self, purpose: str, *names: str) -> None:
+        """Raise if an option would have no effect."""
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise InputError(f"{option_of(name)}: is for {purpose}")
 
     def _check_sft(self) -> None:
         if self.sft_corpus is None:
-            for name in ("sft_tokens", "sft_lr"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"{option_of(name)}: is for --sft-corpus, which is not given")
+            self._check_unset("--sft-corpus, which is not given", "sft_tokens", "sft_lr")
             return
         if self.preset is not None:
             raise InputError(

@@ -38,6 +38,9 @@ def options(folder, **changes) -> SparsifyConfig:
         ({"tokens": 2.5}, "--tokens: got 2.5, expected a whole number"),
         ({"out": ""}, "--out: got '', expected a path"),
         ({"model": None, "preset": "tiny", "tokens": 40_000}, "at least 65,536: two steps"),
+        ({"stages": "1b"}, "--stages: is for ProSparse's recipe; give --l1 instead of a target"),
+        ({"shift_tolerance": 0.1}, "--shift-tolerance: is for ProSparse's recipe; .* --baselines"),
+        ({"pretrain_share": 0.2}, "--pretrain-share: is for --preset, which is not given"),
     ],
 )
 def test_bad_options_are_named(tmp_path, changes, match):
