@@ -40,8 +40,7 @@ def write_card(
 
 A ReLU-sparse {_FAMILIES.get(facts["model_type"], facts["model_type"])} of \
 {count(facts["parameters"])} parameters, trained by `sparsecast sparsify`
-with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 regularization, and
-{_shift(facts)}.
+{_recipe(facts)}.
 
 | model | sparsity | of layers: min / median / max | dead neurons | held-out perplexity | \
 against {(original or "SiLU").split()[0]} |
@@ -125,6 +124,36 @@ def _fine_tuning(facts: Mapping[str, Any]) -> str:
         f"held-out answers was\n{answers['before']:.3f} before, {answers['after']:.3f} after, and "
         f"is {answers['saved']:.3f} in the model as saved."
     )
+
+
+def _recipe(facts: Mapping[str, Any]) -> str:
+    if facts.get("target_sparsity") is None:
+        return (
+            "with ProSparse's recipe (arXiv 2402.13516): ReLU substitution, progressive L1 "
+            f"regularization, and\n{_shift(facts)}"
+        )
+    bound, increase = "", facts["max_perplexity_increase"]
+    if increase is not None:
+        allowed = f"at most {increase:.2%} above that of the dense start"
+        bound = f", while calibration\nperplexity was {allowed}"
+    return (
+        "with a FATReLU threshold (arXiv 2402.13516) that rose during training towards a sparsity "
+        f"of\n{facts['target_sparsity']:.2%}{bound}. {_threshold(facts)}"
+    )
+
+
+def _threshold(facts: Mapping[str, Any]) -> str:
+    if facts["activation"] == "fatrelu":
+        return f"The one it is saved with, {facts['threshold']:g}, was chosen on\ncalibration text"
+    relu, *others = facts["calibration_sweep"]
+    bound = facts["perplexity_bound"]
+    if bound is not None and relu["perplexity"] > bound:
+        why = "plain ReLU alone costs more\nperplexity than was allowed"
+    elif others:
+        why = "every one that was tried\ncosts more perplexity than was allowed"
+    else:
+        why = "plain ReLU is as sparse"
+    return f"It is saved without one: {why}"
 
 
 def _shift(facts: Mapping[str, Any]) -> str:

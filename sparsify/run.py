@@ -131,7 +131,8 @@ def _run(plan: SparsifyPlan, work: WorkFolder) -> None:
         fine_tuning["answer_perplexity"]["saved"] = answer_perplexity(
             setup.model, setup.chats.held_out_N2S
         )
-    facts = _facts(plan, setup, rule, scores, tried) | {"fine_tuning": fine_tuning}
+    facts = _facts(plan, setup, rule, scores, tried)
+    facts |= {"perplexity_bound": trained.bound, "fine_tuning": fine_tuning}
     _save(plan, setup, rule, scores, facts, work, before)
 
 
@@ -183,6 +184,7 @@ def _facts(
     scores: Mapping[str, Score],
     tried: Tried,
 ) -> dict[str, Any]:
+    prosparse = plan.target is None or plan.baselines
     return {
         "parameters": sum(p.numel() for p in setup.model.parameters()),
         "model_type": setup.model.config.model_type,
@@ -191,11 +193,11 @@ def _facts(
         "corpus_tokens": setup.corpus_tokens,
         "target_sparsity": plan.target,
         "max_perplexity_increase": plan.max_increase,
-        "l1": plan.l1,
+        "l1": plan.l1 if prosparse else None,
         "lr": plan.lr,
         "activation": rule.name,
         "threshold": rule.threshold,
-        "shift_tolerance": plan.shift_tolerance,
+        "shift_tolerance": plan.shift_tolerance if prosparse else None,
         "held_out": {name: asdict(value) for name, value in scores.items()},
         "calibration_sweep": [
             {"threshold": t, "perplexity": s.perplexity, "sparsity": s.sparsity} for t, s in tried

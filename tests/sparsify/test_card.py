@@ -51,6 +51,51 @@ def test_a_corpus_is_named_without_its_path(spec, name):
     assert publishable_name(spec) == name
 
 
+def tried(threshold: float, perplexity: float) -> dict[str, float]:
+    return {"threshold": threshold, "perplexity": perplexity, "sparsity": 0.5}
+
+
+RAISED = {"target_sparsity": 0.9, "max_perplexity_increase": None, "perplexity_bound": None}
+BOUND = RAISED | {"max_perplexity_increase": 0.05, "perplexity_bound": 4.2}
+PLAIN = {"activation": "relu", "threshold": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentences"),
+    [
+        (
+            RAISED | {"calibration_sweep": [tried(0.0, 4.0), tried(0.25, 4.1)]},
+            "towards a sparsity of 90.00%. The one it is saved with, 0.25, was chosen on "
+            "calibration text.",
+        ),
+        (
+            RAISED | PLAIN | {"calibration_sweep": [tried(0.0, 4.0)]},
+            "It is saved without one: plain ReLU is as sparse.",
+        ),
+        (
+            BOUND | {"calibration_sweep": [tried(0.0, 4.0), tried(0.25, 4.1)]},
+            "of 90.00%, while calibration perplexity was at most 5.00% above that of the dense "
+            "start. The one it is saved with",
+        ),
+        (
+            BOUND | PLAIN | {"calibration_sweep": [tried(0.0, 4.0), tried(0.25, 4.3)]},
+            "without one: every one that was tried costs more perplexity than was allowed.",
+        ),
+        (
+            BOUND | PLAIN | {"calibration_sweep": [tried(0.0, 4.3), tried(0.25, 4.4)]},
+            "without one: plain ReLU alone costs more perplexity than was allowed.",
+        ),
+    ],
+)
+def test_the_card_names_the_recipe_of_a_target(tmp_path, facts, sentences):
+    (tmp_path / "sparsify.json").write_text(json.dumps(FACTS | facts))
+    write_card(tmp_path, "m", {"as saved": Score(3.0, 0.9, (0.9,), (0,))}, [])
+
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert sentences in card
+    assert "ProSparse" not in card
+
+
 def test_the_card_reads_well_and_holds_samples_in_their_fences(tmp_path):
     (tmp_path / "sparsify.json").write_text(json.dumps(FACTS))
     scores = {

@@ -184,6 +184,7 @@ def test_a_trained_model_ends_at_its_target(options, target):
         calibrated = {tried["threshold"]: tried["sparsity"] for tried in facts["calibration_sweep"]}
         assert calibrated[facts["threshold"]] == pytest.approx(target, abs=0.003)
     assert list(facts["held_out"]) == ["raised threshold", "as saved"]
+    assert (facts["l1"], facts["shift_tolerance"]) == (None, None)
 
 
 def test_interrupted_it_ends_as_an_uninterrupted_run(options, monkeypatch, tmp_path):
