@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import FATReLU
 from sparsecast.core.models.families import family_of
-from sparsecast.core.models.perplexity import perplexity
 from sparsecast.sparsify.measure import Score, score, sweep
 from sparsecast.sparsify.plan import SparsifyPlan
 from sparsecast.sparsify.prepare import TrainingSetup
@@ -101,10 +101,22 @@ def _raised(
     raised = RaisedThreshold(plan.target, steps).to(plan.device)
     if plan.max_increase is None:
         return raised, None, None
-    dense, (batch, *_) = setup.model, setup.calibration
     allowed = 1 + plan.max_increase
-    guard = PerplexityGuard(raised, batch, perplexity(dense, [batch]) * allowed, steps)
-    return raised, guard, perplexity(dense, setup.calibration) * allowed
+    of_batch, of_all = (
+        allowed * _finite(score(setup.model, batches).perplexity, plan)
+        for batches in (setup.calibration[:1], setup.calibration)
+    )
+    return raised, PerplexityGuard(raised, setup.calibration[0], of_batch, steps), of_all
+
+
+def _finite(value: float, plan: SparsifyPlan) -> float:
+    if not isfinite(value):
+        source = "the pre-training" if plan.checkpoint is None else plan.checkpoint.source
+        raise InputError(
+            f"{source}: its perplexity is {value}, expected a finite number for "
+            "--max-perplexity-increase to compare with; start from another model"
+        )
+    return value
 
 
 def _put(activation: nn.Module, model: Any) -> None:

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.core.errors import InputError
@@ -301,6 +302,19 @@ def test_a_model_without_a_threshold_is_refused(options, dense):
         sparsify(options(model=model, l1=None))
     kept = json.loads((sparsify(options(model=model, l1=0.1)) / "sparsify.json").read_text())
     assert kept["activation"] == "drelu"
+
+
+@pytest.mark.parametrize(("scale", "found"), [(1e6, "inf"), (float("nan"), "nan")])
+def test_a_start_without_a_perplexity_has_no_bound(options, dense, scale, found):
+    folder = dense()
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= scale
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    cfg = options(model=str(folder), max_perplexity_increase=0.1)
+    with pytest.raises(InputError, match=f"{folder}: its perplexity is {found}, expected a finite"):
+        sparsify(cfg)
+    assert not list(cfg.out.parent.glob("*out*"))
 
 
 @pytest.mark.parametrize("target", [0, 1, -0.1, 1.5])
