@@ -43,7 +43,7 @@ A ReLU-sparse {_FAMILIES.get(facts["model_type"], facts["model_type"])} of \
 {_recipe(facts)}.
 
 | model | sparsity | of layers: min / median / max | dead neurons | held-out perplexity | \
-against {(original or "SiLU").split()[0]} |
+against {original.split()[0] if original else "original"} |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
@@ -135,22 +135,22 @@ def _recipe(facts: Mapping[str, Any]) -> str:
     bound, increase = "", facts["max_perplexity_increase"]
     if increase is not None:
         allowed = f"at most {increase:.2%} above that of the dense start"
-        bound = f", while calibration\nperplexity was {allowed}"
+        bound = f", while calibration perplexity was\n{allowed}"
     return (
         "with a FATReLU threshold (arXiv 2402.13516) that rose during training towards a sparsity "
-        f"of\n{facts['target_sparsity']:.2%}{bound}. {_threshold(facts)}"
+        f"of\n{facts['target_sparsity']:.2%}{bound}.\n{_threshold(facts)}"
     )
 
 
 def _threshold(facts: Mapping[str, Any]) -> str:
     if facts["activation"] == "fatrelu":
-        return f"The one it is saved with, {facts['threshold']:g}, was chosen on\ncalibration text"
+        return f"The one it is saved with, {facts['threshold']:g}, was chosen on calibration text"
     relu, *others = facts["calibration_sweep"]
     bound = facts["perplexity_bound"]
     if bound is not None and relu["perplexity"] > bound:
-        why = "plain ReLU alone costs more\nperplexity than was allowed"
+        why = "plain ReLU alone costs more perplexity than was allowed"
     elif others:
-        why = "every one that was tried\ncosts more perplexity than was allowed"
+        why = "every one that was tried costs more perplexity than was allowed"
     else:
         why = "plain ReLU is as sparse"
     return f"It is saved without one: {why}"

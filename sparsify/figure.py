@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,7 +45,7 @@ def draw_curves(tables: Mapping[str, Sequence[Row]], scores: Mapping[str, Score]
     Args:
         tables: Name of a phase to its rows.
         scores: The rows of the card in their order. The last of them that has a table is shown
-            layer by layer; one without a table is a mark on the last token.
+            layer by layer; one without a table is a mark in the color of the one before it.
     """
     names = sorted(tables.keys() - scores.keys()) + [name for name in scores if name in tables]
     color = {name: COLORS[place % len(COLORS)] for place, name in enumerate(names)}
@@ -60,11 +61,7 @@ def draw_curves(tables: Mapping[str, Sequence[Row]], scores: Mapping[str, Score]
             wanted = [row.wanted or np.nan for row in rows]
             sparsity.plot(tokens, wanted, color="black", lw=0.8, ls=":")
             sparsity.plot(tokens, [row.sparsity for row in rows], color=color[name], lw=1.4)
-        for name in scores.keys() - tables.keys():
-            end = tables[names[-1]][-1].tokens
-            mark = f"{name}, on held-out text"
-            sparsity.plot(end, scores[name].sparsity, "D", color=color[names[-1]], ms=5, label=mark)
-            sparsity.legend(loc=(0.02, 0.06))
+        _mark_untrained(sparsity, tables, scores, color)
         every = [row.loss for rows in tables.values() for row in rows]
         loss.set_ylim(top=float(np.nanquantile(every, 0.97)) * 1.02)  # cuts the first steps off
         loss.set(ylabel="loss (mean NLL, nats), running mean")
@@ -77,6 +74,23 @@ def draw_curves(tables: Mapping[str, Sequence[Row]], scores: Mapping[str, Score]
             axes.set_xlabel("tokens")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
+
+
+def _mark_untrained(
+    axes: Axes,
+    tables: Mapping[str, Sequence[Row]],
+    scores: Mapping[str, Score],
+    color: Mapping[str, str],
+) -> None:
+    """Mark every score without a table on the last token of the one that it goes on from."""
+    signs, before = cycle("Ds^"), next(iter(tables))
+    for name, score in scores.items():
+        if name in tables:
+            before = name
+            continue
+        end, label = tables[before][-1].tokens, f"{name}, on held-out text"
+        axes.plot(end, score.sparsity, next(signs), color=color[before], ms=5, label=label)
+        axes.legend(loc=(0.02, 0.06))
 
 
 def _running_mean(rows: Sequence[Row]) -> list[float]:

@@ -264,6 +264,24 @@ def test_the_page_has_a_line_for_every_phase_and_a_mark_for_the_shift():
     assert mesh.get_array().flatten().tolist() == pytest.approx(expected)
 
 
+def test_every_mark_has_a_sign_of_its_own_and_the_color_of_its_training():
+    raised = "raised threshold"
+    tables = {
+        PROSPARSE: table(1, [5.0, 4.0], [0.6, 0.7]),
+        raised: table(1, [5.0, 4.0], [0.6, 0.9]),
+    }
+    shares = {PROSPARSE: 0.7, SHIFTED: 0.75, raised: 0.88, "fine-tuned": 0.87, "as saved": 0.9}
+    scores = {name: Score(2.0, share, (share,), (0,)) for name, share in shares.items()}
+
+    lines = draw_curves(tables, scores).axes[2].lines
+
+    of = {line.get_label().removesuffix(", on held-out text"): line for line in lines[2:]}
+    assert list(of) == [SHIFTED, "fine-tuned", "as saved"]
+    assert len({mark.get_marker() for mark in of.values()}) == 3
+    assert of[SHIFTED].get_color() == lines[0].get_color()
+    assert of["as saved"].get_color() == of["fine-tuned"].get_color() == lines[1].get_color()
+
+
 def test_the_card_shows_the_page(dense, options):
     out = sparsify(options(model=str(dense()), tokens=64))  # one step, one row
 
