@@ -22,7 +22,11 @@ from sparsecast.sparsify.prepare import TrainingSetup
 from sparsecast.sparsify.training.fit import train_phase
 from sparsecast.sparsify.training.lightning_module import Phase
 from sparsecast.sparsify.training.perplexity_guard import PerplexityGuard
-from sparsecast.sparsify.training.raised_threshold import RaisedFATReLU, RaisedThreshold
+from sparsecast.sparsify.training.raised_threshold import (
+    UPDATE_STEPS,
+    RaisedFATReLU,
+    RaisedThreshold,
+)
 from sparsecast.sparsify.work_folder import Diverged, WorkFolder
 
 DECAY_SHARE = 0.5
@@ -98,6 +102,11 @@ def _raised(
     if plan.target is None:
         return None, None, None
     steps = plan.steps - plan.pretrain_steps
+    if steps <= UPDATE_STEPS:
+        log.warning(
+            f"{steps} steps of sparse training are too few for the threshold to rise in them; it "
+            "is chosen at the end alone. Give more --tokens"
+        )
     raised = RaisedThreshold(plan.target, steps).to(plan.device)
     if plan.max_increase is None:
         return raised, None, None
@@ -170,8 +179,10 @@ def check_score(result: Score, phase: Phase, l1: float) -> None:
         )
     if result.sparsity == 1:
         silent = f"no neuron of {phase.name} fires any more on held-out text"
+        lr = phase.lr_option
+        if phase.name == RAISED:
+            raise Diverged(f"{lr} {phase.lr:g}: {silent}; choose a smaller {lr}")
         if phase.stages is not None:
-            lr = phase.lr_option
             raise Diverged(f"--l1 {l1:g}: {silent}; choose a smaller --l1 or {lr}")
         log.warning(silent)  # ProSparse's stages may still avoid it
 

@@ -304,6 +304,32 @@ def test_a_model_without_a_threshold_is_refused(options, dense):
     assert kept["activation"] == "drelu"
 
 
+def test_a_silenced_model_is_not_blamed_on_the_l1_term(options, dense, monkeypatch):
+    silent = Score(9.0, 1.0, (1.0,), (32,))
+    monkeypatch.setattr(phases, "score", lambda *_: silent)
+    with pytest.raises(InputError, match=r"--lr 0.01: no neuron of raised .* a smaller --lr$"):
+        sparsify(options(model=str(dense()), target_sparsity=0.9))
+
+
+@pytest.mark.parametrize(("steps", "told"), [(UPDATE_STEPS, True), (UPDATE_STEPS + 1, False)])
+def test_a_training_in_which_no_threshold_rises_is_told(
+    options, dense, monkeypatch, caplog, steps, told
+):
+    monkeypatch.setattr(phases.log, "propagate", True)
+    cfg = options(model=str(dense()), target_sparsity=0.9, tokens=64 * steps)
+    thresholds = []
+    move = RaisedThreshold.move
+
+    def noted(self, *args):
+        move(self, *args)
+        thresholds.append(self.threshold.item())
+
+    monkeypatch.setattr(RaisedThreshold, "move", noted)
+    sparsify(cfg)
+    assert any(thresholds) != told
+    assert ("too few for the threshold to rise" in caplog.text) == told
+
+
 @pytest.mark.parametrize(("scale", "found"), [(1e6, "inf"), (float("nan"), "nan")])
 def test_a_start_without_a_perplexity_has_no_bound(options, dense, scale, found):
     folder = dense()
