@@ -25,8 +25,9 @@ GROUPS = {
     "output": "out json folder force allow_other_tokens",
     "text": "tokens sft_tokens count_tokens eval_tokens seq_len batch_size batch_tokens",
     "what is recorded": "layers input_dtype energy",
-    "predictors": "rank predictor_dtype predictor_budget target_recall target_sparsity "
-    "target_perplexity traffic_budget",
+    "predictors": "rank predictor_dtype predictor_budget",
+    "target": "target_recall target_sparsity max_perplexity_increase target_perplexity "
+    "traffic_budget",
     "training": "recipe epochs lr sft_lr stages l1 clip_labels pretrain_share shift_tolerance "
     "baselines seed data_parallel",
     "GPU memory": "vram_budget vram_context",

@@ -101,8 +101,8 @@ class SparsifyConfig:
     0.95 with --max-perplexity-increase, and nothing with --l1."""
 
     max_perplexity_increase: float | None = None
-    """Sparsity stops rising where calibration perplexity exceeds that of the dense start by more
-    than this share."""
+    """Sparsity stops rising where calibration perplexity exceeds that of the dense start, of
+    --model or of a preset's pre-training, by more than this share."""
 
     stages: Literal["1b", "7b", "13b"] = "7b"
     """Published stages in which the L1 term's weight rises in ProSparse's recipe, scaled to the
@@ -151,8 +151,8 @@ class SparsifyConfig:
     ProSparse's recipe."""
 
     baselines: bool = False
-    """Also train the original activation, plain ReLU, and ReLU with a fixed L1 weight on the same
-    tokens, for the model card."""
+    """Also train the original activation, plain ReLU, ReLU with a fixed L1 weight, and with a
+    target ProSparse's recipe on the same tokens, for the model card."""
 
     eval_tokens: int = 200_000
     """Tokens per split (calibration and held-out) that scores are measured on."""
