@@ -213,6 +213,7 @@ def test_a_run_without_curves_still_becomes_a_model(dense, options, monkeypatch)
     assert "curves" not in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_compiled_step_has_the_curves_of_the_eager_one(dense, options, monkeypatch, tmp_path):
     eager = sparsify(options(model=str(dense()), out=tmp_path / "eager"))
     make = fit.SparsifyModule
@@ -323,6 +324,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_curves_of_one(ranks_forked, tmp_path):
     """Each has half of every batch; neurons are dead that fire in neither half."""
     tables = []

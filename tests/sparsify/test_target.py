@@ -19,7 +19,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import load_model, set_activation
 from sparsecast.core.text.tokens import TokenBatch
-from sparsecast.sparsify import choose_threshold, config, phases
+from sparsecast.sparsify import choose_threshold, phases
 from sparsecast.sparsify.choose_threshold import meet_target
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import Score, score
@@ -213,9 +213,9 @@ def test_interrupted_it_ends_as_an_uninterrupted_run(options, monkeypatch, tmp_p
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_compiled_step_trains_what_the_eager_one_trains(options, monkeypatch, tmp_path):
+def test_the_compiled_step_trains_what_the_eager_one_trains(dense, options, monkeypatch, tmp_path):
     """Autograd sees the buffers that a compiled graph keeps, such as the threshold."""
-    changes = TRAINED | {"target_sparsity": 0.9, "tokens": 1_280}
+    changes = {"model": str(dense()), "target_sparsity": 0.9, "tokens": 1_280}
     eager = sparsify(options(**changes, out=tmp_path / "eager"))
     make = fit.SparsifyModule
     monkeypatch.setattr(
@@ -229,21 +229,19 @@ def test_the_compiled_step_trains_what_the_eager_one_trains(options, monkeypatch
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
-def test_two_processes_raise_the_threshold_of_one(options, tmp_path):
+def test_two_processes_raise_the_threshold_of_one(dense, options, tmp_path):
     """Both sort the gates of both; the guard measures on both."""
-    changes = TRAINED | {"target_sparsity": 0.9, "max_perplexity_increase": 0.5}
+    changes = {"model": str(dense()), "target_sparsity": 0.9, "tokens": 2_560}
+    changes["max_perplexity_increase"] = 0.5
     one = sparsify(options(**changes, out=tmp_path / "one"))
     cfg = options(**changes, out=tmp_path / "two")
     script = tmp_path / "run.py"
     script.write_text(
         "import pickle, sys\n"
-        "from sparsecast.sparsify import config\n"
         "from sparsecast.sparsify.run import sparsify\n"
-        "preset, cfg = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "config.PRESETS['micro'] = preset\n"
-        "sparsify(cfg)\n"
+        "sparsify(pickle.load(open(sys.argv[1], 'rb')))\n"
     )
-    (tmp_path / "cfg.pkl").write_bytes(pickle.dumps((config.PRESETS["micro"], cfg)))
+    (tmp_path / "cfg.pkl").write_bytes(pickle.dumps(cfg))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     ran = subprocess.run(
         [*launch, str(script), str(tmp_path / "cfg.pkl")],

@@ -131,7 +131,11 @@ def assert_equal(found: Path, meant: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "own"),
     [
-        ({"preset": "micro", "tokens": 640, "baselines": True}, {"micro_batch": 1}),
+        pytest.param(
+            {"preset": "micro", "tokens": 640, "baselines": True},
+            {"micro_batch": 1},
+            marks=pytest.mark.slow,
+        ),
         ({"model": "tied"}, {"checkpoint_activations": True}),
         ({"model": "opt"}, {}),
         ({"model": "falcon"}, {}),
@@ -193,6 +197,7 @@ def torchrun(args: list[str], code: str, folder: Path) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_in_its_first_step_leaves_nothing(arguments, dense, tmp_path):
     """And binds nobody: torchrun ends the leading process, which clears up."""
     folder = tmp_path / "runs"
