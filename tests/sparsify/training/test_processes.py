@@ -139,8 +139,13 @@ def assert_equal(found: Path, meant: Path) -> None:
         ({"model": "tied"}, {"checkpoint_activations": True}),
         ({"model": "opt"}, {}),
         ({"model": "falcon"}, {}),
+        (
+            {"model": "llama", "tokens": 128 * 16, "target_sparsity": 0.9}
+            | {"max_perplexity_increase": 0.9},
+            {"checkpoint_activations": True},
+        ),
     ],
-    ids=["preset, accumulated", "tied, recomputed", "opt", "falcon"],
+    ids=["preset, accumulated", "tied, recomputed", "opt", "falcon", "raised, guarded"],
 )
 def test_two_processes_train_what_one_trains(run, arguments, dense, tmp_path, changes, own):
     if changes.get("model") == "tied":
@@ -155,6 +160,9 @@ def test_two_processes_train_what_one_trains(run, arguments, dense, tmp_path, ch
 
     assert (one, two) == ([130], [130, 0]), errors
     assert_equal(tmp_path / "two", tmp_path / "one")
+    if "target_sparsity" in changes:
+        (saved,) = trained(tmp_path / "two").values()
+        assert saved["raised"]["threshold"] > 0
     meant, found = ([json.loads(row) for row in path.read_text().splitlines()] for path in told)
     assert len(meant) >= 6
     assert any(row.get("norm", 0) > 1 for row in meant)  # so that clipping to 1 matters
