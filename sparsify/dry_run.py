@@ -24,10 +24,12 @@ from sparsecast.core.disk import format_bytes, free_bytes
 from sparsecast.core.messages import show
 from sparsecast.core.models.loading import set_activation
 from sparsecast.core.models.pretrained import empty_model, random_model
+from sparsecast.sparsify.phases import put_activation
 from sparsecast.sparsify.plan import SparsifyPlan
 from sparsecast.sparsify.prepare import planned_config, sparse_rule
 from sparsecast.sparsify.training.cross_entropy import CHUNK_LOGITS
 from sparsecast.sparsify.training.lightning_module import Phase, SparsifyModule
+from sparsecast.sparsify.training.raised_threshold import RaisedFATReLU, RaisedThreshold
 from sparsecast.sparsify.work_folder import disk_needed
 
 TIMED = 2
@@ -133,12 +135,17 @@ def _measure(plan: SparsifyPlan, config: PreTrainedConfig, layers: int, micro: i
         cut.layer_types = cut.layer_types[:layers]
     model: Any = random_model(cut, plan.device)
     set_activation(model, sparse_rule(config))
+    raised = None if plan.target is None else RaisedThreshold(plan.target, 1).to(plan.device)
+    if raised is not None:
+        put_activation(RaisedFATReLU(raised), model)
     phase = Phase(name="", start=0, stop=1, l1=plan.l1, lr=plan.lr, warmup=1, decay_from=1)
     ids_BS = torch.randint(cut.vocab_size, (micro, plan.seq_len), device=plan.device)
-    plain = SparsifyModule(model, phase)
+    plain = SparsifyModule(model, phase, raised=raised)
     saved = _saved_bytes(lambda: _loss(plain, ids_BS), model)
     plain.remove_hooks()
-    module = SparsifyModule(model, phase, checkpoint_activations=plan.checkpoint_activations)
+    module = SparsifyModule(
+        model, phase, checkpoint_activations=plan.checkpoint_activations, raised=raised
+    )
     optimizer = module.configure_optimizers()["optimizer"]
 
     def update() -> None:

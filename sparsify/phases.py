@@ -74,13 +74,13 @@ def train_all(
     scores: dict[str, Score] = {}
     for branch in _branches(plan, setup, raised):
         model.load_state_dict(trunk)
-        _put(branch.activation, model)
+        put_activation(branch.activation, model)
         start, stop = plan.pretrain_steps, plan.steps
         phase = _phase(plan, branch.name, start, stop, branch.l1, branch.progressive)
         if branch.name == RAISED:
             train_phase(plan, setup, phase, work, optimizer, raised, guard)
             assert raised is not None
-            _put(FATReLU(raised.threshold.item()), model)
+            put_activation(FATReLU(raised.threshold.item()), model)
         else:
             train_phase(plan, setup, phase, work, optimizer)
         result = _scored(branch.name, scores, setup)
@@ -128,7 +128,8 @@ def _finite(value: float, plan: SparsifyPlan) -> float:
     return value
 
 
-def _put(activation: nn.Module, model: Any) -> None:
+def put_activation(activation: nn.Module, model: Any) -> None:
+    """Let every FFN compute `activation` in place of its own."""
     family = family_of(model.config, "model")
     parent, _, attribute = family.act.rpartition(".")
     for layer in family.decoder_layers(model):

@@ -78,6 +78,18 @@ def test_smaller_passes_and_recomputed_layers_take_less(dense, options):
     assert again < plain
 
 
+def test_a_raised_threshold_keeps_what_it_cuts(dense, options):
+    source = str(dense(num_hidden_layers=4))
+
+    without, target = (
+        forecast(plan_of(options(model=source, **changes))).activations
+        for changes in ({"l1": 0.1}, {"target_sparsity": 0.9})
+    )
+
+    gates = 4 * 2 * 31 * 32  # layers, sequences, tokens with a successor, neurons
+    assert target >= without + gates  # at least a byte that says whether a gate fires
+
+
 def test_nothing_is_written(dense, options, tmp_path, capsys):
     source = dense()
     before = sorted(tmp_path.rglob("*"))
