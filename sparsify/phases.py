@@ -72,7 +72,8 @@ def train_all(
     trunk = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     raised, guard, bound = _raised(plan, setup)
     scores: dict[str, Score] = {}
-    for branch in _branches(plan, setup, raised):
+    branches = _branches(plan, setup, raised)
+    for branch in branches:
         model.load_state_dict(trunk)
         put_activation(branch.activation, model)
         start, stop = plan.pretrain_steps, plan.steps
@@ -84,7 +85,7 @@ def train_all(
         else:
             train_phase(plan, setup, phase, work, optimizer)
         result = _scored(branch.name, scores, setup)
-        check_score(result, phase, plan.l1)
+        check_score(result, phase, plan.l1, recipe=branch is branches[-1])
         on_branch(branch.name)
         if branch.name == BEFORE and plan.target is not None:
             sweep(model, setup.calibration, plan.shift_tolerance)
@@ -171,7 +172,7 @@ def _branches(
     return found if raised is None else [*found, recipe]
 
 
-def check_score(result: Score, phase: Phase, l1: float) -> None:
+def check_score(result: Score, phase: Phase, l1: float, *, recipe: bool = True) -> None:
     """Raise `Diverged` if training has destroyed the model or silenced its neurons."""
     if not isfinite(result.perplexity):
         raise Diverged(
@@ -183,9 +184,9 @@ def check_score(result: Score, phase: Phase, l1: float) -> None:
         lr = phase.lr_option
         if phase.name == RAISED:
             raise Diverged(f"{lr} {phase.lr:g}: {silent}; choose a smaller {lr}")
-        if phase.stages is not None:
+        if recipe:
             raise Diverged(f"--l1 {l1:g}: {silent}; choose a smaller --l1 or {lr}")
-        log.warning(silent)  # ProSparse's stages may still avoid it
+        log.warning(silent)
 
 
 def _phase(

@@ -140,7 +140,8 @@ class Curves(Callback):
 
 
 def _note_fired(fired_F: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-    fired_F |= (args[0].detach() != 0).flatten(0, -2).any(0)
+    if torch.is_grad_enabled():  # else text is measured that is not trained on
+        fired_F |= (args[0].detach() != 0).flatten(0, -2).any(0)
 
 
 def _scalars(row: Row) -> Iterator[tuple[str, float]]:

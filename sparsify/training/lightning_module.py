@@ -72,7 +72,8 @@ class SparsifyModule(L.LightningModule):
     """lambda(t) of the last step."""
     _sharded = False
     """Whether `_measured` alone has the weights at hand."""
-    _gates_K: Tensor
+    _gates: list[Tensor]
+    """Of each part of the last step, gates of all layers."""
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class SparsifyModule(L.LightningModule):
         self.raised = raised
         self._optimizer_state = optimizer_state
         self._micro_batch = micro_batch
+        self._gates: list[Tensor] = []
         self._x1: list[tuple[Tensor, Tensor]] | None = None
         """Of each layer the mean |x1| and the share of zeros, during a forward pass."""
         family = family_of(model.config, "model")
@@ -130,7 +132,7 @@ class SparsifyModule(L.LightningModule):
         labels_BS = ids_BS if labels_BS is None else labels_BS
         self._x1 = []
         if self.raised is not None:
-            self.raised.records = []
+            self.raised.begin_forward(ids_BS.shape[1] - 1)
         hidden_BSD = self.model.base_model(ids_BS[:, :-1], use_cache=False).last_hidden_state
         means, zeros = zip(*self._x1, strict=True)
         self._x1 = None
@@ -148,6 +150,7 @@ class SparsifyModule(L.LightningModule):
             *(torch.split(x, self._micro_batch or size) for x in whole), strict=True
         )
         targets = self._average((whole[-1][:, 1:] != IGNORED).sum().float()).clamp(min=1)
+        self._gates = []
         value = measured = torch.zeros((), device=whole[0].device)
         for part in earlier:
             loss, of_part = self.loss(part, targets, len(part[0]) / size)
@@ -176,7 +179,8 @@ class SparsifyModule(L.LightningModule):
         self.l1_weight = self.phase.l1_at(self.global_step)
         loss = nll + self.l1_weight * l1
         if about_gates is not None:
-            below, self._gates_K = about_gates
+            below, gates_K = about_gates
+            self._gates.append(gates_K)
             loss = loss + BELOW_WEIGHT * share * below
         return loss, torch.cat([torch.stack([nll, l1]), share * zeros_L]).detach()
 
@@ -193,7 +197,8 @@ class SparsifyModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Move the threshold, which the backward pass has read."""
         if self.raised is not None:
-            self.raised.move(self.global_step, self._gates_K, self.measured[2:].mean())
+            zeros = self.measured[2:].mean()
+            self.raised.move(self.global_step, torch.cat(self._gates), zeros)
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Keep the gradients of a step's first forward passes."""

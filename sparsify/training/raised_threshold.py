@@ -33,8 +33,8 @@ SMOOTHING = 0.7
 """Part of the old threshold in the new one."""
 CORRECTION = 0.1
 """How fast the quantile makes up for a share of zeros in x1 that is not the gate's."""
-SAMPLED_TOKENS, SAMPLED_NEURONS = 128, 512
-"""Gates of a layer that the quantile is computed from, per forward pass."""
+SAMPLED_NEURONS = 128
+"""Of each layer; the quantile is computed from their gates at two tokens of every sequence."""
 
 
 class RaisedThreshold(nn.Module):
@@ -68,11 +68,17 @@ class RaisedThreshold(nn.Module):
         self.register_buffer("affordable", torch.ones(()))
         self.records: list[tuple[Tensor, Tensor]] | None = None
         """Of each layer the mean relu(g) [g < T] / T and some gates, during a forward pass."""
+        self.length = 1
+        """Tokens of a sequence."""
 
     @property
     def goal(self) -> Tensor:
         """(2,) threshold and wanted share of zeros."""
         return torch.stack([self.threshold, self.want])
+
+    def begin_forward(self, length: int) -> None:
+        """Record a forward pass over sequences of `length` tokens."""
+        self.records, self.length = [], length
 
     def recorded(self) -> tuple[Tensor, Tensor]:
         """End a forward pass; return its term's sum over layers, and gates of all layers."""
@@ -128,16 +134,15 @@ class RaisedFATReLU(nn.Module):
         fires = gate >= threshold
         # A recomputation must repeat every operation, but what it records is known already.
         cut = torch.where(fires, 0, gate.relu()).float().mean()
-        record = cut / threshold.float().clamp(min=1e-12), _sample(gate.detach())
+        record = cut / threshold.float().clamp(min=1e-12), _sample(gate.detach(), shared.length)
         if shared.records is not None:
             shared.records.append(record)
         return torch.where(fires, gate, 0)
 
 
-def _sample(gate: Tensor) -> Tensor:
-    """Return a fixed choice of gates, float32; a prime stride keeps clear of first tokens."""
-    gate_NF = gate.flatten(0, -2)
-    tokens, width = gate_NF.shape
-    rows = (torch.arange(min(tokens, SAMPLED_TOKENS), device=gate.device) * 7919) % tokens
-    columns = slice(0, None, max(1, width // SAMPLED_NEURONS))
-    return gate_NF[rows, columns].float().flatten()
+def _sample(gate: Tensor, length: int) -> Tensor:
+    """Return some gates of every sequence, however sequences are spread over passes; float32."""
+    gate_BSF = gate.reshape(-1, length, gate.shape[-1])
+    stride = max(1, gate.shape[-1] // SAMPLED_NEURONS)
+    places = [length // 3, 2 * length // 3]
+    return gate_BSF[:, places, ::stride].float().flatten()
