@@ -58,8 +58,9 @@ def draw_curves(tables: Mapping[str, Sequence[Row]], scores: Mapping[str, Score]
             loss.plot(tokens, _running_mean(rows), color=color[name], lw=1.2, label=name)
             steered = [row.threshold or row.weight for row in rows]
             weight.plot(tokens, steered, color=color[name], lw=1.4)
-            wanted = [row.wanted or np.nan for row in rows]
-            sparsity.plot(tokens, wanted, color="black", lw=0.8, ls=":")
+            if any(row.wanted for row in rows):
+                wanted = [row.wanted or np.nan for row in rows]
+                sparsity.plot(tokens, wanted, color="black", lw=0.8, ls=":")
             sparsity.plot(tokens, [row.sparsity for row in rows], color=color[name], lw=1.4)
         _mark_untrained(sparsity, tables, scores, color)
         every = [row.loss for rows in tables.values() for row in rows]

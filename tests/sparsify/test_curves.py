@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import socket
 from collections import defaultdict
-from math import cos, pi
+from math import cos, nan, pi
 
 import pytest
 import torch
@@ -229,6 +229,11 @@ def test_the_compiled_step_has_the_curves_of_the_eager_one(dense, options, monke
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 
+RAISED_ROWS = [
+    Row(step, 64 * step, 4.0, 0.1, 0.0, 1e-3, (0.6, 0.8), (0, 0), threshold=0.25) for step in (1, 2)
+]
+
+
 def table(first, losses, sparsity):
     """Rows of two layers, the second one twice as dense."""
     return [
@@ -256,7 +261,7 @@ def test_the_page_has_a_line_for_every_phase_and_a_mark_for_the_shift():
         [192, 256, 320],
         [192, 256, 320],
     ]
-    mean, mark = (line for line in sparsity.lines[4:] if line.get_linestyle() != ":")
+    mean, mark = sparsity.lines[2:]
     assert list(mean.get_ydata()) == pytest.approx([0.4, 0.55, 0.85])
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([320], [0.93])
     assert SHIFTED in mark.get_label()
@@ -281,6 +286,17 @@ def test_every_mark_has_a_sign_of_its_own_and_the_color_of_its_training():
     assert len({mark.get_marker() for mark in of.values()}) == 3
     assert of[SHIFTED].get_color() == lines[0].get_color()
     assert of["as saved"].get_color() == of["fine-tuned"].get_color() == lines[1].get_color()
+
+
+def test_the_wanted_sparsity_is_dotted_from_where_it_is_known():
+    rows = [row._replace(wanted=wanted) for row, wanted in zip(RAISED_ROWS, (0, 0.7), strict=True)]
+    scores = {"raised threshold": Score(2.0, 0.8, (0.8,), (0,))}
+
+    weight, sparsity = draw_curves({"raised threshold": rows}, scores).axes[1:3]
+
+    dotted = [line for line in sparsity.lines if line.get_linestyle() == ":"]
+    assert [list(line.get_ydata()) for line in dotted] == [[pytest.approx(nan, nan_ok=True), 0.7]]
+    assert list(weight.lines[0].get_ydata()) == [0.25, 0.25]
 
 
 def test_the_card_shows_the_page(dense, options):

@@ -20,9 +20,19 @@ from sparsecast.sparsify.run import sparsify
 from tests.tools.dense_families import KINDS, write_model
 
 TIED = ("qwen2", "gemma2", "opt", "falcon")
-CASES = [*((kind, False) for kind in KINDS), *((kind, True) for kind in TIED)]
 SHAPES = ("llama-biased", "qwen3", "granite", "olmo", "gemma", "gemma2", "opt", "falcon")
 """One of each kind of FFN and norm."""
+QUICK = ("llama-biased", "gemma2", "opt", "falcon")
+
+
+def _some_slow(kinds, **marked):
+    """The kinds that are not quick are among the slow tests."""
+    for kind in kinds:
+        marks = () if kind in QUICK else pytest.mark.slow
+        yield pytest.param(kind, *marked.values(), marks=marks)
+
+
+CASES = [*_some_slow(KINDS, tied=False), *_some_slow(TIED, tied=True)]
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def test_a_family_becomes_sparse_and_is_recorded(
     )
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", [*_some_slow(SHAPES)])
 def test_with_relu_plain_transformers_computes_the_same(kind, source, options, monkeypatch):
     monkeypatch.setattr(run, "choose_activation", lambda _plan, setup, _trained: (setup.rule, []))
     out = sparsify(options(model=str(source(kind))))

@@ -138,7 +138,7 @@ def assert_equal(found: Path, meant: Path) -> None:
         ),
         ({"model": "tied"}, {"checkpoint_activations": True}),
         ({"model": "opt"}, {}),
-        ({"model": "falcon"}, {}),
+        pytest.param({"model": "falcon"}, {}, marks=pytest.mark.slow),
         (
             {"model": "llama", "tokens": 128 * 16, "target_sparsity": 0.9}
             | {"max_perplexity_increase": 0.9},
@@ -169,7 +169,7 @@ def test_two_processes_train_what_one_trains(run, arguments, dense, tmp_path, ch
     assert found == [pytest.approx(row, rel=1e-5) for row in meant]
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(run, arguments, tmp_path, first, then):
     """SIGTERM at the second step of one process ends all of them behind it."""
     changes = {"preset": "micro", "tokens": 1024, "pretrain_share": 0.4}
