@@ -135,6 +135,7 @@ def test_a_phase_has_many_rows_and_a_long_one_waits_fifty_steps():
     assert [steps_between(n) for n in (1, 199, 400, 10_000, 10**6)] == [1, 1, 2, 50, 50]
 
 
+@pytest.mark.slow
 def test_killed_runs_have_the_curves_of_an_uninterrupted_one(options, monkeypatch, tmp_path, every):
     """Killed before the first checkpoint, within a row, and beyond a row that must be dropped."""
     every(3)

@@ -241,6 +241,7 @@ def _stop(*_args):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_with_baselines_prosparse_is_trained_too(options):
     out = sparsify(options(**TRAINED, target_sparsity=0.85, baselines=True))
     assert list(json.loads((out / "sparsify.json").read_text())["held_out"]) == [
@@ -254,6 +255,7 @@ def test_with_baselines_prosparse_is_trained_too(options):
     ]
 
 
+@pytest.mark.slow
 def test_a_bound_that_cannot_be_kept_is_told(options, caplog, monkeypatch):
     monkeypatch.setattr(choose_threshold.log, "propagate", True)
     out = sparsify(options(**TRAINED, max_perplexity_increase=0.0))

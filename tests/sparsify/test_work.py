@@ -258,6 +258,7 @@ def test_an_l1_that_silences_everything_is_named(dense, options, tmp_path):
     assert left(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_fixed_l1_that_silences_everything_is_a_result(dense, options, monkeypatch, capsys):
     """The baseline's weight is there from the first step, ProSparse's grows: only one must hold."""
     step = fit.SparsifyModule.training_step
@@ -277,6 +278,7 @@ def test_a_fixed_l1_that_silences_everything_is_a_result(dense, options, monkeyp
     assert "no neuron of fixed L1 fires any more" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_disk_is_reserved_for_every_training(options, monkeypatch, tmp_path):
     cfg = options(preset="micro", baselines=True, lr=None)
     _interrupt(monkeypatch, "write_model")

@@ -136,8 +136,8 @@ def assert_equal(found: Path, meant: Path) -> None:
             {"micro_batch": 1},
             marks=pytest.mark.slow,
         ),
-        ({"model": "tied"}, {"checkpoint_activations": True}),
-        ({"model": "opt"}, {}),
+        pytest.param({"model": "tied"}, {"checkpoint_activations": True}, marks=pytest.mark.slow),
+        pytest.param({"model": "opt"}, {}, marks=pytest.mark.slow),
         pytest.param({"model": "falcon"}, {}, marks=pytest.mark.slow),
         (
             {"model": "llama", "tokens": 128 * 16, "target_sparsity": 0.9}
@@ -169,7 +169,8 @@ def test_two_processes_train_what_one_trains(run, arguments, dense, tmp_path, ch
     assert found == [pytest.approx(row, rel=1e-5) for row in meant]
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(run, arguments, tmp_path, first, then):
     """SIGTERM at the second step of one process ends all of them behind it."""
     changes = {"preset": "micro", "tokens": 1024, "pretrain_share": 0.4}
@@ -239,6 +240,7 @@ def test_a_leading_process_that_fails_leaves_nothing_and_ends_the_others(
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "told"),
     [({"corpus": "/none.txt"}, "no such file"), ({"device": "cuda:99"}, "--device: ")],
@@ -254,6 +256,7 @@ def test_bad_input_is_told_once_by_all_processes(run, arguments, dense, tmp_path
     assert not folder.exists() or list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_on_every_process(run, arguments, dense, tmp_path):
     folder = tmp_path / "runs"
 
@@ -264,6 +267,7 @@ def test_a_run_that_diverges_ends_on_every_process(run, arguments, dense, tmp_pa
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_divide_among_processes_is_refused(options, dense):
     cfg = options(model=str(dense()), batch_tokens=128)
 
