@@ -72,8 +72,6 @@ class SparsifyModule(L.LightningModule):
     """lambda(t) of the last step."""
     _sharded = False
     """Whether `_measured` alone has the weights at hand."""
-    _gates: list[Tensor]
-    """Of each part of the last step, gates of all layers."""
 
     def __init__(
         self,
@@ -92,6 +90,7 @@ class SparsifyModule(L.LightningModule):
         self._optimizer_state = optimizer_state
         self._micro_batch = micro_batch
         self._gates: list[Tensor] = []
+        """Of each part of the last step, gates of all layers."""
         self._x1: list[tuple[Tensor, Tensor]] | None = None
         """Of each layer the mean |x1| and the share of zeros, during a forward pass."""
         family = family_of(model.config, "model")

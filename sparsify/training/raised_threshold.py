@@ -16,7 +16,7 @@ Under it T itself falls again, often to where plain ReLU is as sparse as asked.
 The ramp is that of gradual magnitude pruning (arXiv 1710.01878, equation 1). FATReLU is that of
 ProSparse (arXiv 2402.13516), whose T is chosen after training; docs/experiments.md compares both.
 
-Shape letters: N tokens, F FFN width, K sampled gates.
+Shape letters: B sequences, S tokens of each, F FFN width, K sampled gates.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RaisedThreshold(nn.Module):
 
     @torch.no_grad()
     def move(self, step: int, gates_K: Tensor, zeros: Tensor) -> None:
-        """Move the threshold after the forward pass of a step.
+        """Move the threshold behind the backward pass of a step.
 
         Args:
             step: The first one is 0.

@@ -21,41 +21,12 @@ from transformers import (
 
 from sparsecast.sparsify import config
 from sparsecast.sparsify.config import Preset, SparsifyConfig
+from tests.tools import dense_families
 
-GATED = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-OPT = {
-    "hidden_size": 16,
-    "ffn_dim": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-    "word_embed_proj_dim": 16,
-    "init_std": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-}
-FALCON = {
-    "hidden_size": 16,
-    "ffn_hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
-    "alibi": False,
-    "bias": False,
-    "parallel_attn": True,
-    "multi_query": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+GATED, OPT, FALCON = (
+    fields | {"num_hidden_layers": 1}
+    for fields in (dense_families.GATED, dense_families.OPT, dense_families.FALCON)
+)
 KINDS = {
     "llama": (LlamaForCausalLM, LlamaConfig, GATED, "hidden_act"),
     "mistral": (MistralForCausalLM, MistralConfig, GATED, "hidden_act"),

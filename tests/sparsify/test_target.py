@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -255,13 +256,16 @@ def test_with_baselines_prosparse_is_trained_too(options):
     ]
 
 
-@pytest.mark.slow
-def test_a_bound_that_cannot_be_kept_is_told(options, caplog, monkeypatch):
+def test_a_bound_that_cannot_be_kept_is_told(random_model, batches, caplog, monkeypatch):
     monkeypatch.setattr(choose_threshold.log, "propagate", True)
-    out = sparsify(options(**TRAINED, max_perplexity_increase=0.0))
-    kept = json.loads((out / "sparsify.json").read_text())
-    if kept["threshold"] == 0:
-        assert "train on more tokens, or allow more" in caplog.text
+    plan = SimpleNamespace(target=0.9)
+    rule = ActivationRule("relu")
+    setup = SimpleNamespace(rule=rule, model=random_model, calibration=batches)
+
+    chosen, _ = choose_threshold.choose_activation(plan, setup, phases.Trained({}, 0.1, 1.0))
+
+    assert chosen == rule
+    assert "above the bound of 1.000 even without a threshold" in caplog.text
 
 
 def test_a_finished_model_of_the_other_recipe_is_not_taken(options, dense):
