@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
-FOLDERS = ("core", "collect", "predictors", "export", "kernels", "sparsify", "cli")
+FOLDERS = ("core", "collect", "predictors", "export", "kernels", "sparsify", "integrations", "cli")
 LINE = re.compile(r"( *)(\S+)(?: +(\S.*))?")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-FOLDERS = "core|collect|predictors|export|kernels|sparsify|cli|tests|docs"
+FOLDERS = "core|collect|predictors|export|kernels|sparsify|integrations|cli|tests|docs"
 
 
 def found(pattern: str) -> list[tuple[str, str]]:
@@ -29,7 +29,7 @@ def test_every_file_that_a_page_names_exists():
     assert missing == []
 
 
-PACKAGE = ("core", "collect", "predictors", "export", "kernels", "sparsify", "cli")
+PACKAGE = ("core", "collect", "predictors", "export", "kernels", "sparsify", "integrations", "cli")
 SOURCES = sorted(path for folder in PACKAGE for path in (ROOT / folder).rglob("*.py"))
 THEIRS = {"convert.py", "powerinfer-py/export_split.py", "powerinfer-py/solver.py"}
 """Files of PowerInfer that docstrings name."""

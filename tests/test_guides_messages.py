@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = ("core", "collect", "predictors", "export", "kernels", "sparsify", "cli")
+CODE = ("core", "collect", "predictors", "export", "kernels", "sparsify", "integrations", "cli")
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 VALUE = re.compile(r"\.\.\.|'[^']*'|\*\S+|(?:float)?\d[\d.,]*|[\[\]():;]|, ")
 """What stands for a value of the run, or lies between two messages' parts."""

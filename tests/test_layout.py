@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "predictors": {"core", "collect"},
     "export": {"core", "collect", "predictors"},
     "kernels": {"core", "predictors", "export"},
-    "cli": {"core", "collect", "predictors", "export", "kernels", "sparsify"},
+    "integrations": {"core", "collect", "predictors", "export", "kernels", "sparsify"},
+    "cli": {"core", "collect", "predictors", "export", "kernels", "sparsify", "integrations"},
 }
 
 

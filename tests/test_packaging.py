@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"}
 DOCUMENTS |= {"CONTRIBUTING.md", "mkdocs.yml"}
-CODE = {"core", "collect", "predictors", "export", "kernels", "sparsify", "cli"}
+CODE = {"core", "collect", "predictors", "export", "kernels", "sparsify", "integrations", "cli"}
 FOLDERS = CODE | {"docs", "examples", "tests"}
 BUILD = """
 import sys
