@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.text.corpus import Document, read_documents
 from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
-from sparsecast.core.text.tokens import TokenBatch, token_batches
+from sparsecast.core.text.tokens import TokenBatch, batch_by_length, tokenize_documents
 from sparsecast.core.tokenizers.copies import keep_files
 from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.sparsify.chats import Chats, read_chats
 from sparsecast.sparsify.config import Preset
+from sparsecast.sparsify.evaluation_text import READ, spread
 from sparsecast.sparsify.plan import SPARSE, SparsifyPlan, activation_name
 from sparsecast.sparsify.samples import keep_openings
 from sparsecast.sparsify.save import (
@@ -42,6 +43,8 @@ from sparsecast.sparsify.work_folder import WorkFolder
 
 TOKENIZER_DOCUMENTS = 6_000
 EVAL_BATCH = 32
+MEASURED = ("calibration", "held-out")
+"""Splits that nothing is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,20 +223,23 @@ def _evaluation_batches(
     docs = read_documents(
         plan.corpus, seq_len=plan.seq_len, long_documents=long_documents, skipped=skipped
     )
-    found = list(
-        token_batches(
+    rows = list(
+        tokenize_documents(
             keep_openings(assign_splits(docs), openings),
             tokenizer,
-            {"calibration": plan.eval_tokens, "held-out": plan.eval_tokens},
-            seq_len=plan.seq_len,
-            batch_size=EVAL_BATCH,
-            vocabulary=vocabulary,
-            long_documents=long_documents,
-            skipped=skipped,
+            dict.fromkeys(MEASURED, READ * plan.eval_tokens),
+            plan.seq_len,
+            vocabulary,
+            long_documents,
+            skipped,
         )
     )
+    chosen = chain.from_iterable(
+        spread([row for row in rows if row.split == split], plan.eval_tokens) for split in MEASURED
+    )
+    found = list(batch_by_length(chosen, seq_len=plan.seq_len, batch_size=EVAL_BATCH))
     splits = {batch.split for batch in found}
-    if missing := {"calibration", "held-out"} - splits:
+    if missing := set(MEASURED) - splits:
         raise InputError(
             f"--corpus {plan.corpus}: no document of two tokens or more for "
             f"{' and '.join(sorted(missing))}; give more text, in more documents"

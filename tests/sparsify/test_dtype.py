@@ -10,9 +10,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsecast.core.models.loading import load_model
-from sparsecast.core.text.corpus import read_documents
-from sparsecast.core.text.splits import assign_splits
-from sparsecast.core.text.tokens import token_batches
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
@@ -21,6 +18,7 @@ from sparsecast.predictors.predictor import Predictor
 from sparsecast.sparsify.measure import score
 from sparsecast.sparsify.run import sparsify
 from tests.tools.dense_families import write_model
+from tests.tools.measured_text import held_out_batches
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -66,10 +64,7 @@ def test_the_scores_are_those_of_the_saved_weights(source, options, dtype):
     told = list(json.loads((sparsify(cfg) / "sparsify.json").read_text())["held_out"].values())[-1]
 
     model, tokenizer = load_model(str(cfg.out), device="cpu")
-    docs = assign_splits(read_documents(cfg.corpus, seq_len=32, long_documents="split"))
-    quota = {"held-out": cfg.eval_tokens}
-    read = token_batches(docs, tokenizer, quota, seq_len=32, batch_size=32, long_documents="split")
-    again = score(model, list(read))
+    again = score(model, held_out_batches(cfg, tokenizer))
 
     assert again.perplexity == pytest.approx(told["perplexity"], rel=1e-6)
     assert again.sparsity == pytest.approx(told["sparsity"], abs=1e-6)

@@ -7,12 +7,10 @@ import json
 import pytest
 
 from sparsecast.core.models.loading import load_model
-from sparsecast.core.text.corpus import read_documents
-from sparsecast.core.text.splits import assign_splits
-from sparsecast.core.text.tokens import token_batches
 from sparsecast.sparsify.config import SparsifyConfig
 from sparsecast.sparsify.measure import score
 from sparsecast.sparsify.run import sparsify
+from tests.tools.measured_text import held_out_batches
 
 
 def options(corpus, out, **changes) -> SparsifyConfig:
@@ -39,12 +37,7 @@ def test_l1_makes_a_sparser_model_and_the_card_tells_the_truth(corpus, tmp_path)
     assert silu < relu < min(fixed, before) - 0.05
     assert before < after
     model, tokenizer = load_model(str(cfg.out), device="cpu")
-    docs = assign_splits(read_documents(cfg.corpus, long_documents="split"))
-    quota = {"held-out": cfg.eval_tokens}
-    read = token_batches(
-        docs, tokenizer, quota, seq_len=cfg.seq_len, batch_size=32, long_documents="split"
-    )
-    data = list(read)
+    data = held_out_batches(cfg, tokenizer)
     again, told = score(model, data), held_out["ProSparse after the shift"]
     assert again.perplexity == pytest.approx(told["perplexity"])
     assert again.sparsity == pytest.approx(told["sparsity"])

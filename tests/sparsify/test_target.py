@@ -170,7 +170,13 @@ def test_a_bound_gives_the_sparsest_threshold_within_it(random_model, batches, m
     assert meet_target(random_model, batches, 0.9, 0.3, bound=9.0)[0] == 0
 
 
-TRAINED = {"preset": "micro", "tokens": 3_840, "lr": None, "pretrain_share": 0.2}
+TRAINED = {
+    "preset": "micro",
+    "tokens": 3_840,
+    "eval_tokens": 2_000,
+    "lr": None,
+    "pretrain_share": 0.2,
+}
 
 
 @pytest.mark.parametrize("target", [0.8, 0.9])
