@@ -9,6 +9,7 @@ from pathlib import Path
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_file, unreadable_error
 from sparsecast.core.folders import check_folder_kind
+from sparsecast.core.hub import local_folder
 
 SUFFIX = ".powerinfer.gguf"
 """Suffix of the model's file."""
@@ -31,10 +32,14 @@ def file_name(model: str) -> str:
 def bundle_file(bundle: Path) -> Path:
     """Find the GGUF file of a bundle's folder; a path to a file is returned as it is.
 
+    A hub id, `owner/name` or `owner/name@revision`, is downloaded unless something here has its
+    name.
+
     Raises:
-        InputError: Nothing there, or not exactly one such file in the folder.
+        InputError: Nothing there or on the hub, or not exactly one such file in the folder.
     """
     want = "a folder that `sparsecast export` wrote"
+    bundle = local_folder(bundle, "bundle")
     if not bundle.is_dir():
         check_file(bundle, want)
         return bundle

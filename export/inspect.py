@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from sparsecast.core.disk import format_bytes
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_file, check_writable_file, unreadable_error, write_json
 from sparsecast.core.folders import KINDS, folder_kind
+from sparsecast.core.hub import hub_name, local_folder, remote_kind
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.ffns import place_of
-from sparsecast.core.models.location import find_local, is_path
+from sparsecast.core.models.location import find_local
 from sparsecast.export.bundle import GPUIDX_SUFFIX, bundle_file
 from sparsecast.export.inspect_model import model_values, show_model
 from sparsecast.export.read.inspect_file import file_values, plain, show_file
@@ -27,11 +29,12 @@ from sparsecast.predictors.manifest import SCORES
 
 def inspect(cfg: InspectConfig) -> Inspection:
     """Show an activation store, a predictor folder, a bundle, a PWRI, GGUF or gpuidx file, or a
-    model: its folder, a Hugging Face id or tiny-prosparse.
+    model: its folder, tiny-prosparse, or the Hugging Face id of any of these.
 
     Raises:
         InputError: The path holds something else, or is damaged; see `model_values` for a model.
     """
+    cfg = replace(cfg, path=_downloaded(cfg.path))
     path = cfg.path
     if (kind := _kind(path)) == "activations":
         return inspect_store(cfg)
@@ -54,12 +57,19 @@ def inspect(cfg: InspectConfig) -> Inspection:
     return Inspection(ok=True, values=values)
 
 
+def _downloaded(path: Path) -> Path:
+    """Return the snapshot of a hub id; a path, and the id of a model, are returned as they are."""
+    name = None if os.path.lexists(path) else hub_name(str(path))
+    kind = None if name is None else remote_kind(name)
+    return path if kind is None else local_folder(path, kind)
+
+
 def _kind(path: Path) -> str:
     want = (
         "a model, what `sparsecast collect`, `train` or `export` writes, or a PWRI, GGUF or gpuidx "
         "file"
     )
-    if not os.path.lexists(path) and (find_local(str(path)) or not is_path(str(path))):
+    if not os.path.lexists(path) and (find_local(str(path)) or hub_name(str(path))):
         return "model"
     if not path.is_dir():
         check_file(path, want)  # a device or a FIFO is not opened

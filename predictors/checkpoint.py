@@ -22,6 +22,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import new_folder, read_json, unreadable_error, write_json
 from sparsecast.core.folders import check_folder_kind
 from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.core.hub import local_folder
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.models.ffns import place_of
 from sparsecast.core.options import short_repr
@@ -91,16 +92,19 @@ class PredictorSet:
 def load_predictors(folder: str | Path) -> PredictorSet:
     """Read a predictor folder, written by `sparsecast train` or published by PowerInfer.
 
+    A hub id, `owner/name` or `owner/name@revision`, is downloaded unless a folder here has that
+    name.
+
     Files are compared with their checksums in the manifest, if there is one.
 
     Memory: none for files that `PredictorSet` wrote, which stay memory maps; other dtypes are
     converted.
 
     Raises:
-        InputError: No predictors there, a missing layer, a file that differs from its checksum, or
-            one that does not hold two finite matrices that fit together.
+        InputError: No predictors there or on the hub, a missing layer, a file that differs from its
+            checksum, or one that does not hold two finite matrices that fit together.
     """
-    folder = Path(folder)
+    folder = local_folder(folder, "predictors")
     n_layers = _layers(folder)
     manifest = read_manifest(folder)
     if not n_layers:

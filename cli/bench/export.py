@@ -26,6 +26,7 @@ from sparsecast.cli.bench.export_runs import check_converter, converted, copied,
 from sparsecast.cli.bench.results import check_json, new_table, publish
 from sparsecast.cli.bench.rounds import medians
 from sparsecast.core.errors import InputError
+from sparsecast.core.hub import local_folder
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.location import resolve_model
 from sparsecast.core.options import validate_fields
@@ -133,7 +134,7 @@ def bench_export(cfg: BenchExportConfig) -> dict[str, Any]:
 def _sources(cfg: BenchExportConfig, scratch: Path) -> tuple[Path, Path]:
     """The folders of the model and its predictors; random ones are written to `scratch`."""
     if cfg.model is not None and cfg.predictors is not None:
-        model, predictors = resolve_model(cfg.model), cfg.predictors
+        model, predictors = resolve_model(cfg.model), local_folder(cfg.predictors, "predictors")
         sources = sum(path.stat().st_size for path in (*files_of(model), *files_of(predictors)))
         _check_space(scratch, 3 * sources)
         return model, predictors

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from sparsecast.cli.bench.results import check_json, new_table, publish
 from sparsecast.cli.bench.rounds import in_rounds, median_ratio, medians
 from sparsecast.core.errors import InputError
+from sparsecast.core.hub import local_folder
 from sparsecast.core.messages import show
 from sparsecast.core.models.loading import load_model, max_positions
 from sparsecast.core.options import ModelDtype, validate_fields
@@ -87,7 +88,7 @@ def bench_generate(cfg: BenchGenerateConfig) -> dict[str, Any]:
             a bundle.
     """
     check_json(cfg.json)
-    if is_bundle(cfg.predictors):
+    if is_bundle(local_folder(cfg.predictors, "predictors", "bundle")):
         raise InputError(
             f"--predictors: {cfg.predictors} is a bundle, whose weights would replace the dense "
             "model's; give the predictor folder inside it"

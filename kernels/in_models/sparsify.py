@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ReLUSquaredActivation
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.hub import local_folder
 from sparsecast.core.models.activations import ActivationRule, FATReLU
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import Family, activation_rule, family_of, refuse_experts
@@ -63,8 +64,8 @@ def sparsify_model(
     Args:
         model: On its device and in its dtype. In float16 or bfloat16 on CUDA it runs the kernels,
             else plain torch, see `SparseFFN`.
-        source: A predictor folder, loaded predictors, or a bundle (its folder or file). None for no
-            prediction.
+        source: A predictor folder, loaded predictors, a bundle (its folder or file), or the hub id
+            of predictors or a bundle. None for no prediction.
         policy: exact, predicted or auto, see above.
         least_recall: `auto` predicts a layer whose calibration reaches this recall. A layer without
             a calibration in the manifest is not predicted.
@@ -113,7 +114,8 @@ def _open(
     """Open a source; the file is None unless it is a bundle."""
     if source is None or isinstance(source, PredictorSet):
         return None, source
-    return open_bundle(Path(source)) if is_bundle(Path(source)) else (None, load_predictors(source))
+    folder = local_folder(source, "predictors", "bundle")
+    return open_bundle(folder) if is_bundle(folder) else (None, load_predictors(folder))
 
 
 class Plan(NamedTuple):

@@ -12,7 +12,6 @@ import torch
 from sparsecast.cli.main import main
 from sparsecast.collect.inspect import InspectConfig
 from sparsecast.core.errors import InputError
-from sparsecast.core.models import location
 from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.export.inspect import inspect
 from tests.tools.mixtures import write_mixture
@@ -155,16 +154,16 @@ def test_an_unknown_family_gets_one_line_and_exit_code_2(fields, changed, capsys
 
 
 def test_a_name_that_is_no_path_is_looked_for_on_the_hub(monkeypatch):
-    asked: list[str] = []
+    asked: set[str] = set()
 
-    def download(source: str) -> Path:
-        asked.append(source)
-        raise InputError(f"{source}: not there")
+    def answer(_: object, repo: str, **options: object) -> None:
+        asked.add(repo)
+        raise ConnectionError("no route")
 
-    monkeypatch.setattr(location, "_download", download)
-    with pytest.raises(InputError, match="owner/name: not there"):
+    monkeypatch.setattr("sparsecast.core.hub.HfApi.model_info", answer)
+    with pytest.raises(InputError, match=r"owner/name: neither a local folder.*\(no route\)"):
         inspect(InspectConfig(path=Path("owner/name")))
-    assert asked == ["owner/name"]
+    assert asked == {"owner/name"}
 
 
 def test_stages_that_refuse_a_model_are_not_promised(looked, changed, tmp_path, model_folder):

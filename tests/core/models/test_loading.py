@@ -16,9 +16,10 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.hub import is_path
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model, open_model
-from sparsecast.core.models.location import TINY_PROSPARSE, find_local, is_path, resolve_model
+from sparsecast.core.models.location import TINY_PROSPARSE, find_local, resolve_model
 
 
 def edit(path: Path, **fields) -> None:
@@ -235,13 +236,11 @@ def test_a_hub_that_cannot_be_reached_is_said_and_its_cache_is_used(tmp_path, mo
     def answer(*_: object, **__: object) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("sparsecast.core.models.location.HfApi.model_info", answer)
+    monkeypatch.setattr("sparsecast.core.hub.HfApi.model_info", answer)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"owner/name: neither a local folder.*\(no route\)"):
         resolve_model("owner/name")
-    monkeypatch.setattr(
-        "sparsecast.core.models.location.snapshot_download", lambda *_, **__: str(tmp_path)
-    )
+    monkeypatch.setattr("sparsecast.core.hub.snapshot_download", lambda *_, **__: str(tmp_path))
     assert resolve_model("owner/name") == tmp_path
     assert "its copy in the cache is used" in " ".join(capfd.readouterr().err.split())
 
@@ -252,10 +251,10 @@ def test_what_is_downloaded_is_a_license_too_but_no_code(tmp_path, monkeypatch):
     names += ["USE_POLICY.md", "README.md", "modeling_x.py", "qwen.tiktoken", "chat.jinja"]
     files = [SimpleNamespace(rfilename=name) for name in names]
     info = SimpleNamespace(siblings=files, sha="0" * 40)
-    monkeypatch.setattr("sparsecast.core.models.location.HfApi.model_info", lambda *_, **__: info)
+    monkeypatch.setattr("sparsecast.core.hub.HfApi.model_info", lambda *_, **__: info)
     asked = {}
     monkeypatch.setattr(
-        "sparsecast.core.models.location.snapshot_download",
+        "sparsecast.core.hub.snapshot_download",
         lambda *_, **options: asked.update(options) or str(tmp_path),
     )
 
