@@ -69,6 +69,12 @@ STAGES = {
         "sparsecast.export.inspect:inspect",
         positional="path",
     ),
+    "push": Stage(
+        "upload activations' statistics, predictors, a bundle or a sparse model to the Hub",
+        "sparsecast.integrations.hub.config:PushConfig",
+        "sparsecast.integrations.hub.push:push",
+        positional="folder",
+    ),
     "bench collect": Stage(
         "tokens/s with and without recording, on the same batches",
         "sparsecast.cli.bench.collect:BenchCollectConfig",
