@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from sparsecast.collect.store.stats import STATS, Stats
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.collect.store.units import shard_name
 from sparsecast.core.files import check_writable_file, write_json
+from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.ffns import place_of
 from sparsecast.core.options import ModelDtype, validate_fields
@@ -67,6 +70,8 @@ def inspect(cfg: InspectConfig) -> Inspection:
 
     Memory: the statistics; shards are memory maps.
 
+    A store of which only manifest and statistics are there is shown without its shards.
+
     Raises:
         InputError: Not an activation store, or an unusable manifest.
     """
@@ -74,11 +79,12 @@ def inspect(cfg: InspectConfig) -> Inspection:
         check_writable_file(cfg.json, "--json")
     store = ActivationStore(cfg.path, checked=False)
     manifest = store.manifest
-    damage = _damage(store, whole=cfg.check)
+    bare = not any(map(os.path.lexists, _shards(cfg.path, manifest)))
+    damage = _damage(store, whole=cfg.check, bare=bare)
     stored = sum(_size(cfg.path, split, manifest) for split in SPLITS)
     counted = _size(cfg.path, COUNTED, manifest)
     values = {
-        "ok": False if damage else True if cfg.check else None,
+        "ok": False if damage else True if cfg.check and not bare else None,
         "damage": damage,
         "manifest": asdict(manifest),
         "tokens": {split: sum(tokens) for split, tokens in manifest.shard_tokens.items()},
@@ -89,16 +95,26 @@ def inspect(cfg: InspectConfig) -> Inspection:
         **({} if damage and STATS in damage[-1] else _tables(store)),
     }
     _show(values, manifest, cfg.path)
+    if bare:
+        log.info(
+            "no shard is here, only manifest and statistics, as `sparsecast push` uploads them"
+        )
     if cfg.json is not None:
         write_json(cfg.json, values)
     return Inspection(ok=not damage, values=values)
 
 
-def _damage(store: ActivationStore, *, whole: bool) -> list[str]:
+def _shards(folder: Path, manifest: Manifest) -> Iterator[Path]:
+    for split, counts in manifest.shard_tokens.items():
+        yield from (folder / shard_name(split, number) for number in range(len(counts)))
+
+
+def _damage(store: ActivationStore, *, whole: bool, bare: bool) -> list[str]:
+    """List what is wrong; in a store without any shard, with the other files alone."""
     found = []
     with progress_bar("check", len(store.manifest.checksums)) as progress:
-        for _, what in store.damages(whole=whole):
-            if what is not None:
+        for name, what in store.damages(whole=whole):
+            if what is not None and (not bare or name in (MANIFEST, STATS)):
                 found.append(what)
             progress.advance()
     return found

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.text.corpus_files import SUFFIXES
-from sparsecast.integrations.hub.card_text import figures_section, new_text
+from sparsecast.integrations.hub.card_text import figures_section, new_text, without_figures
 from sparsecast.integrations.hub.facts import Facts, Measure
 from sparsecast.integrations.hub.public import is_local
 
@@ -63,6 +63,8 @@ def build_card(inputs: CardInputs, where: Path) -> ModelCard:
         if inputs.text is not None
         else new_text(inputs.facts, inputs.repo, inputs.base_model)
     )
+    if not text.lstrip().startswith("---"):
+        text = f"---\n{{}}\n---\n{text}"
     try:
         card = ModelCard(text)
     except (ValueError, yaml.YAMLError, TypeError) as error:
@@ -70,7 +72,8 @@ def build_card(inputs: CardInputs, where: Path) -> ModelCard:
             f"{where}: its metadata between the lines --- cannot be read ({reason_of(error)}); "
             "correct or remove it"
         ) from error
-    card.text = f"{card.text.rstrip()}\n\n{figures_section(inputs.facts, inputs.base_model)}"
+    figures = figures_section(inputs.facts, inputs.base_model)
+    card.text = f"{without_figures(card.text).rstrip()}\n\n{figures}"
     card.data = _merged(card.data, _metadata(inputs), inputs.explicit)
     return card
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from sparsecast.integrations.hub.facts import Facts
@@ -45,6 +46,11 @@ def figures_section(facts: Facts, base_model: str | None) -> str:
         if any(measure.type == "traffic" for measure in facts.measures):
             parts.append(TRAFFIC)
     return "\n\n".join(parts) + "\n"
+
+
+def without_figures(text: str) -> str:
+    """Return a card's text without the section of an earlier push."""
+    return re.sub(r"\n## Figures\n\n\|  \|  \|\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
 
 
 def _predictors(facts: Facts, repo: str, base_model: str | None) -> str:

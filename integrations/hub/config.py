@@ -60,13 +60,9 @@ class PushConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self)
-        for option, name in (("--repo", self.repo), ("--base-model", self.base_model)):
-            if name is not None:
-                _check_name(option, name)
-        if self.base_model is not None and "/" not in self.base_model:
-            raise InputError(
-                f"--base-model: got {short_repr(self.base_model)}, expected owner/name"
-            )
+        _check_name("--repo", self.repo)
+        if self.base_model is not None:
+            _check_name("--base-model", self.base_model, owner=True)
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise InputError(
                 f"--license: got {short_repr(self.license)}, expected a license as the Hub spells "
@@ -79,10 +75,12 @@ class PushConfig:
             )
 
 
-def _check_name(option: str, name: str) -> None:
+def _check_name(option: str, name: str, *, owner: bool = False) -> None:
+    """Refuse what is no name on the Hub, or has no owner where one is needed."""
     try:
         validate_repo_id(name)
+        why = "" if "/" in name or not owner else "it has no owner"
     except HFValidationError as error:
-        raise InputError(
-            f"{option}: got {short_repr(name)}, expected owner/name ({reason_of(error)})"
-        ) from error
+        why = reason_of(error)
+    if why:
+        raise InputError(f"{option}: got {short_repr(name)}, expected owner/name ({why})")

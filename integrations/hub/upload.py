@@ -34,6 +34,8 @@ from sparsecast.integrations.hub.files import LEGAL, belongs
 
 GROUP = 64 << 20
 """Bytes of small files that are uploaded together."""
+_CLIENTS = ("httpx", "httpx2", "requests", "urllib3", "hf_xet")
+"""HTTP libraries of huggingface_hub's versions, whose errors are no `OSError` all."""
 _LOGIN = "run `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
@@ -211,10 +213,13 @@ def explained(what: str) -> Iterator[None]:
         raise _refusal(what, error) from error
     except ValueError as error:
         raise InputError(f"{what}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # each HTTP library has errors of its own
+    except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(cause, HfHubHTTPError):
             raise _refusal(what, cause) from error
+        client = type(error).__module__.partition(".")[0] in _CLIENTS
+        if not client and not isinstance(error, (OSError, RuntimeError)):
+            raise
         raise ConnectionError(
             f"{what}: the Hub does not answer ({reason_of(cause)}); what has arrived there is "
             "kept, run the same command again"

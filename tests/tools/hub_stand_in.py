@@ -228,6 +228,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def validate(self) -> None:
         wrong = metadata_errors(json.loads(self.body)["content"])
+        if self.headers.get("Accept") == "text/plain":
+            text = "\n".join(f"- {message}" for message in wrong)
+            self.send(400 if wrong else 200, text.encode())
+            return
         errors = [{"message": message} for message in wrong]
         self.json({"errors": errors, "warnings": []}, 400 if wrong else 200)
 
