@@ -29,8 +29,9 @@ class InspectConfig:
     check), predictors, a bundle or a file hold."""
 
     path: Path
-    """A model (its folder, a Hugging Face id or tiny-prosparse), a folder written by `sparsecast
-    collect`, `train` or `export`, or a PWRI, GGUF or gpuidx file."""
+    """A model's folder or tiny-prosparse, a folder written by `sparsecast collect`, `train` or
+    `export`, the id of any of these on the Hub, `owner/name[@revision]`, or a PWRI, GGUF or gpuidx
+    file."""
 
     check: bool = True
     """For a model, load it and compare the activation that its config names with others on

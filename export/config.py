@@ -20,7 +20,8 @@ class ExportConfig:
     """Hugging Face id or local folder of the model that the predictors belong to."""
 
     predictors: Path
-    """Folder written by `sparsecast train`, or a predictor repository of PowerInfer."""
+    """Folder written by `sparsecast train`, a predictor repository of PowerInfer, or the id of
+    either on the Hub, `owner/name[@revision]`."""
 
     out: Path
     """Folder to write; it appears when complete."""
@@ -69,7 +70,7 @@ class VerifyConfig:
     """Check a bundle against its model, its predictors and the engine itself."""
 
     bundle: Path
-    """Folder written by `sparsecast export`."""
+    """Folder written by `sparsecast export`, or its id on the Hub, `owner/name[@revision]`."""
 
     model: str | None = None
     """The source model; the one named in the bundle's predictor manifest when unset."""

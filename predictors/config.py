@@ -254,7 +254,8 @@ class ReportConfig:
     """Score predictors on held-out documents; write report.json, report.md and report.html."""
 
     predictors: Path
-    """Folder written by `sparsecast train`, or one of PowerInfer's predictor repositories."""
+    """Folder written by `sparsecast train`, one of PowerInfer's predictor repositories, or the id
+    of either on the Hub, `owner/name[@revision]`."""
 
     activations: Path
     """Folder written by `sparsecast collect` from the same model."""
@@ -297,7 +298,8 @@ class EvaluateConfig:
     """Hugging Face id or local folder of the predictors' model."""
 
     predictors: Path
-    """Folder written by `sparsecast train`, or one of PowerInfer's predictor repositories."""
+    """Folder written by `sparsecast train`, one of PowerInfer's predictor repositories, or the id
+    of either on the Hub, `owner/name[@revision]`."""
 
     corpus: str = "builtin"
     """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or a dataset on the hub,

@@ -237,7 +237,8 @@ def _distinct_name(corpus: str) -> str:
 
 
 def publishable_name(corpus: str, suffix: str = "") -> str:
-    """Return a corpus name without local folders: the last part of a path, plus `suffix`."""
+    """Return a corpus's or model's name without local folders: the last part of a path, plus
+    `suffix`."""
     path = Path(corpus).expanduser()
     local = corpus.startswith(("/", ".", "~")) or path.suffix.lower() in SUFFIXES or path.exists()
     return f"{path.name}{suffix}" if local or set("*?[") & set(corpus) else corpus

@@ -186,6 +186,7 @@ def _facts(
 ) -> dict[str, Any]:
     prosparse = plan.target is None or plan.baselines
     return {
+        "model": None if plan.checkpoint is None else publishable_name(plan.checkpoint.source),
         "parameters": sum(p.numel() for p in setup.model.parameters()),
         "model_type": setup.model.config.model_type,
         "tokens": plan.tokens,

@@ -1,4 +1,4 @@
-"""The messages in the guides' "When something goes wrong" are the program's own."""
+"""Messages under "When something goes wrong" in guides and integrations are the program's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CODE = ("core", "collect", "predictors", "export", "kernels", "sparsify", "integrations", "cli")
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+GUIDES += [
+    page
+    for page in sorted((ROOT / "docs" / "integrations").glob("*.md"))
+    if "## When something goes wrong" in page.read_text()
+]
 VALUE = re.compile(r"\.\.\.|'[^']*'|\*\S+|(?:float)?\d[\d.,]*|[\[\]():;]|, ")
 """What stands for a value of the run, or lies between two messages' parts."""
 
