@@ -58,12 +58,6 @@ Text: {count(facts["corpus_tokens"])} tokens of {_corpus(facts["corpus"])}
 
 {_loading(facts)}
 
-```python
-from sparsecast.core.models.loading import load_model
-
-model, tokenizer = load_model("path/to/this/folder")
-```
-
 ## Samples
 
 Temperature 0.7, top-k 40, nothing picked by hand.
@@ -165,13 +159,33 @@ def _shift(facts: Mapping[str, Any]) -> str:
 
 
 def _loading(facts: Mapping[str, Any]) -> str:
-    field = FAMILIES[facts["model_type"]].act_key
-    if facts["activation"] == "relu":
-        return f"`{field}` is `relu`: transformers loads this model by itself, and sparsecast by"
+    field, act = FAMILIES[facts["model_type"]].act_key, facts["activation"]
+    if act in _KNOWN:
+        return (
+            f"`{field}` is `{act}`: transformers loads this model by itself, and sparsecast by\n\n"
+            + _BY_SPARSECAST
+        )
     return (
-        f"`{field}` is `{facts['activation']}`, which transformers does not know: its own loader "
-        "stops with a\nKeyError. sparsecast loads the model:"
+        f"`{field}` is `{act}`, which transformers does not know: its own loader stops with a\n"
+        "KeyError, unless sparsecast is installed and imported first:\n\n"
+        f"{_BY_TRANSFORMERS}\n\nOr load it as the stages of sparsecast do:\n\n{_BY_SPARSECAST}"
     )
+
+
+_KNOWN = ("relu", "relu2")
+"""The activations that transformers has."""
+_BY_SPARSECAST = """```python
+from sparsecast.core.models.loading import load_model
+
+model, tokenizer = load_model("path/to/this/folder")
+```"""
+_BY_TRANSFORMERS = """```python
+import sparsecast.integrations.transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
 
 
 def _sample(sample: Sample, before: Sample | None) -> str:

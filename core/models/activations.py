@@ -7,7 +7,9 @@ FATReLU (ProSparse, arXiv 2402.13516, section 3.3) keeps what reaches a threshol
 T is rounded to the tensor's dtype first, which is what torch does with a Python scalar. ReLU is
 the case of T at zero. dReLU (Bamboo, TurboSparse) is ReLU on the gate and on up. ReLU² (Primer,
 arXiv 2109.08668) is relu(g)², which is zero where ReLU is. transformers knows `relu` and `relu2`;
-importing this module teaches it `fatrelu` and `drelu`.
+importing this module teaches it `fatrelu` and `drelu`, as modules that refuse to run until
+`load_model`, `set_activation` or integrations/transformers.py has told them the rest: transformers
+builds activations from their names alone, without the config and without the FFN around them.
 """
 
 from __future__ import annotations
@@ -51,9 +53,8 @@ class ActivationRule:
 class FATReLU(nn.Module):
     """`x if x >= threshold else 0`, elementwise, any shape and float dtype.
 
-    transformers builds activations without their parameters, so a module made by
-    `AutoModelForCausalLM` has no threshold yet and refuses to run until `load_model` or
-    `set_activation` gives it one: a wrong threshold would change the model without a sign.
+    A module made by transformers has no threshold yet and refuses to run until it is given one: a
+    wrong threshold would change the model without a sign.
     """
 
     def __init__(self, threshold: float | None = None) -> None:
@@ -63,8 +64,8 @@ class FATReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.threshold is None:
             raise RuntimeError(
-                "this FATReLU has no threshold: load the model with "
-                "sparsecast.core.models.loading.load_model, which reads hidden_act_param"
+                "this FATReLU has no threshold: hidden_act_param in the config must be a number "
+                f"from 0; {_LOAD}"
             )
         return torch.where(x >= self.threshold, x, 0)
 
@@ -72,5 +73,31 @@ class FATReLU(nn.Module):
         return f"threshold={self.threshold}"
 
 
+class DReLU(nn.Module):
+    """The half of dReLU that the gate passes through; any shape and float dtype.
+
+    The other half belongs behind up, where transformers puts no activation. Until somebody has put
+    it there and set `on_up`, this one refuses to run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_up = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.on_up:
+            raise RuntimeError(f"this dReLU has no ReLU behind up; {_LOAD}")
+        return x.relu()
+
+
+def relu_output(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    """Forward hook of up: the other half of dReLU."""
+    return output.relu()
+
+
+_LOAD = (
+    "import sparsecast.integrations.transformers before the model is built, or load it with "
+    "sparsecast.core.models.loading.load_model"
+)
 ACT2FN["fatrelu"] = FATReLU
-ACT2FN["drelu"] = nn.ReLU  # of the gate; `set_activation` adds the other
+ACT2FN["drelu"] = DReLU

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
-from sparsecast.core.models.activations import ActivationRule
+from sparsecast.core.models.activations import ActivationRule, relu_output
 from sparsecast.core.models.bitnet import check_compiles, rounds_online
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.experts import install_loops
@@ -213,11 +212,7 @@ def set_activation(model: PreTrainedModel, rule: ActivationRule) -> None:
     for layer in family.decoder_layers(model):
         setattr(layer.get_submodule(parent), name, rule.module())
         if rule.on_up and family.experts is None:
-            layer.get_submodule(family.up).register_forward_hook(_relu)
-
-
-def _relu(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-    return output.relu()
+            layer.get_submodule(family.up).register_forward_hook(relu_output)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

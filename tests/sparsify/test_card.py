@@ -118,3 +118,16 @@ def test_the_card_reads_well_and_holds_samples_in_their_fences(tmp_path):
     assert "how the original goes on after as many tokens:\n\n```text\ndense\n```" in card
     assert "how the original answers after as many tokens:\n\n```text\nThus.\n```" in card
     assert card.index("Thus.") < card.index("and how the model answers:") < card.index("So.")
+
+
+@pytest.mark.parametrize(
+    ("act", "alone"), [("relu", True), ("relu2", True), ("fatrelu", False), ("drelu", False)]
+)
+def test_the_card_says_how_transformers_loads_the_model(tmp_path, act, alone):
+    (tmp_path / "sparsify.json").write_text(json.dumps(FACTS | {"activation": act}))
+    write_card(tmp_path, "m", {}, [])
+    load = (tmp_path / "README.md").read_text().partition("## Load")[2].partition("## Samples")[0]
+    assert ("transformers loads this model by itself" in load) == alone
+    assert ("import sparsecast.integrations.transformers\n" in load) != alone
+    assert "KeyError" not in load or not alone
+    assert load.count("```python") == (1 if alone else 2)

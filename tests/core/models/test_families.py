@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Olmo2Config, Phi3Config
+from transformers import GPT2Config, LlamaConfig, Olmo2Config, Phi3Config
+from transformers.activations import ACT2FN
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import FATReLU
@@ -30,10 +31,10 @@ def test_fatrelu_keeps_the_threshold_itself_as_rounded_to_the_dtype(dtype, thres
         assert FATReLU(threshold)(below).item() == 0.0
 
 
-def test_plain_transformers_cannot_run_a_model_whose_threshold_was_not_set(model_folder):
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    with pytest.raises(RuntimeError, match="no threshold"):
-        model(torch.tensor([[1, 2, 3]]))
+def test_what_transformers_builds_from_a_name_alone_refuses_to_run():
+    for name, lack in {"fatrelu": "no threshold", "drelu": "no ReLU behind up"}.items():
+        with pytest.raises(RuntimeError, match=f"{lack}.*sparsecast.integrations.transformers"):
+            ACT2FN[name](torch.ones(3))
 
 
 def test_load_model_reads_the_threshold(model_folder):
