@@ -14,32 +14,18 @@ replaced. A model without these activations is built as before. In a family with
 core/models/families.py, in a mixture with dReLU, and without a usable `hidden_act_param` the
 activations refuse to run.
 
-`sparsellama`, ProSparse's own type, is read as the LLaMA that it is; its remote code is not run.
+`sparsellama`, ProSparse's own type, is read as the LLaMA that it is (sparsellama.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsecast.core.models.activations import DReLU, FATReLU, relu_output
 from sparsecast.core.models.families import FAMILIES, LARGEST_THRESHOLD, Family
-
-
-class SparseLlamaConfig(LlamaConfig):  # type: ignore[no-untyped-call]
-    """Reads a config.json of the type sparsellama as a `LlamaConfig`; it has no instances."""
-
-    model_type = "sparsellama"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a `LlamaConfig`, or what `LlamaConfig.from_dict` gives for these arguments."""
-        fields = {name: value for name, value in config_dict.items() if name != "auto_map"}
-        fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        return LlamaConfig.from_dict(fields, **kwargs)
+from sparsecast.integrations import sparsellama
 
 
 def _complete(layer: nn.Module, family: Family, config: PreTrainedConfig) -> None:
@@ -83,4 +69,4 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
 
 
 register_module_module_registration_hook(_on_registration)
-AutoConfig.register(SparseLlamaConfig.model_type, SparseLlamaConfig)
+sparsellama.register()
