@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -288,7 +288,7 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure perplexity on held-out documents: dense, exact, predicted and bundle.
+    """Measure perplexity, or lm-eval's tasks: dense, exact, predicted and bundle.
 
     dense is the model as it is; exact computes only what the gate lets through; predicted applies
     the predictors' masks; bundle computes as PowerInfer does.
@@ -301,9 +301,26 @@ class EvaluateConfig:
     """Folder written by `sparsecast train`, one of PowerInfer's predictor repositories, or the id
     of either on the Hub, `owner/name[@revision]`."""
 
-    corpus: str = "builtin"
-    """builtin, a .txt, .md, .jsonl or .parquet file, a folder, a glob, or a dataset on the hub,
-    `name[:config][@split]`."""
+    corpus: str | None = None
+    """Text whose held-out documents give perplexities: builtin, a .txt, .md, .jsonl or .parquet
+    file, a folder, a glob, or a dataset on the hub, `name[:config][@split]`. Unset: builtin, or no
+    perplexities if --tasks is given."""
+
+    tasks: list[str] | None = None
+    """Tasks, groups, tags or globs of lm-eval, or .yaml files of tasks, as a b or a,b. Needs the
+    extra lm-eval."""
+
+    include_path: Path | None = None
+    """Folder of .yaml files with tasks of your own, for --tasks."""
+
+    num_fewshot: int | None = None
+    """Examples before each question of --tasks; unset: what each task says, or none."""
+
+    limit: float | None = None
+    """Documents of each task, the first ones; below 1, their share. For trying out."""
+
+    chat_template: bool = False
+    """Put the prompts of --tasks through the tokenizer's chat template, examples as turns."""
 
     tokens: int = 20_000
     """Held-out tokens to evaluate on."""
@@ -316,7 +333,7 @@ class EvaluateConfig:
     its first window alone. Chats are always cut."""
 
     batch_size: int = 8
-    """Sequences of --seq-len tokens per forward pass."""
+    """Sequences of --seq-len tokens per forward pass; for --tasks, requests."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -328,7 +345,23 @@ class EvaluateConfig:
     """FATReLU threshold, if the model's config has lost it."""
 
     json: Path | None = None
-    """Also write the perplexities to this file."""
+    """Also write the numbers to this file."""
 
     def __post_init__(self) -> None:
         validate_fields(self, tokens=2, seq_len=2, batch_size=1, activation_threshold=0)
+        check_between(self, 0, math.inf, "limit")
+        if self.tasks is None:
+            if self.corpus is None:
+                object.__setattr__(self, "corpus", "builtin")
+            self._check_unused("tasks", "include_path", "num_fewshot", "limit", "chat_template")
+        elif self.corpus is None:
+            self._check_unused("corpus", "tokens", "seq_len", "long_documents")
+
+    def _check_unused(self, needed: str, *names: str) -> None:
+        """Refuse options that would have no effect without another one."""
+        defaults = {field.name: field.default for field in fields(self)}
+        if given := [name for name in names if getattr(self, name) != defaults[name]]:
+            raise InputError(
+                f"{option_of(given[0])}: belongs to {option_of(needed)}; give that too, or leave "
+                "this out"
+            )
