@@ -43,9 +43,9 @@ STAGES = {
         "sparsecast.predictors.report.run:report",
     ),
     "evaluate": Stage(
-        "perplexity dense, exact, and with predictors in the loop",
+        "perplexity and lm-eval's tasks: dense, exact, and with predictors in the loop",
         "sparsecast.predictors.config:EvaluateConfig",
-        "sparsecast.predictors.evaluate:evaluate",
+        "sparsecast.integrations.lm_eval.run:evaluate",
     ),
     "export": Stage(
         "write the bundle that PowerInfer loads",
