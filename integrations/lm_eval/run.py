@@ -99,7 +99,7 @@ def _measure(cfg: EvaluateConfig, plan: EvaluationPlan, loaded: dict[str, Any]) 
                 value = perplexity_in(
                     mode, plan.model, plan.batches, lambda _: progress.advance(note=mode)
                 )
-            answered = _answer(lm, loaded, cfg.chat_template)
+            answered = _answer(cfg, lm, loaded)
             details.update({key: value for key, value in answered.items() if key != "samples"})
             if mode == "dense" and lm.cut:
                 log.warning(
@@ -134,7 +134,7 @@ class _Advance:
         self.progress.advance()
 
 
-def _answer(lm: Any, loaded: dict[str, Any], chat_template: bool) -> dict[str, Any]:
+def _answer(cfg: EvaluateConfig, lm: Any, loaded: dict[str, Any]) -> dict[str, Any]:
     """Return lm-eval's results of all tasks in the mode in which the model runs now."""
     from lm_eval.evaluator import evaluate as lm_eval_evaluate
 
@@ -145,10 +145,11 @@ def _answer(lm: Any, loaded: dict[str, Any], chat_template: bool) -> dict[str, A
         results: dict[str, Any] = lm_eval_evaluate(
             lm=lm,
             task_dict=loaded,
+            limit=cfg.limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=True,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
+            apply_chat_template=cfg.chat_template,
+            fewshot_as_multiturn=cfg.chat_template,
         )
     return results
 

@@ -122,7 +122,7 @@ def show_tasks(tasks: Mapping[str, Any]) -> None:
     """Show every metric with a column per mode: scores and changes, each above its error."""
     modes = [mode for mode in MODES if mode in _first_row(tasks)]
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("task", overflow="fold")
+    table.add_column("task", no_wrap=True)
     table.add_column("n", justify="right")
     table.add_column("metric", overflow="fold")
     for mode in modes:
@@ -149,4 +149,8 @@ def _first_row(tasks: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cells(row: Mapping[str, Any], modes: list[Mode], name: str, sign: str = "") -> list[str]:
     values = ((row[mode] or {}).get(name) for mode in modes)
-    return ["" if value is None else f"{value:{sign}.4f}" for value in values]
+    return ["" if value is None else _short(value, sign) for value in values]
+
+
+def _short(value: float, sign: str) -> str:
+    return f"{value:{sign}.4f}" if abs(value) < 10_000 else f"{value:{sign}.3e}"
