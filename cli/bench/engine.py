@@ -1,13 +1,16 @@
 """`sparsecast bench engine`: tokens per second of PowerInfer's engine on a bundle.
 
+    llama.cpp    with --llama-bench: the same model without predictors by llama.cpp, the baseline
+                 of PowerInfer's paper
     predictors   the bundle as it is
     all active   the same file with a threshold below every logit
     dense        the same model without predictors, as a plain GGUF of the same types (see
                  export/write/dense.py); not for falcon, whose dense graph reads a tensor that the
                  engine does not load
 
-All generate the same number of tokens from the same prompt, in turn, round by round. Reported are
-medians of the engine's own timing of generation. With several threads only the speed means
+All generate the same number of tokens, in turn, round by round: PowerInfer from the same prompt of
+a word, llama-bench from an empty context. Reported are
+medians of the programs' own timing of generation. With several threads only the speed means
 something: PowerInfer's CPU down projection adds the threads' partial sums without a lock.
 """
 
@@ -30,9 +33,19 @@ from sparsecast.export.checks.metadata import check_metadata
 from sparsecast.export.engine.process import EngineError, binary, last_words, run_to_end
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.write.dense import write_dense
+from sparsecast.integrations.llama_cpp.llama_bench import dense_rate, find_llama_bench
 
 TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
 PROMPT = " def"
+NAMES = {
+    "llama_cpp": "llama.cpp, dense",
+    "dense": "PowerInfer, dense",
+    "all_active": "PowerInfer, all active",
+    "predictors": "PowerInfer, predictors",
+}
+"""What is measured, in the order of a round."""
+LLAMA_CPP = {"llama": "llama", "bamboo": "llama", "falcon": "falcon"}
+"""A bundle's architecture to llama.cpp's of the same tensors; llama.cpp has no OPT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +67,10 @@ class BenchEngineConfig:
     threads: int = 1
     """CPU threads of the engine."""
 
+    llama_bench: Path | None = None
+    """llama-bench of a llama.cpp build, or that build's folder: also time the dense model by
+    llama.cpp, with the same types, threads and number of tokens."""
+
     json: Path | None = None
     """Write the numbers to this file."""
 
@@ -64,41 +81,65 @@ class BenchEngineConfig:
 def bench_engine(cfg: BenchEngineConfig) -> dict[str, Any]:
     """Tokens per second and their ratios.
 
-    Disk: a dense file as large as the model, in a temporary folder.
+    Disk: a dense file as large as the model, in a temporary folder; for a bamboo and llama.cpp two.
 
     Raises:
-        InputError: No bundle or no engine there; see also `write_dense`.
-        EngineError: The engine failed.
+        InputError: No bundle or no engine there; see also `write_dense` and `dense_rate`.
+        EngineError: The engine or llama-bench failed.
     """
     check_json(cfg.json)
-    program = binary(cfg.engine, "main")
+    main = binary(cfg.engine, "main")
+    llama_bench = None if cfg.llama_bench is None else find_llama_bench(cfg.llama_bench)
     file = GGUFFile(bundle_file(cfg.bundle))
     if not (metadata := check_metadata(file)).ok:
         raise InputError(f"{file.path}: {metadata.detail}; export it again")
+    builds: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as scratch:
-        command = _command(cfg, program, file.path.absolute())
-        measures = {
-            "predictors": partial(_rate, command, scratch, all_active=False),
-            "all_active": partial(_rate, command, scratch, all_active=True),
-        }
+        measures = {}
+        if llama_bench is not None:
+            dense = _dense(file, scratch, LLAMA_CPP)
+            measures["llama_cpp"] = partial(_llama_cpp, cfg, llama_bench, dense, scratch, builds)
         if file.keys["general.architecture"] != "falcon":
-            dense = Path(scratch, "dense.gguf")
-            write_dense(file, dense)
-            command = _command(cfg, program, dense)
+            command = _command(cfg, main, _dense(file, scratch, {}))
             measures["dense"] = partial(_rate, command, scratch, all_active=False)
+        command = _command(cfg, main, file.path.absolute())
+        measures["all_active"] = partial(_rate, command, scratch, all_active=True)
+        measures["predictors"] = partial(_rate, command, scratch, all_active=False)
         rates = in_rounds(measures, cfg.rounds)
-    median: dict[str, float | None] = {**medians(rates)}
-    median.setdefault("dense", None)
-    values = {
+    return publish(_values(cfg, rates, builds), cfg.json, _show)
+
+
+def _dense(file: GGUFFile, scratch: str, renamed: dict[str, str]) -> Path:
+    """Write the dense file for an engine that has other names for architectures, unless there."""
+    arch = str(file.keys["general.architecture"])
+    if renamed and arch not in renamed:
+        raise InputError(
+            f"--llama-bench: {file.path} is of the architecture {arch!r}, which llama.cpp does not "
+            "have; leave the option out"
+        )
+    path = Path(scratch, f"{renamed.get(arch, arch)}-dense.gguf")
+    if not path.exists():
+        write_dense(file, path, renamed.get(arch))
+    return path
+
+
+def _values(
+    cfg: BenchEngineConfig, rates: dict[str, list[float]], builds: set[str]
+) -> dict[str, Any]:
+    found = medians(rates)
+    median = {name: found.get(name) for name in NAMES}
+    baseline = median["llama_cpp"]
+    return {
         "bundle": str(cfg.bundle),
         "tokens": cfg.tokens,
         "threads": cfg.threads,
         "tokens_per_s": median,
-        "over_all_active": _ratio(median, "all_active"),
-        "over_dense": _ratio(median, "dense"),
+        "over_all_active": _ratio(median["predictors"], median["all_active"]),
+        "over_dense": _ratio(median["predictors"], median["dense"]),
+        "over_llama_cpp": {name: _ratio(rate, baseline) for name, rate in median.items()},
+        "llama_cpp_build": ", ".join(sorted(builds)) or None,
         "runs": rates,
     }
-    return publish(values, cfg.json, _show)
 
 
 def _command(cfg: BenchEngineConfig, program: Path, model: Path) -> list[str]:
@@ -117,18 +158,34 @@ def _rate(command: list[str], scratch: str, *, all_active: bool) -> float:
     return float(found[-1])
 
 
-def _ratio(median: dict[str, float | None], other: str) -> float | None:
-    ours, theirs = median["predictors"], median[other]
-    return None if ours is None or theirs is None else ours / theirs
+def _llama_cpp(
+    cfg: BenchEngineConfig, program: Path, model: Path, scratch: str, builds: set[str]
+) -> float:
+    rate, build = dense_rate(program, model, cfg.tokens, cfg.threads, scratch)
+    builds.add(build)
+    return rate
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
 
 
 def _show(values: dict[str, Any]) -> None:
+    beside = values["llama_cpp_build"] is not None
     title = f"{values['tokens']} tokens, {values['threads']} thread(s)"
-    table = new_table("", "tokens/s", title=title)
+    columns = ["tokens/s", *(["times llama.cpp"] if beside else [])]
+    table = new_table("", *columns, title=title)
     for name, rate in values["tokens_per_s"].items():
-        table.add_row(name.replace("_", " "), "-" if rate is None else f"{rate:,.1f}")
+        if name == "llama_cpp" and not beside:
+            continue
+        cells = [rate, values["over_llama_cpp"][name]][: len(columns)]
+        formats = ("{:,.1f}", "{:.2f}")
+        row = ("-" if c is None else f.format(c) for c, f in zip(cells, formats, strict=False))
+        table.add_row(NAMES[name], *row)
     show(table)
     told = f"with predictors {values['over_all_active']:.2f} times everything active"
     if values["over_dense"] is not None:
         told += f", {values['over_dense']:.2f} times dense"
+    if beside:
+        told += f", {values['over_llama_cpp']['predictors']:.2f} times llama.cpp"
     log.info(told)

@@ -1,8 +1,8 @@
 """Write a bundle's model as a dense GGUF, which the same engine runs without predictors.
 
 Types, tensors and header stay, except for the magic, the down projection, which is transposed back,
-and fc1 and fc2, which are dropped. The engine computes SiLU in every dense llama, so such a file
-takes the time of the dense model but does not generate its text.
+and fc1 and fc2, which are dropped. The engine computes SiLU in every dense llama, as llama.cpp
+does, so such a file takes the time of the dense model but does not generate its text.
 
 Memory: the largest tensor twice, in float32 where it is quantized.
 """
@@ -25,8 +25,12 @@ LEFT_OUT = ("general.architecture", "general.alignment")
 """Keys that the writer adds by itself."""
 
 
-def write_dense(bundle: GGUFFile, path: Path) -> None:
+def write_dense(bundle: GGUFFile, path: Path, arch: str | None = None) -> None:
     """Write the dense file; `path` is replaced.
+
+    Args:
+        arch: The architecture that the file names instead of the bundle's: llama.cpp has no bamboo,
+            whose tensors are a llama's.
 
     Raises:
         InputError: The file is dense already, or its FFN width does not divide into the blocks of
@@ -34,13 +38,8 @@ def write_dense(bundle: GGUFFile, path: Path) -> None:
     """
     if bundle.magic != b"PWRI":
         raise InputError(f"{bundle.path}: is a dense GGUF, expected a PowerInfer file")
-    writer = GGUFWriter(path, str(bundle.keys["general.architecture"]))
-    for key, value in bundle.keys.items():
-        if key in LEFT_OUT or key.startswith("powerinfer."):
-            continue
-        is_array = bundle.key_types[key] == ARRAY
-        value_type = GGUFValueType(bundle.key_types[key])
-        writer.add_key_value(key, value, value_type, _element(value) if is_array else None)
+    writer = GGUFWriter(path, arch or str(bundle.keys["general.architecture"]))
+    _add_keys(writer, bundle)
     kept = [name for name in bundle.entries if ".fc1." not in name and ".fc2." not in name]
     for name in kept:
         entry, target = bundle.entries[name], name.replace("ffn_down_t", "ffn_down")
@@ -70,6 +69,17 @@ def write_dense(bundle: GGUFFile, path: Path) -> None:
         file.write(_stored(bundle, name).data)
         writer.write_padding(file, bundle.entries[name].nbytes)
     writer.close()
+
+
+def _add_keys(writer: GGUFWriter, bundle: GGUFFile) -> None:
+    own = f"{bundle.keys['general.architecture']}."
+    for key, value in bundle.keys.items():
+        if key in LEFT_OUT or key.startswith("powerinfer."):
+            continue
+        named = f"{writer.arch}.{key.removeprefix(own)}" if key.startswith(own) else key
+        is_array = bundle.key_types[key] == ARRAY
+        value_type = GGUFValueType(bundle.key_types[key])
+        writer.add_key_value(named, value, value_type, _element(value) if is_array else None)
 
 
 def _element(values: list[Any]) -> GGUFValueType:

@@ -338,6 +338,16 @@ def engine() -> Path:
     return Path(build)
 
 
+@pytest.fixture(scope="session")
+def llama_cpp() -> Path:
+    """The folder with llama.cpp's binaries."""
+    build = os.environ.get("LLAMA_CPP_BUILD")
+    if not build:
+        pytest.skip("LLAMA_CPP_BUILD names no llama.cpp build")
+    folder = Path(build).absolute()
+    return folder / "bin" if (folder / "bin").is_dir() else folder
+
+
 @pytest.fixture
 def byte_copy(byte_model, tmp_path) -> Path:
     """A copy of the byte-level model that a test may change."""

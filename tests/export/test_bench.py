@@ -18,7 +18,7 @@ from sparsecast.export.write.dense import write_dense
 
 FAKE = """#!/bin/sh
 echo "x: prompt eval time = 6.61 ms / 3 tokens ( 2.2 ms per token, 9999.0 tokens per second)" >&2
-case "$2" in *dense.gguf) rate=30;; *) rate=20;; esac
+case "$2" in *-dense.gguf) rate=30;; *) rate=20;; esac
 [ -n "$LLAMA_SPARSE_PRED_THRESHOLD" ] && rate=10
 echo "$@" >> ENGINE_LOG
 echo "x:  eval time =  110.31 ms /   199 runs (0.55 ms per token, $rate.50 tokens per second)" >&2
@@ -68,7 +68,9 @@ def test_rates_are_the_engines_own_and_the_runs_what_they_say(bundle_folder, tmp
     )
     values = bench_engine(cfg)
     assert json.loads(cfg.json.read_text()) == values
-    assert values["tokens_per_s"] == {"predictors": 20.5, "all_active": 10.5, "dense": 30.5}
+    rates = {"llama_cpp": None, "predictors": 20.5, "all_active": 10.5, "dense": 30.5}
+    assert values["tokens_per_s"] == rates
+    assert values["over_llama_cpp"] == dict.fromkeys(rates)
     assert values["over_dense"] == pytest.approx(20.5 / 30.5)
     calls = (engine / "calls").read_text().splitlines()
     assert len(calls) == 6
