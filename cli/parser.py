@@ -21,9 +21,9 @@ from sparsecast.core.options import convert_value, option_of, short_repr, withou
 
 GROUPS = {
     "input": "model preset corpus sft_corpus activations predictors bundle path against evaluation "
-    "engine prompt convert converter_python activation_threshold",
+    "engine llama_bench prompt convert converter_python activation_threshold",
     "tasks": "tasks include_path num_fewshot limit chat_template",
-    "output": "out json folder force allow_other_tokens",
+    "output": "out format json folder force allow_other_tokens",
     "text": "tokens sft_tokens count_tokens eval_tokens seq_len batch_size batch_tokens",
     "what is recorded": "layers input_dtype energy",
     "predictors": "rank predictor_dtype predictor_budget",

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.options import validate_fields
+from sparsecast.core.options import option_of, validate_fields
 
 ExportDtype = Literal["f16", "f32", "q4_0"]
+AnyDtype = Literal["f16", "f32", "q4_0", "q8_0"]
+ExportFormat = Literal["powerinfer", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,16 @@ class ExportConfig:
     model: str
     """Hugging Face id or local folder of the model that the predictors belong to."""
 
-    predictors: Path
-    """Folder written by `sparsecast train`, a predictor repository of PowerInfer, or the id of
-    either on the Hub, `owner/name[@revision]`."""
-
     out: Path
     """Folder to write; it appears when complete."""
+
+    predictors: Path | None = None
+    """Folder written by `sparsecast train`, a predictor repository of PowerInfer, or the id of
+    either on the Hub, `owner/name[@revision]`; every format but gguf needs it."""
+
+    format: ExportFormat = "powerinfer"
+    """powerinfer: a bundle for PowerInfer; gguf: a file for stock llama.cpp, which computes every
+    neuron of a ReLU llama without predictors."""
 
     activations: Path | None = None
     """Folder written by `sparsecast collect`; adds the hot/cold files for a GPU build."""
@@ -36,10 +42,10 @@ class ExportConfig:
     vram_context: int = 512
     """Tokens of context (PowerInfer's -c) whose KV cache shares the --vram-budget."""
 
-    dtype: ExportDtype = "f16"
-    """f16; q4_0: 4.5 bits per weight, the output matrix 8.5; or f32 for comparisons (the down
-    projection stays f16). Predictors keep the format that they were trained for, see
-    --predictor-dtype of `sparsecast train`."""
+    dtype: AnyDtype = "f16"
+    """f16; q4_0: 4.5 bits per weight, the output matrix 8.5; f32 for comparisons (for PowerInfer
+    the down projection stays f16); q8_0 with --format gguf alone. Predictors keep the format that
+    they were trained for, see --predictor-dtype of `sparsecast train`."""
 
     activation_threshold: float | None = None
     """FATReLU threshold, for a model whose config has lost it."""
@@ -55,6 +61,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self, vram_context=1, activation_threshold=0)
+        self._check_format()
         if self.vram_budget is not None and not 0 < self.vram_budget < 2**20:
             raise InputError(
                 f"--vram-budget: got {self.vram_budget:g}, expected GiB of GPU memory, above 0"
@@ -62,6 +69,25 @@ class ExportConfig:
         if self.vram_budget is not None and self.activations is None:
             raise InputError(
                 "--vram-budget: chooses neurons by how often they fired; give --activations too"
+            )
+
+    def _check_format(self) -> None:
+        if self.format == "gguf":
+            given = ("predictors", "activations", "vram_budget", "force")
+            if extra := [option_of(name) for name in given if getattr(self, name)]:
+                raise InputError(
+                    f"--format gguf: llama.cpp runs without predictors; leave out {extra[0]}, or "
+                    "write a bundle with --format powerinfer"
+                )
+            return
+        if self.predictors is None:
+            raise InputError(
+                "export needs --predictors, a folder that `sparsecast train` wrote; --format gguf "
+                "does without"
+            )
+        if self.dtype == "q8_0":
+            raise InputError(
+                "--dtype q8_0: only with --format gguf; a bundle for PowerInfer is f16, q4_0 or f32"
             )
 
 

@@ -122,6 +122,7 @@ def plan_export(cfg: ExportConfig) -> ExportPlan:
             and `plan_tensors`; predictors or activations of another model; an FFN that does not
             divide into the blocks of --vram-budget.
     """
+    assert cfg.predictors is not None
     checkpoint = Checkpoint(cfg.model)
     hparams = read_hparams(checkpoint, cfg.activation_threshold)
     vocabulary = read_vocabulary(checkpoint, hparams.vocab)

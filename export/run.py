@@ -25,6 +25,7 @@ from sparsecast.export.card import (
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.finished import find_finished
 from sparsecast.export.plan import ExportPlan, plan_export
+from sparsecast.export.to_gguf.run import export_gguf
 from sparsecast.export.write.gpuidx import write_gpuidx
 from sparsecast.export.write.writer import write_model
 
@@ -34,7 +35,7 @@ FLOAT32_EXACT = 2**24
 
 
 def export(cfg: ExportConfig) -> Path:
-    """Write the bundle and return the path of its GGUF file.
+    """Write the bundle and return the path of its GGUF file; with --format gguf see `export_gguf`.
 
     A bundle that an earlier export wrote from the same inputs with the same options is kept.
     Memory: see export/write/writer.py; predictors stay memory maps where their files hold f16,
@@ -45,6 +46,8 @@ def export(cfg: ExportConfig) -> Path:
             `cfg.out`; a bundle there with other inputs or options.
         OSError: The disk filled up meanwhile; nothing is left behind.
     """
+    if cfg.format == "gguf":
+        return export_gguf(cfg)
     with lock_folder(check_new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE), "export"):
         plan = plan_export(cfg)
         if (file := find_finished(plan)) is not None:

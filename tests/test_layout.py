@@ -82,7 +82,7 @@ def test_kernels_import_the_core_alone(path):
     assert [file for file in of_stages if file.parent != path.parent] == []
 
 
-WRITERS = (ROOT / "export" / "write", ROOT / "export" / "to_llama")
+WRITERS = tuple(ROOT / "export" / room for room in ("write", "to_gguf", "to_llama"))
 SCALES = ROOT / "core" / "models" / "scales.py"
 """The fold that the writers share."""
 READERS = [

@@ -17,9 +17,18 @@ from sparsecast.export.write.vocab import Vocabulary
 
 
 def check_other_tokens(
-    checkpoint: Checkpoint, vocabulary: Vocabulary, *, allowed: bool
+    checkpoint: Checkpoint,
+    vocabulary: Vocabulary,
+    *,
+    allowed: bool,
+    engine: str = "the engine",
+    encode: Encode | None = None,
 ) -> OtherTokens | None:
     """Count, and refuse what is neither the engine's way nor allowed.
+
+    Args:
+        engine: Its name in the error.
+        encode: Its tokenizer; PowerInfer's when None, whose sentencepiece BPE is llama.cpp's too.
 
     Returns:
         None where the file's tokenizer is the model's: sentencepiece BPE without a note, or no
@@ -32,10 +41,10 @@ def check_other_tokens(
     if vocabulary.model == "llama" and not (vocabulary.notes or differences):
         return None
     model = model_ids(load_tokenizer(checkpoint))
-    count = count_other_tokens(model, _engine(vocabulary), sample_documents())
+    count = count_other_tokens(model, encode or _engine(vocabulary), sample_documents())
     if differences and not allowed:
         raise InputError(
-            f"{checkpoint.folder}: its tokenizer {'; '.join(differences)}; the engine does not, "
+            f"{checkpoint.folder}: its tokenizer {'; '.join(differences)}; {engine} does not, "
             f"and makes other tokens of {count}. It is right for token ids: if it is given those, "
             "accept this with --allow-other-tokens"
         )

@@ -160,7 +160,7 @@ def _llama(config: Any, rule: ActivationRule, where: str) -> HParams:
                 f"{where}: {field} is true, but the engine's llama has no biases; such a model "
                 "cannot be exported"
             )
-    base, factor = _rope(config, where)
+    base, factor = read_rope(config, where)
     window = getattr(config, "sliding_window", None)
     context = config.max_position_embeddings
     return HParams(
@@ -189,7 +189,7 @@ def _falcon(config: Any, rule: ActivationRule, where: str) -> HParams:
             f"{where}: {found} is true, but the engine's falcon rotates q and k by position and "
             "has no biases except in norms; such a model cannot be exported"
         )
-    base, factor = _rope(config, where)
+    base, factor = read_rope(config, where)
     if factor != 1.0:
         raise InputError(
             f"{where}: rope type is 'linear', but the engine's falcon divides positions by the "
@@ -245,19 +245,23 @@ def _opt(config: Any, rule: ActivationRule, where: str) -> HParams:
     )
 
 
-def _rope(config: Any, where: str) -> tuple[float, float]:
-    """Read (base, linear factor) from transformers 5's rope_parameters or the older fields."""
+def read_rope(config: Any, where: str, engine: str = "the engine") -> tuple[float, float]:
+    """Read (base, linear factor) from transformers 5's rope_parameters or the older fields.
+
+    Raises:
+        InputError: Another kind of rope, which `engine` does not compute.
+    """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     base = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear"):
         raise InputError(
-            f"{where}: rope type is {kind!r}, but the engine supports only 'default' and "
+            f"{where}: rope type is {kind!r}, but {engine} supports only 'default' and "
             "'linear'; export a model with one of these"
         )
     if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
         raise InputError(
-            f"{where}: rope rotates {part:g} of each head, but the engine rotates whole heads; "
+            f"{where}: rope rotates {part:g} of each head, but {engine} rotates whole heads; "
             "such a model cannot be exported"
         )
     return float(base), float(rope.get("factor", 1.0)) if kind == "linear" else 1.0
@@ -289,29 +293,40 @@ def check_shape(hparams: HParams, head_dim: int | None, where: str) -> None:
 
 def check_tensors(checkpoint: Checkpoint, hparams: HParams) -> None:
     """Refuse a checkpoint that lacks a tensor of the architecture or has an extra one."""
-    rows = {
-        checkpoint.stored_name(row.source): row
-        for row in model_rows(hparams.arch, hparams.layers, tied=hparams.tied, norms=hparams.norms)
-    }
-    missing = set(rows)
+    rows = model_rows(hparams.arch, hparams.layers, tied=hparams.tied, norms=hparams.norms)
+    shapes = {checkpoint.stored_name(row.source): hparams.shape(row.shape) for row in rows}
+    engine = f"the engine's {hparams.arch}"
+    check_shapes(checkpoint, shapes, tied=hparams.tied, engine=engine)
+
+
+def check_shapes(
+    checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], *, tied: bool, engine: str
+) -> None:
+    """Refuse a checkpoint whose tensors are not exactly these.
+
+    Args:
+        shapes: By stored name, the embedding first.
+        tied: Whether the output matrix is the embedding; `shapes` then has none.
+        engine: What computes the file, in errors.
+    """
+    missing = set(shapes)
     for name, tensor in checkpoint.tensors():
         # Buffers of old versions, a second copy of the embedding, TurboSparse's own predictors.
         if name.endswith((".rotary_emb.inv_freq", ".attention.masked_bias")):
             continue
         if ".predictor." in name:
             continue
-        if hparams.tied and name == "lm_head.weight":
-            check_tied_head(checkpoint, tensor, next(iter(rows)))
+        if tied and name == "lm_head.weight":
+            check_tied_head(checkpoint, tensor, next(iter(shapes)))
             continue
-        if name not in rows:
+        if name not in shapes:
             kind = "bias there" if name.endswith(".bias") else "tensor of that name"
             raise InputError(
-                f"{checkpoint.folder}: holds {name}, but the engine's {hparams.arch} has no "
-                f"{kind}; such a model cannot be exported"
+                f"{checkpoint.folder}: holds {name}, but {engine} has no {kind}; such a model "
+                "cannot be exported"
             )
         missing.discard(name)
-        want = hparams.shape(rows[name].shape)
-        if tuple(tensor.shape) != want:
+        if tuple(tensor.shape) != (want := shapes[name]):
             raise InputError(
                 f"{checkpoint.folder}: {name} is {tuple(tensor.shape)}, config.json implies "
                 f"{want}; save the model again with its own config"

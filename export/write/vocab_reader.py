@@ -24,16 +24,39 @@ def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
         InputError: A kind of tokenizer that the engine does not have, or tokens that it would not
             load or print.
     """
+    vocabulary, tokenizer = read_tokens(checkpoint, size)
+    notes = list(vocabulary.notes)
+    if vocabulary.model == "gpt2" and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
+        notes.append(
+            f"The tokenizer puts {tokenizer.bos_token} before a text, the engine does not: begin "
+            "prompts with it."
+        )
+    kinds = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    user = [token for token, kind in kinds if kind == USER]
+    if user and vocabulary.model == "llama":
+        notes.append(
+            f"The tokenizer recognizes {len(user)} user-defined tokens in a text, {user[0]!r} "
+            "first; the engine may split them into other tokens."
+        )
+    return vocabulary._replace(notes=notes)
+
+
+def read_tokens(checkpoint: Checkpoint, size: int) -> tuple[Vocabulary, Any]:
+    """Return the vocabulary and the tokenizer, without notes on added tokens and BOS.
+
+    Raises:
+        InputError: See `read_vocabulary`.
+    """
     tokenizer: Any = load_tokenizer(checkpoint)
     path = sentencepiece_file(checkpoint.folder)
     if path is not None:
         parts = model_pieces(path)
-        _, spec = _spec(checkpoint.folder, tokenizer)
+        _, spec = tokenizer_spec(checkpoint.folder, tokenizer)
         notes, differences = ([], []) if spec is None else space_notes(spec)
         parts.notes += notes
         parts.differences += differences
     else:
-        path, spec = _spec(checkpoint.folder, tokenizer)
+        path, spec = tokenizer_spec(checkpoint.folder, tokenizer)
         parts = _from_spec(path, spec)
     if (largest := max(parts.tokens, default=0)) >= size:
         raise InputError(
@@ -43,19 +66,8 @@ def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
     tokens, types = _rows(parts, tokenizer, size)
     _check_unique(path, tokens)
     special = _special(path, parts, tokenizer, checkpoint.config, size)
-    if parts.model == "gpt2" and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
-        parts.notes.append(
-            f"The tokenizer puts {tokenizer.bos_token} before a text, the engine does not: begin "
-            "prompts with it."
-        )
-    user = [token for token, kind in zip(tokens, types, strict=True) if kind == USER]
-    if user and parts.model == "llama":
-        parts.notes.append(
-            f"The tokenizer recognizes {len(user)} user-defined tokens in a text, {user[0]!r} "
-            "first; the engine may split them into other tokens."
-        )
     scores = [parts.scores.get(i, 0.0) for i in range(size)] if parts.model == "llama" else []
-    return Vocabulary(
+    vocabulary = Vocabulary(
         parts.model,
         tokens,
         scores,
@@ -65,9 +77,10 @@ def read_vocabulary(checkpoint: Checkpoint, size: int) -> Vocabulary:
         parts.notes,
         parts.differences,
     )
+    return vocabulary, tokenizer
 
 
-def _spec(folder: Path, tokenizer: Any) -> tuple[Path, Any]:
+def tokenizer_spec(folder: Path, tokenizer: Any) -> tuple[Path, Any]:
     """Return the tokenizer as JSON in the tokenizers library's current format, and its path.
 
     Without a tokenizer.json it is what transformers builds from vocab.json and merges.txt or from

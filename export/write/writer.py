@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,30 @@ def write_model(
         InputError: A value that its tensor's format cannot hold.
         OSError: The disk is full, or `path` cannot be written.
     """
+    header = partial(_add_header, plan=plan)
+    write_file(path, plan.hparams.arch, header, plan.tensors, wrote=wrote, magic=MAGIC)
+
+
+def write_file(
+    path: Path,
+    arch: str,
+    add_header: Callable[[GGUFWriter], None],
+    tensors: list[PlannedTensor],
+    *,
+    wrote: Callable[[int], Any],
+    magic: bytes,
+) -> None:
+    """Write a file of any architecture, as `write_model` does.
+
+    Args:
+        add_header: Adds every key but the architecture.
+        magic: The first four bytes, written when the rest is on disk.
+    """
     part = hidden_sibling(path, "part")
-    writer = GGUFWriter(part, plan.hparams.arch)
+    writer = GGUFWriter(part, arch)
     try:
-        _add_header(writer, plan)
-        for t in plan.tensors:
+        add_header(writer)
+        for t in tensors:
             writer.add_tensor_info(
                 t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=t.type
             )
@@ -73,9 +93,9 @@ def write_model(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with one_thread():
-            _write_data(writer, plan.tensors, wrote)
+            _write_data(writer, tensors, wrote)
         writer.close()
-        _finish(part)
+        _finish(part, magic)
         os.replace(part, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -92,7 +112,7 @@ def _add_header(writer: GGUFWriter, plan: ExportPlan) -> None:
     if plan.dtype == "q4_0":
         writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_float32(KEY_THRESHOLD, plan.predictors.threshold)
-    _add_vocabulary(writer, plan.vocabulary)
+    add_vocabulary(writer, plan.vocabulary)
     writer.add_string(KEY_FINGERPRINT, plan.checkpoint.fingerprint)
     writer.add_string(KEY_RECIPE, plan.recipe_text)
     if plan.other_tokens is not None:
@@ -121,7 +141,8 @@ def _add_hparams(writer: GGUFWriter, hparams: HParams) -> None:
         writer.add_rope_scaling_factor(hparams.rope_factor)
 
 
-def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add the keys of a vocabulary."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
     if vocabulary.scores:
@@ -157,10 +178,10 @@ def _write_data(
         wrote(t.nbytes)
 
 
-def _finish(path: Path) -> None:
+def _finish(path: Path, magic: bytes) -> None:
     """fsync the data before writing the magic, so a partial file is never taken for a bundle."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
-        file.write(MAGIC)
+        file.write(magic)
         file.flush()
         os.fsync(file.fileno())
