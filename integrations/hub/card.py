@@ -41,6 +41,8 @@ class CardInputs:
     facts: Facts
     repo: str
     base_model: str | None
+    datasets: Sequence[str]
+    """Hub ids of those texts behind it, or of its scores, that are on the Hub."""
     license: str | None
     text: str | None
     """The folder's README.md; None if there is none."""
@@ -85,21 +87,21 @@ def metadata_of(data: Any) -> dict[str, Any]:
 
 def _metadata(inputs: CardInputs) -> ModelCardData:
     facts, kind = inputs.facts, inputs.facts.kind
+    own = map(dataset_id, facts.corpora)
     rule = facts.activation.partition("(")[0]
-    datasets = [name for corpus in facts.corpora if (name := dataset_id(corpus)) is not None]
     fields: dict[str, Any] = {
         "license": inputs.license,
         "library_name": _library(inputs),
         "pipeline_tag": "text-generation" if kind in ("model", "bundle") else None,
         "tags": ["sparsecast", "activation-sparsity", rule, *TAGS[kind]],
-        "datasets": datasets or None,
+        "datasets": [name for name in own if name in inputs.datasets] or None,
     }
     if inputs.base_model is not None and kind in RELATIONS:
         fields |= {"base_model": inputs.base_model, "base_model_relation": RELATIONS[kind]}
     if facts.measures:
         fields |= {
             "model_name": inputs.repo.rpartition("/")[2],
-            "eval_results": [_result(measure) for measure in facts.measures],
+            "eval_results": [_result(measure, inputs.datasets) for measure in facts.measures],
         }
     return ModelCardData(**{key: value for key, value in fields.items() if value is not None})
 
@@ -124,12 +126,12 @@ def _merged(theirs: Any, ours: ModelCardData, explicit: Sequence[str]) -> ModelC
     return ModelCardData(**fields)
 
 
-def _result(measure: Measure) -> EvalResult:
+def _result(measure: Measure, datasets: Sequence[str]) -> EvalResult:
     name = dataset_id(measure.corpus)
     return EvalResult(
         task_type="text-generation",
         task_name="Text Generation",
-        dataset_type=name or measure.corpus,
+        dataset_type=name if name and name in datasets else measure.corpus,
         dataset_name=measure.corpus,
         dataset_split=measure.split,
         metric_type=measure.type,

@@ -13,12 +13,12 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_bytes
 from sparsecast.core.hub import hub_name
 from sparsecast.core.messages import log, show
-from sparsecast.integrations.hub.card import CardInputs, build_card, metadata_of
+from sparsecast.integrations.hub.card import CardInputs, build_card, dataset_id, metadata_of
 from sparsecast.integrations.hub.config import PushConfig
 from sparsecast.integrations.hub.contents import check_contents
 from sparsecast.integrations.hub.facts import Facts
 from sparsecast.integrations.hub.files import CARD, Selection, select
-from sparsecast.integrations.hub.public import Publisher, check_public, is_local, last_part
+from sparsecast.integrations.hub.public import Publisher, check_public, last_part
 from sparsecast.integrations.hub.scores import more_measures
 from sparsecast.integrations.hub.upload import Hub
 
@@ -51,7 +51,8 @@ def push(cfg: PushConfig, api: HfApi | None = None) -> Pushed:
     hub = None if cfg.dry_run else Hub(_with_token(api))
     repo = cfg.repo if hub is None else hub.owner_of(cfg.repo)
     base = _base_model(cfg, facts, hub)
-    contents, card = _public(cfg, selection, facts, repo, base)
+    datasets = _datasets(facts, hub)
+    contents, card = _public(cfg, selection, facts, repo, base, datasets)
     contents = {CARD: card.encode(), **contents}
     sizes = {name: _size(content) for name, content in contents.items()}
     if hub is None:
@@ -88,7 +89,7 @@ def _base_model(cfg: PushConfig, facts: Facts, hub: Hub | None) -> str | None:
         hub: Asked whether it has the model; None in a dry run, which believes the name.
     """
     if cfg.base_model is not None:
-        if hub is not None and not hub.is_model(cfg.base_model):
+        if hub is not None and not hub.has(cfg.base_model, "model"):
             raise InputError(
                 f"--base-model: the Hub has no model {cfg.base_model} that you can see; check the "
                 "spelling"
@@ -97,7 +98,7 @@ def _base_model(cfg: PushConfig, facts: Facts, hub: Hub | None) -> str | None:
     if facts.model is None:
         return None
     name = hub_name(facts.model)
-    if name is not None and (hub is None or hub.is_model(name.repo)):
+    if name is not None and (hub is None or hub.has(name.repo, "model")):
         return name.repo
     log.warning(
         f"{cfg.folder}: belongs to {facts.model}, which is no model on the Hub, so the card has no "
@@ -106,12 +107,28 @@ def _base_model(cfg: PushConfig, facts: Facts, hub: Hub | None) -> str | None:
     return None
 
 
+def _texts(facts: Facts) -> list[str]:
+    return [*facts.corpora, *(measure.corpus for measure in facts.measures)]
+
+
+def _datasets(facts: Facts, hub: Hub | None) -> list[str]:
+    """Return the hub ids of the texts behind a folder and its scores that the Hub has."""
+    names = dict.fromkeys(map(dataset_id, _texts(facts)))
+    return [name for name in names if name and (hub is None or hub.has(name, "dataset"))]
+
+
 def _public(
-    cfg: PushConfig, selection: Selection, facts: Facts, repo: str, base: str | None
+    cfg: PushConfig,
+    selection: Selection,
+    facts: Facts,
+    repo: str,
+    base: str | None,
+    datasets: list[str],
 ) -> tuple[dict[str, bytes | Path], str]:
     """Return the files but README.md, and the card, without this machine's paths."""
-    names = {}
-    if facts.model is not None and (is_local(facts.model) or hub_name(facts.model) is None):
+    # What looks like a hub id but is none is a path of the machine where it was recorded.
+    names = {name: last_part(name) for name in _texts(facts) if dataset_id(name) not in datasets}
+    if facts.model is not None and facts.model.partition("@")[0] != base:
         names[facts.model] = base or last_part(facts.model)
     publisher = Publisher(selection, names)
     contents = publisher.contents()
@@ -125,6 +142,7 @@ def _public(
         facts,
         repo,
         base_model=base,
+        datasets=datasets,
         license=cfg.license,
         text=None if readme is None else publisher.text(_text(readme)),
         explicit=[

@@ -68,11 +68,11 @@ class Hub:
             name = str(self.api.whoami()["name"])
         return repo if "/" in repo else f"{name}/{repo}"
 
-    def is_model(self, name: str) -> bool:
-        """Return whether a model of this name is on the Hub, for this user."""
+    def has(self, name: str, kind: str) -> bool:
+        """Return whether a model or a dataset of this name is on the Hub, for this user."""
         with explained(name):
             try:
-                self.api.model_info(name, timeout=HUB_SECONDS)
+                self.api.repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
             except (RepositoryNotFoundError, HFValidationError):
                 return False
         return True

@@ -76,6 +76,7 @@ class HubStandIn:
         """Method and path of every request."""
         self.refuse: dict[str, int] = {}
         """Part of a request's method and path to the status that it gets."""
+        self.datasets: set[str] = set()
         self.ignored: set[str] = set()
         """Files that a .gitignore keeps out."""
 
@@ -245,6 +246,12 @@ class _Handler(BaseHTTPRequestHandler):
         values = {"id": name, "modelId": name, "private": repo.private, "sha": commit.oid}
         self.json({**values, "siblings": rows, "tags": [], "downloads": 0, "likes": 0})
 
+    def dataset(self, name: str) -> None:
+        if name not in self.hub.datasets:
+            self.error(401, "Repository not found", "RepoNotFound")
+            return
+        self.json({"id": name, "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
+
     def tree(self, name: str, revision: str) -> None:
         if (found := self.commit_at(name, revision)) is None:
             return
@@ -348,6 +355,7 @@ ROUTES = [
     (r"POST /api/repos/create", "create"),
     (r"POST /api/validate-yaml", "validate"),
     (rf"GET /api/models/{NAME}", "info"),
+    (r"GET /api/datasets/(.+)", "dataset"),
     (rf"GET /api/models/{NAME}/revision/(.+)", "info"),
     (rf"GET /api/models/{NAME}/tree/([^/]+)/?", "tree"),
     (rf"POST /api/models/{NAME}/preupload/([^/]+)", "preupload"),

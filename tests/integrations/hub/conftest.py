@@ -29,6 +29,7 @@ def hub(monkeypatch, tmp_path):
     """An empty Hub but for `BASE`, a token for it, and an empty cache."""
     with HubStandIn() as standing:
         standing.add(BASE, {"config.json": b"{}"})
+        standing.datasets = {"wikitext", "a/b"}
         constants = "huggingface_hub.constants"
         monkeypatch.setattr(f"{constants}.ENDPOINT", standing.url)
         template = standing.url + "/{repo_id}/resolve/{revision}/{filename}"

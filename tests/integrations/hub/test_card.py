@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,16 @@ def test_a_report_and_an_evaluation_add_held_out_scores(kind, hub, copy_of, push
     }
     assert "| change in perplexity as PowerInfer computes it | +3.40% |" in card
     assert "report.json" not in hub.repos[f"me/{kind}"].files
+
+
+def test_the_text_of_an_evaluation_is_a_name_too(hub, copy_of, pushed, tmp_path):
+    path = evaluation_in(tmp_path / "evaluate.json")
+    for corpus, name, kind in (("clients/acme", "acme", "acme"), ("a/b:c", "a/b:c", "a/b")):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "corpus": corpus}))
+        data = ModelCard(pushed(copy_of("predictors"), evaluation=path).card).data
+        (result, *_) = [r for r in data.eval_results if r.metric_type == "perplexity_change"]
+        assert (result.dataset_name, result.dataset_type, data.datasets) == (name, kind, None)
+        shutil.rmtree(tmp_path / "predictors")
 
 
 def test_those_in_the_folder_count_and_stay_here(hub, copy_of, pushed):

@@ -95,10 +95,16 @@ def test_a_model_with_a_local_name_has_no_base_model_and_that_is_said(hub, copy_
 def test_a_name_like_a_hub_id_that_the_hub_lacks_is_no_base_model(
     hub, copy_of, pushed, sealed, caplog
 ):
-    """Such as a relative path of the machine on which it was recorded."""
-    result = pushed(sealed(copy_of("predictors"), model="out/model"))
+    """Such as a relative path of the machine on which it was recorded; the same for a dataset."""
+    recipe = {"corpus": "clients/acme"}
+    result = pushed(sealed(copy_of("predictors"), model="out/model", recipe=recipe))
     assert "belongs to out/model, which is no model on the Hub" in caplog.text
-    assert ModelCard(result.card).data.base_model is None
+    data = ModelCard(result.card).data
+    assert (data.base_model, data.datasets) == (None, None)
+    manifest = json.loads(hub.repos["me/predictors"].files["manifest.json"])
+    assert (manifest["model"], manifest["recipe"]) == ("model", {"corpus": "acme"})
+    assert "out/model" not in result.card
+    assert "clients" not in result.card
 
 
 def test_shards_are_pushed_only_where_that_is_asked_for(hub, copy_of, pushed, acts):
