@@ -28,6 +28,7 @@ from sparsecast.integrations.hub.facts import (
     store_facts,
 )
 from sparsecast.integrations.hub.files import MODEL_FACTS, Selection
+from sparsecast.integrations.hub.public import check_public
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 
 
@@ -73,6 +74,8 @@ def _predictors(folder: Path) -> tuple[Facts, PredictorSet]:
 
 def _bundle(folder: Path) -> tuple[Facts, PredictorSet]:
     file = GGUFFile(bundle_file(folder))
+    texts = [value for value in file.keys.values() if isinstance(value, str)]
+    check_public(file.path.name, "\n".join(texts).encode(), folder)
     failed = next((check for check in _bundle_checks(file, folder) if not check.ok), None)
     if failed is not None:
         raise InputError(

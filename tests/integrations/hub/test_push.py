@@ -123,6 +123,16 @@ def test_of_paths_the_last_part_stays(hub, copy_of, pushed):
     assert "/" not in manifest["model"]
 
 
+def test_paths_in_a_bundles_card_lose_their_folders_and_nothing_else_changes(hub, copy_of, pushed):
+    """Such as that of a model whose predictors came without a manifest."""
+    folder = copy_of("bundle")
+    path = folder / "README.md"
+    more = "--model /data/secret/m `~/secret/n` ../o <a/b> 1/2 https://a.b/c/d activation/x.pt\n"
+    path.write_text(path.read_text() + more)
+    text = ModelCard(pushed(folder).card).text
+    assert "--model m `n` o <a/b> 1/2 https://a.b/c/d activation/x.pt" in text
+
+
 def test_a_dry_run_shows_files_and_card_and_asks_nobody(hub, copy_of, capfd, monkeypatch):
     folder = copy_of("predictors")
     (folder / "logs").mkdir()
