@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
@@ -27,6 +28,7 @@ from sparsecast.integrations.vllm.served import (
     wanted_way,
     write_rule,
 )
+from sparsecast.kernels.in_models.sparse_ffn import runs_kernels
 from sparsecast.kernels.ops.bitmask import MAX_WIDTH
 from sparsecast.kernels.ops.launch import INTERPRETED
 
@@ -44,9 +46,13 @@ class ExactMLP(nn.Module):
         self.rule = rule
 
     def transpose(self) -> None:
-        """Lay the down projection out by neurons, in place; its shape and values stay."""
+        """Lay the down projection out by neurons, in place; its shape and values stay.
+
+        Weights that vLLM keeps elsewhere stay as they are, and the FFN dense.
+        """
         weight = self.down_proj.weight
-        weight.data = by_rows(weight.data)
+        if runs_kernels(weight):
+            weight.data = by_rows(weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
         y = exact_or_dense(
@@ -66,6 +72,8 @@ def _hindrance(vllm_config: VllmConfig, mlp: Any) -> str | None:
     weight = getattr(mlp.down_proj, "weight", None)
     place = "cpu" if INTERPRETED else "cuda"
     device = torch.empty(0).device if weight is None else weight.device
+    if envs.VLLM_BATCH_INVARIANT:
+        return "sums of the kernels depend on the batch (VLLM_BATCH_INVARIANT)"
     if vllm_config.quant_config is not None:
         return "the model is quantized"
     if vllm_config.lora_config is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_reference import Reference
 
 from sparsecast.core.models.location import TINY_PROSPARSE
 
@@ -65,7 +66,7 @@ def serve(environment, tmp_path):
         job.write_text(json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "options": options}))
         done = subprocess.run(
             [sys.executable, str(SCRIPT), str(job), str(result)],
-            env={**environment, **(env or {})},
+            env={**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})},
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -79,7 +80,7 @@ def serve(environment, tmp_path):
 
 @pytest.fixture(scope="session")
 def reference():
-    """Greedy ids and their log-probabilities by transformers, in float32."""
+    """Generate greedily by transformers, in float32."""
     from transformers import AutoModelForCausalLM
 
     import sparsecast.integrations.transformers  # noqa: F401
@@ -87,23 +88,25 @@ def reference():
     @torch.no_grad()
     def generate(
         folder: Path, prompts: list[list[int]] = PROMPTS, tokens: int = TOKENS
-    ) -> tuple[list[list[int]], torch.Tensor]:
+    ) -> Reference:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        ids, scores = [], []
+        model.generation_config.eos_token_id = None
+        found: list[torch.Tensor] = []
+        for layer in model.model.layers:
+            if (cut := getattr(layer.mlp.act_fn, "threshold", None)) is not None:
+                layer.mlp.gate_proj.register_forward_hook(
+                    lambda _m, _x, gate, cut=cut: found.append((gate - cut).abs().amin(-1)[0])
+                )
+        rows = []
         for prompt in prompts:
-            out = model.generate(
-                torch.tensor([prompt]),
-                max_new_tokens=tokens,
-                min_new_tokens=0,
-                do_sample=False,
-                eos_token_id=-1,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-            new = out.sequences[0, len(prompt) :]
-            logprobs = torch.stack(out.logits, 1)[0].log_softmax(-1)
-            ids.append(new.tolist())
-            scores.append(logprobs.gather(1, new[:, None])[:, 0])
-        return ids, torch.stack(scores)
+            ids = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
+            found.clear()
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+            new = ids[0, len(prompt) :]
+            margin = torch.stack(found).amin(0) if found else torch.full((ids.shape[1],), torch.inf)
+            margin = margin.cummin(0).values[len(prompt) - 1 : -1]
+            rows.append((new, logits.log_softmax(-1).gather(1, new[:, None])[:, 0], margin))
+        new, logprobs, margins = (torch.stack(part) for part in zip(*rows, strict=True))
+        return Reference(new.tolist(), logprobs, margins)
 
     return generate

@@ -81,6 +81,6 @@ def test_a_chat_streams_what_transformers_says(server, reference):
     prompt = tokenizer.encode(
         tokenizer.apply_chat_template(QUESTION, tokenize=False), add_special_tokens=False
     )
-    (ids,), _ = reference(folder, [prompt], 40)
+    (ids,) = reference(folder, [prompt], 40).ids
     whole, begun = (tokenizer.decode(part) for part in (prompt + ids, prompt))
     assert "".join(said) == whole[len(begun) :]
