@@ -1,6 +1,7 @@
 # make demo: a model, its predictors and a PowerInfer bundle, from nothing but Python, pip and make.
 # make test: what CI runs, in up to four processes of one thread each (most tests are too small for more threads).
 # make test-slow: the tests that take minutes and 16 GB of disk.
+# make test-lm-eval: the tests of lm-eval's tasks, with lm-eval, which it installs.
 # make test-vllm: the tests that need vLLM, in an environment of its own (3.5 GB): some minutes for that, once, and some to run.
 # make lint, make format, make typecheck: what make test checks first, one at a time; format also changes files.
 # make wheel: the wheel in dist/.
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 
-.PHONY: demo test test-slow test-vllm lint format typecheck wheel docs clean
+.PHONY: demo test test-slow test-lm-eval test-vllm lint format typecheck wheel docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsecast demo --out demo
@@ -20,6 +21,9 @@ test: lint typecheck
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
+
+test-lm-eval: $(VENV)/.lm-eval
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "slow or not slow" tests/integrations/lm_eval
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m vllm tests/integrations/vllm
@@ -41,6 +45,10 @@ wheel: $(VENV)/.installed
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.lm-eval: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lm-eval]'
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'

@@ -11,19 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CODE = ("core", "collect", "predictors", "export", "kernels", "sparsify", "integrations", "cli")
+TITLE = "## When something goes wrong"
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
-GUIDES += [
-    page
-    for page in sorted((ROOT / "docs" / "integrations").glob("*.md"))
-    if "## When something goes wrong" in page.read_text()
-]
+GUIDES += sorted(p for p in (ROOT / "docs/integrations").glob("*.md") if TITLE in p.read_text())
 VALUE = re.compile(r"\.\.\.|'[^']*'|\*\S+|(?:float)?\d[\d.,]*|[\[\]():;]|, ")
 """What stands for a value of the run, or lies between two messages' parts."""
 
 
 def quoted(page: Path) -> list[str]:
     """The messages in the first column of the page's last table."""
-    table = page.read_text().partition("## When something goes wrong")[2]
+    table = page.read_text().partition(TITLE)[2]
     cells = [row.split(" | ")[0] for row in table.splitlines() if row.startswith("| `")]
     return [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
 

@@ -47,19 +47,7 @@ class SparsecastLM(OneBosLM):
             InputError: See `open_model_with_predictors`; an unknown mode or argument; no
                 predictors where the mode needs some; bundle of a model that PowerInfer cannot run.
         """
-        if others:
-            known = "pretrained, predictors, mode, dtype, activation_threshold, max_length"
-            raise InputError(
-                f"--model_args {next(iter(others))}: not an argument of --model sparsecast; "
-                f"expected {known}"
-            )
-        if mode not in MODES:
-            raise InputError(f"--model_args mode: got {mode!r}, expected {', '.join(MODES)}")
-        if predictors is None and mode in ("predicted", "bundle"):
-            raise InputError(
-                f"--model_args mode={mode}: needs predictors; add predictors=FOLDER, or choose "
-                "mode=dense or mode=exact"
-            )
+        _check_arguments(predictors, mode, others)
         options: dict[str, Any] = {"device": device or "auto", "dtype": dtype}
         options["activation_threshold"] = activation_threshold
         found: PredictorSet | None = None
@@ -81,3 +69,19 @@ class SparsecastLM(OneBosLM):
         )
         self._mode = ExitStack()
         self._mode.enter_context(in_mode(model, found, mode))
+
+
+def _check_arguments(predictors: str | None, mode: str, others: dict[str, Any]) -> None:
+    if others:
+        known = "pretrained, predictors, mode, dtype, activation_threshold, max_length"
+        raise InputError(
+            f"--model_args {next(iter(others))}: not an argument of --model sparsecast; "
+            f"expected {known}"
+        )
+    if mode not in MODES:
+        raise InputError(f"--model_args mode: got {mode!r}, expected {', '.join(MODES)}")
+    if predictors is None and mode in ("predicted", "bundle"):
+        raise InputError(
+            f"--model_args mode={mode}: needs predictors; add predictors=FOLDER, or choose "
+            "mode=dense or mode=exact"
+        )

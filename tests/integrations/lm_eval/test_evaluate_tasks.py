@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from sparsecast.cli.main import main
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
+from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.integrations.lm_eval import tasks as tasks_module
 from sparsecast.integrations.lm_eval.tasks import load_tasks
 from sparsecast.predictors.checkpoint import load_predictors
@@ -127,9 +129,30 @@ def test_examples_and_chat_template(run, task_folder, tmp_path):
     code, result, screen = run(*args, "--num-fewshot", "1", "--chat-template", "true")
     assert (code, result) == (2, None)
     assert "--chat-template: the tokenizer of tiny-prosparse has no chat template" in screen
+    model = tmp_path / "model"
+    shutil.copytree(TINY_PROSPARSE, model)
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    args += ["--model", str(model), "--chat-template", "true"]
     code, result, _ = run(*args, "--num-fewshot", "2", "--limit", "1")
     assert code == 0
+    assert result["chat_template"] is True
     assert result["tasks"]["local_choice"]["num_fewshot"] == 2
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_a_group_stands_among_its_tasks(run, task_folder, tmp_path):
+    for path in task_folder.glob("local_choice.yaml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    group = {"group": "mine", "task": ["local_choice"]}
+    group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
+    (tmp_path / "mine.yaml").write_text(json.dumps(group))
+    code, result, _ = run("--tasks", "mine", "--include-path", str(tmp_path), "--limit", "2")
+    assert code == 0
+    assert set(result["tasks"]) == {"mine", "local_choice"}
+    group, task = (result["tasks"][name]["metrics"]["acc,none"] for name in result["tasks"])
+    for mode in MODES:
+        assert group[mode]["value"] == task[mode]["value"]
 
 
 def one_line(screen: str) -> str:
