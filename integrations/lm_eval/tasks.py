@@ -153,14 +153,15 @@ def _unknown(
     name: str, known: Sequence[str], include_path: Path | None, unreadable: Sequence[str]
 ) -> InputError:
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    if unreadable:
-        hint += f" lm-eval cannot read {unreadable[0][:300]}"
     where = "" if include_path is None else f" or in {include_path}"
-    return InputError(
-        f"--tasks {name}: no task, group or tag of that name in lm-eval{where}{hint or '; '}"
-        + ("" if hint else "`python -m lm_eval ls tasks` lists those it has")
-    )
+    told = [f"--tasks {name}: no task, group or tag of that name in lm-eval{where}"]
+    if unreadable:
+        told.append(f"lm-eval cannot read {unreadable[0][:300]}")
+    if near:
+        told.append(f"did you mean {' or '.join(near)}?")
+    elif not unreadable:
+        told.append("`python -m lm_eval ls tasks` lists those it has")
+    return InputError("; ".join(told))
 
 
 def _check(name: str, task: Any) -> None:

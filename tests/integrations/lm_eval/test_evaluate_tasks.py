@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as lm_eval_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -19,7 +20,6 @@ from sparsecast.cli.main import main
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.location import TINY_PROSPARSE
-from sparsecast.integrations.lm_eval import tasks as tasks_module
 from sparsecast.integrations.lm_eval.tasks import load_tasks
 from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.modes import MODES, in_mode
@@ -44,21 +44,21 @@ def run(task_folder, predictors, tmp_path, capsys):
 
 
 @pytest.fixture
-def once_built(monkeypatch):
-    """Count how often a task's data and requests are built."""
-    calls = {"load": 0, "build": 0}
-    load, build = TaskManager.load, tasks_module.build_requests
+def built(monkeypatch):
+    """Count how often tasks are loaded and their requests built."""
+    calls = {"load": 0, "build_all_requests": 0}
 
-    def counted_load(*args, **options):
-        calls["load"] += 1
-        return load(*args, **options)
+    def count(owner, name):
+        original = getattr(owner, name)
 
-    def counted_build(*args, **options):
-        calls["build"] += 1
-        return build(*args, **options)
+        def counted(*args, **options):
+            calls[name] += 1
+            return original(*args, **options)
 
-    monkeypatch.setattr(TaskManager, "load", counted_load)
-    monkeypatch.setattr(tasks_module, "build_requests", counted_build)
+        monkeypatch.setattr(owner, name, counted)
+
+    count(TaskManager, "load")
+    count(Task, "build_all_requests")
     return calls
 
 
@@ -84,10 +84,10 @@ def compare_with_stock(result, task_folder, predictors):
             assert row["value"] == pytest.approx(want[metric], rel=1e-5)
 
 
-def test_four_modes_answer_the_same_requests(run, task_folder, predictors, once_built):
+def test_four_modes_answer_the_same_requests(run, task_folder, predictors, built):
     code, result, screen = run("--tasks", NAMES, "--include-path", str(task_folder))
     assert code == 0
-    assert once_built == {"load": 1, "build": 1}
+    assert built == {"load": 1, "build_all_requests": 3}
     assert set(result) == {"model", "tasks", "lm_eval", "limit", "chat_template", "max_length"}
     assert list(result["tasks"]) == NAMES.split(",")
     assert [task["documents"] for task in result["tasks"].values()] == [4, 2, 2]
