@@ -14,6 +14,7 @@ KINDS = {
     "bundle": "a bundle of `sparsecast export`, which `sparsecast verify` takes",
     "report": "a report of `sparsecast report`, which no stage reads",
     "model": "a model, which --model takes",
+    "gguf": "a file of `sparsecast export --format gguf`, which llama.cpp runs",
     "text": "text, which --corpus takes",
 }
 MANY = 100
@@ -32,7 +33,7 @@ def folder_kind(folder: Path) -> str | None:
         return "report"
     if {"model_type", "architectures"} & _keys(folder, "config.json"):
         return "model"
-    return None
+    return "gguf" if any(folder.glob("*.gguf")) else None
 
 
 def _keys(folder: Path, name: str) -> set[str]:

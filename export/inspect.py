@@ -36,7 +36,9 @@ def inspect(cfg: InspectConfig) -> Inspection:
     """
     cfg = replace(cfg, path=_downloaded(cfg.path))
     path = cfg.path
-    if (kind := _kind(path)) == "activations":
+    if (kind := _kind(path)) == "gguf":
+        path = _only_file(path)
+    if kind == "activations":
         return inspect_store(cfg)
     if cfg.json is not None:
         check_writable_file(cfg.json, "--json")
@@ -83,10 +85,17 @@ def _kind(path: Path) -> str:
         return "activations"  # damaged ones, which `inspect_store` describes
     if kind is None and "config.json" in names:
         return "model"
-    if kind not in ("activations", "predictors", "bundle", "model"):
+    if kind not in ("activations", "predictors", "bundle", "model", "gguf"):
         what = KINDS.get(kind or "", "nothing that sparsecast writes")
         raise InputError(f"{path}: holds {what}; expected {want}")
     return kind
+
+
+def _only_file(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        raise InputError(f"{folder}: holds {len(found)} files *.gguf; name one of them")
+    return found[0]
 
 
 def _predictor_values(path: Path) -> dict[str, Any]:

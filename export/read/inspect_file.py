@@ -37,6 +37,7 @@ def file_values(path: Path) -> dict[str, Any]:
     values: dict[str, Any] = {
         "kind": "gpu split" if file.keys.get("general.architecture") == SPLIT else "model",
         "path": str(path),
+        "what": _what(file),
         "magic": file.magic.decode(),
         "version": file.version,
         "alignment": file.alignment,
@@ -50,6 +51,18 @@ def file_values(path: Path) -> dict[str, Any]:
     if values["kind"] == "gpu split":
         values["layers"] = _layers(file)
     return values
+
+
+def _what(file: GGUFFile) -> str:
+    """Say what the file is and which program it is for."""
+    arch = file.keys.get("general.architecture")
+    if arch == SPLIT:
+        return "the neurons that a GPU build of PowerInfer keeps on the GPU"
+    if file.magic == b"PWRI":
+        return f"a model of architecture {arch} with predictors, for PowerInfer"
+    if arch == "smallthinker" and file.keys.get("smallthinker.expert_count") == 1:
+        return "a llama with ReLU as a SmallThinker with one expert, for llama.cpp, no predictors"
+    return f"a GGUF of architecture {arch} without predictors"
 
 
 def _value(value: Any) -> Any:
@@ -95,6 +108,7 @@ def show_file(values: dict[str, Any]) -> None:
     log.info(values["path"], extra={"style": "bold"})
     head = f"{values['magic']} version {values['version']}, alignment {values['alignment']}"
     log.info(f"  {head}, {format_bytes(values['bytes'])}")
+    log.info(f"  {plain(values['what'])}")
     keys = Table(title="keys", title_justify="left", show_header=False)
     for key, value in list(values["keys"].items())[:SHOWN]:
         keys.add_row(plain(key), _short(value))

@@ -12,8 +12,10 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from sparsecast.cli.main import main
+from sparsecast.collect.inspect import InspectConfig
 from sparsecast.core.errors import InputError
 from sparsecast.export.config import ExportConfig, VerifyConfig
+from sparsecast.export.inspect import inspect
 from sparsecast.export.run import export
 from sparsecast.export.verify import verify
 
@@ -153,6 +155,13 @@ def test_a_finished_file_is_kept_and_another_refused(model, capsys):
     file = export(ExportConfig(**cfg))
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.gguf"]
     assert GGUFReader(file).get_field("general.architecture").contents() == "smallthinker"
+    with pytest.raises(InputError, match="export --format gguf`, which llama.cpp runs; expected a"):
+        verify(VerifyConfig(bundle=out))
+    for path in (out, file):
+        values = inspect(InspectConfig(path=path)).values
+        assert values["path"] == str(file)
+        assert values["what"].startswith("a llama with ReLU as a SmallThinker with one expert")
+        assert values["what"] in capsys.readouterr().err
     before = file.stat()
     assert export(ExportConfig(**cfg)) == file
     assert "already exported" in capsys.readouterr().err
@@ -162,5 +171,3 @@ def test_a_finished_file_is_kept_and_another_refused(model, capsys):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="holds a damaged file"):
         export(ExportConfig(**cfg))
-    with pytest.raises(InputError, match=r"holds 0 files \*.powerinfer.gguf"):
-        verify(VerifyConfig(bundle=out))
