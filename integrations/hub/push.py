@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, get_token
 from rich.table import Table
 
 from sparsecast.core.disk import format_bytes
@@ -58,7 +58,7 @@ def push(cfg: PushConfig, api: HfApi | None = None) -> Pushed:
     if hub is None:
         _show(selection, sizes, card)
         return Pushed(repo, None, card, sizes)
-    hub.check_card(ModelCard(card))
+    hub.check_card(card)
     target = hub.open_target(
         repo,
         cfg.branch,

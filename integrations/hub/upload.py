@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -24,6 +24,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
 )
 
 from sparsecast.core.disk import format_bytes
@@ -77,23 +79,27 @@ class Hub:
                 return False
         return True
 
-    def check_card(self, card: ModelCard) -> None:
+    def check_card(self, card: str) -> None:
         """Let the Hub check the metadata before anything is made.
+
+        The client's own `ModelCard.validate` asks HF_ENDPOINT's Hub, or in older versions always
+        huggingface.co.
 
         Raises:
             InputError: What the Hub refuses, such as a license that it does not know.
         """
         with explained("the card"):
-            try:
-                card.validate(repo_type="model")
-            except ValueError as error:
-                if isinstance(error, HfHubHTTPError):
-                    raise
-                told = " ".join(str(error).split())
+            answer = get_session().post(
+                f"{self.api.endpoint}/api/validate-yaml",
+                json={"content": card, "repoType": "model"},
+            )
+            if answer.status_code == 400:
+                wrong = [str(row.get("message")) for row in answer.json().get("errors", [])]
                 raise InputError(
-                    f"the Hub refuses the card's metadata: {told}; correct --license, --base-model "
-                    "or the metadata in the folder's README.md"
-                ) from error
+                    f"the Hub refuses the card's metadata: {' '.join('; '.join(wrong).split())}; "
+                    "correct --license, --base-model or the metadata in the folder's README.md"
+                )
+            hf_raise_for_status(answer)
 
     def open_target(
         self, repo: str, branch: str, kind: str, names: set[str], *, private: bool, replace: bool

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, snapshot_download
+from hub_stand_in import TOKEN, HubStandIn
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 
 from sparsecast.cli.main import main
 from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import manifest_checksum
+from sparsecast.integrations.hub.config import PushConfig
+from sparsecast.integrations.hub.push import push
 from sparsecast.predictors.checkpoint import load_predictors
 
 FILES = {
@@ -161,6 +165,19 @@ def test_a_dry_run_shows_the_card_that_is_pushed(hub, copy_of, pushed):
 def test_a_repository_without_an_owner_is_ones_own(hub, copy_of, pushed):
     assert pushed(copy_of("predictors"), repo="mine").repo == "me/mine"
     assert "me/mine" in hub.repos
+
+
+def test_a_client_of_another_hub_is_used_throughout(copy_of, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    folder = copy_of("predictors")
+    with HubStandIn() as other:
+        cfg = PushConfig(folder=folder, repo="p", license="mit")
+        result = push(cfg, HfApi(endpoint=other.url, token=TOKEN))
+        assert set(result.files) == set(other.repos["me/p"].files) - {".gitattributes"}
+        with pytest.raises(InputError, match="the Hub refuses the card's metadata"):
+            push(replace(cfg, license="x"), HfApi(endpoint=other.url, token=TOKEN))
 
 
 def test_a_private_push_makes_a_private_repository(hub, copy_of, pushed):
