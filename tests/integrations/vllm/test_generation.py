@@ -22,8 +22,9 @@ def check(made: dict, wanted: Reference) -> None:
     off = (torch.tensor(made["logprobs"]) - wanted.logprobs).abs()
     clear = wanted.margins > 3e-6
     assert made["ids"] == wanted.ids
-    assert off[clear].max() <= 1e-4
+    assert (off <= 1e-4)[clear].all()
     assert off.max() <= 0.05
+    assert clear.double().mean() > 0.2
     assert (off <= 1e-4).double().mean() > 0.9
     assert len({tuple(row) for row in wanted.ids}) > 4
 
@@ -55,8 +56,8 @@ def test_act_info_overrides_the_config_and_its_compiled_graph(variant, serve, re
     made = serve(config, {"ACT_INFO": "fatrelu_0.2"})
     check(made, reference(variant("meant", hidden_act="fatrelu", hidden_act_param=0.2)))
     assert "config.json says relu, but ACT_INFO=fatrelu_0.2 is set" in made["log"]
-    made = serve(config, {"ACT_INFO": "fatrelu_0.4"})
-    check(made, reference(variant("other", hidden_act="fatrelu", hidden_act_param=0.4)))
+    made = serve(config, {"ACT_INFO": "fatrelu_0.3"})
+    check(made, reference(variant("other", hidden_act="fatrelu", hidden_act_param=0.3)))
 
 
 def test_a_model_with_silu_is_vllms_own(variant, serve, reference):
