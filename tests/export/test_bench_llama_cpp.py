@@ -160,12 +160,14 @@ def test_llama_bench_decodes_the_dense_file(llama_cpp, random_export, family, tm
 
 @pytest.mark.engine
 @pytest.mark.llama_cpp
-def test_both_engines_in_one_run(engine, llama_cpp, bundle_folder):
+def test_both_engines_in_one_run(engine, llama_cpp, bundle_folder, tmp_path):
     values = bench_engine(
         BenchEngineConfig(
             bundle=bundle_folder, engine=engine, llama_bench=llama_cpp, tokens=20, rounds=1
         )
     )
     assert min(values["tokens_per_s"].values()) > 1
+    dense = tmp_path / "dense.gguf"
+    write_dense(GGUFFile(bundle_file(bundle_folder)), dense)
     with pytest.raises(InputError, match="PowerInfer's own llama-bench"):
-        dense_rate(find_llama_bench(engine), bundle_folder, 8, 1, str(bundle_folder))
+        dense_rate(find_llama_bench(engine), dense, 8, 1, str(tmp_path))

@@ -96,7 +96,8 @@ def test_tokens_and_perplexity_are_transformers(llama_cpp, zoo, corpus, tmp_path
     change = float((got_NSV - want_NSV).gather(-1, next_NS).mean())
     assert abs(math.exp(-change) - 1) < bound
     if kind in ("f32", "f16"):
-        assert (got_NSV - want_NSV).abs().max() < 0.02
+        # llama.cpp keeps keys and values in f16
+        assert (got_NSV - want_NSV).abs().max() < 0.03
 
 
 def gpt4(digits: str) -> pre_tokenizers.PreTokenizer:
