@@ -21,6 +21,8 @@ OTHERS = {"sparsify"}
 NEEDED = {
     "convert": {"to": "llama"},
     "train": {"activations": "a"},
+    "evaluate": {"tasks": ["t"], "corpus": "c"},
+    "export": {"predictors": "p"},
     "bench export": {"model": "m", "predictors": "p"},
 }
 
