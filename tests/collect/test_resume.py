@@ -160,6 +160,7 @@ def test_torchrun_shares_the_work_into_the_store_of_one(cfg, tmp_path, uninterru
     assert content(cfg.out) == uninterrupted
 
 
+@pytest.mark.slow
 def test_ranks_tell_a_mistake_once(cfg, tmp_path):
     done = torchrun(replace(cfg, layers=[7]), tmp_path, 2)
     assert done.returncode != 0
@@ -330,6 +331,7 @@ def test_a_full_disk_is_named_with_what_is_kept(cfg, monkeypatch):
         collect(cfg)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_whose_pipe_nobody_fills(model_folder, tmp_path):
     command = [sys.executable, "-m", "sparsecast.cli.main", "collect", "--model", str(model_folder)]
     process = subprocess.Popen(

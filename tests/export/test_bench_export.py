@@ -60,6 +60,7 @@ def test_a_random_model_is_a_sharded_one_that_verify_knows(random_model, corpus,
     assert {c.name for c in result.checks if not c.ok} <= {"tokens"}
 
 
+@pytest.mark.slow
 def test_the_runs_are_export_a_copy_and_the_converter(random_model, tmp_path):
     cfg = BenchExportConfig(
         model=str(random_model / "model"),
@@ -94,6 +95,7 @@ def test_the_runs_are_export_a_copy_and_the_converter(random_model, tmp_path):
     assert left == {"python", "calls", "b.json"}
 
 
+@pytest.mark.slow
 def test_what_fails_is_told(random_model, tmp_path):
     cfg = BenchExportConfig(shape="tiny", rounds=1, folder=tmp_path)
 

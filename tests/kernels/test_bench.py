@@ -83,6 +83,7 @@ def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
     assert one["cascade"]["speedup"] is None
 
 
+@pytest.mark.slow
 def test_an_ffn_without_a_gate_has_a_step_less_and_reads_less(untimed, monkeypatch):
     monkeypatch.setattr(kernels_steps, "FORMATS", ("f16",))
     cfg = BenchKernelsConfig(shapes=["opt-1.3b"], sparsities=[0.75], batches=[1, 2], rank=32)
@@ -102,6 +103,7 @@ def test_an_ffn_without_a_gate_has_a_step_less_and_reads_less(untimed, monkeypat
     assert not any(row["auto"] for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["1b", "opt-1.3b"])
 def test_relu2_and_a_norm_are_measured_too(shape, untimed, monkeypatch):
     monkeypatch.setattr(kernels_steps, "FORMATS", ("f16",))

@@ -191,6 +191,7 @@ def test_a_trained_model_ends_at_its_target(options, target):
     assert (facts["l1"], facts["shift_tolerance"]) == (None, None)
 
 
+@pytest.mark.slow
 def test_interrupted_it_ends_as_an_uninterrupted_run(options, monkeypatch, tmp_path):
     monkeypatch.setattr(fit, "CHECKPOINT_STEPS", 7)
     changes = TRAINED | {"target_sparsity": 0.9, "max_perplexity_increase": 0.5}

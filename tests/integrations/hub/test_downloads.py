@@ -156,6 +156,7 @@ def test_inspect_takes_every_kind_by_name(hub, copy_of, pushed, tmp_path):
         assert json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_evaluate_and_report_take_predictors_by_name(hub, made, acts, model_folder, tmp_path):
     hub.add("them/p", files_of(made / "predictors"))
     args = ["--predictors", "them/p", "--json", str(tmp_path / "out.json")]

@@ -178,6 +178,7 @@ def test_more_tokens_than_predicting_pays_for(
         taken.clear()
 
 
+@pytest.mark.slow
 def test_in_the_kernels_more_tokens_go_the_exact_way(monkeypatch, make, predictors, table, ids):
     table({"exact": {0.0: 3}, "predicted": {0.0: 1}}, device="cuda")
     taken = []

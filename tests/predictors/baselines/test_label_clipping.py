@@ -75,6 +75,7 @@ def test_clipping_by_hand():
     assert torch.equal(clipped(size, 4), size > 0)
 
 
+@pytest.mark.slow
 def test_clipped_predictors_skip_more(store, model_folder, tmp_path):
     cfg = TrainConfig(
         activations=store.folder, out=tmp_path / "plain", recipe="reference", epochs=4, rank=32,
