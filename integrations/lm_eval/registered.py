@@ -22,7 +22,7 @@ class SparsecastLM(OneBosLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         predictors: str | None = None,
         mode: Mode = "predicted",
         *,
@@ -44,9 +44,11 @@ class SparsecastLM(OneBosLM):
             others: None; lm-eval's own arguments that have no meaning here are refused.
 
         Raises:
-            InputError: See `open_model_with_predictors`; an unknown mode or argument; no
+            InputError: See `open_model_with_predictors`; no model; an unknown mode or argument; no
                 predictors where the mode needs some; bundle of a model that PowerInfer cannot run.
         """
+        if pretrained is None:
+            raise InputError("--model_args: names no model; add pretrained=FOLDER or a hub id")
         _check_arguments(predictors, mode, others)
         options: dict[str, Any] = {"device": device or "auto", "dtype": dtype}
         options["activation_threshold"] = activation_threshold

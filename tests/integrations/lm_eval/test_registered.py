@@ -46,6 +46,7 @@ def test_each_mode_is_that_of_the_loop(mode, predictors):
         ({"mode": "exact", "trust_remote_code": True}, "--model_args trust_remote_code: not an"),
         ({"mode": "exact", "peft": "x"}, "--model_args peft: not an argument"),
         ({"mode": "exact", "pretrained": "./none"}, "./none: no such model folder"),
+        ({"pretrained": None}, "--model_args: names no model; add pretrained=FOLDER or a hub id"),
         ({"mode": "exact", "max_length": 1}, "max_length: must be at least 2, got 1"),
     ],
 )
