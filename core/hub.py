@@ -82,13 +82,14 @@ def local_folder(path: str | Path, *kinds: str) -> Path:
     if os.path.lexists(path) or (name := hub_name(str(path))) is None:
         return Path(path)
 
-    what = " or a ".join(kinds)
+    held = " or ".join(kinds)
+    what = " or ".join("a bundle" if kind == "bundle" else kind for kind in kinds)
 
     def choose(names: Sequence[str]) -> list[str]:
         if (kind := kind_of(names)) not in kinds:
             found = ", ".join(sorted(names)[:3]) or "nothing"
             raise InputError(
-                f"{name}: this repository of the hub holds no {what} (there are {found}); expected "
+                f"{name}: this repository of the hub holds no {held} (there are {found}); expected "
                 f"files such as {' or '.join(_MARKS[kind] for kind in kinds)}"
             )
         return FILES[str(kind)]

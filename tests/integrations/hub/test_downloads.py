@@ -17,9 +17,10 @@ from huggingface_hub.utils import close_session
 
 from sparsecast.cli.main import main
 from sparsecast.core.errors import InputError
-from sparsecast.core.hub import hub_name, is_path, kind_of
+from sparsecast.core.hub import hub_name, is_path, kind_of, local_folder
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.location import resolve_model
+from sparsecast.export.bundle import bundle_file
 from sparsecast.export.config import VerifyConfig
 from sparsecast.export.verify import verify
 from sparsecast.kernels.in_models.sparsify import sparsify_model
@@ -66,6 +67,14 @@ def test_predictors_of_powerinfer_without_a_manifest_are_read_too(hub, made):
     files = files_of(made / "predictors")
     hub.add("them/p", {name: data for name, data in files.items() if name.endswith(".pt")})
     assert load_predictors("them/p").manifest is None
+
+
+def test_what_is_missing_is_named_in_plain_words(hub):
+    with pytest.raises(InputError, match="them/none: neither a local folder nor a bundle that"):
+        bundle_file(Path("them/none"))
+    hub.add("them/m", {"notes.txt": b""})
+    with pytest.raises(InputError, match="holds no predictors or bundle"):
+        local_folder("them/m", "predictors", "bundle")
 
 
 def test_a_revision_is_a_branch_or_a_commit(hub, made):
