@@ -31,9 +31,10 @@ _KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "speci
 """Keys of transformers' files that may hold paths."""
 _TEXT = (".json", ".md", ".csv", ".jinja", ".txt", ".index")
 _PATH = re.compile(
-    r"(?<![\w./:@<-])(?:(?:~|\.{1,2})/[\w.+@-]+(?:/[\w.+@-]+)*|/[\w.+@-]+(?:/[\w.+@-]+)+)/?"
+    r"(?<![\w./:@<-])(?:(?:~|(?<!\]\()\.{1,2})/[\w.+@-]+(?:/[\w.+@-]+)*"
+    r"|/[\w.+@-]+(?:/[\w.+@-]+)+)/?"
 )
-"""A path in a card that `sparsecast export` wrote."""
+"""A path in a card that `sparsecast export` wrote; a relative link is none of this machine."""
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 """An access token of the Hub."""
 _LARGEST = 32 << 20

@@ -132,9 +132,11 @@ def test_paths_in_a_bundles_card_lose_their_folders_and_nothing_else_changes(hub
     folder = copy_of("bundle")
     path = folder / "README.md"
     more = "--model /data/secret/m `~/secret/n` ../o <a/b> 1/2 https://a.b/c/d activation/x.pt\n"
-    path.write_text(path.read_text() + more)
+    links = "[a](./predictor/config.json) [b](../b/c) [c](/data/secret/c)\n"
+    path.write_text(path.read_text() + more + links)
     text = ModelCard(pushed(folder).card).text
     assert "--model m `n` o <a/b> 1/2 https://a.b/c/d activation/x.pt" in text
+    assert "[a](./predictor/config.json) [b](../b/c) [c](c)" in text
 
 
 def test_a_dry_run_shows_files_and_card_and_asks_nobody(hub, copy_of, capfd, monkeypatch):
