@@ -101,6 +101,7 @@ def read_evaluation(path: Path | None) -> dict[str, Any]:
         raise InputError(
             f"{path}: has no number under change.predicted; write it with "
             "`sparsecast evaluate --json`"
+            + (", and with --corpus beside --tasks" if "tasks" in value else "")
         )
     tokens, corpus = value.get("tokens"), value.get("corpus")
     count = f"{tokens:,} held-out tokens" if isinstance(tokens, int) else "held-out tokens"

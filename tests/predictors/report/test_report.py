@@ -288,6 +288,13 @@ def test_an_evaluation_without_a_change_is_refused_by_name(cfg, tmp_path, text):
         report(replace(cfg, evaluation=path))
 
 
+def test_an_evaluation_of_tasks_alone_asks_for_a_corpus(cfg, tmp_path):
+    path = tmp_path / "tasks.json"
+    path.write_text('{"model": "m", "tasks": {}}')
+    with pytest.raises(InputError, match="and with --corpus beside --tasks"):
+        report(replace(cfg, evaluation=path))
+
+
 def test_predictors_of_another_model_are_refused(cfg, acts):
     with pytest.raises(InputError, match="predictors of this model|fingerprint"):
         report(replace(cfg, activations=acts.folder))
