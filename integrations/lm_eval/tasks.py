@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
@@ -182,7 +183,8 @@ def build_requests(
         How many there are, repeats included.
 
     Raises:
-        InputError: A chat template that refuses a task's turns; a task without documents.
+        InputError: A chat template that refuses a task's turns; a task without documents, or one
+            whose answers may be as long as all that the model reads.
     """
     from lm_eval.evaluator_utils import get_sample_size
 
@@ -204,9 +206,23 @@ def build_requests(
                 f"{reason_of(error)}); try another --num-fewshot or --chat-template, or leave it "
                 "out"
             ) from error
+        _check_room(name, task.instances, lm)
         total += sum(request.repeats or 1 for request in task.instances)
         task.build_all_requests = _Again(task)
     return total
+
+
+def _check_room(name: str, requests: Sequence[Any], lm: Any) -> None:
+    """Refuse answers that leave no room for a prompt; lm-eval would stop in the middle."""
+    for request in requests:
+        if request.request_type == "generate_until":
+            tokens = normalize_gen_kwargs(request.args[1], lm.max_gen_toks)["max_gen_toks"]
+            if tokens >= lm.max_length:
+                raise InputError(
+                    f"--tasks {name}: an answer may take {tokens:,} tokens, and the model reads "
+                    f"{lm.max_length:,} with the prompt; lower max_gen_toks in a copy of the task "
+                    "(--include-path), or leave it out"
+                )
 
 
 class _Again:

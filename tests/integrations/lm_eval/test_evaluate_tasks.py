@@ -225,6 +225,10 @@ def task_with(folder: Path, source: Path, **fields: object) -> Path:
         ({"output_type": "nonsense"}, "lm-eval cannot load it (ValueError: Got invalid"),
         ({"unsafe_code": True}, "runs code that the model writes"),
         ({"doc_to_image": "{{q}}"}, "needs images or sound, expected text"),
+        (
+            {"output_type": "generate_until", "generation_kwargs": {"max_new_tokens": 512}},
+            "--tasks broken: an answer may take 512 tokens, and the model reads 512 with the",
+        ),
     ],
 )
 def test_a_task_that_cannot_run_is_one_line(run, task_folder, tmp_path, monkeypatch, fields, said):
