@@ -101,12 +101,10 @@ def _measure(cfg: EvaluateConfig, plan: EvaluationPlan, loaded: dict[str, Any]) 
                 )
             answered = _answer(cfg, lm, loaded)
             details.update({key: value for key, value in answered.items() if key != "samples"})
-            if mode == "dense" and lm.cut:
-                log.warning(
-                    f"{lm.cut:,} requests are longer than the model reads ({lm.max_length:,} "
-                    "tokens); their beginning is left out, behind BOS"
-                )
-            return value, read_scores(answered)
+            scores = read_scores(answered)
+            if mode == "dense":
+                _warn(lm, [name for name in loaded["tasks"] if not scores.get(name)])
+            return value, scores
 
         measured = in_each_mode(plan.model, plan.predictors, measure)
 
@@ -122,6 +120,19 @@ def _measure(cfg: EvaluateConfig, plan: EvaluationPlan, loaded: dict[str, Any]) 
         "chat_template": cfg.chat_template,
         "max_length": lm.max_length,
     }
+
+
+def _warn(lm: Any, without_score: list[str]) -> None:
+    if lm.cut:
+        log.warning(
+            f"{lm.cut:,} requests are longer than the model reads ({lm.max_length:,} tokens); "
+            "their beginning is left out, behind BOS"
+        )
+    for name in without_score:
+        log.warning(
+            f"--tasks {name}: has no score: its metric_list names no metric that lm-eval computes "
+            "for its answers"
+        )
 
 
 class _Advance:

@@ -240,6 +240,17 @@ def test_a_task_that_cannot_run_is_one_line(run, task_folder, tmp_path, monkeypa
     assert said in one_line(screen)
 
 
+def test_a_task_without_a_score_is_named(run, task_folder, tmp_path):
+    metrics = [{"metric": "accuraci", "aggregation": "mean", "higher_is_better": True}]
+    folder = task_with(tmp_path / "tasks", task_folder, metric_list=metrics)
+    code, result, screen = run("--tasks", "broken", "--include-path", str(folder))
+    assert (code, result["tasks"]["broken"]["metrics"]) == (0, {})
+    assert "--tasks broken: has no score" in screen
+    assert (
+        "has no score" not in run("--tasks", "local_choice", "--include-path", str(task_folder))[2]
+    )
+
+
 def test_a_file_that_cannot_be_written_is_refused_first(predictors):
     with pytest.raises(SystemExit) as stopped:
         main(
