@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,3 +248,14 @@ def test_the_code_on_the_card_runs():
         ids = names["tokenizer"]("import os", return_tensors="pt").input_ids
         found.append(names["model"].float()(ids).logits)
     assert torch.equal(*found)
+
+
+def test_the_pages_prompt_begins_with_the_one_bos_that_the_model_needs():
+    page = (Path(__file__).parents[2] / "docs/integrations/transformers.md").read_text()
+    line = next(line for line in page.splitlines() if "import os" in line)
+    model, tokenizer = load_model("tiny-prosparse", device="cpu")
+    prompt = eval(line.partition(" = ")[2], {"tokenizer": tokenizer})
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    assert ids[0].eq(tokenizer.bos_token_id).nonzero().tolist() == [[0]]
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
+    assert "\nfrom" in text  # without BOS: osososos
