@@ -131,8 +131,9 @@ def train_phase(
         raised.load_state_dict(task.raised.state_dict())
         finished["raised"] = raised.state_dict()
     del task, model
-    gc.collect()  # the shares of the weights, before the device takes all of them
-    setup.model.to(plan.device)
+    if several:
+        gc.collect()  # the shares of the weights, before the device takes all of them
+        setup.model.to(plan.device)
     finished |= {"model": setup.model.state_dict(), "optimizer": state}
     save_torch(finished, done)
     last.unlink(missing_ok=True)

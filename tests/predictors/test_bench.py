@@ -61,6 +61,7 @@ def test_bench_train_says_what_it_measured(tmp_path, monkeypatch):
             replace(cfg, **change)
 
 
+@pytest.mark.slow
 def test_the_comparison_counts_ours_at_the_references_sparsity(
     model_folder, acts, tmp_path, monkeypatch
 ):

@@ -19,7 +19,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from sparsecast.sparsify import config
+from sparsecast.sparsify import config, run
 from sparsecast.sparsify.config import Preset, SparsifyConfig
 from tests.tools import dense_families
 
@@ -51,6 +51,13 @@ MICRO = Preset(
 @pytest.fixture(autouse=True)
 def _micro(monkeypatch):
     monkeypatch.setitem(config.PRESETS, "micro", MICRO)
+
+
+@pytest.fixture(autouse=True)
+def _quick_figure(request, monkeypatch):
+    """Draw nothing but in the tests of curves: the page takes longer than training these models."""
+    if request.path.stem != "test_curves":
+        monkeypatch.setattr(run, "write_figure", lambda path, *_: path.touch())
 
 
 @pytest.fixture(scope="session")

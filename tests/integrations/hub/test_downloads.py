@@ -235,6 +235,7 @@ def test_kinds_by_their_files():
     assert kind_of(["config.json", "model.safetensors", "old/model_0.pt"]) is None
 
 
+@pytest.mark.slow
 def test_the_command_line_with_hf_endpoint_alone(hub, made, tmp_path):
     """In a process of its own, where huggingface_hub reads its settings itself."""
     environment = {

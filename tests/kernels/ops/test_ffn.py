@@ -86,6 +86,7 @@ def test_predicted_is_the_ffn_of_what_the_predictor_names(
     assert union == want_union
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["f16", "q4_0"])
 def test_a_tokens_output_does_not_depend_on_the_batch(stored, ffn, predictor, banded, near):
     weights, named = ffn("fatrelu", torch.float16), predictor(stored)

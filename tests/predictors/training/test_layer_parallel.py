@@ -90,6 +90,7 @@ def test_torchruns_two_processes_train_the_layers_that_one_does(recipe, tmp_path
     assert " ".join(told.split()).count("on the calibration split recall") == 1
 
 
+@pytest.mark.slow
 def test_half_batches_on_two_processes_equal_whole_batches(recipe, synthetic, tmp_path, run):
     """The split has 188 blocks; two batches of two blocks per step replace one of four."""
     cfg = replace(recipe, epochs=2, target_recall=0.9)
@@ -137,6 +138,7 @@ def test_a_missing_layer_is_named(tmp_path):
     assert torch.equal(done[1].fc2_FR, own[1].fc2_FR)
 
 
+@pytest.mark.slow
 def test_online_two_processes_train_the_layers_that_one_does(model_folder, corpus, tmp_path, run):
     cfg = TrainConfig(
         model=str(model_folder),
