@@ -134,8 +134,7 @@ def train_phase(
     if several:
         gc.collect()  # the shares of the weights, before the device takes all of them
         setup.model.to(plan.device)
-    finished |= {"model": setup.model.state_dict(), "optimizer": state}
-    save_torch(finished, done)
+    save_torch(finished | {"model": setup.model.state_dict(), "optimizer": state}, done)
     last.unlink(missing_ok=True)
     return state
 
