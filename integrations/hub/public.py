@@ -21,6 +21,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import json_text, read_bytes, read_json
 from sparsecast.core.hub import hub_name
 from sparsecast.core.manifests import MANIFEST, write_manifest
+from sparsecast.core.messages import log
 from sparsecast.core.text.corpus_files import SUFFIXES
 from sparsecast.integrations.hub.files import CARD, MODEL_FACTS, Selection
 from sparsecast.predictors.manifest import read_manifest as read_predictor_manifest
@@ -87,6 +88,8 @@ class Publisher:
                 text = text.replace(f"`{name}`", f"`{self.names[name]}`")
         if self.selection.kind != "bundle":
             return text  # written by hand, or quotes what a model wrote
+        if cut := sorted({found[0] for found in _PATH.finditer(text)}):
+            log.warning(f"{CARD}: of these paths the last part alone is pushed: {', '.join(cut)}")
         return _PATH.sub(lambda found: last_part(found[0]), text)
 
     def contents(self) -> dict[str, bytes | Path]:

@@ -127,7 +127,9 @@ def test_of_paths_the_last_part_stays(hub, copy_of, pushed):
     assert "/" not in manifest["model"]
 
 
-def test_paths_in_a_bundles_card_lose_their_folders_and_nothing_else_changes(hub, copy_of, pushed):
+def test_paths_in_a_bundles_card_lose_their_folders_and_nothing_else_changes(
+    hub, copy_of, pushed, caplog
+):
     """Such as that of a model whose predictors came without a manifest."""
     folder = copy_of("bundle")
     path = folder / "README.md"
@@ -137,6 +139,8 @@ def test_paths_in_a_bundles_card_lose_their_folders_and_nothing_else_changes(hub
     text = ModelCard(pushed(folder).card).text
     assert "--model m `n` o <a/b> 1/2 https://a.b/c/d activation/x.pt" in text
     assert "[a](./predictor/config.json) [b](../b/c) [c](c)" in text
+    told = "of these paths the last part alone is pushed: ../o, /data/secret/c, /data/secret/m, "
+    assert f"README.md: {told}~/secret/n" in caplog.text
 
 
 def test_a_dry_run_shows_files_and_card_and_asks_nobody(hub, copy_of, capfd, monkeypatch):
