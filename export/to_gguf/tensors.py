@@ -16,9 +16,8 @@ from torch import Tensor
 from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.scales import HEAD
 from sparsecast.export.to_gguf.hparams import ReLULlama, Row
-from sparsecast.export.write.tensor_plan import PlannedTensor
+from sparsecast.export.write.tensor_plan import PlannedTensor, factor_of
 
 
 def plan_tensors(checkpoint: Checkpoint, hparams: ReLULlama, dtype: str) -> list[PlannedTensor]:
@@ -57,7 +56,7 @@ def _tensors(checkpoint: Checkpoint, hparams: ReLULlama, dtype: str) -> Iterator
             (1, *shape) if row.expert else shape,
             _type_of(row, hparams, dtype),
             partial(checkpoint.tensor, row.source),
-            _factor(row, hparams),
+            factor_of(row.target, row.source, hparams.scales),
         )
     for i in range(hparams.layers):
         router = f"blk.{i}.ffn_gate_inp.weight"
@@ -76,10 +75,3 @@ def _type_of(row: Row, hparams: ReLULlama, dtype: str) -> GGMLQuantizationType:
     if dtype == "q4_0" and row.target in heads:
         return GGMLQuantizationType.Q8_0
     return GGMLQuantizationType[dtype.upper()]
-
-
-def _factor(row: Row, hparams: ReLULlama) -> float:
-    if hparams.scales is None:
-        return 1.0
-    head = row.target == "output.weight"
-    return hparams.scales.factor(f"{HEAD}.weight" if head else row.source)

@@ -22,21 +22,11 @@ from gguf import (
 from sparsecast.export.to_gguf.hparams import ReLULlama
 from sparsecast.export.to_gguf.plan import GGUF, GGUFPlan
 from sparsecast.export.to_gguf.tokens import LlamaCppTokens
-from sparsecast.export.write.writer import (
-    KEY_FINGERPRINT,
-    KEY_OTHER_TOKENS,
-    KEY_RECIPE,
-    add_vocabulary,
-    write_file,
-)
+from sparsecast.export.write.writer import FILE_TYPES as BUNDLE_TYPES
+from sparsecast.export.write.writer import add_origin, add_vocabulary, write_file
 
 ARCHITECTURE = "smallthinker"
-FILE_TYPES = {
-    "f16": LlamaFileType.MOSTLY_F16,
-    "f32": LlamaFileType.ALL_F32,
-    "q4_0": LlamaFileType.MOSTLY_Q4_0,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-}
+FILE_TYPES = BUNDLE_TYPES | {"q8_0": LlamaFileType.MOSTLY_Q8_0}
 
 
 def write_gguf(path: Path, plan: GGUFPlan, *, wrote: Callable[[int], Any]) -> None:
@@ -61,10 +51,7 @@ def _add_header(writer: GGUFWriter, plan: GGUFPlan) -> None:
     if plan.dtype in ("q4_0", "q8_0"):
         writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_tokens(writer, plan.tokens)
-    writer.add_string(KEY_FINGERPRINT, plan.checkpoint.fingerprint)
-    writer.add_string(KEY_RECIPE, plan.recipe_text)
-    if plan.tokens.other is not None:
-        writer.add_string(KEY_OTHER_TOKENS, plan.tokens.other.as_json)
+    add_origin(writer, plan.checkpoint.fingerprint, plan.recipe_text, plan.tokens.other)
 
 
 def _add_hparams(writer: GGUFWriter, hparams: ReLULlama) -> None:

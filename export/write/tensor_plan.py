@@ -22,7 +22,7 @@ from torch import Tensor
 from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.models.checkpoint import Checkpoint
-from sparsecast.core.models.scales import HEAD
+from sparsecast.core.models.scales import HEAD, Scales
 from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.tensor_map import Layout, Row, arranged, model_rows, predictor_names
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -81,7 +81,8 @@ def _model_tensors(checkpoint: Checkpoint, hparams: HParams, dtype: str) -> Iter
         if row.layout is Layout.TRANSPOSED:
             shape = shape[::-1]
         load = partial(_load, checkpoint, hparams, row)
-        yield PlannedTensor(row.target, shape, _type_of(row, dtype), load, _factor(row, hparams))
+        factor = factor_of(row.target, row.source, hparams.scales)
+        yield PlannedTensor(row.target, shape, _type_of(row, dtype), load, factor)
 
 
 def _type_of(row: Row, dtype: str) -> GGMLQuantizationType:
@@ -94,12 +95,11 @@ def _type_of(row: Row, dtype: str) -> GGMLQuantizationType:
     return GGMLQuantizationType[dtype.upper()]
 
 
-def _factor(row: Row, hparams: HParams) -> float:
-    """Return the factor of a row's tensor; a tied head has the embedding as its source."""
-    if hparams.scales is None:
+def factor_of(target: str, source: str, scales: Scales | None) -> float:
+    """Return the factor of a tensor; a tied head has the embedding as its source."""
+    if scales is None:
         return 1.0
-    head = row.target == "output.weight"
-    return hparams.scales.factor(f"{HEAD}.weight" if head else row.source)
+    return scales.factor(f"{HEAD}.weight" if target == "output.weight" else source)
 
 
 def _load(checkpoint: Checkpoint, hparams: HParams, row: Row) -> Tensor:

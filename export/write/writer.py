@@ -29,6 +29,7 @@ from gguf import (
 from sparsecast.core.files import hidden_sibling
 from sparsecast.export.bundle import SUFFIX
 from sparsecast.export.plan import ExportPlan
+from sparsecast.export.read.other_tokens import OtherTokens
 from sparsecast.export.write.convert import one_thread, slabs
 from sparsecast.export.write.hparams import HParams
 from sparsecast.export.write.tensor_plan import PlannedTensor
@@ -113,10 +114,7 @@ def _add_header(writer: GGUFWriter, plan: ExportPlan) -> None:
         writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_float32(KEY_THRESHOLD, plan.predictors.threshold)
     add_vocabulary(writer, plan.vocabulary)
-    writer.add_string(KEY_FINGERPRINT, plan.checkpoint.fingerprint)
-    writer.add_string(KEY_RECIPE, plan.recipe_text)
-    if plan.other_tokens is not None:
-        writer.add_string(KEY_OTHER_TOKENS, plan.other_tokens.as_json)
+    add_origin(writer, plan.checkpoint.fingerprint, plan.recipe_text, plan.other_tokens)
     rule = plan.hparams.activation
     if rule.name == "fatrelu":
         writer.add_key_value(KEY_ACTIVATION, rule.threshold, GGUFValueType.FLOAT64)
@@ -139,6 +137,16 @@ def _add_hparams(writer: GGUFWriter, hparams: HParams) -> None:
     if hparams.rope_factor != 1.0:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(hparams.rope_factor)
+
+
+def add_origin(
+    writer: GGUFWriter, fingerprint: str, recipe: str, other_tokens: OtherTokens | None
+) -> None:
+    """Add our own keys: the model, how the file was made, and whose tokens the engine changes."""
+    writer.add_string(KEY_FINGERPRINT, fingerprint)
+    writer.add_string(KEY_RECIPE, recipe)
+    if other_tokens is not None:
+        writer.add_string(KEY_OTHER_TOKENS, other_tokens.as_json)
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
