@@ -107,22 +107,25 @@ def _silu(config: Any) -> Any:
     return config
 
 
-class _LlamaLayer(LlamaDecoderLayer):
+class _SparseLayer:
+    """What both layers do around vLLM's."""
+
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
         config = config or vllm_config.model_config.hf_config
-        super().__init__(vllm_config=vllm_config, prefix=prefix, config=_silu(config))
+        super().__init__(  # type: ignore[call-arg]
+            vllm_config=vllm_config, prefix=prefix, config=_silu(config)
+        )
         rule = config_rule(config, prefix)
         assert rule is not None
         _finish(self, vllm_config, rule)
 
 
-class _MistralLayer(MistralDecoderLayer):
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
-        config = config or vllm_config.model_config.hf_config
-        super().__init__(vllm_config=vllm_config, prefix=prefix, config=_silu(config))
-        rule = config_rule(config, prefix)
-        assert rule is not None
-        _finish(self, vllm_config, rule)
+class _LlamaLayer(_SparseLayer, LlamaDecoderLayer):
+    pass
+
+
+class _MistralLayer(_SparseLayer, MistralDecoderLayer):
+    pass
 
 
 class _SparseModel:
