@@ -105,13 +105,12 @@ def head_multiplied(scales):
     ],
 )
 def test_verify_sees_a_wrong_fold(native, bundle_of, monkeypatch, fault, kinds):
-    own = tensor_plan._factor
-
-    def factor(row, hparams):
-        scales = fault(hparams.scales)
-        return own(row, type(hparams)(**{**vars(hparams), "scales": scales}))
-
-    monkeypatch.setattr(tensor_plan, "_factor", factor)
+    own = tensor_plan.factor_of
+    monkeypatch.setattr(
+        tensor_plan,
+        "factor_of",
+        lambda target, source, scales: own(target, source, fault(scales)),
+    )
     file = GGUFFile(bundle_file(bundle_of(native)))
 
     checks = check_values(Source(Checkpoint(str(native)), file))
