@@ -166,7 +166,7 @@ class SparsifyConfig:
     """auto, cpu or cuda."""
 
     compile: bool = True
-    """torch.compile the training step on a GPU."""
+    """torch.compile the decoder layers on a GPU."""
 
     seed: int = 0
     """Seed of the initialization and the data order."""
@@ -300,7 +300,7 @@ class SparsifyConfig:
 
     @property
     def peak_sft_lr(self) -> float:
-        return 0.1 * self.peak_lr if self.sft_lr is None else self.sft_lr
+        return self.peak_lr / 10 if self.sft_lr is None else self.sft_lr
 
     @property
     def last_l1(self) -> float:

@@ -126,7 +126,6 @@ def make_plan(cfg: SparsifyConfig, team: Team | None = None) -> SparsifyPlan:
     device = pick_device(team.context.device(cfg.device))
     _check_shares(cfg, team)
     _check_corpora(cfg)
-    eager = cfg.checkpoint_activations or team.context.size > 1
     checkpoint, tokenizer = None, None
     if cfg.model is not None:
         checkpoint, tokenizer = _open(cfg.model, cfg.seq_len, cfg.target)
@@ -159,7 +158,7 @@ def make_plan(cfg: SparsifyConfig, team: Team | None = None) -> SparsifyPlan:
         l1=cfg.last_l1,
         shift_tolerance=cfg.shift_tolerance,
         baselines=cfg.baselines,
-        compile=cfg.compile and device.type == "cuda" and not eager,
+        compile=cfg.compile and device.type == "cuda" and not cfg.checkpoint_activations,
         device=device,
         dtype=torch.float16 if checkpoint is None else saved_dtype(checkpoint),
         seed=cfg.seed,

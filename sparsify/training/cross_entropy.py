@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsecast.core.compiled import compile_when_large
+
 IGNORED = -100
 """The target of a token that has no loss."""
 CHUNK_LOGITS = 1 << 26
@@ -103,6 +105,7 @@ class _SummedNLL(torch.autograd.Function):
         return grad_ND * outer[0], grad_VD * outer[0], None, None, None, None
 
 
+@compile_when_large
 def _loss_and_gradient(
     l_NV: Tensor, target_N: Tensor, scale: float, cap: float | None
 ) -> tuple[Tensor, Tensor]:

@@ -91,32 +91,39 @@ class SparsifyModule(L.LightningModule):
         self._micro_batch = micro_batch
         self._gates: list[Tensor] = []
         """Of each part of the last step, gates of all layers."""
-        self._x1: list[tuple[Tensor, Tensor]] | None = None
-        """Of each layer the mean |x1| and the share of zeros, during a forward pass."""
+        self._measuring = False
+        """Whether a forward pass is under way, and not its recomputation."""
         family = family_of(model.config, "model")
         self._layers: list[Any] = list(family.decoder_layers(model))
-        self._handles = [
-            layer.get_submodule(family.x1_reader).register_forward_pre_hook(self._on_x1)
-            for layer in self._layers
-        ]
-        self._checkpointed = self._layers if checkpoint_activations else []
-        for layer in self._checkpointed:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        self._measured = torch.compile(self._forward) if compile else self._forward
+        self._readers: list[Any] = [layer.get_submodule(family.x1_reader) for layer in self._layers]
+        self._handles = [reader.register_forward_pre_hook(self._on_x1) for reader in self._readers]
+        self._wrapped = self._layers if checkpoint_activations or compile else []
+        for layer in self._wrapped:
+            layer.forward = (
+                partial(checkpoint, layer.forward, use_reentrant=False)
+                if checkpoint_activations
+                # One by one: layers of a kind share a compiled graph, however many they are.
+                else torch.compile(layer.forward)
+            )
+        self._measured: Any = self._forward
 
     def remove_hooks(self) -> None:
         """Leave the model as it was; hooks would keep later autograd graphs in memory."""
         for handle in self._handles:
             handle.remove()
-        for layer in self._checkpointed:
+        for reader in self._readers:
+            vars(reader).pop("measured", None)
+        for layer in self._wrapped:
             del layer.forward
 
-    def _on_x1(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _on_x1(self, reader: Any, args: tuple[Tensor, ...]) -> None:
         x1 = args[0]
+        about_gates = None if self.raised is None else self.raised.take_record()
         # A recomputation must repeat every operation, but what it measures is known already.
         measured = x1.abs().mean(dtype=torch.float32), (x1.detach() == 0).float().mean()
-        if self._x1 is not None:
-            self._x1.append(measured)
+        if self._measuring:
+            # On the module and not in a list, whose length would be part of a compiled graph.
+            reader.measured = (*measured, about_gates)
 
     def _forward(
         self, ids_BS: Tensor, labels_BS: Tensor | None = None
@@ -129,15 +136,20 @@ class SparsifyModule(L.LightningModule):
             labels_BS: What each place should hold, -100 where there is no loss. Unset: the ids.
         """
         labels_BS = ids_BS if labels_BS is None else labels_BS
-        self._x1 = []
         if self.raised is not None:
-            self.raised.begin_forward(ids_BS.shape[1] - 1)
+            self.raised.length = ids_BS.shape[1] - 1
+        self._measuring = True
         hidden_BSD = self.model.base_model(ids_BS[:, :-1], use_cache=False).last_hidden_state
-        means, zeros = zip(*self._x1, strict=True)
-        self._x1 = None
-        about_gates = None if self.raised is None else self.raised.recorded()
+        self._measuring = False
+        means, zeros, about_gates = zip(*(reader.measured for reader in self._readers), strict=True)
+        for reader in self._readers:
+            reader.measured = None  # it would keep the graph of this step
         nll = summed_nll(hidden_BSD, head_of(self.model), labels_BS[:, 1:])
-        return nll, torch.stack(means), torch.stack(zeros), about_gates
+        about = None
+        if self.raised is not None:
+            below, gates = zip(*about_gates, strict=True)
+            about = torch.stack(below).sum(), torch.cat(gates)
+        return nll, torch.stack(means), torch.stack(zeros), about
 
     def training_step(self, batch: Tensor | Sequence[Tensor], _: int) -> Tensor:
         """Compute the loss of a batch of ids, or of ids and labels."""

@@ -66,26 +66,20 @@ class RaisedThreshold(nn.Module):
         for name in ("threshold", "want", "ramp", "begun_at", "correction"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("affordable", torch.ones(()))
-        self.records: list[tuple[Tensor, Tensor]] | None = None
-        """Of each layer the mean relu(g) [g < T] / T and some gates, during a forward pass."""
+        self.record: tuple[Tensor, Tensor] | None = None
+        """Of the FFN that has run last the mean relu(g) [g < T] / T, and some gates."""
         self.length = 1
-        """Tokens of a sequence."""
+        """Tokens of a sequence of the forward pass that is under way."""
 
     @property
     def goal(self) -> Tensor:
         """(2,) threshold and wanted share of zeros."""
         return torch.stack([self.threshold, self.want])
 
-    def begin_forward(self, length: int) -> None:
-        """Record a forward pass over sequences of `length` tokens."""
-        self.records, self.length = [], length
-
-    def recorded(self) -> tuple[Tensor, Tensor]:
-        """End a forward pass; return its term's sum over layers, and gates of all layers."""
-        assert self.records
-        below, gates = zip(*self.records, strict=True)
-        self.records = None
-        return torch.stack(below).sum(), torch.cat(gates)
+    def take_record(self) -> tuple[Tensor, Tensor] | None:
+        """Return the record and forget it."""
+        record, self.record = self.record, None
+        return record
 
     @torch.no_grad()
     def move(self, step: int, gates_K: Tensor, zeros: Tensor) -> None:
@@ -132,11 +126,9 @@ class RaisedFATReLU(nn.Module):
         (shared,) = self._shared
         threshold = shared.threshold.to(gate.dtype)
         fires = gate >= threshold
-        # A recomputation must repeat every operation, but what it records is known already.
         cut = torch.where(fires, 0, gate.relu()).float().mean()
-        record = cut / threshold.float().clamp(min=1e-12), _sample(gate.detach(), shared.length)
-        if shared.records is not None:
-            shared.records.append(record)
+        below = cut / threshold.float().clamp(min=1e-12)
+        shared.record = below, _sample(gate.detach(), shared.length)
         return torch.where(fires, gate, 0)
 
 

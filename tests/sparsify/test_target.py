@@ -37,9 +37,9 @@ def test_the_activation_and_its_term_are_the_formulas():
     shared = RaisedThreshold(0.9, STEPS)
     shared.threshold.fill_(0.5)
     gate = torch.randn(5, 7, 11, dtype=torch.float64, requires_grad=True)
-    shared.begin_forward(7)
+    shared.length = 7
     out = RaisedFATReLU(shared)(gate)
-    below, gates_K = shared.recorded()
+    below, gates_K = shared.take_record()
 
     g = gate.detach().numpy()
     assert np.array_equal(out.detach().numpy(), np.where(g >= 0.5, g, 0.0))
@@ -50,11 +50,10 @@ def test_the_activation_and_its_term_are_the_formulas():
     assert gates_K.tolist() == pytest.approx(g[:, [2, 4]].ravel().tolist(), rel=1e-6)
 
 
-def test_without_a_threshold_it_is_relu_and_a_recomputation_records_nothing():
+def test_without_a_threshold_it_is_relu():
     shared = RaisedThreshold(0.9, STEPS)
     gate = torch.randn(3, 4, 5)
     assert torch.equal(RaisedFATReLU(shared)(gate), gate.relu())
-    assert shared.records is None
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])

@@ -64,6 +64,14 @@ def told(self, batch, index):
 SparsifyModule.training_step = told
 """
 )
+COMPILED = """
+import torch
+from sparsecast.sparsify.training.lightning_module import SparsifyModule
+init, compiler = SparsifyModule.__init__, torch.compile
+def compiled(self, *args, **options): init(self, *args, **options | {"compile": True})
+SparsifyModule.__init__ = compiled
+torch.compile = lambda step: compiler(step, backend="aot_eager")
+"""
 SIGNAL = (
     STEP
     + """
@@ -167,6 +175,18 @@ def test_two_processes_train_what_one_trains(run, arguments, dense, tmp_path, ch
     assert len(meant) >= 6
     assert any(row.get("norm", 0) > 1 for row in meant)  # so that clipping to 1 matters
     assert found == [pytest.approx(row, rel=1e-5) for row in meant]
+
+
+@pytest.mark.slow
+def test_two_processes_with_compiled_layers_train_what_one_trains(run, arguments, dense, tmp_path):
+    model = str(dense("llama", "silu", num_hidden_layers=3))
+    changes = {"model": model, "target_sparsity": 0.9}
+
+    one, _ = run(1, arguments(tmp_path / "one", **changes), STOP_BEFORE_THE_SWEEP)
+    two, errors = run(2, arguments(tmp_path / "two", **changes), COMPILED + STOP_BEFORE_THE_SWEEP)
+
+    assert (one, two) == ([130], [130, 0]), errors
+    assert_equal(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
