@@ -1,7 +1,8 @@
 """Train a sentencepiece tokenizer that transformers and PowerInfer tokenize alike.
 
 The engine merges greedily by score, which reproduces sentencepiece's BPE model but not its unigram
-model. Byte fallback covers every text, and without normalization text round-trips.
+model. Byte fallback covers every text, and without normalization text round-trips. The files put BOS
+in front of a text, as the engine does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import decoders, normalizers
+from tokenizers import decoders, normalizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -69,6 +70,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
             decoders.Fuse(),
             decoders.Strip(" ", left=1),
         ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=["<s>", "$A"], pair=["<s>", "$A", "<s>:1", "$B:1"], special_tokens=[("<s>", 1)]
     )
     fast: Any = PreTrainedTokenizerFast
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}

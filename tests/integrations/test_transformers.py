@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,13 @@ import torch
 from dense_families import KINDS, write_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 import sparsecast.integrations.transformers  # noqa: F401  what is tested
 from sparsecast.core.models.loading import load_model
@@ -250,12 +255,12 @@ def test_the_code_on_the_card_runs():
     assert torch.equal(*found)
 
 
-def test_the_pages_prompt_begins_with_the_one_bos_that_the_model_needs():
-    page = (Path(__file__).parents[2] / "docs/integrations/transformers.md").read_text()
-    line = next(line for line in page.splitlines() if "import os" in line)
-    model, tokenizer = load_model("tiny-prosparse", device="cpu")
-    prompt = eval(line.partition(" = ")[2], {"tokenizer": tokenizer})
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    assert ids[0].eq(tokenizer.bos_token_id).nonzero().tolist() == [[0]]
+def test_the_shipped_model_gets_the_one_bos_that_it_needs_from_plain_transformers():
+    tokenizer = AutoTokenizer.from_pretrained(TINY_PROSPARSE)
+    model, ours = load_model("tiny-prosparse", device="cpu")
+    ids = tokenizer("import os\nimport", return_tensors="pt")["input_ids"]
+    assert ids[0].eq(ours.bos_token_id).nonzero().tolist() == [[0]]
     text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
-    assert "\nfrom" in text  # without BOS: osososos
+    without = tokenizer.decode(model.generate(ids[:, 1:], max_new_tokens=8, do_sample=False)[0])
+    assert "import sys" in text, text
+    assert "import sys" not in without

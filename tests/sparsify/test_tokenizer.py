@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as proto
+from transformers import AutoTokenizer
 
 from sparsecast.core.models.location import TINY_PROSPARSE
 from sparsecast.sparsify.train_tokenizer import train_tokenizer
@@ -26,6 +27,9 @@ def test_a_trained_tokenizer_names_no_path(tmp_path, corpus):
     pieces = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     text = "def f(x):\n\treturn  x"
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    assert plain(text)["input_ids"] == [pieces.bos_id(), *pieces.encode(text)]
+    assert plain("a", "b")["input_ids"].count(pieces.bos_id()) == 2
 
 
 def test_the_shipped_one_names_none_either():
