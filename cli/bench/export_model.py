@@ -148,11 +148,11 @@ def _write_vocabulary(size: int, path: Path) -> None:
     for byte in range(256):
         model.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=6)
     for number in range(size - len(model.pieces)):
-        model.pieces.add(piece=_word(number), score=-float(number), type=1)
+        model.pieces.add(piece=word(number), score=-float(number), type=1)
     path.write_bytes(model.SerializeToString())
 
 
-def _word(number: int) -> str:
+def word(number: int) -> str:
     """Letters that no other number has."""
     word = ""
     while number >= 0:

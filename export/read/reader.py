@@ -171,7 +171,19 @@ class GGUFFile:
 
         Quantized tensors are returned as their values in float32.
         """
+        return self._values(name, self.entries[name])
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Return `count` rows of a tensor from `first` on, as `tensor` does; no other is read."""
         entry = self.entries[name]
+        start = entry.start + entry.nbytes // entry.shape[0] * first
+        return self._values(name, Entry((count, *entry.shape[1:]), entry.type, start))
+
+    def blocks(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return scales (N,) float32 and codes (N, 32) int8 of a q8_0 or q4_0 tensor's blocks."""
+        return self._blocks_of(self.entries[name])
+
+    def _values(self, name: str, entry: Entry) -> Tensor:
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.type.dtype)
         if entry.type.block > 1:
@@ -179,15 +191,13 @@ class GGUFFile:
                 raise InputError(
                     f"{self.path}: tensor {name} is {entry.type.name}, which is not supported"
                 )
-            scale, code = self.blocks(name)
+            scale, code = self._blocks_of(entry)
             return (scale[..., None] * code.float()).view(entry.shape)
         count = prod(entry.shape)
         flat = torch.frombuffer(self._data, dtype=entry.type.dtype, count=count, offset=entry.start)
         return flat.view(entry.shape)
 
-    def blocks(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return scales (N,) float32 and codes (N, 32) int8 of a q8_0 or q4_0 tensor's blocks."""
-        entry = self.entries[name]
+    def _blocks_of(self, entry: Entry) -> tuple[Tensor, Tensor]:
         raw = torch.frombuffer(
             self._data, dtype=torch.uint8, count=entry.nbytes, offset=entry.start
         )

@@ -50,10 +50,11 @@ def slabs(planned: PlannedTensor) -> Iterator[Array]:
     Raises:
         InputError: A value that the tensor's format cannot hold.
     """
-    source = planned.load()
+    loaded = planned.load()
     convert = _quantized if GGML_QUANT_SIZES[planned.type][0] > 1 else _floats
-    for rows in torch.split(source, max(1, SLAB // source[0].numel())):
-        yield convert(planned, folded(rows, planned.factor))
+    for source in [loaded] if isinstance(loaded, Tensor) else loaded:
+        for rows in torch.split(source, max(1, SLAB // source[0].numel())):
+            yield convert(planned, folded(rows, planned.factor))
 
 
 def _floats(planned: PlannedTensor, rows: Tensor) -> Array:

@@ -34,7 +34,8 @@ class PlannedTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
-    load: Callable[[], Tensor]
+    load: Callable[[], Tensor | Iterator[Tensor]]
+    """Returns the tensor, or its rows in blocks of any number of rows."""
     factor: float = 1.0
     """What the file's values are more than those that `load` returns."""
 
@@ -82,10 +83,11 @@ def _model_tensors(checkpoint: Checkpoint, hparams: HParams, dtype: str) -> Iter
             shape = shape[::-1]
         load = partial(_load, checkpoint, hparams, row)
         factor = factor_of(row.target, row.source, hparams.scales)
-        yield PlannedTensor(row.target, shape, _type_of(row, dtype), load, factor)
+        yield PlannedTensor(row.target, shape, type_of(row, dtype), load, factor)
 
 
-def _type_of(row: Row, dtype: str) -> GGMLQuantizationType:
+def type_of(row: Row, dtype: str) -> GGMLQuantizationType:
+    """Return a tensor's type in a file whose matrices are in `dtype`."""
     if len(row.shape) == 1:
         return GGMLQuantizationType.F32
     if dtype == "f32" and row.layout is Layout.TRANSPOSED:

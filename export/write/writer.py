@@ -108,7 +108,7 @@ def write_file(
 
 def _add_header(writer: GGUFWriter, plan: ExportPlan) -> None:
     writer.add_name(plan.file.removesuffix(SUFFIX))
-    _add_hparams(writer, plan.hparams)
+    add_hparams(writer, plan.hparams)
     writer.add_file_type(FILE_TYPES[plan.dtype])
     if plan.dtype == "q4_0":
         writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -120,7 +120,8 @@ def _add_header(writer: GGUFWriter, plan: ExportPlan) -> None:
         writer.add_key_value(KEY_ACTIVATION, rule.threshold, GGUFValueType.FLOAT64)
 
 
-def _add_hparams(writer: GGUFWriter, hparams: HParams) -> None:
+def add_hparams(writer: GGUFWriter, hparams: HParams) -> None:
+    """Add the keys of the model's sizes, norms and rope."""
     writer.add_context_length(hparams.context)
     writer.add_embedding_length(hparams.hidden)
     writer.add_block_count(hparams.layers)
