@@ -174,7 +174,10 @@ class GGUFFile:
         return self._values(name, self.entries[name])
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
-        """Return `count` rows of a tensor from `first` on, as `tensor` does; no other is read."""
+        """Return `count` rows of a tensor from `first` on, as `tensor` does; no other is read.
+
+        The rows of a quantized tensor have to be whole blocks.
+        """
         entry = self.entries[name]
         start = entry.start + entry.nbytes // entry.shape[0] * first
         return self._values(name, Entry((count, *entry.shape[1:]), entry.type, start))

@@ -21,7 +21,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.shape import ModelShape
 from sparsecast.predictors.formats import share_of_ffn
 
-DRAWS = 2_000_000
+DRAWS = 1_000_000
 
 
 @pytest.mark.parametrize("r", [0.0, 0.3, 0.9, 0.99])

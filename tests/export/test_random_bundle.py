@@ -22,6 +22,7 @@ from sparsecast.cli.bench.random_bundle.points import Point
 from sparsecast.cli.bench.random_bundle.vocabulary import FIRST_WORD
 from sparsecast.cli.bench.random_bundle.write import COUNTED, write_random_bundle
 from sparsecast.core.errors import InputError
+from sparsecast.core.lock import lock_folder
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.engine_text import check_engine_perplexity
 from sparsecast.export.checks.folders import check_activation_folder, read_counts
@@ -82,19 +83,13 @@ def test_every_layer_fires_and_predicts_as_asked(random_bundle, kind):
         assert 1 - fired / total == pytest.approx(point.true_sparsity, abs=0.01)
 
 
-@pytest.mark.parametrize("kind", ["f16-public", "q4_0-ours"])
+@pytest.mark.parametrize("kind", ["f16-public", "q4_0-ours", "q4_0-other"])
 def test_the_measured_point_is_the_asked_one(random_bundle, kind):
     point = KINDS[kind][1]
     measured = measured_point(random_bundle(kind), tokens=512)
     assert measured.recall == pytest.approx(point.recall, abs=0.005)
     assert measured.predicted_sparsity == pytest.approx(point.predicted_sparsity, abs=0.005)
     assert measured.true_sparsity == pytest.approx(point.true_sparsity, abs=0.005)
-
-
-def test_a_wrong_recall_or_sparsity_is_measured(random_bundle, monkeypatch, tmp_path):
-    monkeypatch.setattr(write, "check", lambda *_: None)
-    path = write_random_bundle(tmp_path / "b", SHAPE, "f16", PUBLIC._replace(recall=0.9), 1)
-    assert measured_point(path, tokens=256).recall == pytest.approx(0.9, abs=0.01)
 
 
 class Residuals(Emulator):
@@ -196,6 +191,11 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_being_written_is_refused(tmp_path):
+    with lock_folder(tmp_path / "b", "test"), pytest.raises(InputError, match="is writing it"):
+        write_random_bundle(tmp_path / "b", SHAPE, "f16", PUBLIC, 0)
+
+
 def test_a_bundle_is_replaced_and_other_files_are_not(tmp_path):
     out = tmp_path / "b"
     write_random_bundle(out, SHAPE, "f16", PUBLIC, 0)
@@ -217,16 +217,16 @@ def most():
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
-shape = ModelShape(hidden=4096, ffn=2048, layers=1, heads=32, kv_heads=32, vocab=8000)
+shape = ModelShape(hidden=2048, ffn=1280, layers=1, heads=32, kv_heads=32, vocab=20_000)
 before = most()
-write_random_bundle(Path(sys.argv[1]), shape, "f16", Point(1024, "f16", 0.9346, 0.7524), 0)
+write_random_bundle(Path(sys.argv[1]), shape, "q4_0", Point(512, "f16", 0.9346, 0.7524), 0)
 print(most() - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_is_pools_and_blocks_of_rows(tmp_path):
-    """Where the embedding alone takes 131 MB in float32."""
+    """Where the embedding alone takes 164 MB in float32."""
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "b")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -234,7 +234,7 @@ def test_memory_is_pools_and_blocks_of_rows(tmp_path):
         text=True,
         check=True,
     )
-    assert int(run.stdout) < 120
+    assert int(run.stdout) < 130
 
 
 @pytest.mark.engine

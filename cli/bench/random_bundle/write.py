@@ -16,7 +16,8 @@ from sparsecast.cli.bench.random_bundle.points import Point, check
 from sparsecast.cli.bench.random_bundle.vocabulary import random_vocabulary
 from sparsecast.cli.bench.random_bundle.weights import RandomWeights
 from sparsecast.core.disk import check_disk_space, explain_full_disk
-from sparsecast.core.files import new_folder, write_text
+from sparsecast.core.files import check_new_folder, new_folder, write_text
+from sparsecast.core.lock import lock_folder
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.progress import progress_bar
 from sparsecast.export.bundle import BESIDE, SUFFIX
@@ -54,7 +55,7 @@ def write_random_bundle(
     of 400,000 tokens. The folder appears complete or not at all; a bundle there is replaced.
 
     Memory: pools of 17 MB (weights.py), and blocks of 2^18 weights, whatever the shape. Without the
-    imports it is below 120 MB.
+    imports it takes about 100 MB.
 
     Args:
         dtype: f16 or q4_0, for the model's matrices.
@@ -62,7 +63,7 @@ def write_random_bundle(
 
     Raises:
         InputError: See `check` and `design_for`; too little space on the disk; `folder` holds other
-            files.
+            files, or another run is writing it.
         OSError: The disk filled up meanwhile; nothing is left behind.
     """
     check(shape, dtype, point)
@@ -72,9 +73,11 @@ def write_random_bundle(
     check_disk_space(folder, need, "the random bundle")
     name = f"random-{shape.hidden}x{shape.ffn}x{shape.layers}-{dtype}{SUFFIX}"
     asked = {**shape._asdict(), **point._asdict(), "dtype": dtype, "seed": seed}
+    out = check_new_folder(folder, replaces=f"*{SUFFIX}", beside=BESIDE)
     with (
+        lock_folder(out, "random bundle"),
         explain_full_disk(folder, need, "the random bundle", lambda: AFTER_FULL_DISK),
-        new_folder(folder, replaces=f"*{SUFFIX}", beside=BESIDE) as part,
+        new_folder(out, replaces=f"*{SUFFIX}", beside=BESIDE) as part,
     ):
         with progress_bar(f"random {dtype} bundle", need) as progress:
             header = partial(_add_header, shape=shape, dtype=dtype, asked=asked)
@@ -83,7 +86,7 @@ def write_random_bundle(
         write_counts(part / "activation", _counts(shape, weights))
         lines = [f"- {key}: {value}\n" for key, value in asked.items()]
         write_text(part / "README.md", CARD + "".join(lines))
-    return folder / name
+    return out / name
 
 
 def _counts(shape: ModelShape, weights: RandomWeights) -> list[Tensor]:

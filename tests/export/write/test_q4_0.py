@@ -93,6 +93,7 @@ def test_bytes_are_those_of_the_gguf_package(q4_0, model_folder, name, source, k
 
     assert np.array_equal(raw(file, name), want)
     assert np.array_equal(file.tensor(name).numpy(), values(file, name).astype(np.float32))
+    assert torch.equal(file.rows(name, 5, 3), file.tensor(name)[5:8])
 
 
 @pytest.mark.parametrize("kind", ["F16", "F32", "Q4_0", "Q8_0"])
@@ -108,6 +109,9 @@ def test_slabs_leave_no_seam(monkeypatch, kind, dtype):
     assert [len(rows) for rows in written] == [7] * 14 + [2]
     want = quantize(weight.float().contiguous().numpy(), planned.type)
     assert b"".join(rows.data for rows in written) == want.tobytes()
+
+    blocks = planned._replace(load=lambda: iter(weight.split(30)))
+    assert b"".join(rows.data for rows in slabs(blocks)) == want.tobytes()
 
 
 def test_threads_are_given_back():
