@@ -195,7 +195,8 @@ def _counts(folder: Path, checkpoint: Checkpoint, hparams: HParams) -> Counts:
 
 def _split(gpu: GPUBudget, hparams: HParams, tensors: list[PlannedTensor], counts: Counts) -> Split:
     check_width(hparams.ffn)
-    return split_for(budget_for(gpu.gib, gpu.context, tensors, hparams), counts.layers)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    return split_for(budget_for(gpu.gib, gpu.context, by_name, hparams), counts.layers)
 
 
 def _weights_checksum(predictors: PredictorSet) -> str:

@@ -23,13 +23,11 @@ Shape letters: D hidden, F FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-
-from sparsecast.export.write.hparams import HParams
-from sparsecast.export.write.tensor_plan import PlannedTensor
+import numpy as np
 
 ON_GPU_FIRST = (
     "attn_norm",
@@ -63,34 +61,67 @@ class Budget:
     """One neuron."""
 
     @property
+    def cache(self) -> int:
+        """Bytes of the KV cache in GPU memory: none, its keys, or all."""
+        free = self.given - self.before
+        for halves in (2, 1):
+            if free >= halves * self.half_cache:
+                return halves * self.half_cache
+        return 0
+
+    @property
     def room(self) -> int:
         """Bytes left for neurons; negative if the fixed tensors do not fit."""
-        room = self.given - self.before
-        for _ in ("keys", "values"):
-            if room >= self.half_cache:
-                room -= self.half_cache
-        return room
+        return self.given - self.before - self.cache
 
 
-def budget_for(
-    gib: float, context: int, tensors: Sequence[PlannedTensor], hparams: HParams
-) -> Budget:
+class Stored(Protocol):
+    """A tensor of a file, planned or written."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Sizes(Protocol):
+    """What a file's header says of its KV cache."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def budget_for(gib: float, context: int, tensors: Mapping[str, Stored], sizes: Sizes) -> Budget:
     """Compute the budget of a model file.
 
     Args:
         gib: PowerInfer's --vram-budget.
         context: PowerInfer's -c, in tokens.
+        tensors: All tensors of the file by name.
+        sizes: `HParams` before the file is written, `Header` after.
     """
-    rows = [t for t in tensors if t.name in {f"blk.0.{kind}.weight" for kind in ROWS}]
+    rows = [tensors[name] for kind in ROWS if (name := f"blk.0.{kind}.weight") in tensors]
     return Budget(
-        given=int(torch.tensor(gib, dtype=torch.float32).item() * 2**30),
-        before=sum(t.nbytes for t in tensors if _kind(t) in ON_GPU_FIRST),
-        half_cache=2 * hparams.layers * context * hparams.shape("K")[0],
+        given=int(float(np.float32(gib)) * 2**30),
+        before=sum(t.nbytes for name, t in tensors.items() if tensor_kind(name) in ON_GPU_FIRST),
+        half_cache=2 * sizes.layers * context * sizes.kv_heads * sizes.head_dim,
         # All layers have the same types.
         neuron=sum(t.nbytes // t.shape[0] for t in rows) + INDEX_BYTES,
     )
 
 
-def _kind(tensor: PlannedTensor) -> str:
+def gib_for(nbytes: int) -> float:
+    """Return the smallest --vram-budget, a float32, that is at least `nbytes`."""
+    gib = np.float32(nbytes / 2**30)
+    if float(gib) * 2**30 < nbytes:
+        gib = np.nextafter(gib, np.float32(np.inf))
+    return float(gib)
+
+
+def tensor_kind(name: str) -> str:
     """Return the part of a name before .weight or .bias: attn_q of blk.3.attn_q.weight."""
-    return tensor.name.rpartition(".")[0].rpartition(".")[2]
+    return name.rpartition(".")[0].rpartition(".")[2]
