@@ -2,48 +2,43 @@
 
     llama.cpp    with --llama-bench: the same model without predictors by llama.cpp, the baseline
                  of PowerInfer's paper
-    predictors   the bundle as it is
-    all active   the same file with a threshold below every logit
     dense        the same model without predictors, as a plain GGUF of the same types (see
                  export/write/dense.py); not for falcon, whose dense graph reads a tensor that the
                  engine does not load
+    all active   the bundle's file with a threshold below every logit
+    predictors   the bundle as it is
 
-All generate the same number of tokens, in turn, round by round: PowerInfer from the same prompt of
-a word, llama-bench from an empty context. Reported are
-medians of the programs' own timing of generation. With several threads only the speed means
-something: PowerInfer's CPU down projection adds the threads' partial sums without a lock.
+There is one row of each per number of threads and, on a GPU build, per budget of GPU memory
+(engine_budgets.py). All generate the same number of tokens, in turn, round by round: PowerInfer
+from the same prompt of a word, llama-bench from an empty context. Reported are medians of the
+programs' own timing of generation. With several threads only the speed means something:
+PowerInfer's CPU down projection adds the threads' partial sums without a lock.
 """
 
 from __future__ import annotations
 
-import re
 import tempfile
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sparsecast.cli.bench.results import check_json, new_table, publish
-from sparsecast.cli.bench.rounds import in_rounds, medians
+from sparsecast.cli.bench.engine_bandwidth import copy_gb_per_s
+from sparsecast.cli.bench.engine_budgets import GPUPlan, check_budget, plan_gpu, read_all_counts
+from sparsecast.cli.bench.engine_build import check_build, check_threads
+from sparsecast.cli.bench.engine_rows import Bundle, DenseModel, Programs, Row, rows_at
+from sparsecast.cli.bench.engine_table import row_values, show_table
+from sparsecast.cli.bench.results import check_json, publish
+from sparsecast.cli.bench.rounds import in_rounds
 from sparsecast.core.errors import InputError
-from sparsecast.core.messages import log, show
 from sparsecast.core.options import validate_fields
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.metadata import check_metadata
-from sparsecast.export.engine.process import EngineError, binary, last_words, run_to_end
+from sparsecast.export.engine.process import binary
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.write.dense import write_dense
-from sparsecast.integrations.llama_cpp.llama_bench import dense_rate, find_llama_bench
+from sparsecast.integrations.llama_cpp.llama_bench import find_llama_bench
+from sparsecast.predictors.manifest import read_manifest
 
-TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
-PROMPT = " def"
-NAMES = {
-    "llama_cpp": "llama.cpp, dense",
-    "dense": "PowerInfer, dense",
-    "all_active": "PowerInfer, all active",
-    "predictors": "PowerInfer, predictors",
-}
-"""What is measured, in the order of a round."""
 LLAMA_CPP = {"llama": "llama", "bamboo": "llama", "falcon": "falcon"}
 """A bundle's architecture to llama.cpp's of the same tensors; llama.cpp has no OPT."""
 
@@ -62,130 +57,165 @@ class BenchEngineConfig:
     """Tokens to generate in every run."""
 
     rounds: int = 5
-    """Runs of each kind."""
+    """Runs of each row."""
 
-    threads: int = 1
-    """CPU threads of the engine."""
+    threads: list[int] = field(default_factory=lambda: [1])
+    """CPU threads of the engine; several make rows for each."""
+
+    vram_budget: list[str] | None = None
+    """For a GPU build: GPU memory in GiB as PowerInfer takes it, such as 3.5, or the share of the
+    FFN's neurons to place there beside everything that comes first, such as 50%; several make
+    rows for each."""
 
     llama_bench: Path | None = None
     """llama-bench of a llama.cpp build, or that build's folder: also time the dense model by
-    llama.cpp, with the same types, threads and number of tokens."""
+    llama.cpp, with the same types, threads, budgets and number of tokens."""
 
     json: Path | None = None
     """Write the numbers to this file."""
 
     def __post_init__(self) -> None:
         validate_fields(self, tokens=2, rounds=1, threads=1)
+        for name in ("threads", "vram_budget"):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                raise InputError(f"--{name.replace('_', '-')}: names a value twice, got {values}")
+        for budget in self.vram_budget or []:
+            check_budget(budget)
+
+
+class Labelled(NamedTuple):
+    """A bundle and its name in the table."""
+
+    label: str
+    folder: Path
+    predicted_sparsity: float | None = None
+    """Share of neurons that its predictors leave out, for the bytes per token; unset: the mean of
+    the layers' calibration scores in its predictor folder."""
 
 
 def bench_engine(cfg: BenchEngineConfig) -> dict[str, Any]:
-    """Tokens per second and their ratios.
+    """Time `cfg.bundle`; see `bench_bundles`."""
+    return bench_bundles([Labelled(str(cfg.bundle), cfg.bundle)], cfg)
+
+
+def bench_bundles(bundles: list[Labelled], cfg: BenchEngineConfig) -> dict[str, Any]:
+    """Time bundles of one model that differ in their predictors alone, and its dense form.
 
     Disk: a dense file as large as the model, in a temporary folder; for a bamboo and llama.cpp two.
+    Memory: 1 GiB for the copy bandwidth, then what the engine takes.
+
+    Args:
+        bundles: The first is also timed with everything active, and its weights are the dense
+            model's. A share of neurons in --vram-budget becomes GiB for each by itself; the dense
+            model has those of the first.
+        cfg: Everything but `cfg.bundle`.
+
+    Returns:
+        The JSON, see docs/file-formats.md.
 
     Raises:
-        InputError: No bundle or no engine there; see also `write_dense` and `dense_rate`.
+        InputError: No bundle or no engine there, bundles of several models, or a budget or number
+            of threads that the engine cannot run; see also `write_dense` and `dense_rate`.
         EngineError: The engine or llama-bench failed.
     """
     check_json(cfg.json)
     main = binary(cfg.engine, "main")
     llama_bench = None if cfg.llama_bench is None else find_llama_bench(cfg.llama_bench)
-    file = GGUFFile(bundle_file(cfg.bundle))
+    files = [_read(bundle.folder) for bundle in bundles]
+    _check_one_model(files)
+    check_build(main, cfg.vram_budget)
+    with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as scratch:
+        programs = Programs(main, llama_bench, cfg.tokens, scratch)
+        timed = [
+            Bundle(i, bundle.label, file, _predicted(bundle, file), _plans(cfg, file, programs))
+            for i, (bundle, file) in enumerate(zip(bundles, files, strict=True))
+        ]
+        check_threads(cfg.threads, [plan for bundle in timed for plan in bundle.plans])
+        dense = _dense_model(files[0], programs)
+        budgets = range(len(timed[0].plans))
+        rows = [
+            row
+            for t in cfg.threads
+            for b in budgets
+            for row in rows_at(programs, dense, timed, t, b)
+        ]
+        copy = {t: copy_gb_per_s(t) for t in cfg.threads}
+        rates = in_rounds({str(i): row.rate for i, row in enumerate(rows)}, cfg.rounds)
+    return publish(_values(cfg, bundles, rows, list(rates.values()), copy), cfg.json, show_table)
+
+
+def _read(folder: Path) -> GGUFFile:
+    file = GGUFFile(bundle_file(folder))
     if not (metadata := check_metadata(file)).ok:
         raise InputError(f"{file.path}: {metadata.detail}; export it again")
-    builds: set[str] = set()
-    with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as scratch:
-        measures = {}
-        if llama_bench is not None:
-            dense = _dense(file, scratch, LLAMA_CPP)
-            measures["llama_cpp"] = partial(_llama_cpp, cfg, llama_bench, dense, scratch, builds)
-        if file.keys["general.architecture"] != "falcon":
-            command = _command(cfg, main, _dense(file, scratch, {}))
-            measures["dense"] = partial(_rate, command, scratch, all_active=False)
-        command = _command(cfg, main, file.path.absolute())
-        measures["all_active"] = partial(_rate, command, scratch, all_active=True)
-        measures["predictors"] = partial(_rate, command, scratch, all_active=False)
-        rates = in_rounds(measures, cfg.rounds)
-    return publish(_values(cfg, rates, builds), cfg.json, _show)
+    return file
 
 
-def _dense(file: GGUFFile, scratch: str, renamed: dict[str, str]) -> Path:
-    """Write the dense file for an engine that has other names for architectures, unless there."""
+def _check_one_model(files: list[GGUFFile]) -> None:
+    """Refuse bundles whose dense tensors differ in shape or type."""
+
+    def dense(file: GGUFFile) -> dict[str, Any]:
+        kept = {n: e for n, e in file.entries.items() if ".fc1." not in n and ".fc2." not in n}
+        arch = {"": file.keys["general.architecture"]}
+        return arch | {name: (entry.shape, entry.type.name) for name, entry in kept.items()}
+
+    for other in files[1:]:
+        if dense(other) != dense(files[0]):
+            raise InputError(
+                f"{other.path}: has other weights than {files[0].path}, expected the same model in "
+                "the same types with other predictors; time them one by one"
+            )
+
+
+def _predicted(bundle: Labelled, file: GGUFFile) -> float | None:
+    if bundle.predicted_sparsity is not None:
+        return bundle.predicted_sparsity
+    manifest = read_manifest(file.path.parent / "predictor")
+    if manifest is None:
+        return None
+    scores = [layer["predicted_sparsity"] for layer in manifest.calibration]
+    return sum(scores) / len(scores)
+
+
+def _plans(cfg: BenchEngineConfig, file: GGUFFile, programs: Programs) -> list[GPUPlan | None]:
+    if cfg.vram_budget is None:
+        return [None]
+    counts = read_all_counts(file)
+    return [plan_gpu(budget, file, counts, programs.context) for budget in cfg.vram_budget]
+
+
+def _dense_model(file: GGUFFile, programs: Programs) -> DenseModel:
+    """Write the dense files; the engines share one where the architecture has one name."""
     arch = str(file.keys["general.architecture"])
-    if renamed and arch not in renamed:
-        raise InputError(
-            f"--llama-bench: {file.path} is of the architecture {arch!r}, which llama.cpp does not "
-            "have; leave the option out"
-        )
-    path = Path(scratch, f"{renamed.get(arch, arch)}-dense.gguf")
-    if not path.exists():
-        write_dense(file, path, renamed.get(arch))
-    return path
+    powerinfer = None if arch == "falcon" else Path(programs.scratch, f"{arch}-dense.gguf")
+    llama_cpp = None
+    if programs.llama_bench is not None:
+        if arch not in LLAMA_CPP:
+            raise InputError(
+                f"--llama-bench: {file.path} is of the architecture {arch!r}, which llama.cpp does "
+                "not have; leave the option out"
+            )
+        llama_cpp = Path(programs.scratch, f"{LLAMA_CPP[arch]}-dense.gguf")
+        write_dense(file, llama_cpp, LLAMA_CPP[arch])
+    if powerinfer is not None and powerinfer != llama_cpp:
+        write_dense(file, powerinfer)
+    return DenseModel(file, powerinfer, llama_cpp)
 
 
 def _values(
-    cfg: BenchEngineConfig, rates: dict[str, list[float]], builds: set[str]
+    cfg: BenchEngineConfig,
+    bundles: list[Labelled],
+    rows: list[Row],
+    rates: list[list[float]],
+    copy: dict[int, float],
 ) -> dict[str, Any]:
-    found = medians(rates)
-    median = {name: found.get(name) for name in NAMES}
-    baseline = median["llama_cpp"]
+    builds = {row.last.build for row in rows if row.last is not None and row.last.build is not None}
     return {
-        "bundle": str(cfg.bundle),
+        "bundles": {bundle.label: str(bundle.folder) for bundle in bundles},
         "tokens": cfg.tokens,
-        "threads": cfg.threads,
-        "tokens_per_s": median,
-        "over_all_active": _ratio(median["predictors"], median["all_active"]),
-        "over_dense": _ratio(median["predictors"], median["dense"]),
-        "over_llama_cpp": {name: _ratio(rate, baseline) for name, rate in median.items()},
+        "gpu": cfg.vram_budget is not None,
         "llama_cpp_build": ", ".join(sorted(builds)) or None,
-        "runs": rates,
+        "copy_gb_per_s": {str(threads): rate for threads, rate in copy.items()},
+        "rows": row_values(rows, rates, copy),
     }
-
-
-def _command(cfg: BenchEngineConfig, program: Path, model: Path) -> list[str]:
-    threads, tokens = str(cfg.threads), str(cfg.tokens)
-    context = str(max(512, -(-(cfg.tokens + 32) // 256) * 256))
-    options = ["-t", threads, "-tb", threads, "-c", context, "-b", context, "-n", tokens]
-    command = [str(program), "-m", str(model), *options, "-p", PROMPT, "--temp", "0"]
-    return [*command, "--repeat-penalty", "1.0", "--ignore-eos", "--log-disable", "--simple-io"]
-
-
-def _rate(command: list[str], scratch: str, *, all_active: bool) -> float:
-    code, _, err = run_to_end(command, scratch, all_active=all_active)
-    found = TIMING.findall(err)
-    if code or not found:
-        raise EngineError(f"main gave no timing (exit {code}): {last_words(err)}")
-    return float(found[-1])
-
-
-def _llama_cpp(
-    cfg: BenchEngineConfig, program: Path, model: Path, scratch: str, builds: set[str]
-) -> float:
-    rate, build = dense_rate(program, model, cfg.tokens, cfg.threads, scratch)
-    builds.add(build)
-    return rate
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return None if above is None or below is None else above / below
-
-
-def _show(values: dict[str, Any]) -> None:
-    beside = values["llama_cpp_build"] is not None
-    title = f"{values['tokens']} tokens, {values['threads']} thread(s)"
-    columns = ["tokens/s", *(["times llama.cpp"] if beside else [])]
-    table = new_table("", *columns, title=title)
-    for name, rate in values["tokens_per_s"].items():
-        if name == "llama_cpp" and not beside:
-            continue
-        cells = [rate, values["over_llama_cpp"][name]][: len(columns)]
-        formats = ("{:,.1f}", "{:.2f}")
-        row = ("-" if c is None else f.format(c) for c, f in zip(cells, formats, strict=False))
-        table.add_row(NAMES[name], *row)
-    show(table)
-    told = f"with predictors {values['over_all_active']:.2f} times everything active"
-    if values["over_dense"] is not None:
-        told += f", {values['over_dense']:.2f} times dense"
-    if beside:
-        told += f", {values['over_llama_cpp']['predictors']:.2f} times llama.cpp"
-    log.info(told)

@@ -19,6 +19,8 @@ from sparsecast.export.engine.process import EngineError, last_words, run_to_end
 
 NAME = "llama-bench"
 WANT = "llama-bench of a llama.cpp build"
+CPU_BACKENDS = ("CPU", "BLAS", "OpenBLAS", "BLIS", "zDNN", "RPC")
+"""Backends that need no GPU."""
 
 
 class DenseRate(NamedTuple):
@@ -46,19 +48,24 @@ def find_llama_bench(path: Path) -> Path:
     )
 
 
-def dense_rate(program: Path, model: Path, tokens: int, threads: int, folder: str) -> DenseRate:
-    """Decode `tokens` tokens on the CPU with `threads` threads.
+def dense_rate(
+    program: Path, model: Path, tokens: int, threads: int, folder: str, gpu_layers: int = 0
+) -> DenseRate:
+    """Decode `tokens` tokens with `threads` threads.
 
     Args:
         program: From `find_llama_bench`.
         model: A GGUF that llama.cpp loads.
         folder: Where the program runs.
+        gpu_layers: llama.cpp's -ngl: 0 keeps the model on the CPU, 1 puts the output matrix on the
+            GPU, and each more another layer from the last one on.
 
     Raises:
-        InputError: The program is not llama.cpp's llama-bench, or is too old.
+        InputError: The program is not llama.cpp's llama-bench, is too old, or is a CPU build asked
+            for layers on a GPU.
         EngineError: It failed or took too long.
     """
-    options = ["-p", "0", "-n", str(tokens), "-r", "1", "-t", str(threads), "-ngl", "0"]
+    options = ["-p", "0", "-n", str(tokens), "-r", "1", "-t", str(threads), "-ngl", str(gpu_layers)]
     command = [str(program), "-m", str(model.absolute()), *options, "-o", "json"]
     try:
         code, out, err = run_to_end(command, folder)
@@ -74,6 +81,13 @@ def dense_rate(program: Path, model: Path, tokens: int, threads: int, folder: st
             f"--llama-bench: {program}: its output does not name `backends`: it is PowerInfer's "
             "own llama-bench or one from before 2025; build a current llama.cpp and name its "
             "llama-bench"
+        )
+    backends = str(run["backends"])
+    if gpu_layers and not set(backends.split(",")) - set(CPU_BACKENDS):
+        raise InputError(
+            f"--llama-bench: {program}: is a CPU build (backends: {backends}), but --vram-budget "
+            "asks for layers on a GPU; build llama.cpp with -DGGML_CUDA=ON and name its "
+            "llama-bench, or leave --llama-bench out"
         )
     rate = run.get("avg_ts", 0)
     if (run.get("n_gen"), run.get("n_threads")) != (tokens, threads) or not _is_rate(rate):

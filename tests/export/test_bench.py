@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsecast.cli.bench import engine_bandwidth
 from sparsecast.cli.bench.engine import BenchEngineConfig, bench_engine
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
@@ -17,12 +18,18 @@ from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.write.dense import write_dense
 
 FAKE = """#!/bin/sh
+[ "$1" = --help ] && exit 0
 echo "x: prompt eval time = 6.61 ms / 3 tokens ( 2.2 ms per token, 9999.0 tokens per second)" >&2
 case "$2" in *-dense.gguf) rate=30;; *) rate=20;; esac
 [ -n "$LLAMA_SPARSE_PRED_THRESHOLD" ] && rate=10
 echo "$@" >> ENGINE_LOG
 echo "x:  eval time =  110.31 ms /   199 runs (0.55 ms per token, $rate.50 tokens per second)" >&2
 """
+
+
+@pytest.fixture(autouse=True)
+def _small_copies(monkeypatch):
+    monkeypatch.setattr(engine_bandwidth, "COPIED", 2**20)
 
 
 def fake_engine(folder: Path, script: str = FAKE) -> Path:
@@ -63,15 +70,26 @@ def test_rates_are_the_engines_own_and_the_runs_what_they_say(bundle_folder, tmp
         engine=engine,
         tokens=600,
         rounds=2,
-        threads=3,
+        threads=[3],
         json=tmp_path / "b.json",
     )
     values = bench_engine(cfg)
     assert json.loads(cfg.json.read_text()) == values
-    rates = {"llama_cpp": None, "predictors": 20.5, "all_active": 10.5, "dense": 30.5}
-    assert values["tokens_per_s"] == rates
-    assert values["over_llama_cpp"] == dict.fromkeys(rates)
-    assert values["over_dense"] == pytest.approx(20.5 / 30.5)
+    rows = {row["kind"]: row for row in values["rows"]}
+    rates = {"dense": 30.5, "all_active": 10.5, "predictors": 20.5}
+    assert {kind: row["tokens_per_s"] for kind, row in rows.items()} == rates
+    assert {kind: row["runs"] for kind, row in rows.items()} == {
+        k: [v] * 2 for k, v in rates.items()
+    }
+    assert rows["predictors"]["over_dense"] == 20.5 / 30.5
+    assert rows["predictors"]["over_all_active"] == 20.5 / 10.5
+    for row in rows.values():
+        absent = ("vram_budget", "vram_gib", "over_llama_cpp", "gpu_layers", "gpu_neurons")
+        assert [row[key] for key in absent] == [None] * 5
+        assert row["gpu_bytes_per_token"] == 0
+        reached = row["tokens_per_s"] * row["host_bytes_per_token"] / 1e9
+        assert row["of_copy_bandwidth"] == pytest.approx(reached / values["copy_gb_per_s"]["3"])
+    assert values["bundles"] == {str(bundle_folder): str(bundle_folder)}
     calls = (engine / "calls").read_text().splitlines()
     assert len(calls) == 6
     for call in calls:
@@ -82,10 +100,14 @@ def test_rates_are_the_engines_own_and_the_runs_what_they_say(bundle_folder, tmp
 
 
 def test_an_engine_that_fails_and_folders_without_a_bundle_are_told(bundle_folder, tmp_path):
-    broken = fake_engine(tmp_path / "broken", "#!/bin/sh\necho oh dear >&2\nexit 3\n")
+    failing = "#!/bin/sh\n[ $1 = --help ] && exit 0\necho oh dear >&2\nexit 3\n"
+    broken = fake_engine(tmp_path / "broken", failing)
     cfg = BenchEngineConfig(bundle=bundle_folder, engine=broken, rounds=1)
     with pytest.raises(EngineError, match=r"main gave no timing \(exit 3\): oh dear"):
         bench_engine(cfg)
+    dead = fake_engine(tmp_path / "dead", "#!/bin/sh\necho no libcuda.so >&2\nexit 127\n")
+    with pytest.raises(EngineError, match=r"cannot be run \(exit 127\): no libcuda.so"):
+        bench_engine(replace(cfg, engine=dead))
     with pytest.raises(InputError, match="holds 0 files"):
         bench_engine(replace(cfg, bundle=tmp_path))
     with pytest.raises(InputError, match="no executable bin/main"):
@@ -95,8 +117,16 @@ def test_an_engine_that_fails_and_folders_without_a_bundle_are_told(bundle_folde
 
 
 @pytest.mark.engine
-def test_the_engine_runs_all_three(engine, bundle_folder):
+def test_the_engine_runs_all_three_with_every_number_of_threads(engine, bundle_folder):
     values = bench_engine(
-        BenchEngineConfig(bundle=bundle_folder, engine=engine, tokens=20, rounds=1)
+        BenchEngineConfig(bundle=bundle_folder, engine=engine, tokens=20, rounds=1, threads=[1, 2])
     )
-    assert min(values["tokens_per_s"].values()) > 1
+    found = [(row["threads"], row["kind"]) for row in values["rows"]]
+    assert found == [(t, kind) for t in (1, 2) for kind in ("dense", "all_active", "predictors")]
+    assert all(row["tokens_per_s"] > 1 and row["vram_used"] is None for row in values["rows"])
+
+
+@pytest.mark.engine
+def test_a_cpu_build_of_the_engine_is_known_as_one(engine, bundle_folder):
+    with pytest.raises(InputError, match="is a CPU build of PowerInfer, which ignores budgets"):
+        bench_engine(BenchEngineConfig(bundle=bundle_folder, engine=engine, vram_budget=["50%"]))

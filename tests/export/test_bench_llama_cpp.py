@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsecast.cli.bench import engine_bandwidth
 from sparsecast.cli.bench.engine import BenchEngineConfig, bench_engine
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
@@ -20,6 +21,7 @@ from sparsecast.export.write.dense import write_dense
 from sparsecast.integrations.llama_cpp.llama_bench import dense_rate, find_llama_bench
 
 MAIN = """#!/bin/sh
+[ "$1" = --help ] && exit 0
 rate=20
 case "$2" in *-dense.gguf) rate=30;; esac
 [ -n "$LLAMA_SPARSE_PRED_THRESHOLD" ] && rate=10
@@ -54,31 +56,35 @@ def llama_bench(folder: Path, reply: object) -> Path:
     return script(folder / "bin" / "llama-bench", BENCH.replace("REPLY", text))
 
 
+@pytest.fixture(autouse=True)
+def _small_copies(monkeypatch):
+    monkeypatch.setattr(engine_bandwidth, "COPIED", 2**20)
+
+
 @pytest.fixture
 def cfg(bundle_folder, tmp_path) -> BenchEngineConfig:
     script(tmp_path / "build" / "bin" / "main", MAIN)
     llama_bench(tmp_path / "build", [RUN])
     build = tmp_path / "build"
     return BenchEngineConfig(
-        bundle=bundle_folder, engine=build, llama_bench=build, tokens=30, threads=2, rounds=2
+        bundle=bundle_folder, engine=build, llama_bench=build, tokens=30, threads=[2], rounds=2
     )
 
 
 def test_one_table_of_interleaved_rounds_and_ratios_to_llama_cpp(cfg, capsys, tmp_path):
     values = bench_engine(cfg)
     rates = {"llama_cpp": 41.0, "dense": 30.5, "all_active": 10.5, "predictors": 20.5}
-    assert values["tokens_per_s"] == rates
-    assert values["over_llama_cpp"] == {name: rate / 41.0 for name, rate in rates.items()}
+    assert {row["kind"]: row["tokens_per_s"] for row in values["rows"]} == rates
+    assert [row["over_llama_cpp"] for row in values["rows"]] == [r / 41.0 for r in rates.values()]
     assert values["llama_cpp_build"] == "7 (abc)"
-    assert values["runs"]["llama_cpp"] == [41.0, 41.0]
+    assert values["rows"][0]["runs"] == [41.0, 41.0]
     calls = (tmp_path / "build" / "calls").read_text().splitlines()
     assert [call == "main" for call in calls] == [False, True, True, True] * 2
     words = calls[0].split()
     assert words[0] == "-m"
     assert words[2:] == ["-p", "0", "-n", "30", "-r", "1", "-t", "2", "-ngl", "0", "-o", "json"]
     screen = capsys.readouterr().err
-    assert "llama.cpp, dense" in screen
-    assert "times llama.cpp" in screen
+    assert "beside llama.cpp dense" in screen
     assert "0.50 times llama.cpp" in screen
 
 
@@ -166,7 +172,7 @@ def test_both_engines_in_one_run(engine, llama_cpp, bundle_folder, tmp_path):
             bundle=bundle_folder, engine=engine, llama_bench=llama_cpp, tokens=20, rounds=1
         )
     )
-    assert min(values["tokens_per_s"].values()) > 1
+    assert min(row["tokens_per_s"] for row in values["rows"]) > 1
     dense = tmp_path / "dense.gguf"
     write_dense(GGUFFile(bundle_file(bundle_folder)), dense)
     with pytest.raises(InputError, match="PowerInfer's own llama-bench"):
