@@ -46,8 +46,11 @@ if split.exists():
     shutil.copy(split, here / f"{budget}.gpuidx")
 told = Path(here / "told").read_text() if Path(here / "told").exists() else ""
 print(told, file=sys.stderr)
+rate = 1000 * int(args[args.index("-t") + 1]) + 0.5
+if "-ngl" in args:
+    rate += int(args[args.index("-ngl") + 1])
 print("llama_print_timings:        eval time =     110.31 ms /   199 runs   (    0.55 ms per token,"
-      "  1804.01 tokens per second)", file=sys.stderr)
+      f" {rate:8.2f} tokens per second)", file=sys.stderr)
 """
 BENCH = """#!PYTHON
 import json, sys
@@ -119,12 +122,14 @@ def test_lists_make_one_row_of_each_kind_per_place(cfg):
 
     rows = bench_engine(replace(cfg, llama_bench=cfg.engine))["rows"]
 
+    layers = (0, 1, 6)
     kinds = ("llama_cpp", "dense", "all_active", "predictors")
     places = [(t, b) for t in (2, 3) for b in ("0", "25%", "3.5")]
     found = [(row["threads"], row["vram_budget"], row["kind"]) for row in rows]
     assert found == [(*place, kind) for place in places for kind in kinds]
-    for row in rows:
-        assert row["over_dense"] == row["tokens_per_s"] / 1804.01
+    dense = {p: 1000 * p[0] + ngl + 0.5 for p, ngl in zip(places, layers * 2, strict=True)}
+    for (threads, budget, _), row in zip(found, rows, strict=True):
+        assert row["over_dense"] == row["tokens_per_s"] / dense[threads, budget]
         assert row["over_llama_cpp"] == row["tokens_per_s"] / 41.0
         assert row["of_copy_bandwidth"] is None
     assert [after(call, "-t") for call in calls(cfg)] == ["2"] * 9 + ["3"] * 9
