@@ -25,6 +25,7 @@ WEIGHTS = re.compile(r"(?<!total )VRAM used: ([\d.]+) MB")
 CACHE = re.compile(r"VRAM kv self = ([\d.]+) MB")
 FFN = re.compile(r"offloaded ([\d.]+) MiB of FFN weights to GPU")
 SCRATCH = re.compile(r"VRAM scratch buffer: ([\d.]+) MB")
+ASSERT = "GGML_ASSERT"
 REFUSED = "failed to apply previously generated gpu split"
 
 
@@ -50,7 +51,7 @@ def read_run(code: int, err: str) -> Run:
     """
     found = TIMING.findall(err)
     if code or not found:
-        raise EngineError(f"main gave no timing (exit {code}): {last_words(err)}")
+        raise EngineError(f"main gave no timing (exit {code}): {_reason(err)}")
     if REFUSED in err:
         raise EngineError(
             "main did not take the gpuidx file beside the model, so it ran with another split than "
@@ -59,6 +60,12 @@ def read_run(code: int, err: str) -> Run:
     weights, ffn = _bytes(WEIGHTS, err), _bytes(FFN, err)
     used = None if weights is None else weights + (_bytes(CACHE, err) or 0) + (ffn or 0)
     return Run(float(found[-1]), used, ffn, _bytes(SCRATCH, err))
+
+
+def _reason(err: str) -> str:
+    """The last line that names an error, such as CUDA's before "current device"; or the last."""
+    named = [line for line in err.splitlines() if "error" in line.lower() or ASSERT in line]
+    return last_words(named[-1] if named else err)
 
 
 def _bytes(pattern: re.Pattern[str], text: str) -> int | None:

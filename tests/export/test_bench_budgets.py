@@ -297,6 +297,12 @@ def test_a_split_that_the_engine_did_not_take_is_no_row():
         read_run(0, refused + rate)
 
 
+def test_a_failed_run_is_told_by_the_line_that_names_the_error():
+    out_of_memory = "CUDA error 2 at ggml-cuda.cu:9322: out of memory"
+    with pytest.raises(EngineError, match=rf"no timing \(exit 1\): {out_of_memory}"):
+        read_run(1, f"llm_load_vocab: fine\n{out_of_memory}\ncurrent device: 0\n")
+
+
 @pytest.mark.parametrize("nbytes", [0, 1, 2**24 + 1, 3_758_096_385, 8 * GIB - 1, 14 * GIB + 7])
 def test_a_budget_holds_its_bytes_and_hardly_more(nbytes):
     given = bytes_of(f"{gib_for(nbytes):.9g}")
