@@ -20,12 +20,13 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from sparsecast.cli.bench.engine_bandwidth import copy_gb_per_s
 from sparsecast.cli.bench.engine_budgets import GPUPlan, check_budget, plan_gpu, read_all_counts
 from sparsecast.cli.bench.engine_build import check_build, check_threads
-from sparsecast.cli.bench.engine_rows import Bundle, DenseModel, Programs, Row, rows_at
+from sparsecast.cli.bench.engine_rows import Bundle, DenseModel, Labelled, Programs, Row, rows_at
+from sparsecast.cli.bench.engine_shape import write_bundles
 from sparsecast.cli.bench.engine_table import row_values, show_table
 from sparsecast.cli.bench.results import check_json, publish
 from sparsecast.cli.bench.rounds import in_rounds
@@ -47,8 +48,15 @@ LLAMA_CPP = {"llama": "llama", "bamboo": "llama", "falcon": "falcon"}
 class BenchEngineConfig:
     """Time PowerInfer's engine with predictors, with every neuron active, and dense."""
 
-    bundle: Path
-    """Folder written by `sparsecast export`."""
+    bundle: Path | None = None
+    """Folder written by `sparsecast export`; unset: random weights of --shape."""
+
+    shape: Literal["1b", "7b", "13b"] | None = None
+    """Without a bundle: a model of the shape of MiniCPM-S-1B, Llama 2 7B or 13B, once with
+    predictors that are as good as the published ones and once with ours."""
+
+    dtype: Literal["f16", "q4_0"] = "f16"
+    """Of --shape: f16 or q4_0 weights. The public recipe's predictors are f16, ours q4_0."""
 
     engine: Path
     """Build folder of PowerInfer (or its bin folder)."""
@@ -76,6 +84,10 @@ class BenchEngineConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self, tokens=2, rounds=1, threads=1)
+        if (self.bundle is None) == (self.shape is None):
+            raise InputError("--bundle, --shape: give one of them")
+        if self.bundle is not None and self.dtype != "f16":
+            raise InputError(f"--dtype {self.dtype}: is for --shape; a bundle has its own types")
         for name in ("threads", "vram_budget"):
             values = getattr(self, name) or []
             if len(set(values)) < len(values):
@@ -84,22 +96,26 @@ class BenchEngineConfig:
             check_budget(budget)
 
 
-class Labelled(NamedTuple):
-    """A bundle and its name in the table."""
-
-    label: str
-    folder: Path
-    predicted_sparsity: float | None = None
-    """Share of neurons that its predictors leave out, for the bytes per token; unset: the mean of
-    the layers' calibration scores in its predictor folder."""
-
-
 def bench_engine(cfg: BenchEngineConfig) -> dict[str, Any]:
-    """Time `cfg.bundle`; see `bench_bundles`."""
-    return bench_bundles([Labelled(str(cfg.bundle), cfg.bundle)], cfg)
+    """Time `cfg.bundle`, or the random bundles of `cfg.shape`; see `bench_bundles`.
+
+    Raises:
+        InputError: See `bench_bundles` and `write_bundles`.
+    """
+    if cfg.bundle is not None:
+        return bench_bundles([Labelled(str(cfg.bundle), cfg.bundle)], cfg)
+    assert cfg.shape is not None
+    check_json(cfg.json)
+    check_build(binary(cfg.engine, "main"), cfg.vram_budget)
+    with tempfile.TemporaryDirectory(prefix="sparsecast-shape-") as scratch:
+        made = write_bundles(cfg.shape, cfg.dtype, Path(scratch))
+        about = {"shape": cfg.shape, "dtype": cfg.dtype, "points": made.points}
+        return bench_bundles(made.bundles, cfg, about)
 
 
-def bench_bundles(bundles: list[Labelled], cfg: BenchEngineConfig) -> dict[str, Any]:
+def bench_bundles(
+    bundles: list[Labelled], cfg: BenchEngineConfig, about: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Time bundles of one model that differ in their predictors alone, and its dense form.
 
     Disk: a dense file as large as the model, in a temporary folder; for a bamboo and llama.cpp two.
@@ -109,7 +125,8 @@ def bench_bundles(bundles: list[Labelled], cfg: BenchEngineConfig) -> dict[str, 
         bundles: The first is also timed with everything active, and its weights are the dense
             model's. A share of neurons in --vram-budget becomes GiB for each by itself; the dense
             model has those of the first.
-        cfg: Everything but `cfg.bundle`.
+        cfg: Everything but what the bundles are.
+        about: More of the bundles for the JSON.
 
     Returns:
         The JSON, see docs/file-formats.md.
@@ -142,7 +159,8 @@ def bench_bundles(bundles: list[Labelled], cfg: BenchEngineConfig) -> dict[str, 
         ]
         copy = {t: copy_gb_per_s(t) for t in cfg.threads}
         rates = in_rounds({str(i): row.rate for i, row in enumerate(rows)}, cfg.rounds)
-    return publish(_values(cfg, bundles, rows, list(rates.values()), copy), cfg.json, show_table)
+    values = _values(cfg, bundles, rows, list(rates.values()), copy)
+    return publish({**(about or {}), **values}, cfg.json, show_table)
 
 
 def _read(folder: Path) -> GGUFFile:

@@ -25,6 +25,16 @@ from sparsecast.integrations.llama_cpp.llama_bench import dense_rate
 PROMPT = " def"
 
 
+class Labelled(NamedTuple):
+    """A bundle and its name in the table."""
+
+    label: str
+    folder: Path
+    predicted_sparsity: float | None = None
+    """Share of neurons that its predictors leave out, for the bytes per token; unset: the mean of
+    the layers' calibration scores in its predictor folder."""
+
+
 class Bundle(NamedTuple):
     """A bundle that is timed."""
 

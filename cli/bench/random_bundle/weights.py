@@ -56,7 +56,7 @@ class RandomWeights:
     Memory: 17 MB of pools, and one block of rows at a time.
     """
 
-    def __init__(self, shape: ModelShape, dtype: str, point: Point, seed: int) -> None:
+    def __init__(self, shape: ModelShape, dtype: str, point: Point, seed: int = 0) -> None:
         """
         Args:
             dtype: Of the model's matrices, f16 or q4_0.

@@ -89,6 +89,11 @@ def write_random_bundle(
     return out / name
 
 
+def bundle_bytes(shape: ModelShape, dtype: str, point: Point) -> int:
+    """Return the bytes of a bundle's tensors."""
+    return sum(t.nbytes for t in _tensors(shape, dtype, point, RandomWeights(shape, dtype, point)))
+
+
 def _counts(shape: ModelShape, weights: RandomWeights) -> list[Tensor]:
     """Return per layer the (F,) int64 tokens of `COUNTED` on which each neuron fires."""
     layers = range(shape.layers)
