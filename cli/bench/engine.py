@@ -136,6 +136,8 @@ def bench_bundles(
             of threads that the engine cannot run; see also `write_dense` and `dense_rate`.
         EngineError: The engine or llama-bench failed.
     """
+    if len({bundle.label for bundle in bundles}) < len(bundles):
+        raise InputError(f"bundles: two have one label: {[bundle.label for bundle in bundles]}")
     check_json(cfg.json)
     main = binary(cfg.engine, "main")
     llama_bench = None if cfg.llama_bench is None else find_llama_bench(cfg.llama_bench)
@@ -171,7 +173,7 @@ def _read(folder: Path) -> GGUFFile:
 
 
 def _check_one_model(files: list[GGUFFile]) -> None:
-    """Refuse bundles whose dense tensors differ in shape or type."""
+    """Refuse bundles whose dense tensors differ in shape or type, which cannot share a baseline."""
 
     def dense(file: GGUFFile) -> dict[str, Any]:
         kept = {n: e for n, e in file.entries.items() if ".fc1." not in n and ".fc2." not in n}

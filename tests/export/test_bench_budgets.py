@@ -5,9 +5,7 @@ The stand-in prints what the engine prints, by the format strings in its llama.c
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,40 +25,32 @@ from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.run import export
 from sparsecast.export.write.vram import gib_for
 
-MAIN = """#!PYTHON
-import json, shutil, sys
-from pathlib import Path
-here = Path(__file__).parent
-args = sys.argv[1:]
-if args == ["--help"]:
-    print("usage: main [options]\\n  --vram-budget N       VRAM budget in GiB")
-    print("  -nommq, --no-mul-mat-q")
-    print("                        use cuBLAS instead of custom mul_mat_q CUDA kernels.")
-    sys.exit(1)
-model = Path(args[1])
-with (here / "calls").open("a") as calls:
-    print(json.dumps(args + [str(model.resolve())]), file=calls)
-split = Path(str(model) + ".generated.gpuidx")
-if split.exists():
-    budget = args[args.index("--vram-budget") + 1]
-    shutil.copy(split, here / f"{budget}.gpuidx")
-told = Path(here / "told").read_text() if Path(here / "told").exists() else ""
-print(told, file=sys.stderr)
-rate = 1000 * int(args[args.index("-t") + 1]) + 0.5
-if "-ngl" in args:
-    rate += int(args[args.index("-ngl") + 1])
-print("llama_print_timings:        eval time =     110.31 ms /   199 runs   (    0.55 ms per token,"
-      f" {rate:8.2f} tokens per second)", file=sys.stderr)
+MAIN = """#!/bin/sh
+here=${0%/*}
+if [ "$1" = --help ]; then
+    echo "usage: $0 [options]"
+    echo "  --vram-budget N       VRAM budget in GiB (default: -1, -1 = available VRAM)"
+    echo "  -nommq, --no-mul-mat-q"
+    echo "                        use cuBLAS instead of custom mul_mat_q CUDA kernels."
+    exit 0
+fi
+ngl=0
+for word in "$@"; do
+    case "$before" in -t) threads=$word;; -ngl) ngl=$word;; --vram-budget) budget=$word;; esac
+    before=$word
+done
+printf '%s\\t' "$@" >> "$here/calls"
+readlink -f "$2" >> "$here/calls"
+[ -f "$2.generated.gpuidx" ] && cp "$2.generated.gpuidx" "$here/$budget.gpuidx"
+[ -f "$here/told" ] && cat "$here/told" >&2
+speed="    0.55 ms per token, $((1000 * threads + ngl)).50 tokens per second"
+echo "llama_print_timings:        eval time =     110.31 ms /   199 runs   ($speed)" >&2
 """
-BENCH = """#!PYTHON
-import json, sys
-from pathlib import Path
-args = sys.argv[1:]
-with (Path(__file__).parent / "bench-calls").open("a") as calls:
-    print(json.dumps(args), file=calls)
-threads, n = (int(args[args.index(name) + 1]) for name in ("-t", "-n"))
-print(json.dumps([{"build_commit": "abc", "build_number": 7, "backends": "BACKENDS", "n_gen": n,
-                   "n_threads": threads, "avg_ts": 41.0}]))
+BENCH = """#!/bin/sh
+printf '%s\\t' "$@" >> "${0%/*}/bench-calls"
+echo >> "${0%/*}/bench-calls"
+echo '[{"build_commit": "abc", "build_number": 7, "backends": "BACKENDS", "n_gen": '
+echo "$6, \\"n_threads\\": ${10}, \\"avg_ts\\": 41.0}]"
 """
 GIB, MIB = 2**30, 2**20
 LAYERS, HIDDEN, KV, WIDTH, VOCAB, RANK = 3, 64, 32, 1280, 512, 16
@@ -85,7 +75,7 @@ def _small_copies(monkeypatch):
 
 def program(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.replace("PYTHON", sys.executable))
+    path.write_text(text)
     path.chmod(0o755)
     return path
 
@@ -104,7 +94,7 @@ def cfg(bundle_folder, tmp_path) -> BenchEngineConfig:
 
 
 def calls(cfg: BenchEngineConfig, name: str = "calls") -> list[list[str]]:
-    return [json.loads(line) for line in (cfg.engine / "bin" / name).read_text().splitlines()]
+    return [line.split("\t") for line in (cfg.engine / "bin" / name).read_text().splitlines()]
 
 
 def after(call: list[str], option: str) -> str:
@@ -248,13 +238,18 @@ def test_bundles_share_one_dense_model(cfg, bundle_folder, quantized, tmp_path):
     assert len({call[-1] for call in calls(cfg)}) == 3
 
 
-def test_bundles_of_two_models_are_refused(cfg, bundle_folder, zoo, random_predictors, tmp_path):
-    model = str(zoo("llama"))
-    predictors = random_predictors(tmp_path / "p", model)
-    other = export(ExportConfig(model=model, predictors=predictors, out=tmp_path / "b")).parent
+def test_bundles_that_cannot_share_a_table_are_refused(
+    cfg, bundle_folder, model_folder, predictors, tmp_path
+):
+    small = ExportConfig(
+        model=str(model_folder), predictors=predictors, out=tmp_path / "b", dtype="q4_0"
+    )
+    other = export(small).parent
 
     with pytest.raises(InputError, match="has other weights than .*; time them one by one"):
         bench_bundles([Labelled("a", bundle_folder), Labelled("b", other)], cfg)
+    with pytest.raises(InputError, match=r"two have one label: \['a', 'a'\]"):
+        bench_bundles([Labelled("a", bundle_folder), Labelled("a", other)], cfg)
 
 
 TOLD = """
