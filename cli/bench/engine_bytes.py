@@ -5,8 +5,8 @@
     predictors    the same, with (1 - P) of the FFN's bytes, P the predicted sparsity
 
 An OPT has no output matrix and reads its embedding in its place. The KV cache, which grows with the
-text, and intermediate results are left out. The engine's CPU code skips rows of the down projection
-whose input is exactly 0 beyond that, so its numbers are upper bounds.
+text, and intermediate results are left out. The engine also skips rows of the down projection whose
+input is exactly 0, so the last two are upper bounds.
 
 Of a PowerInfer file with its fixed tensors in GPU memory (export/write/vram.py), only the embedding
 and the rest of the FFN are read from host memory. Of the rows read with predictors, the GPU's part
