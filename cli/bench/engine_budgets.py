@@ -9,8 +9,9 @@ are the hottest by the bundle's counts, as `sparsecast export --vram-budget` cho
 
 A dense model gets as many layers on the GPU as fit in the same number of bytes. PowerInfer's dense
 -ngl (llama.cpp at d3ebd7c, `llm_load_tensors`) takes layers from the last one on, then norm and
-matrix of the output together, values, keys of the KV cache. Today's llama.cpp takes the output
-first, then layers from the last one on, each with its part of the KV cache.
+matrix of the output together, values, keys of the KV cache. Today's llama.cpp (`load_tensors` in
+src/llama-model.cpp) takes the output first, then layers from the last one on, each with its part of
+the KV cache.
 """
 
 from __future__ import annotations

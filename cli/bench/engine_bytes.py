@@ -24,7 +24,6 @@ from sparsecast.export.write.vram import ON_GPU_FIRST, ROWS, tensor_kind
 EMBEDDING = "token_embd.weight"
 POSITIONS = "position_embd.weight"
 OUTPUT = "output.weight"
-FFN = (*ROWS, "ffn_down")
 PREDICTORS = ("fc1", "fc2")
 
 
@@ -60,9 +59,9 @@ def sparse_bytes(file: GGUFFile, read: float, *, fixed_on_gpu: bool, ffn_on_gpu:
         ffn_on_gpu: Share of those bytes that are in GPU memory.
     """
     rest = {
-        n: e for n, e in file.entries.items() if tensor_kind(n) not in FFN and _is_read(file, n)
+        n: e for n, e in file.entries.items() if tensor_kind(n) not in ROWS and _is_read(file, n)
     }
-    ffn = round(read * sum(e.nbytes for n, e in file.entries.items() if tensor_kind(n) in FFN))
+    ffn = round(read * sum(e.nbytes for n, e in file.entries.items() if tensor_kind(n) in ROWS))
     total = _lookups(file) + ffn + sum(entry.nbytes for entry in rest.values())
     gpu = round(ffn * ffn_on_gpu)
     if fixed_on_gpu:
