@@ -34,7 +34,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.options import validate_fields
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.metadata import check_metadata
-from sparsecast.export.engine.process import binary
+from sparsecast.export.engine.process import EngineError, binary
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.write.dense import write_dense
 from sparsecast.integrations.llama_cpp.llama_bench import find_llama_bench
@@ -134,7 +134,8 @@ def bench_bundles(
     Raises:
         InputError: No bundle or no engine there, bundles of several models, or a budget or number
             of threads that the engine cannot run; see also `write_dense` and `dense_rate`.
-        EngineError: The engine or llama-bench failed.
+        EngineError: The engine or llama-bench failed. If only some rows did, the others are shown
+            and written to `cfg.json` first.
     """
     if len({bundle.label for bundle in bundles}) < len(bundles):
         raise InputError(f"bundles: two have one label: {[bundle.label for bundle in bundles]}")
@@ -161,8 +162,14 @@ def bench_bundles(
         ]
         copy = {t: copy_gb_per_s(t) for t in cfg.threads}
         rates = in_rounds({str(i): row.rate for i, row in enumerate(rows)}, cfg.rounds)
-    values = _values(cfg, bundles, rows, list(rates.values()), copy)
-    return publish({**(about or {}), **values}, cfg.json, show_table)
+    failed = [row.error for row in rows if row.error is not None]
+    if len(failed) == len(rows):
+        raise EngineError(failed[0])
+    values = {**(about or {}), **_values(cfg, bundles, rows, list(rates.values()), copy)}
+    publish(values, cfg.json, show_table)
+    if failed:
+        raise EngineError(f"{len(failed)} of {len(rows)} rows failed, the first with: {failed[0]}")
+    return values
 
 
 def _read(folder: Path) -> GGUFFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from sparsecast.cli.bench.engine_budgets import (
 )
 from sparsecast.cli.bench.engine_bytes import Bytes, dense_bytes, sparse_bytes
 from sparsecast.cli.bench.engine_log import Run, read_run
-from sparsecast.export.engine.process import run_to_end
+from sparsecast.export.engine.process import EngineError, run_to_end
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.integrations.llama_cpp.llama_bench import dense_rate
 
@@ -86,10 +87,18 @@ class Row:
     ngl: int | None
     run: Callable[[], Run]
     last: Run | None = None
+    error: str | None = None
+    """Why a run failed; the others of the row are then left out."""
 
     def rate(self) -> float:
-        """Run once; tokens per second."""
-        self.last = self.run()
+        """Run once; tokens per second, NaN where this or an earlier run failed."""
+        if self.error is not None:
+            return math.nan
+        try:
+            self.last = self.run()
+        except EngineError as error:
+            self.error = str(error)
+            return math.nan
         return self.last.tokens_per_s
 
 

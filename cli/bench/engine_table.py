@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -15,7 +16,7 @@ NAMES = {
     "all_active": "all active",
     "predictors": "predictors",
 }
-BASELINES = ("dense", "llama_cpp", "all_active")
+BASELINES = {"all_active": "everything active", "dense": "dense", "llama_cpp": "llama.cpp"}
 OFF = 0.05
 """Share by which the engine's GPU memory may differ from the plan without a warning."""
 
@@ -26,16 +27,19 @@ def row_values(
     """Return the rows of the JSON.
 
     Args:
-        rates: Per row, tokens per second of each round.
+        rates: Per row, tokens per second of each round; NaN from a failure on.
         copy: Copy bandwidth by number of threads, in 10^9 bytes per second.
     """
     found = [_row(row, runs, copy) for row, runs in zip(rows, rates, strict=True)]
     medians = {(_place(row), row["kind"]): row["tokens_per_s"] for row in found}
     for row in found:
         for kind in BASELINES:
-            baseline = medians.get((_place(row), kind))
-            row[f"over_{kind}"] = None if baseline is None else row["tokens_per_s"] / baseline
+            row[f"over_{kind}"] = _ratio(row["tokens_per_s"], medians.get((_place(row), kind)))
     return found
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
 
 
 def _place(row: dict[str, Any]) -> tuple[int, str | None]:
@@ -43,8 +47,9 @@ def _place(row: dict[str, Any]) -> tuple[int, str | None]:
 
 
 def _row(row: Row, runs: list[float], copy: dict[int, float]) -> dict[str, Any]:
-    rate, plan, read = statistics.median(runs), row.plan, row.bytes
-    on_cpu = read is not None and plan is None
+    runs = [rate for rate in runs if not math.isnan(rate)]
+    rate = statistics.median(runs) if row.error is None else None
+    plan, read = row.plan, row.bytes
     sparse = plan is not None and row.ngl is None
     return {
         "kind": row.kind,
@@ -56,7 +61,7 @@ def _row(row: Row, runs: list[float], copy: dict[int, float]) -> dict[str, Any]:
         "host_bytes_per_token": None if read is None else read.host,
         "gpu_bytes_per_token": None if read is None else read.gpu,
         "of_copy_bandwidth": rate * read.total / copy[row.threads] / 1e9
-        if read is not None and on_cpu
+        if rate is not None and read is not None and plan is None
         else None,
         "gpu_layers": row.ngl,
         "gpu_neurons": plan.neurons if plan is not None and sparse else None,
@@ -64,6 +69,7 @@ def _row(row: Row, runs: list[float], copy: dict[int, float]) -> dict[str, Any]:
         "vram_used": None if row.last is None else row.last.used,
         "vram_scratch": None if row.last is None else row.last.scratch,
         "runs": runs,
+        "error": row.error,
     }
 
 
@@ -86,6 +92,8 @@ def show_table(values: dict[str, Any]) -> None:
     log.info(f"copying within host memory, bytes read and written, by threads: {copy}")
     _tell_fastest(rows, several)
     for row in rows:
+        if row["error"] is not None:
+            log.error(f"{_name(row, several)}, {_where(row)}: {row['error']}")
         _warn_of_memory(row, several)
 
 
@@ -96,7 +104,8 @@ def _name(row: dict[str, Any], several: bool) -> str:
 
 def _speed(row: dict[str, Any], gpu: bool, beside: bool) -> list[str]:
     cells = [str(row["threads"]), *([row["vram_budget"]] if gpu else [])]
-    cells += [f"{row['tokens_per_s']:,.1f}", _shown(row["over_dense"], "{:.2f}")]
+    rate = "failed" if row["error"] is not None else f"{row['tokens_per_s']:,.1f}"
+    cells += [rate, _shown(row["over_dense"], "{:.2f}")]
     cells += [_shown(row["over_llama_cpp"], "{:.2f}")] if beside else []
     if gpu:
         return cells
@@ -129,13 +138,16 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def _tell_fastest(rows: list[dict[str, Any]], several: bool) -> None:
-    found = [row for row in rows if row["kind"] == "predictors"]
-    best = max(found, key=lambda row: row["tokens_per_s"])
-    told = f"with predictors {best['over_all_active']:.2f} times everything active"
-    if best["over_dense"] is not None:
-        told += f", {best['over_dense']:.2f} times dense"
-    if best["over_llama_cpp"] is not None:
-        told += f", {best['over_llama_cpp']:.2f} times llama.cpp"
+    found = [row for row in rows if row["kind"] == "predictors" and row["error"] is None]
+    best = max(found, key=lambda row: row["tokens_per_s"], default={})
+    times = [
+        f"{best[f'over_{kind}']:.2f} times {name}"
+        for kind, name in BASELINES.items()
+        if best.get(f"over_{kind}") is not None
+    ]
+    if not times:
+        return
+    told = f"with predictors {', '.join(times)}"
     if len(found) > 1:
         label = f"{best['label']}, " if several else ""
         told = f"fastest ({label}{_where(best)}): {told}"

@@ -5,6 +5,7 @@ The stand-in prints what the engine prints, by the format strings in its llama.c
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -296,6 +297,27 @@ def test_a_failed_run_is_told_by_the_line_that_names_the_error():
     out_of_memory = "CUDA error 2 at ggml-cuda.cu:9322: out of memory"
     with pytest.raises(EngineError, match=rf"no timing \(exit 1\): {out_of_memory}"):
         read_run(1, f"llm_load_vocab: fine\n{out_of_memory}\ncurrent device: 0\n")
+
+
+def test_a_row_that_fails_does_not_take_the_others_with_it(cfg, capsys, tmp_path):
+    failing = MAIN.replace(
+        "ngl=0\n", 'ngl=0\ncase "$*" in *-dense*) echo no RAM >&2; exit 3;; esac\n'
+    )
+    program(cfg.engine / "bin" / "main", failing)
+    cfg = replace(cfg, rounds=3, json=tmp_path / "b.json")
+
+    with pytest.raises(EngineError, match=r"1 of 3 rows failed, .*timing \(exit 3\): no RAM"):
+        bench_engine(cfg)
+
+    dense, _, predictors = json.loads(cfg.json.read_text())["rows"]
+    assert (dense["tokens_per_s"], dense["runs"]) == (None, [])
+    assert "no RAM" in dense["error"]
+    assert (predictors["runs"], predictors["error"]) == ([2000.5] * 3, None)
+    assert (predictors["over_dense"], predictors["over_all_active"]) == (None, 1.0)
+    assert len(calls(cfg)) == 6
+    screen = " ".join(capsys.readouterr().err.split())
+    assert "dense, 2 thread(s), --vram-budget 100%: main gave no timing (exit 3): no RAM" in screen
+    assert "with predictors 1.00 times everything active" in screen
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 2**24 + 1, 3_758_096_385, 8 * GIB - 1, 14 * GIB + 7])
