@@ -115,8 +115,9 @@ def _speed(row: dict[str, Any], gpu: bool, beside: bool) -> list[str]:
 
 def _show_memory(rows: list[dict[str, Any]], several: bool) -> None:
     """Show what each row reads and places, which the number of threads does not change."""
-    read = ("MB/token from CPU", "from GPU")
-    table = new_table("", "budget", *read, "FFN on GPU", "GPU MiB used", "planned")
+    columns = ("MB from CPU", "MB from GPU", "on GPU", "MiB used", "planned")
+    title = "Weights read per token, and GPU memory"
+    table = new_table("", "budget", *columns, title=title)
     for row in rows:
         if row["threads"] != rows[0]["threads"]:
             continue
