@@ -102,7 +102,8 @@ class VerifyConfig:
     """The source model; the one named in the bundle's predictor manifest when unset."""
 
     engine: Path | None = None
-    """Build folder of PowerInfer (or its bin folder), whose binaries run with one thread."""
+    """Build folder of PowerInfer (or its bin folder). A CPU build runs with one thread; a GPU build
+    runs with two, three times each with none, half and all neurons on the GPU."""
 
     corpus: str = "builtin"
     """Source of the held-out text; see `sparsecast collect --help`."""

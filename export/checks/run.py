@@ -19,6 +19,7 @@ from sparsecast.export.checks.calibration import (
     measure,
 )
 from sparsecast.export.checks.engine import check_engine
+from sparsecast.export.checks.engine_gpu import GPURun, check_gpu_engine
 from sparsecast.export.checks.engine_text import EnginePerplexity
 from sparsecast.export.checks.folders import check_activation_folder, check_card
 from sparsecast.export.checks.gpu_split import check_gpu_split
@@ -33,6 +34,7 @@ from sparsecast.export.checks.values import check_values
 from sparsecast.export.checks.vocab import check_vocabulary
 from sparsecast.export.checks.vocab_source import check_pieces
 from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.gpu import is_gpu_build
 from sparsecast.export.engine.protocol import HeldOutText, losses, read_held_out
 from sparsecast.export.read.other_tokens import model_ids
 from sparsecast.export.read.reader import GGUFFile
@@ -69,6 +71,8 @@ class VerifyResult:
 
     checks: list[Check] = field(default_factory=list)
     engine: EnginePerplexity | None = None
+    gpu: list[GPURun] | None = None
+    """With a GPU build: none, half and all neurons on the GPU."""
     text: str | None = None
     """The text behind perplexities, logits and tokens; None where a check failed before."""
 
@@ -81,6 +85,7 @@ class VerifyResult:
             "ok": self.ok,
             "checks": [asdict(check) for check in self.checks],
             "engine": None if self.engine is None else self.engine._asdict(),
+            "gpu": None if self.gpu is None else [run._asdict() for run in self.gpu],
             "text": self.text,
         }
 
@@ -112,9 +117,13 @@ def check_bundle(plan: VerifyPlan, result: VerifyResult) -> None:
     found, model_NS = _check_logits(emulator, text, loaded)
     checks += found
     checks += _check_calibration(plan, emulator, calibration, text.ids_NS, model_NS)
-    if plan.engine is not None:
+    if plan.engine is None:
+        return
+    if is_gpu_build(plan.engine):
+        found, result.engine, result.gpu = check_gpu_engine(plan.engine, emulator, text)
+    else:
         found, result.engine = check_engine(plan.engine, emulator, text)
-        checks += found
+    checks += found
 
 
 def _check_neighbors(file: GGUFFile) -> list[Check]:

@@ -115,12 +115,16 @@ class Emulator:
         weight = self.file.tensor(name)
         stored = self.file.entries[name].type
         if stored.name != "f32":
-            x_TD = rounded_input(x_TD, stored.name if self._coarse else "f16")
+            x_TD = self._rounded(x_TD, stored.name)
         if skip_TD is not None:
             x_TD = x_TD.masked_fill(skip_TD, 0.0)
         sums = torch.float64 if stored.block > 1 else torch.float32
         weight = weight.to(sums)
         return (x_TD.to(sums) @ (weight if ".ffn_down_t." in name else weight.T)).float()
+
+    def _rounded(self, x_TD: Tensor, stored: str) -> Tensor:
+        """Round the input of a product with weights of type `stored`."""
+        return rounded_input(x_TD, stored if self._coarse else "f16")
 
     def _norm(self, x_TD: Tensor, name: str) -> Tensor:
         """Apply the RMS norm, or LayerNorm if the file has a bias."""

@@ -41,6 +41,17 @@ class Perturbed(Emulator):
         return torch.where(y_TN == 0, y_TN, y_TN + noise_TN)
 
 
+class Unrounded(Perturbed):
+    """The same with inputs of products in float32, as some of the engine's CUDA kernels take them.
+
+    Its kernel for one token and f16 weights does not round; the one for q4_0 rounds to q8_1, about
+    as the CPU does (`ggml_cuda_mul_mat_sparse` of ggml-cuda.cu at d3ebd7c).
+    """
+
+    def _rounded(self, x_TD: Tensor, stored: str) -> Tensor:
+        return x_TD
+
+
 class Decision(NamedTuple):
     """A predictor's decision on one neuron of one token."""
 

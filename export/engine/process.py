@@ -1,6 +1,7 @@
-"""Run PowerInfer's own binaries on a bundle, with one thread and a float32 KV cache.
+"""Run PowerInfer's own binaries on a bundle, with a float32 KV cache.
 
-One thread, because the CPU down projection adds threads' partial sums without a lock. Binaries run
+With one thread unless told otherwise, because the CPU down projection adds threads' partial sums
+without a lock; a GPU build takes other options, see gpu.py. Binaries run
 in a scratch folder, because they write logs to their working directory, and without
 LLAMA_SPARSE_PRED_THRESHOLD, which would override the file's threshold.
 """
@@ -29,11 +30,22 @@ REPLY_TIMEOUT = 300
 MOST_PROBS = 2048
 """Most probabilities in one reply: the server takes a second to print 65,000."""
 THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
-OPTIONS = ["-t", "1", "-tb", "1", "-c", str(CHUNK), "-b", str(CHUNK), "--memory-f32"]
+OPTIONS = ("-t", "1", "-tb", "1", "-c", str(CHUNK), "-b", str(CHUNK), "--memory-f32")
+TELLING = ("GGML_ASSERT", "CUDA error", "cuBLAS error", "not enough space in the buffer")
+"""What a line holds that says why a binary aborted; a backtrace may follow it."""
 
 
 class EngineError(RuntimeError):
     """The engine failed; the message ends with its last line of output."""
+
+
+class Launch(NamedTuple):
+    """How a model is given to the engine."""
+
+    build: Path
+    model: Path
+    options: Sequence[str] = OPTIONS
+    """Threads, context, batch and memory."""
 
 
 class Next(NamedTuple):
@@ -69,15 +81,27 @@ def engine_perplexity(
     Raises:
         EngineError: It failed, took too long or printed no estimate.
     """
-    command = [str(binary(build, "perplexity")), "-m", str(model.absolute()), "-f", "text.txt"]
+    return told_perplexity(Launch(build, model), text, chunks, all_active=all_active)[0]
+
+
+def told_perplexity(
+    launch: Launch, text: str, chunks: int, *, all_active: bool = False
+) -> tuple[float, str]:
+    """Return the perplexity of `engine_perplexity`, and all that the binary printed.
+
+    Raises:
+        EngineError: It failed, took too long or printed no estimate.
+    """
+    program, model = binary(launch.build, "perplexity"), launch.model.absolute()
+    command = [str(program), "-m", str(model), "-f", "text.txt"]
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "text.txt").write_text(text, encoding="utf-8", newline="")
-        command += [*OPTIONS, "--chunks", str(chunks)]
+        command += [*launch.options, "--chunks", str(chunks)]
         code, out, err = run_to_end(command, scratch, all_active=all_active)
     found = re.search(r"PPL = (\S+)", out)
     if code or not found:
         raise EngineError(f"perplexity gave no estimate (exit {code}): {last_words(err)}")
-    return float(found[1])
+    return float(found[1]), out + err
 
 
 def run_to_end(
@@ -185,12 +209,14 @@ def serving(
     vocab: int,
     excluded: Sequence[int] = (),
     unsayable: Sequence[int] = (),
+    options: Sequence[str] = OPTIONS,
 ) -> Iterator[Server]:
     """Run a `server` on a free loopback port for the duration of the block.
 
     Args:
         excluded: Tokens that must never be chosen, such as EOS.
         unsayable: Tokens that are a byte above 127 or have no text, see `Server.next`.
+        options: Threads, context, batch and memory.
 
     Raises:
         EngineError: It did not start.
@@ -200,7 +226,7 @@ def serving(
     place = ["--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory() as scratch, Path(scratch, "log").open("wb") as log:
         process = subprocess.Popen(
-            [program, "-m", str(model.absolute()), *OPTIONS, *place],
+            [program, "-m", str(model.absolute()), *options, *place],
             cwd=scratch,
             env=_environment(),
             stdin=subprocess.DEVNULL,
@@ -241,6 +267,7 @@ def _environment() -> dict[str, str]:
 
 
 def last_words(output: str) -> str:
-    """Return the last line of a binary's output, shortened."""
+    """Return the line of a binary's output that says why it ended, or its last, shortened."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it printed nothing"
+    telling = [line for line in lines if any(word in line for word in TELLING)]
+    return (telling or lines or ["it printed nothing"])[-1][:200]

@@ -34,6 +34,15 @@ class Reply(NamedTuple):
         """Probability of a token with a unique text, in float64; 0 if it is not named."""
         return self.probs[self.slots == token].sum(dtype=torch.float64)
 
+    def distance(self, other: Reply) -> float:
+        """Largest difference of a probability; one that a reply does not name counts as 0."""
+        size = 1 + int(torch.cat([self.slots, other.slots, torch.zeros(1).long()]).max())
+        ours, theirs = (
+            torch.zeros(size, dtype=torch.float64).index_put_((r.slots,), r.probs)
+            for r in (self, other)
+        )
+        return (ours - theirs).abs().max().item()
+
 
 class Spelling:
     """Maps the server's texts to token ids; tokens that share a text are ordered by probability.
@@ -86,8 +95,13 @@ class Spelling:
             probs_V[ids] = probs_V[ids].sort(descending=True).values
         return probs_V
 
-    def compare(self, reply: Reply, logits_V: Tensor) -> tuple[float, float]:
+    def compare(
+        self, reply: Reply, logits_V: Tensor, probs_V: Tensor | None = None
+    ) -> tuple[float, float]:
         """Compare a reply with our logits.
+
+        Args:
+            probs_V: Their `distribution`, where it is at hand.
 
         Returns:
             How far our logit of the engine's token is below our best, and the largest difference
@@ -98,5 +112,7 @@ class Spelling:
         gap = said_V.max().item() - theirs
         if reply.unknown_text:
             return gap, 1.0
-        ours_V = self.distribution(logits_V, banned=reply.banned)
+        ours_V = probs_V
+        if ours_V is None or reply.banned:
+            ours_V = self.distribution(logits_V, banned=reply.banned)
         return gap, (ours_V[reply.slots] - reply.probs).abs().max().item()

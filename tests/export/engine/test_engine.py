@@ -211,7 +211,7 @@ def test_a_position_takes_the_evaluation_nearest_to_the_engine():
     other_V = LOGITS_V[[0, 1, 3, 2, 4, 5]]
 
     found = position(
-        SPELLING, SPELLING.translate(reply(other_V, "a")), torch.stack([LOGITS_V, other_V])
+        SPELLING, [SPELLING.translate(reply(other_V, "a"))], torch.stack([LOGITS_V, other_V])
     )
 
     assert found.gap == 0

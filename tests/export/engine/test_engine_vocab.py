@@ -18,6 +18,7 @@ from sparsecast.export.checks.engine import replies_to
 from sparsecast.export.checks.engine_text import check_perplexity_by_ids, check_tokenization
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine.emulator import Emulator
+from sparsecast.export.engine.process import Launch
 from sparsecast.export.engine.protocol import chunks_of, held_out_documents, joined
 from sparsecast.export.engine.replies import Spelling
 from sparsecast.export.read.reader import GGUFFile
@@ -58,11 +59,12 @@ def test_a_token_beyond_the_most_probable_has_the_same_probability(engine, byte_
     text = joined(held_out_documents(str(corpus), tokenizer, 512))
     prompts_PS = chunks_of(text, tokenizer, 512)[:2, :32]
     spelling = Spelling(tokenizer.texts, tokenizer.excluded)
-    replies = replies_to(engine, file, spelling, prompts_PS)
+    launch = Launch(engine, file.path)
+    replies = replies_to(launch, spelling, prompts_PS)
     few = [[r._replace(slots=r.slots[:2], probs=r.probs[:2]) for r in row] for row in replies]
 
     (_, all_named), (check, named) = (
-        check_perplexity_by_ids(engine, file, emulator, spelling, prompts_PS, rows)
+        check_perplexity_by_ids(launch, emulator, spelling, prompts_PS, rows)
         for rows in (replies, few)
     )
 
@@ -84,7 +86,7 @@ def test_the_engine_cuts_documents_as_the_files_tokenizer(
         "<s>!x!",
     ]
 
-    check = check_tokenization(engine, file, tokenizer_of(file), docs)
+    check = check_tokenization(Launch(engine, file.path), tokenizer_of(file), docs)
 
     assert check.ok
     assert check.detail == "0 of 4 held-out documents differ"
@@ -124,7 +126,9 @@ def test_pieces_that_the_engine_cuts_otherwise_fail(engine, bundle_folder):
     file = GGUFFile(bundle_file(bundle_folder))
     file.keys["tokenizer.ggml.scores"].reverse()
 
-    check = check_tokenization(engine, file, tokenizer_of(file), [Path(__file__).read_text(), "x"])
+    check = check_tokenization(
+        Launch(engine, file.path), tokenizer_of(file), [Path(__file__).read_text(), "x"]
+    )
 
     assert not check.ok
     assert "1 of 2 held-out documents differ" in check.detail

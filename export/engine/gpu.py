@@ -1,0 +1,104 @@
+"""Tell whether a PowerInfer build is for GPUs, and read what it says of GPU memory.
+
+The lines are from llama.cpp at d3ebd7c (`llama_gpu_split_loader`, `llm_load_gpu_split`,
+`llm_load_sparse_model_tensors`, `llama_kv_cache_init`, `llama_new_context_with_model`):
+
+    offloaded layers from VRAM budget(BYTES bytes): N/LAYERS
+                            the budget, and how many layers' attention fits; LAYERS + 1 if all that
+                            comes before the neurons does
+    VRAM used: X MB         attention, predictors, norms and output matrix
+    loaded gpu_idx, vram_required: BYTES
+                            the file of neurons was read; it needs so much
+    invoking powerinfer     the engine solves for a split of its own
+    offloaded X MiB of FFN weights to GPU
+                            the neurons' rows
+    VRAM kv self = X MB     the part of the KV cache on the GPU; no line where it is none
+    VRAM scratch buffer: X MB
+                            intermediate results, which no budget covers
+
+Its "total VRAM used" counts the rows of whole layers twice: with the model and with the neurons.
+A MB is 2^20 bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from sparsecast.export.engine.process import binary, run_to_end
+from sparsecast.export.engine.protocol import CHUNK
+
+ONLY_ON_GPU = "--no-mul-mat-q"
+"""An option that the help of GPU builds alone lists (`gpt_print_usage` of common.cpp)."""
+THREADS = "2"
+"""Fewest threads with which a GPU build computes a layer that is not whole on the GPU
+(`ggml_get_n_tasks` of ggml.c)."""
+MB = 2**20
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_BUDGET = re.compile(r"offloaded layers from VRAM budget\((\d+) bytes\): (\d+)/(\d+)")
+_FIXED = re.compile(rf"VRAM used: {_NUMBER} MB")
+_INDEX = re.compile(r"loaded gpu_idx, vram_required: (\d+)")
+_NEURONS = re.compile(rf"offloaded {_NUMBER} MiB of FFN weights to GPU")
+_CACHE = re.compile(rf"VRAM kv self = {_NUMBER} MB")
+_SCRATCH = re.compile(rf"VRAM scratch buffer: {_NUMBER} MB")
+SOLVES = "invoking powerinfer Python module"
+
+
+class Told(NamedTuple):
+    """What a GPU build said of its memory; None where a line is missing."""
+
+    budget: int | None
+    """Bytes that it may use."""
+    placed: bool
+    """All that comes before the neurons is on the GPU."""
+    fixed: float | None
+    """Attention, predictors, norms and output matrix, in MB, to two decimals as all below."""
+    needs: int | None
+    """Bytes that the file of neurons it read says it needs."""
+    solved: bool
+    """It ran PowerInfer's own solver."""
+    neurons: float | None
+    cache: float
+    scratch: float | None
+
+    @property
+    def used(self) -> float:
+        """MB of weights and KV cache."""
+        return (self.fixed or 0.0) + self.cache + (self.neurons or 0.0)
+
+
+def is_gpu_build(build: Path) -> bool:
+    """Tell by the help of `perplexity`; a binary that does not even start counts as a CPU build."""
+    _, out, _ = run_to_end([str(binary(build, "perplexity")), "--help"], str(build))
+    return ONLY_ON_GPU in out
+
+
+def gpu_options(gib: float, batch: int) -> tuple[str, ...]:
+    """Return the options of a run with `gib` GiB of GPU memory and a float32 KV cache.
+
+    Args:
+        batch: Tokens that go through the model at once; 1 gives the kernels of decoding.
+    """
+    sizes = ("-c", str(CHUNK), "-b", str(batch), "--memory-f32", "--vram-budget", f"{gib:.9g}")
+    return ("-t", THREADS, "-tb", THREADS, *sizes)
+
+
+def read_told(output: str) -> Told:
+    """Read a binary's output."""
+    budget, index = _BUDGET.search(output), _INDEX.search(output)
+    return Told(
+        budget=None if budget is None else int(budget[1]),
+        placed=budget is not None and int(budget[2]) > int(budget[3]),
+        fixed=_megabytes(_FIXED, output),
+        needs=None if index is None else int(index[1]),
+        solved=SOLVES in output,
+        neurons=_megabytes(_NEURONS, output),
+        cache=_megabytes(_CACHE, output) or 0.0,
+        scratch=_megabytes(_SCRATCH, output),
+    )
+
+
+def _megabytes(pattern: re.Pattern[str], output: str) -> float | None:
+    found = pattern.search(output)
+    return None if found is None else float(found[1])
