@@ -6,6 +6,7 @@ from statistics import fmean
 
 from sparsecast.core.models.scales import Scales
 from sparsecast.export.bundle import GPUIDX_SUFFIX, SUFFIX
+from sparsecast.export.commands import run_notes
 from sparsecast.export.plan import ExportPlan
 from sparsecast.export.write.hot_cold import BLOCK, Split
 from sparsecast.export.write.hparams import HParams
@@ -15,9 +16,6 @@ FORMATS = {
     "f32": "f32 (the down projection in f16)",
     "q4_0": "q4_0 (the output matrix in q8_0)",
 }
-SPACE_NOTE = (
-    " The text begins with a space: `main` adds none, and the model was trained with one there."
-)
 RELU_NOTE = (
     "The model computes {rule}; PowerInfer computes plain ReLU, so neurons whose gate lies between "
     "0 and {threshold:g} also contribute there. `sparsecast evaluate` gives the perplexity of both "
@@ -28,7 +26,6 @@ RELU_NOTE = (
 def model_card(plan: ExportPlan) -> str:
     """Return the card as Markdown."""
     model, hparams, manifest = plan.checkpoint.source, plan.hparams, plan.predictors.manifest
-    pieces = plan.vocabulary.model == "llama"
     parts = [
         f"# {plan.file.removesuffix(SUFFIX)} for PowerInfer",
         f"`{model}` ({hparams.layers} layers, hidden size {hparams.hidden}, FFN {hparams.ffn}) "
@@ -36,11 +33,7 @@ def model_card(plan: ExportPlan) -> str:
         f"{FORMATS[plan.dtype]}. A neuron is computed when its predictor's output is at least "
         f"{plan.predictors.threshold:g}.",
         "## Run it",
-        f"```\nmain -m {plan.file} -t 1 -n 64 --temp 0 --repeat-penalty 1.0 "
-        f'-p "{" " if pieces else ""}..."\n```',
-        "`main` is PowerInfer's binary. Use one thread: its CPU down projection adds the threads' "
-        "partial sums without a lock, so with more threads results change from run to run."
-        + (SPACE_NOTE if pieces else ""),
+        *run_notes(plan),
     ]
     if notes := text_notes(plan):
         parts += ["## Text", *notes]

@@ -36,13 +36,14 @@ from sparsecast.export.engine.gpu import MB, Told, gpu_options, read_told
 from sparsecast.export.engine.offload import Offload, offloaded, offloads, refused_width
 from sparsecast.export.engine.perturbed import Perturbed, Unrounded
 from sparsecast.export.engine.process import EngineError, Launch, told_perplexity
-from sparsecast.export.engine.protocol import CHUNK, HeldOutText, joined, perplexity
+from sparsecast.export.engine.protocol import HeldOutText, joined, perplexity
 from sparsecast.export.engine.replies import Reply, Spelling
 from sparsecast.export.read.header import Header, header_of
 from sparsecast.export.read.reader import GGUFFile
 
 RUNS = 3
-PROMPTS, PROMPT_LENGTH = 4, 32
+PROMPTS, PROMPT_LENGTH = 4, 24
+"""Prompts that fit the short context of `gpu_options`."""
 MEMORY_BOUND = 0.05
 """Largest share by which the memory that the engine says it uses differs from the plan."""
 PRINTED = 0.0051
@@ -106,7 +107,7 @@ def check_gpu_engine(
     ours = perplexity(emulator.logits, text.ids_NS)
     compared = Compared(build, emulator, text, spelling, prompts_PS, ours)
     with offloaded(file, plans[0]) as model:
-        launch = Launch(build, model, gpu_options(plans[0].gib, CHUNK))
+        launch = Launch(build, model, gpu_options(plans[0].gib))
         checks = [check_tokenization(launch, text.tokenizer, text.docs)]
     numbers, runs = None, []
     for plan in plans:
@@ -135,9 +136,8 @@ def _check_offload(
         plan.name, plan.gib, plan.split.neurons, plan.planned / MB, None, None, compared.reference
     )
     with offloaded(file, plan) as model:
-        at_once, singly = (
-            Launch(build, model, gpu_options(plan.gib, batch)) for batch in (CHUNK, 1)
-        )
+        at_once = Launch(build, model, gpu_options(plan.gib))
+        singly = Launch(build, model, gpu_options(plan.gib, singly=True))
         ask = partial(told_perplexity, at_once, joined(text.docs), len(text.ids_NS))
         try:
             first, output = ask()

@@ -34,6 +34,9 @@ ONLY_ON_GPU = "--no-mul-mat-q"
 THREADS = "2"
 """Fewest threads with which a GPU build computes a layer that is not whole on the GPU
 (`ggml_get_n_tasks` of ggml.c)."""
+SHORT = 32
+"""The longest context in which the engine's allocator never fails with a batch of one token: it
+looks at no fewer cells of the KV cache, so that every graph has the size that it measured."""
 MB = 2**20
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _BUDGET = re.compile(r"offloaded layers from VRAM budget\((\d+) bytes\): (\d+)/(\d+)")
@@ -74,13 +77,14 @@ def is_gpu_build(build: Path) -> bool:
     return ONLY_ON_GPU in out
 
 
-def gpu_options(gib: float, batch: int) -> tuple[str, ...]:
+def gpu_options(gib: float, *, singly: bool = False) -> tuple[str, ...]:
     """Return the options of a run with `gib` GiB of GPU memory and a float32 KV cache.
 
     Args:
-        batch: Tokens that go through the model at once; 1 gives the kernels of decoding.
+        singly: One token at a time goes through the model, as when text is generated.
     """
-    sizes = ("-c", str(CHUNK), "-b", str(batch), "--memory-f32", "--vram-budget", f"{gib:.9g}")
+    context, batch = (SHORT, 1) if singly else (CHUNK, CHUNK)
+    sizes = ("-c", str(context), "-b", str(batch), "--memory-f32", "--vram-budget", f"{gib:.9g}")
     return ("-t", THREADS, "-tb", THREADS, *sizes)
 
 

@@ -153,7 +153,7 @@ def test_memory_that_was_not_planned_fails(faults, told, build, held_out):
     file, text, _ = held_out
     _, half, _ = offloads(file, None)
     with offloaded(file, half) as model:
-        launch = Launch(build(**faults), model, gpu_options(half.gib, 128))
+        launch = Launch(build(**faults), model, gpu_options(half.gib))
         _, output = told_perplexity(launch, joined(text.docs), 1)
 
     check = check_memory(read_told(output), half)

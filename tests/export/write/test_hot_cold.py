@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from types import SimpleNamespace
 
@@ -204,6 +205,40 @@ def test_a_budget_for_no_block_says_what_it_takes(exported, given, capsys):
     assert f"it takes a --vram-budget of {need:.3g}, {given / GIB:.3g} were given" in told
     assert "On the GPU: no neuron; the FFN stays on the CPU" in told
     assert "no neuron" in made.card
+
+
+def test_the_card_gives_the_command_for_a_gpu(exported, capsys):
+    budget = (BEFORE + 2 * HALF_CACHE + 3 * BLOCK * NEURON) / GIB
+
+    made = exported(vram_budget=budget)
+
+    line = f"-t 2 -tb 2 --vram-budget {budget:g} -c 512 -n 64 --temp 0 --repeat-penalty 1.0 -p"
+    assert f".powerinfer.gguf {line}" in made.card
+    assert "With one thread it aborts" in made.card
+    least = float(re.search(r"take at least `--vram-budget ([\d.e-]+)`", made.card)[1])
+    assert 0 <= least / budget - 1 < 1e-3
+    assert "-b" not in capsys.readouterr().err
+
+
+def test_a_budget_with_room_to_spare_names_the_least_that_does(exported):
+    made = exported(vram_budget=8.0)
+
+    least = float(re.search(r"take at least `--vram-budget ([\d.e-]+)`", made.card)[1])
+    need = (BEFORE + 2 * HALF_CACHE + 3 * 1280 * NEURON) / GIB
+    assert 0 <= least / need - 1 < 1e-3
+    assert "one thread is enough" in made.card
+
+
+@pytest.mark.parametrize(
+    ("context", "warned", "wrong"), [(512, False, False), (1024, True, False), (2048, True, True)]
+)
+def test_a_long_context_needs_a_batch_as_long(context, warned, wrong, exported, capsys):
+    made = exported(vram_budget=8.0, vram_context=context)
+
+    told = " ".join(capsys.readouterr().err.split())
+    assert (f"run the engine with `-c {context} -b {context}`" in told) == warned
+    assert (f"--vram-budget 8 -c {context} -b {context} -n 64" in made.card) == warned
+    assert ("a batch of 1280 tokens or more" in told) == wrong
 
 
 def test_no_split_is_written_unasked(bundle_folder):

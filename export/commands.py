@@ -1,0 +1,104 @@
+"""The command lines with which a bundle runs, and what makes the engine abort."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsecast.export.plan import ExportPlan
+from sparsecast.export.write.hot_cold import Split
+
+DEFAULT_BATCH = 512
+"""The engine's -b; it takes at most -c."""
+GIB = 2**30
+SPACE_NOTE = (
+    " The text begins with a space: `main` adds none, and the model was trained with one there."
+)
+BATCH_NOTE = (
+    "with its default of `-b 512` its allocator, which measures a full batch against a full cache "
+    "alone, can abort with `not enough space in the buffer`"
+)
+
+
+def run_notes(plan: ExportPlan) -> list[str]:
+    """Say how to run the bundle, as Markdown paragraphs: on a CPU, and with counts on a GPU."""
+    pieces = plan.vocabulary.model == "llama"
+    text = f'-n 64 --temp 0 --repeat-penalty 1.0 -p "{" " if pieces else ""}..."'
+    parts = [
+        "On a CPU:",
+        f"```\nmain -m {plan.file} -t 1 {text}\n```",
+        "`main` is PowerInfer's binary. Use one thread: its CPU down projection adds the threads' "
+        "partial sums without a lock, so with more threads results change from run to run. With a "
+        f"context (`-c`) above {DEFAULT_BATCH} tokens give `-b` the same number: "
+        f"{BATCH_NOTE}." + (SPACE_NOTE if pieces else ""),
+    ]
+    if plan.counts is None:
+        return parts
+    return [
+        *parts,
+        "With a GPU build:",
+        f"```\nmain -m {plan.file} {' '.join(gpu_arguments(plan))} {text}\n```",
+        _gpu_note(plan),
+    ]
+
+
+def gpu_arguments(plan: ExportPlan) -> list[str]:
+    """Return the options of a GPU run with the budget and context that were planned for."""
+    if plan.gpu is None:
+        return ["-t 2 -tb 2"]
+    context = plan.gpu.context
+    batch = [f"-b {context}"] if context > DEFAULT_BATCH else []
+    return ["-t 2 -tb 2", f"--vram-budget {plan.gpu.gib:g}", f"-c {context}", *batch]
+
+
+def context_note(plan: ExportPlan) -> str | None:
+    """Warn of a planned context that the engine's allocator or kernels fail with; else None."""
+    if plan.gpu is None or plan.gpu.context <= DEFAULT_BATCH:
+        return None
+    context, ffn = plan.gpu.context, plan.hparams.ffn
+    wrong = (
+        f", but with several threads its CPU part computes a batch of {ffn} tokens or more, as "
+        "many as the FFN has neurons, wrongly: keep prompts shorter"
+        if context >= ffn
+        else ""
+    )
+    return (
+        f"--vram-context {context}: run the engine with `-c {context} -b {context}`; {BATCH_NOTE}"
+        f"{wrong}"
+    )
+
+
+def least_budget(split: Split) -> float:
+    """Return the least --vram-budget, in GiB rounded up to four digits, that takes the split."""
+    budget = split.budget
+    cache = budget.given - budget.before - budget.room
+    need = (budget.before + cache + split.nbytes) / GIB
+    digits = 3 - int(np.floor(np.log10(need)))
+    return float(np.ceil(need * 10.0**digits) / 10.0**digits)
+
+
+def _gpu_note(plan: ExportPlan) -> str:
+    parts = []
+    split = plan.split
+    if split is None:
+        parts.append(
+            "Without `--vram-budget G` (GiB) it takes all free GPU memory but 256 MiB, and runs "
+            "its own Python solver to choose neurons: install PowerInfer's `requirements.txt`, or "
+            "export with `--vram-budget`."
+        )
+    elif split.neurons:
+        parts.append(
+            f"The chosen neurons take at least `--vram-budget {least_budget(split):.4g}`; with "
+            "less it runs its own solver."
+        )
+    if split is not None and split.neurons == split.width * len(split.hot):
+        parts.append("Every layer is whole on the GPU, so one thread is enough.")
+    else:
+        parts.append(
+            "With one thread it aborts at a layer that is not whole on the GPU (`n_threads must be "
+            "> 1`)."
+        )
+    parts.append(
+        "Its buffer for intermediate results, and what CUDA itself takes, come on top of the "
+        "budget: if memory runs out, lower it. `-ngl` is refused."
+    )
+    return " ".join(parts)
