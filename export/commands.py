@@ -7,15 +7,11 @@ import numpy as np
 from sparsecast.export.plan import ExportPlan
 from sparsecast.export.write.hot_cold import Split
 
-DEFAULT_BATCH = 512
-"""The engine's -b; it takes at most -c."""
 GIB = 2**30
+FEWEST_CELLS = 32
+"""The engine attends to no fewer cells of the KV cache (`llama_decode_internal`)."""
 SPACE_NOTE = (
     " The text begins with a space: `main` adds none, and the model was trained with one there."
-)
-BATCH_NOTE = (
-    "with its default of `-b 512` its allocator, which measures a full batch against a full cache "
-    "alone, can abort with `not enough space in the buffer`"
 )
 
 
@@ -27,9 +23,9 @@ def run_notes(plan: ExportPlan) -> list[str]:
         "On a CPU:",
         f"```\nmain -m {plan.file} -t 1 {text}\n```",
         "`main` is PowerInfer's binary. Use one thread: its CPU down projection adds the threads' "
-        "partial sums without a lock, so with more threads results change from run to run. With a "
-        f"context (`-c`) above {DEFAULT_BATCH} tokens give `-b` the same number: "
-        f"{BATCH_NOTE}." + (SPACE_NOTE if pieces else ""),
+        "partial sums without a lock, so with more threads results change from run to run."
+        + (SPACE_NOTE if pieces else ""),
+        batch_note(plan),
     ]
     if plan.counts is None:
         return parts
@@ -45,25 +41,16 @@ def gpu_arguments(plan: ExportPlan) -> list[str]:
     """Return the options of a GPU run with the budget and context that were planned for."""
     if plan.gpu is None:
         return ["-t 2 -tb 2"]
-    context = plan.gpu.context
-    batch = [f"-b {context}"] if context > DEFAULT_BATCH else []
-    return ["-t 2 -tb 2", f"--vram-budget {plan.gpu.gib:g}", f"-c {context}", *batch]
+    return ["-t 2 -tb 2", f"--vram-budget {plan.gpu.gib:g}", f"-c {plan.gpu.context}"]
 
 
-def context_note(plan: ExportPlan) -> str | None:
-    """Warn of a planned context that the engine's allocator or kernels fail with; else None."""
-    if plan.gpu is None or plan.gpu.context <= DEFAULT_BATCH:
-        return None
-    context, ffn = plan.gpu.context, plan.hparams.ffn
-    wrong = (
-        f", but with several threads its CPU part computes a batch of {ffn} tokens or more, as "
-        "many as the FFN has neurons, wrongly: keep prompts shorter"
-        if context >= ffn
-        else ""
-    )
+def batch_note(plan: ExportPlan) -> str:
+    """Say which batches the engine's allocator fails with (docs/powerinfer.md has the trials)."""
+    size = max(plan.hparams.head_dim, FEWEST_CELLS)
     return (
-        f"--vram-context {context}: run the engine with `-c {context} -b {context}`; {BATCH_NOTE}"
-        f"{wrong}"
+        "Leave `-b`, the tokens that go through the model at once, at its default of 512, or give "
+        f"more than {size}. With `-b` of {size} or less and `-c` of more than {size} the engine "
+        "can abort with `not enough space in the buffer`."
     )
 
 

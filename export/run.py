@@ -22,7 +22,6 @@ from sparsecast.export.card import (
     text_notes,
     window_note,
 )
-from sparsecast.export.commands import context_note
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.finished import find_finished
 from sparsecast.export.plan import ExportPlan, plan_export
@@ -113,8 +112,6 @@ def _log_notes(plan: ExportPlan) -> None:
         log.warning(window_note(plan.hparams))
     for note in text_notes(plan):
         log.warning(note)
-    if (context := context_note(plan)) is not None:
-        log.warning(context)
     mib = plan.weight_bytes / 2**20
     log.info(f"{plan.out / plan.file}: {mib:,.1f} MiB of weights in {plan.dtype}")
     if plan.traffic is not None:

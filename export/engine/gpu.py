@@ -35,8 +35,8 @@ THREADS = "2"
 """Fewest threads with which a GPU build computes a layer that is not whole on the GPU
 (`ggml_get_n_tasks` of ggml.c)."""
 SHORT = 32
-"""The longest context in which the engine's allocator never fails with a batch of one token: it
-looks at no fewer cells of the KV cache, so that every graph has the size that it measured."""
+"""The longest context in which the engine's allocator fails with no batch, whatever the model: it
+attends to no fewer cells of the KV cache, so that every graph has the size that was measured."""
 MB = 2**20
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _BUDGET = re.compile(r"offloaded layers from VRAM budget\((\d+) bytes\): (\d+)/(\d+)")

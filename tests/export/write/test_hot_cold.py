@@ -207,7 +207,7 @@ def test_a_budget_for_no_block_says_what_it_takes(exported, given, capsys):
     assert "no neuron" in made.card
 
 
-def test_the_card_gives_the_command_for_a_gpu(exported, capsys):
+def test_the_card_gives_the_command_for_a_gpu(exported):
     budget = (BEFORE + 2 * HALF_CACHE + 3 * BLOCK * NEURON) / GIB
 
     made = exported(vram_budget=budget)
@@ -217,7 +217,6 @@ def test_the_card_gives_the_command_for_a_gpu(exported, capsys):
     assert "With one thread it aborts" in made.card
     least = float(re.search(r"take at least `--vram-budget ([\d.e-]+)`", made.card)[1])
     assert 0 <= least / budget - 1 < 1e-3
-    assert "-b" not in capsys.readouterr().err
 
 
 def test_a_budget_with_room_to_spare_names_the_least_that_does(exported):
@@ -229,16 +228,9 @@ def test_a_budget_with_room_to_spare_names_the_least_that_does(exported):
     assert "one thread is enough" in made.card
 
 
-@pytest.mark.parametrize(
-    ("context", "warned", "wrong"), [(512, False, False), (1024, True, False), (2048, True, True)]
-)
-def test_a_long_context_needs_a_batch_as_long(context, warned, wrong, exported, capsys):
-    made = exported(vram_budget=8.0, vram_context=context)
-
-    told = " ".join(capsys.readouterr().err.split())
-    assert (f"run the engine with `-c {context} -b {context}`" in told) == warned
-    assert (f"--vram-budget 8 -c {context} -b {context} -n 64" in made.card) == warned
-    assert ("a batch of 1280 tokens or more" in told) == wrong
+def test_the_card_names_the_batches_that_abort(exported):
+    """The small model's heads have 16 channels, fewer than the cells that the engine looks at."""
+    assert "With `-b` of 32 or less and `-c` of more than 32" in exported(vram_budget=8.0).card
 
 
 def test_no_split_is_written_unasked(bundle_folder):
