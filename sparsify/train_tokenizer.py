@@ -1,8 +1,8 @@
 """Train a sentencepiece tokenizer that transformers and PowerInfer tokenize alike.
 
 The engine merges greedily by score, which reproduces sentencepiece's BPE model but not its unigram
-model. Byte fallback covers every text, and without normalization text round-trips. The files put BOS
-in front of a text, as the engine does.
+model. Byte fallback covers every text, and without normalization text round-trips. As the engine
+does, the files put BOS in front of a text.
 """
 
 from __future__ import annotations

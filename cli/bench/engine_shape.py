@@ -1,8 +1,8 @@
 """`bench engine --shape`: bundles of random weights in place of a user's own.
 
 One model of the shape twice, with predictors of the public recipe and with ours, made to hit the
-recall and predicted sparsity that are known of each (random_bundle/points.py). What they then do is
-measured from the files.
+recall and predicted sparsity that are known of each (cli/bench/random_bundle/points.py). What they
+then do is measured from the files.
 """
 
 from __future__ import annotations
