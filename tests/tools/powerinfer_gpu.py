@@ -9,7 +9,7 @@ import random
 import re
 import struct
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TextIO
 
@@ -132,4 +132,4 @@ if name == "perplexity":
     value = SETUP["perplexity"] * SETUP["runs"][RUN % len(SETUP["runs"])]
     say(sys.stdout, f"Final estimate: PPL = {value:.4f} +/- 0.10000")
 else:
-    HTTPServer(("127.0.0.1", int(option("--port"))), Answers).serve_forever()
+    ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Answers).serve_forever()

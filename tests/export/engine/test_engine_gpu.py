@@ -12,7 +12,7 @@ import torch
 
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks import engine_gpu
-from sparsecast.export.checks.engine import prompts_of
+from sparsecast.export.checks.engine import Position, probability_check, prompts_of
 from sparsecast.export.checks.engine_gpu import (
     Q4_0_QUIRK,
     check_gpu_engine,
@@ -25,7 +25,7 @@ from sparsecast.export.engine.gpu import gpu_options, is_gpu_build, read_told
 from sparsecast.export.engine.offload import offloaded, offloads
 from sparsecast.export.engine.process import Launch, told_perplexity
 from sparsecast.export.engine.protocol import joined, perplexity, read_held_out
-from sparsecast.export.engine.replies import Spelling
+from sparsecast.export.engine.replies import Reply, Spelling
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.read.vocab import tokenizer_of
 from sparsecast.export.verify import verify
@@ -179,7 +179,7 @@ def test_one_thread_would_abort(monkeypatch, checked):
 
 
 def test_runs_that_differ_by_a_race_pass_and_say_so(checked):
-    checks, _, _ = checked(race=0.02, runs=[1.0, 1.008, 0.996])
+    checks, _, _ = checked(race=0.02, runs=[1.0, 1.012, 1.01])
 
     assert not failed(checks)
     half = {name.partition(",")[0]: c.detail for name, c in checks.items() if "half" in name}
@@ -199,6 +199,26 @@ def test_an_error_beyond_the_race_fails(checked):
     checks, _, _ = checked(off=0.05, race=0.01)
 
     assert "engine probabilities, half on GPU" in failed(checks)
+
+
+@pytest.mark.parametrize(("spread", "ok"), [(0.0, False), (2e-3, False), (4e-3, True)])
+def test_what_the_engine_differs_from_itself_it_may_differ_from_us(spread, ok):
+    positions = [Position(0.0, 0.0, [3e-3] * 3, [1e-6] * 6, spread)] * 10
+
+    check = probability_check(positions)
+
+    assert check.ok == ok
+    assert ("own runs differ" in check.detail) == (spread > 0)
+
+
+def test_replies_that_name_other_tokens_differ_by_their_probability():
+    one, other = (
+        Reply([0], torch.tensor(slots), torch.tensor(probs, dtype=torch.float64), False, False)
+        for slots, probs in (([3, 1], [0.5, 0.3]), ([3, 2], [0.4, 0.25]))
+    )
+
+    assert one.distance(other) == pytest.approx(0.3)
+    assert one.distance(one) == 0
 
 
 @pytest.mark.parametrize(("dtype", "named"), [("f16", False), ("q4_0", True)])
