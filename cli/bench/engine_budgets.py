@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,11 +25,9 @@ from torch import Tensor
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.options import short_repr
-from sparsecast.export.bundle import GPUIDX_SUFFIX
 from sparsecast.export.checks.folders import read_counts
 from sparsecast.export.read.header import header_of
 from sparsecast.export.read.reader import GGUFFile
-from sparsecast.export.write.gpuidx import write_gpuidx
 from sparsecast.export.write.hot_cold import BLOCK, Split, split_for
 from sparsecast.export.write.vram import Budget, budget_for, gib_for, tensor_kind
 
@@ -138,15 +135,6 @@ def plan_gpu(asked: str, file: GGUFFile, counts: list[Tensor], context: int) -> 
     else:
         gib = float(torch.tensor(float(asked), dtype=torch.float32))
     return GPUPlan(asked, gib, split_for(budget(gib), counts))
-
-
-def link_with_split(model: Path, split: Split, folder: Path) -> Path:
-    """Make `folder` with a link to the model and the split beside it; returns the link."""
-    folder.mkdir()
-    link = folder / model.name
-    link.symlink_to(model.absolute())
-    write_gpuidx(folder / (model.name + GPUIDX_SUFFIX), split)
-    return link
 
 
 class DenseLayers(NamedTuple):

@@ -1,30 +1,12 @@
-"""Tell a GPU build of PowerInfer from a CPU build, and what neither can run."""
+"""Refuse what a GPU build or a CPU build of PowerInfer cannot run."""
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from sparsecast.cli.bench.engine_budgets import GPUPlan
 from sparsecast.core.errors import InputError
-from sparsecast.export.engine.process import EngineError, last_words, run_to_end
-
-CUDA_OPTION = "--no-mul-mat-q"
-"""An option that `main --help` lists in a CUDA or ROCm build alone; it lists --vram-budget in every
-build (common/common.cpp at d3ebd7c)."""
-
-
-def is_gpu_build(main: Path) -> bool:
-    """Ask PowerInfer's `main` for its options.
-
-    Raises:
-        EngineError: It cannot be started, such as a CUDA build without CUDA's libraries.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        code, out, err = run_to_end([str(main), "--help"], scratch)
-    if code and "usage" not in out:
-        raise EngineError(f"{main}: cannot be run (exit {code}): {last_words(err)}")
-    return CUDA_OPTION in out
+from sparsecast.export.engine.gpu import is_gpu_build
 
 
 def check_build(main: Path, budgets: list[str] | None) -> None:
@@ -32,6 +14,7 @@ def check_build(main: Path, budgets: list[str] | None) -> None:
 
     Raises:
         InputError: The two do not go together.
+        EngineError: See `is_gpu_build`.
     """
     gpu = is_gpu_build(main)
     if budgets is not None and not gpu:

@@ -13,12 +13,12 @@ from sparsecast.cli.bench.engine_budgets import (
     NO_LAYERS,
     DenseLayers,
     GPUPlan,
-    link_with_split,
     llama_cpp_layers,
     powerinfer_layers,
 )
 from sparsecast.cli.bench.engine_bytes import Bytes, dense_bytes, sparse_bytes
 from sparsecast.cli.bench.engine_log import Run, read_run
+from sparsecast.export.engine.offload import link_with_split
 from sparsecast.export.engine.process import EngineError, run_to_end
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.integrations.llama_cpp.llama_bench import dense_rate
@@ -159,7 +159,8 @@ def _sparse_row(
         folder = Path(programs.scratch, f"{bundle.number}-{budget}")
         model = folder / model.name
         if not folder.exists():
-            model = link_with_split(bundle.file.path, plan.split, folder)
+            folder.mkdir()
+            link_with_split(bundle.file.path, plan.split, folder)
         gpu = ["--vram-budget", f"{plan.gib:.9g}"]
     command = _command(programs, model, threads, gpu)
     run = partial(_powerinfer, programs, command, all_active=all_active)
@@ -196,4 +197,4 @@ def _llama_cpp(
     program: Path, model: Path, tokens: int, threads: int, scratch: str, ngl: int
 ) -> Run:
     rate, build = dense_rate(program, model, tokens, threads, scratch, ngl)
-    return Run(rate, None, None, None, build)
+    return Run(rate, None, None, build)

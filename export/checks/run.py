@@ -35,6 +35,7 @@ from sparsecast.export.checks.vocab import check_vocabulary
 from sparsecast.export.checks.vocab_source import check_pieces
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.gpu import is_gpu_build
+from sparsecast.export.engine.process import EngineError, binary
 from sparsecast.export.engine.protocol import HeldOutText, losses, read_held_out
 from sparsecast.export.read.other_tokens import model_ids
 from sparsecast.export.read.reader import GGUFFile
@@ -119,7 +120,12 @@ def check_bundle(plan: VerifyPlan, result: VerifyResult) -> None:
     checks += _check_calibration(plan, emulator, calibration, text.ids_NS, model_NS)
     if plan.engine is None:
         return
-    if is_gpu_build(plan.engine):
+    try:
+        gpu = is_gpu_build(binary(plan.engine, "perplexity"))
+    except EngineError as error:
+        checks.append(Check("engine", False, str(error)))
+        return
+    if gpu:
         found, result.engine, result.gpu = check_gpu_engine(plan.engine, emulator, text)
     else:
         found, result.engine = check_engine(plan.engine, emulator, text)

@@ -23,14 +23,16 @@ A MB is 2^20 bytes.
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from sparsecast.export.engine.process import binary, run_to_end
+from sparsecast.export.engine.process import EngineError, last_words, run_to_end
 from sparsecast.export.engine.protocol import CHUNK
 
 ONLY_ON_GPU = "--no-mul-mat-q"
-"""An option that the help of GPU builds alone lists (`gpt_print_usage` of common.cpp)."""
+"""An option that the help of GPU builds alone lists; every build's has --vram-budget
+(`gpt_print_usage` of common.cpp)."""
 THREADS = "2"
 """Fewest threads with which a GPU build computes a layer that is not whole on the GPU
 (`ggml_get_n_tasks` of ggml.c)."""
@@ -40,7 +42,7 @@ attends to no fewer cells of the KV cache, so that every graph has the size that
 MB = 2**20
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _BUDGET = re.compile(r"offloaded layers from VRAM budget\((\d+) bytes\): (\d+)/(\d+)")
-_FIXED = re.compile(rf"VRAM used: {_NUMBER} MB")
+_FIXED = re.compile(rf"(?<!total )VRAM used: {_NUMBER} MB")
 _INDEX = re.compile(r"loaded gpu_idx, vram_required: (\d+)")
 _NEURONS = re.compile(rf"offloaded {_NUMBER} MiB of FFN weights to GPU")
 _CACHE = re.compile(rf"VRAM kv self = {_NUMBER} MB")
@@ -71,9 +73,16 @@ class Told(NamedTuple):
         return (self.fixed or 0.0) + self.cache + (self.neurons or 0.0)
 
 
-def is_gpu_build(build: Path) -> bool:
-    """Tell by the help of `perplexity`; a binary that does not even start counts as a CPU build."""
-    _, out, _ = run_to_end([str(binary(build, "perplexity")), "--help"], str(build))
+def is_gpu_build(program: Path) -> bool:
+    """Ask one of PowerInfer's binaries for its options, which needs no GPU.
+
+    Raises:
+        EngineError: It cannot be started, such as a CUDA build without CUDA's libraries.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        code, out, err = run_to_end([str(program), "--help"], scratch)
+    if code and "usage" not in out:
+        raise EngineError(f"{program}: cannot be run (exit {code}): {last_words(err)}")
     return ONLY_ON_GPU in out
 
 

@@ -8,7 +8,6 @@ Shape letters: L layers, F FFN width.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from sparsecast.export.read.header import header_of
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.write.gpuidx import write_gpuidx
 from sparsecast.export.write.hot_cold import BLOCK, Split, split_for
-from sparsecast.export.write.vram import INDEX_BYTES, ON_GPU_FIRST, ROWS, Budget
+from sparsecast.export.write.vram import INDEX_BYTES, Budget, budget_for, gib_for
 
 KV_BYTES = 4
 """Of a float32, with --memory-f32."""
@@ -84,25 +83,13 @@ def offloads(file: GGUFFile, counts: list[Tensor] | None) -> list[Offload]:
 
 
 def _offload(name: str, file: GGUFFile, counts: list[Tensor], blocks: int) -> Offload:
-    free = _budget(file, 0)
-    need = free.before + 2 * free.half_cache + blocks * BLOCK * free.neuron
-    gib = torch.tensor(need / 2**30, dtype=torch.float32)
-    if gib.item() * 2**30 < need:
-        gib = gib.nextafter(torch.tensor(torch.inf))
-    budget = _budget(file, int(gib.item() * 2**30))
-    return Offload(name, split_for(budget, [count_F.long() for count_F in counts]), gib.item())
+    def budget(gib: float) -> Budget:
+        return budget_for(gib, CHUNK, file.entries, header_of(file), kv_bytes=KV_BYTES)
 
-
-def _budget(file: GGUFFile, given: int) -> Budget:
-    header, there = header_of(file), file.entries
-    rows = [there[name] for kind in ROWS if (name := f"blk.0.{kind}.weight") in there]
-    first = [entry for name, entry in there.items() if name.split(".")[-2] in ON_GPU_FIRST]
-    return Budget(
-        given=given,
-        before=sum(entry.nbytes for entry in first),
-        half_cache=KV_BYTES * header.layers * CHUNK * header.kv_heads * header.head_dim,
-        neuron=sum(entry.nbytes // entry.shape[0] for entry in rows) + INDEX_BYTES,
-    )
+    free = budget(0.0)
+    gib = gib_for(free.before + 2 * free.half_cache + blocks * BLOCK * free.neuron)
+    split = split_for(budget(gib), [count_F.long() for count_F in counts])
+    return Offload(name, split, gib)
 
 
 def _scattered(width: int) -> Tensor:
@@ -114,7 +101,12 @@ def _scattered(width: int) -> Tensor:
 def offloaded(file: GGUFFile, offload: Offload) -> Iterator[Path]:
     """Give the path of a model file beside which only this choice of neurons lies."""
     with tempfile.TemporaryDirectory(prefix="sparsecast-engine-") as scratch:
-        model = Path(scratch, file.path.name)
-        os.symlink(file.path.absolute(), model)
-        write_gpuidx(Path(f"{model}{GPUIDX_SUFFIX}"), offload.split)
-        yield model
+        yield link_with_split(file.path, offload.split, Path(scratch))
+
+
+def link_with_split(model: Path, split: Split, folder: Path) -> Path:
+    """Put a link to the model into a folder, and the split beside it; return the link."""
+    link = folder / model.name
+    link.symlink_to(model.absolute())
+    write_gpuidx(Path(f"{link}{GPUIDX_SUFFIX}"), split)
+    return link

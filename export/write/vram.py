@@ -56,7 +56,7 @@ class Budget:
     before: int
     """Attention, norms, predictors and the output matrix."""
     half_cache: int
-    """Keys of the KV cache in f16; values take the same."""
+    """Keys of the KV cache; values take the same."""
     neuron: int
     """One neuron."""
 
@@ -95,7 +95,14 @@ class Sizes(Protocol):
     def head_dim(self) -> int: ...
 
 
-def budget_for(gib: float, context: int, tensors: Mapping[str, Stored], sizes: Sizes) -> Budget:
+def budget_for(
+    gib: float,
+    context: int,
+    tensors: Mapping[str, Stored],
+    sizes: Sizes,
+    *,
+    kv_bytes: int = 2,
+) -> Budget:
     """Compute the budget of a model file.
 
     Args:
@@ -103,12 +110,13 @@ def budget_for(gib: float, context: int, tensors: Mapping[str, Stored], sizes: S
         context: PowerInfer's -c, in tokens.
         tensors: All tensors of the file by name.
         sizes: `HParams` before the file is written, `Header` after.
+        kv_bytes: Of a number in the KV cache: 2, or 4 with PowerInfer's --memory-f32.
     """
     rows = [tensors[name] for kind in ROWS if (name := f"blk.0.{kind}.weight") in tensors]
     return Budget(
         given=int(float(np.float32(gib)) * 2**30),
         before=sum(t.nbytes for name, t in tensors.items() if tensor_kind(name) in ON_GPU_FIRST),
-        half_cache=2 * sizes.layers * context * sizes.kv_heads * sizes.head_dim,
+        half_cache=kv_bytes * sizes.layers * context * sizes.kv_heads * sizes.head_dim,
         # All layers have the same types.
         neuron=sum(t.nbytes // t.shape[0] for t in rows) + INDEX_BYTES,
     )

@@ -288,7 +288,7 @@ def test_a_split_that_the_engine_did_not_take_is_no_row():
         "llm_load_gpu_split_with_budget: error: failed to apply previously generated gpu split "
         "from 'm.powerinfer.gguf.generated.gpuidx'\n"
     )
-    assert read_run(0, rate) == (9.5, None, None, None, None)
+    assert read_run(0, rate) == (9.5, None, None, None)
     with pytest.raises(EngineError, match="did not take the gpuidx file"):
         read_run(0, refused + rate)
 

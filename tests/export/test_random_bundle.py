@@ -225,6 +225,7 @@ print(most() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.slow
 def test_memory_is_pools_and_blocks_of_rows(tmp_path):
     """Where the embedding alone takes 164 MB in float32."""
     run = subprocess.run(

@@ -23,7 +23,7 @@ from sparsecast.export.config import VerifyConfig
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.gpu import gpu_options, is_gpu_build, read_told
 from sparsecast.export.engine.offload import offloaded, offloads
-from sparsecast.export.engine.process import Launch, told_perplexity
+from sparsecast.export.engine.process import EngineError, Launch, binary, told_perplexity
 from sparsecast.export.engine.protocol import joined, perplexity, read_held_out
 from sparsecast.export.engine.replies import Reply, Spelling
 from sparsecast.export.read.reader import GGUFFile
@@ -257,15 +257,14 @@ def test_beside_the_linked_model_lies_our_split_alone(bundle_folder):
 
 
 def test_a_gpu_build_is_known_by_its_help(build, tmp_path):
-    cpu = tmp_path / "cpu"
-    cpu.mkdir()
-    for name, code in (("perplexity", "echo '  --vram-budget N'"), ("dead", "exit 127")):
-        folder = cpu / name
-        folder.mkdir()
-        (folder / "perplexity").write_text(f"#!/bin/sh\n{code}\n")
-        (folder / "perplexity").chmod(0o755)
-        assert not is_gpu_build(folder)
-    assert is_gpu_build(build())
+    program = tmp_path / "perplexity"
+    program.write_text("#!/bin/sh\necho 'usage: perplexity'; echo '  --vram-budget N'; exit 1\n")
+    program.chmod(0o755)
+    assert not is_gpu_build(program)
+    assert is_gpu_build(binary(build(), "perplexity"))
+    program.write_text("#!/bin/sh\necho 'libcublas.so.13: cannot open' >&2; exit 127\n")
+    with pytest.raises(EngineError, match=r"cannot be run \(exit 127\): libcublas.so.13: cannot"):
+        is_gpu_build(program)
 
 
 def test_verify_takes_that_path_and_writes_the_runs(
