@@ -100,6 +100,11 @@ STAGES = {
         "sparsecast.cli.bench.engine:BenchEngineConfig",
         "sparsecast.cli.bench.engine:bench_engine",
     ),
+    "bench sparsify": Stage(
+        "tokens/s of sparsify's training steps beside bare Lightning's",
+        "sparsecast.cli.bench.sparsify:BenchSparsifyConfig",
+        "sparsecast.cli.bench.sparsify:bench_sparsify",
+    ),
     "bench kernels": Stage(
         "our GPU kernels and the whole sparse FFN against dense torch",
         "sparsecast.cli.bench.kernels:BenchKernelsConfig",

@@ -89,7 +89,7 @@ def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:
     if plan.checkpoint is None:
         assert plan.preset is not None
         tokenizer = _train_tokenizer(plan, plan.preset, kept)
-        config: Any = _llama_config(plan.preset, len(tokenizer), plan.seq_len)
+        config: Any = preset_config(plan.preset, len(tokenizer), plan.seq_len)
     else:
         assert plan.tokenizer is not None
         tokenizer, config = plan.tokenizer, plan.checkpoint.config
@@ -127,7 +127,7 @@ def planned_config(plan: SparsifyPlan) -> Any:
     if plan.checkpoint is not None:
         return plan.checkpoint.config
     assert plan.preset is not None
-    return _llama_config(plan.preset, plan.preset.vocab_size, plan.seq_len)
+    return preset_config(plan.preset, plan.preset.vocab_size, plan.seq_len)
 
 
 def sparse_rule(config: Any) -> ActivationRule:
@@ -173,7 +173,7 @@ def _train_tokenizer(plan: SparsifyPlan, preset: Preset, folder: Path) -> Tokeni
     log.info(f"training a tokenizer of {preset.vocab_size} pieces")
     docs = islice(_train_documents(plan, SkippedRows(plan.corpus)), TOKENIZER_DOCUMENTS)
     tokenizer = train_tokenizer(_texts(docs, plan.corpus), preset.vocab_size, folder)
-    _llama_config(preset, len(tokenizer), plan.seq_len).save_pretrained(folder)
+    preset_config(preset, len(tokenizer), plan.seq_len).save_pretrained(folder)
     return tokenizer
 
 
@@ -194,7 +194,7 @@ def _texts(docs: Iterable[Document], corpus: str) -> Iterator[str]:
         )
 
 
-def _llama_config(preset: Preset, vocab_size: int, seq_len: int) -> LlamaConfig:
+def preset_config(preset: Preset, vocab_size: int, seq_len: int) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=preset.hidden_size,
         intermediate_size=preset.ffn_width,
