@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from sparsecast.cli.bench.engine_bandwidth import copy_gb_per_s
 from sparsecast.cli.bench.engine_budgets import GPUPlan, check_budget, plan_gpu, read_all_counts
-from sparsecast.cli.bench.engine_build import check_build, check_threads
+from sparsecast.cli.bench.engine_build import check_build, check_cores, check_threads
 from sparsecast.cli.bench.engine_rows import Bundle, DenseModel, Labelled, Programs, Row, rows_at
 from sparsecast.cli.bench.engine_shape import write_bundles
 from sparsecast.cli.bench.engine_table import row_values, show_table
@@ -105,8 +105,7 @@ def bench_engine(cfg: BenchEngineConfig) -> dict[str, Any]:
     if cfg.bundle is not None:
         return bench_bundles([Labelled(str(cfg.bundle), cfg.bundle)], cfg)
     assert cfg.shape is not None
-    check_json(cfg.json)
-    check_build(binary(cfg.engine, "main"), cfg.vram_budget)
+    _check_before(cfg)
     with tempfile.TemporaryDirectory(prefix="sparsecast-shape-") as scratch:
         made = write_bundles(cfg.shape, cfg.dtype, Path(scratch))
         about = {"shape": cfg.shape, "dtype": cfg.dtype, "points": made.points}
@@ -139,12 +138,9 @@ def bench_bundles(
     """
     if len({bundle.label for bundle in bundles}) < len(bundles):
         raise InputError(f"bundles: two have one label: {[bundle.label for bundle in bundles]}")
-    check_json(cfg.json)
-    main = binary(cfg.engine, "main")
-    llama_bench = None if cfg.llama_bench is None else find_llama_bench(cfg.llama_bench)
+    main, llama_bench = _check_before(cfg)
     files = [_read(bundle.folder) for bundle in bundles]
     _check_one_model(files)
-    check_build(main, cfg.vram_budget)
     with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as scratch:
         programs = Programs(main, llama_bench, cfg.tokens, scratch)
         timed = [
@@ -170,6 +166,16 @@ def bench_bundles(
     if failed:
         raise EngineError(f"{len(failed)} of {len(rows)} rows failed, the first with: {failed[0]}")
     return values
+
+
+def _check_before(cfg: BenchEngineConfig) -> tuple[Path, Path | None]:
+    """Check what needs no bundle; return PowerInfer's `main` and llama-bench."""
+    check_json(cfg.json)
+    check_cores(cfg.threads)
+    main = binary(cfg.engine, "main")
+    llama_bench = None if cfg.llama_bench is None else find_llama_bench(cfg.llama_bench)
+    check_build(main, cfg.vram_budget)
+    return main, llama_bench
 
 
 def _read(folder: Path) -> GGUFFile:

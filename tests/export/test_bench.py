@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecast.cli.bench import engine_bandwidth
+from sparsecast.cli.bench import engine_bandwidth, engine_build
 from sparsecast.cli.bench.engine import BenchEngineConfig, bench_engine
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
@@ -30,6 +30,7 @@ echo "x:  eval time =  110.31 ms /   199 runs (0.55 ms per token, $rate.50 token
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch):
     monkeypatch.setattr(engine_bandwidth, "COPIED", 2**20)
+    monkeypatch.setattr(engine_build, "usable_cores", lambda: 4)
 
 
 def fake_engine(folder: Path, script: str = FAKE) -> Path:
@@ -114,6 +115,17 @@ def test_an_engine_that_fails_and_folders_without_a_bundle_are_told(bundle_folde
         bench_engine(replace(cfg, engine=tmp_path))
     with pytest.raises(InputError, match="--tokens: must be at least 2, got 1"):
         replace(cfg, tokens=1)
+    text = fake_engine(tmp_path / "text", "of another machine\n")
+    with pytest.raises(InputError, match=r"--engine: .*: cannot be run \(Exec format error\)"):
+        bench_engine(replace(cfg, engine=text))
+
+
+def test_more_threads_than_cores_are_refused(bundle_folder, tmp_path):
+    engine = fake_engine(tmp_path / "build")
+    cfg = BenchEngineConfig(bundle=bundle_folder, engine=engine, rounds=1, threads=[1, 5])
+    with pytest.raises(InputError, match=r"--threads 5: .* 4 core\(s\), .*; take --threads 4 or"):
+        bench_engine(cfg)
+    assert not (engine / "calls").exists()
 
 
 @pytest.mark.engine
