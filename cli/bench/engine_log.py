@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from sparsecast.export.engine.gpu import MB, read_told
+from sparsecast.export.engine.gpu import MB, REFUSED, read_told
 from sparsecast.export.engine.process import EngineError, last_words
 
 TIMING = re.compile(r"eval time =\s+\S+ ms /\s+\d+ runs.*?([\d.]+) tokens per second")
-REFUSED = "failed to apply previously generated gpu split"
 
 
 class Run(NamedTuple):

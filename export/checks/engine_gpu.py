@@ -192,8 +192,8 @@ def check_memory(told: Told, plan: Offload) -> Check:
         wrong.append(
             f"attention, predictors and output matrix did not fit, planned {before:.2f} MiB"
         )
-    if told.solved:
-        wrong.append("it ran PowerInfer's own solver")
+    if told.refused:
+        wrong.append("it did not take our file of neurons")
     if told.needs != split.nbytes:
         read = "none" if told.needs is None else f"one of {told.needs} bytes"
         wrong.append(f"of the files of neurons it read {read}, ours needs {split.nbytes} bytes")

@@ -4,12 +4,13 @@ The lines are from llama.cpp at d3ebd7c (`llama_gpu_split_loader`, `llm_load_gpu
 `llm_load_sparse_model_tensors`, `llama_kv_cache_init`, `llama_new_context_with_model`):
 
     offloaded layers from VRAM budget(BYTES bytes): N/LAYERS
-                            the budget, and how many layers' attention fits; LAYERS + 1 if all that
-                            comes before the neurons does
+                            the budget, and how many layers' attention fits; LAYERS + 1 if the
+                            output norm does, the last but the output matrix
     VRAM used: X MB         attention, predictors, norms and output matrix
     loaded gpu_idx, vram_required: BYTES
-                            the file of neurons was read; it needs so much
-    invoking powerinfer     the engine solves for a split of its own
+                            it has read the file of neurons, which needs so much
+    failed to apply previously generated gpu split
+                            and did not take it: less is left, or its layers are not the model's
     offloaded X MiB of FFN weights to GPU
                             the neurons' rows
     VRAM kv self = X MB     the part of the KV cache on the GPU; no line where it is none
@@ -27,6 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from sparsecast.core.errors import InputError
 from sparsecast.export.engine.process import EngineError, last_words, run_to_end
 from sparsecast.export.engine.protocol import CHUNK
 
@@ -47,7 +49,7 @@ _INDEX = re.compile(r"loaded gpu_idx, vram_required: (\d+)")
 _NEURONS = re.compile(rf"offloaded {_NUMBER} MiB of FFN weights to GPU")
 _CACHE = re.compile(rf"VRAM kv self = {_NUMBER} MB")
 _SCRATCH = re.compile(rf"VRAM scratch buffer: {_NUMBER} MB")
-SOLVES = "invoking powerinfer Python module"
+REFUSED = "failed to apply previously generated gpu split"
 
 
 class Told(NamedTuple):
@@ -56,13 +58,13 @@ class Told(NamedTuple):
     budget: int | None
     """Bytes that it may use."""
     placed: bool
-    """All that comes before the neurons is on the GPU."""
+    """All that comes before the output matrix is on the GPU."""
     fixed: float | None
     """Attention, predictors, norms and output matrix, in MB, to two decimals as all below."""
     needs: int | None
-    """Bytes that the file of neurons it read says it needs."""
-    solved: bool
-    """It ran PowerInfer's own solver."""
+    """Bytes that the file of neurons beside the model says it needs."""
+    refused: bool
+    """It did not take that file."""
     neurons: float | None
     cache: float
     scratch: float | None
@@ -77,10 +79,17 @@ def is_gpu_build(program: Path) -> bool:
     """Ask one of PowerInfer's binaries for its options, which needs no GPU.
 
     Raises:
+        InputError: It is no program of this machine.
         EngineError: It cannot be started, such as a CUDA build without CUDA's libraries.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        code, out, err = run_to_end([str(program), "--help"], scratch)
+        try:
+            code, out, err = run_to_end([str(program), "--help"], scratch)
+        except OSError as error:
+            raise InputError(
+                f"--engine: {program}: cannot be run ({error.strerror or error}), expected a "
+                "program of a PowerInfer build; build it on this machine"
+            ) from error
     if code and "usage" not in out:
         raise EngineError(f"{program}: cannot be run (exit {code}): {last_words(err)}")
     return ONLY_ON_GPU in out
@@ -105,7 +114,7 @@ def read_told(output: str) -> Told:
         placed=budget is not None and int(budget[2]) > int(budget[3]),
         fixed=_megabytes(_FIXED, output),
         needs=None if index is None else int(index[1]),
-        solved=SOLVES in output,
+        refused=REFUSED in output,
         neurons=_megabytes(_NEURONS, output),
         cache=_megabytes(_CACHE, output) or 0.0,
         scratch=_megabytes(_SCRATCH, output),

@@ -31,8 +31,14 @@ MOST_PROBS = 2048
 """Most probabilities in one reply: the server takes a second to print 65,000."""
 THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
 OPTIONS = ("-t", "1", "-tb", "1", "-c", str(CHUNK), "-b", str(CHUNK), "--memory-f32")
-TELLING = ("GGML_ASSERT", "CUDA error", "cuBLAS error", "not enough space in the buffer")
-"""What a line holds that says why a binary aborted; a backtrace may follow it."""
+TELLING = (
+    "GGML_ASSERT",
+    "CUDA error",
+    "cuBLAS error",
+    "not enough space in the buffer",
+    "error loading model:",
+)
+"""What a line holds that says why a binary ended; less telling lines may follow it."""
 
 
 class EngineError(RuntimeError):

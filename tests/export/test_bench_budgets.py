@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsecast.cli.bench import engine_bandwidth
+from sparsecast.cli.bench import engine_bandwidth, engine_build
 from sparsecast.cli.bench.engine import BenchEngineConfig, Labelled, bench_bundles, bench_engine
 from sparsecast.cli.bench.engine_bytes import dense_bytes, sparse_bytes
 from sparsecast.cli.bench.engine_log import read_run
@@ -72,6 +72,7 @@ DENSE_LAYER = 2 * NORM + ATTENTION + WIDTH * FFN_ROW
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch):
     monkeypatch.setattr(engine_bandwidth, "COPIED", 2**20)
+    monkeypatch.setattr(engine_build, "usable_cores", lambda: 4)
 
 
 def program(path: Path, text: str) -> Path:
@@ -297,6 +298,13 @@ def test_a_failed_run_is_told_by_the_line_that_names_the_error():
     out_of_memory = "CUDA error 2 at ggml-cuda.cu:9322: out of memory"
     with pytest.raises(EngineError, match=rf"no timing \(exit 1\): {out_of_memory}"):
         read_run(1, f"llm_load_vocab: fine\n{out_of_memory}\ncurrent device: 0\n")
+
+
+def test_a_model_that_is_not_loaded_is_told_by_its_reason():
+    said = "error loading model: CUDA is not loaded"
+    after = "llama_init_from_gpt_params: error: failed to load model 'm.gguf'"
+    with pytest.raises(EngineError, match=rf"no timing \(exit 1\): {said}"):
+        read_run(1, f"{said}\n{after}\n")
 
 
 def test_a_row_that_fails_does_not_take_the_others_with_it(cfg, capsys, tmp_path):

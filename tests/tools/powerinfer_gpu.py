@@ -53,14 +53,11 @@ def load() -> None:
     tell(where, f"VRAM used: {SETUP['fixed'] * SETUP.get('fixed_times', 1) / MB:.2f} MB")
     room = budget - SETUP["fixed"] - SETUP["cache"]
     moved = sum(buckets) * SETUP["row"]
-    if room >= capacity and not SETUP.get("resolves"):
-        say(sys.stdout, f"loaded gpu_idx, vram_required: {capacity}")
-    else:
-        tell("llm_load_gpu_split_with_budget", "error: failed to apply previously generated split")
-        say(
-            sys.stdout,
-            "invoking powerinfer Python module to generate gpu split for 1.00 MiB of VRAM",
-        )
+    say(sys.stdout, f"loaded gpu_idx, vram_required: {capacity}")
+    if room < capacity or SETUP.get("refuses"):
+        where = "llm_load_gpu_split_with_budget"
+        tell(where, "error: failed to apply previously generated gpu split from 'x.gpuidx'")
+        tell(where, "error: activation files under './activation' not found")
         moved = 0
     moved += SETUP.get("more_neurons", 0) * SETUP["row"]
     tell("llm_load_gpu_split", f"offloaded {moved / MB:.2f} MiB of FFN weights to GPU")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks import engine_gpu
 from sparsecast.export.checks.engine import Position, probability_check, prompts_of
@@ -144,7 +145,7 @@ def test_a_build_that_is_right_passes_with_every_choice_of_neurons(checked, held
     [
         ({"fixed_times": 1.2}, "more than 5% off the plan"),
         ({"more_neurons": 256}, "MiB of neurons to the GPU, planned"),
-        ({"resolves": True}, "it ran PowerInfer's own solver"),
+        ({"refuses": True}, "it did not take our file of neurons"),
         ({"budget_off": 4096}, "it read a budget of"),
         ({"fixed_times": 1.01}, ""),
     ],
@@ -264,6 +265,9 @@ def test_a_gpu_build_is_known_by_its_help(build, tmp_path):
     assert is_gpu_build(binary(build(), "perplexity"))
     program.write_text("#!/bin/sh\necho 'libcublas.so.13: cannot open' >&2; exit 127\n")
     with pytest.raises(EngineError, match=r"cannot be run \(exit 127\): libcublas.so.13: cannot"):
+        is_gpu_build(program)
+    program.write_text("of another machine\n")
+    with pytest.raises(InputError, match=r"perplexity: cannot be run \(Exec format error\)"):
         is_gpu_build(program)
 
 
