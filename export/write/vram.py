@@ -4,7 +4,7 @@
 d3ebd7c, `get_offloading_level`, `flush` and `llama_reserve_model_kv_cache`):
 
     attention weights and norms; predictors; FFN norms; output norm and output matrix
-    keys, then values of the KV cache, each left out where it does not fit
+    values, then keys of the KV cache, each left out where it does not fit
     neurons
 
 The embedding and the FFN's own matrices stay in host memory. If one tensor of the first line does
@@ -56,13 +56,13 @@ class Budget:
     before: int
     """Attention, norms, predictors and the output matrix."""
     half_cache: int
-    """Keys of the KV cache; values take the same."""
+    """Values of the KV cache; keys take the same."""
     neuron: int
     """One neuron."""
 
     @property
     def cache(self) -> int:
-        """Bytes of the KV cache in GPU memory: none, its keys, or all."""
+        """Bytes of the KV cache in GPU memory: none, its values, or all."""
         free = self.given - self.before
         for halves in (2, 1):
             if free >= halves * self.half_cache:
