@@ -131,7 +131,7 @@ def _hot_cold(plan: ExportPlan) -> list[str]:
     ]
     if plan.split is not None and plan.gpu is not None:
         parts.append(
-            f"`{plan.file}{GPUIDX_SUFFIX}` is that decision for `--vram-budget {plan.gpu.gib:g} "
+            f"`{plan.file}{GPUIDX_SUFFIX}` is that decision for `--vram-budget {plan.gpu.gib:.9g} "
             f"-c {plan.gpu.context}`. {split_note(plan.split)}. The engine uses it where at least "
             "that much memory is free for neurons, even if more is: export again for another "
             "budget. With less memory, or with `--reset-gpu-index`, it runs its own solver. It "

@@ -41,7 +41,7 @@ def gpu_arguments(plan: ExportPlan) -> list[str]:
     """Return the options of a GPU run with the budget and context that were planned for."""
     if plan.gpu is None:
         return ["-t 2 -tb 2"]
-    return ["-t 2 -tb 2", f"--vram-budget {plan.gpu.gib:g}", f"-c {plan.gpu.context}"]
+    return ["-t 2 -tb 2", f"--vram-budget {plan.gpu.gib:.9g}", f"-c {plan.gpu.context}"]
 
 
 def batch_note(plan: ExportPlan) -> str:

@@ -24,13 +24,16 @@ from typing import Any, Literal
 
 from sparsecast.cli.bench.engine_bandwidth import copy_gb_per_s
 from sparsecast.cli.bench.engine_budgets import GPUPlan, check_budget, plan_gpu, read_all_counts
-from sparsecast.cli.bench.engine_build import check_build, check_cores, check_threads
+from sparsecast.cli.bench.engine_build import check_build, check_threads
+from sparsecast.cli.bench.engine_bytes import predicts
+from sparsecast.cli.bench.engine_machine import check_cores, check_scratch, warn_of_memory
 from sparsecast.cli.bench.engine_rows import Bundle, DenseModel, Labelled, Programs, Row, rows_at
 from sparsecast.cli.bench.engine_shape import write_bundles
 from sparsecast.cli.bench.engine_table import row_values, show_table
 from sparsecast.cli.bench.results import check_json, publish
 from sparsecast.cli.bench.rounds import in_rounds
 from sparsecast.core.errors import InputError
+from sparsecast.core.messages import log
 from sparsecast.core.options import validate_fields
 from sparsecast.export.bundle import bundle_file
 from sparsecast.export.checks.metadata import check_metadata
@@ -131,8 +134,9 @@ def bench_bundles(
         The JSON, see docs/file-formats.md.
 
     Raises:
-        InputError: No bundle or no engine there, bundles of several models, or a budget or number
-            of threads that the engine cannot run; see also `write_dense` and `dense_rate`.
+        InputError: No bundle or no engine there, bundles of several models, a budget or number of
+            threads that the engine cannot run, or too little disk; see also `write_dense` and
+            `dense_rate`.
         EngineError: The engine or llama-bench failed. If only some rows did, the others are shown
             and written to `cfg.json` first.
     """
@@ -149,6 +153,7 @@ def bench_bundles(
         ]
         check_threads(cfg.threads, [plan for bundle in timed for plan in bundle.plans])
         dense = _dense_model(files[0], programs)
+        warn_of_memory([*dense.paths, *(file.path for file in files)])
         budgets = range(len(timed[0].plans))
         rows = [
             row
@@ -189,7 +194,7 @@ def _check_one_model(files: list[GGUFFile]) -> None:
     """Refuse bundles whose dense tensors differ in shape or type, which cannot share a baseline."""
 
     def dense(file: GGUFFile) -> dict[str, Any]:
-        kept = {n: e for n, e in file.entries.items() if ".fc1." not in n and ".fc2." not in n}
+        kept = {n: e for n, e in file.entries.items() if not predicts(n)}
         arch = {"": file.keys["general.architecture"]}
         return arch | {name: (entry.shape, entry.type.name) for name, entry in kept.items()}
 
@@ -204,8 +209,12 @@ def _check_one_model(files: list[GGUFFile]) -> None:
 def _predicted(bundle: Labelled, file: GGUFFile) -> float | None:
     if bundle.predicted_sparsity is not None:
         return bundle.predicted_sparsity
-    manifest = read_manifest(file.path.parent / "predictor")
-    if manifest is None:
+    folder = file.path.parent / "predictor"
+    if (manifest := read_manifest(folder)) is None:
+        log.warning(
+            f"{folder}: no manifest, which has the predicted sparsity; bytes per token with "
+            "predictors are left out"
+        )
         return None
     scores = [layer["predicted_sparsity"] for layer in manifest.calibration]
     return sum(scores) / len(scores)
@@ -230,10 +239,12 @@ def _dense_model(file: GGUFFile, programs: Programs) -> DenseModel:
                 "not have; leave the option out"
             )
         llama_cpp = Path(programs.scratch, f"{LLAMA_CPP[arch]}-dense.gguf")
-        write_dense(file, llama_cpp, LLAMA_CPP[arch])
-    if powerinfer is not None and powerinfer != llama_cpp:
-        write_dense(file, powerinfer)
-    return DenseModel(file, powerinfer, llama_cpp)
+    dense = DenseModel(file, powerinfer, llama_cpp)
+    need = len(dense.paths) * sum(e.nbytes for n, e in file.entries.items() if not predicts(n))
+    check_scratch(Path(programs.scratch), need, f"{file.path}: its dense form")
+    for path in dense.paths:
+        write_dense(file, path, LLAMA_CPP[arch] if path == llama_cpp else None)
+    return dense
 
 
 def _values(

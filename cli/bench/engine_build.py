@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from sparsecast.cli.bench.engine_budgets import GPUPlan
@@ -28,28 +27,6 @@ def check_build(main: Path, budgets: list[str] | None) -> None:
             f"--engine: {main} is a GPU build of PowerInfer, which takes all GPU memory that is "
             "free unless told; give --vram-budget, such as 0,50%,100%, or name a CPU build"
         )
-
-
-def check_cores(threads: list[int]) -> None:
-    """Refuse more threads than cores.
-
-    PowerInfer's threads wait for each other in busy loops, so a run then takes minutes in place of
-    seconds, and its rate says nothing.
-
-    Raises:
-        InputError: More threads than this process may use cores.
-    """
-    if max(threads) > (cores := usable_cores()):
-        raise InputError(
-            f"--threads {max(threads)}: this process may use {cores} core(s), and more threads "
-            f"than cores wait for each other in busy loops; take --threads {cores} or less"
-        )
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return os.cpu_count() or 1 if affinity is None else len(affinity(0))
 
 
 def check_threads(threads: list[int], plans: list[GPUPlan | None]) -> None:

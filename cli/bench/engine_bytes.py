@@ -38,13 +38,18 @@ class Bytes(NamedTuple):
         return self.host + self.gpu
 
 
+def predicts(name: str) -> bool:
+    """Whether a tensor is a predictor's, which the dense model lacks."""
+    return tensor_kind(name) in PREDICTORS
+
+
 def dense_bytes(file: GGUFFile, on_gpu: frozenset[str] = frozenset()) -> Bytes:
     """Return what the dense model of a PowerInfer file reads.
 
     Args:
         on_gpu: Names of tensors in GPU memory, see `engine_budgets.py`.
     """
-    weights = {n: e for n, e in file.entries.items() if tensor_kind(n) not in PREDICTORS}
+    weights = {n: e for n, e in file.entries.items() if not predicts(n)}
     gpu = sum(entry.nbytes for name, entry in weights.items() if name in on_gpu)
     total = _lookups(file) + sum(e.nbytes for name, e in weights.items() if _is_read(file, name))
     return Bytes(total - gpu, gpu)

@@ -57,6 +57,11 @@ class DenseModel(NamedTuple):
     llama_cpp: Path | None
     """The same for llama.cpp; None without --llama-bench."""
 
+    @property
+    def paths(self) -> list[Path]:
+        """Its files, each once."""
+        return list({path: None for path in (self.powerinfer, self.llama_cpp) if path is not None})
+
 
 class Programs(NamedTuple):
     """What runs the rows, and how."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsecast.cli.bench.engine_machine import check_scratch
 from sparsecast.cli.bench.engine_rows import Labelled
 from sparsecast.cli.bench.export_model import ModelShape
 from sparsecast.cli.bench.random_bundle.measure import measured_point
 from sparsecast.cli.bench.random_bundle.points import SHAPES, Point, our_point, public_point
 from sparsecast.cli.bench.random_bundle.write import bundle_bytes, write_random_bundle
-from sparsecast.core.disk import describe_space, free_bytes
-from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
 
 SEED = 0
@@ -45,11 +44,7 @@ def write_bundles(name: str, dtype: str, folder: Path) -> RandomBundles:
     points = {"public recipe": public_point(shape), "ours": our_point(shape)}
     # The dense form takes less than another bundle.
     need = sum(bundle_bytes(shape, dtype, point) for point in (*points.values(), our_point(shape)))
-    if need > free_bytes(folder):
-        raise InputError(
-            f"--shape {name}: in {dtype} takes {describe_space(folder, need)} ({folder}); make "
-            "room, or set TMPDIR to a folder on a larger disk"
-        )
+    check_scratch(folder, need, f"--shape {name}: in {dtype}")
     made = RandomBundles([], {})
     for label, point in points.items():
         _add(made, label, folder / label.replace(" ", "-"), shape, dtype, point)

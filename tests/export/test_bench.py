@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparsecast.cli.bench import engine_bandwidth, engine_build
+from sparsecast.cli.bench import engine_bandwidth, engine_machine
 from sparsecast.cli.bench.engine import BenchEngineConfig, bench_engine
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
@@ -30,7 +31,7 @@ echo "x:  eval time =  110.31 ms /   199 runs (0.55 ms per token, $rate.50 token
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch):
     monkeypatch.setattr(engine_bandwidth, "COPIED", 2**20)
-    monkeypatch.setattr(engine_build, "usable_cores", lambda: 4)
+    monkeypatch.setattr(engine_machine, "usable_cores", lambda: 4)
 
 
 def fake_engine(folder: Path, script: str = FAKE) -> Path:
@@ -126,6 +127,27 @@ def test_more_threads_than_cores_are_refused(bundle_folder, tmp_path):
     with pytest.raises(InputError, match=r"--threads 5: .* 4 core\(s\), .*; take --threads 4 or"):
         bench_engine(cfg)
     assert not (engine / "calls").exists()
+
+
+def test_what_the_machine_or_the_bundle_lacks_is_told(bundle_folder, tmp_path, monkeypatch, capsys):
+    engine = fake_engine(tmp_path / "build")
+    cfg = BenchEngineConfig(bundle=bundle_folder, engine=engine, tokens=20, rounds=1)
+    size = bundle_file(bundle_folder).stat().st_size
+    monkeypatch.setattr(engine_machine, "memory_bytes", lambda: 2 * size)
+    bench_engine(cfg)
+    assert "the rows' files take" not in capsys.readouterr().err
+    monkeypatch.setattr(engine_machine, "memory_bytes", lambda: size)
+    bench_engine(cfg)
+    assert "the rows' files take" in " ".join(capsys.readouterr().err.split())
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(bundle_file(bundle_folder), bare)
+    rows = bench_engine(replace(cfg, bundle=bare))["rows"]
+    assert [row["host_bytes_per_token"] is None for row in rows] == [False, False, True]
+    assert "predictor: no manifest" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(engine_machine, "free_bytes", lambda folder: size // 2)
+    with pytest.raises(InputError, match="its dense form takes .* of disk.*; .* set TMPDIR"):
+        bench_engine(cfg)
 
 
 @pytest.mark.engine

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsecast.cli.bench import engine_bandwidth, engine_build
+from sparsecast.cli.bench import engine_bandwidth, engine_machine
 from sparsecast.cli.bench.engine import BenchEngineConfig, Labelled, bench_bundles, bench_engine
 from sparsecast.cli.bench.engine_bytes import dense_bytes, sparse_bytes
 from sparsecast.cli.bench.engine_log import read_run
@@ -72,7 +72,7 @@ DENSE_LAYER = 2 * NORM + ATTENTION + WIDTH * FFN_ROW
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch):
     monkeypatch.setattr(engine_bandwidth, "COPIED", 2**20)
-    monkeypatch.setattr(engine_build, "usable_cores", lambda: 4)
+    monkeypatch.setattr(engine_machine, "usable_cores", lambda: 4)
 
 
 def program(path: Path, text: str) -> Path:

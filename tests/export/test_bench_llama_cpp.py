@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecast.cli.bench import engine_bandwidth, engine_build
+from sparsecast.cli.bench import engine_bandwidth, engine_machine
 from sparsecast.cli.bench.engine import BenchEngineConfig, bench_engine
 from sparsecast.core.errors import InputError
 from sparsecast.export.bundle import bundle_file
@@ -59,7 +59,7 @@ def llama_bench(folder: Path, reply: object) -> Path:
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch):
     monkeypatch.setattr(engine_bandwidth, "COPIED", 2**20)
-    monkeypatch.setattr(engine_build, "usable_cores", lambda: 4)
+    monkeypatch.setattr(engine_machine, "usable_cores", lambda: 4)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsecast.cli.bench import engine_bandwidth, engine_build, engine_shape
+from sparsecast.cli.bench import engine_bandwidth, engine_machine, engine_shape
 from sparsecast.cli.bench.engine import BenchEngineConfig, bench_engine
 from sparsecast.cli.bench.export_model import ModelShape
 from sparsecast.core.errors import InputError
@@ -23,7 +23,7 @@ ASKED = {"public recipe": (0.9346, 0.7524), "ours": (0.95, 0.805)}
 def _small(monkeypatch, tmp_path):
     """A small shape, and temporary folders where the test can see them."""
     monkeypatch.setattr(engine_bandwidth, "COPIED", 2**20)
-    monkeypatch.setattr(engine_build, "usable_cores", lambda: 4)
+    monkeypatch.setattr(engine_machine, "usable_cores", lambda: 4)
     monkeypatch.setitem(engine_shape.SHAPES, "1b", SMALL)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
@@ -87,7 +87,7 @@ def test_options_that_do_not_go_together(changes, told):
 
 
 def test_nothing_is_written_where_it_cannot_be_used(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_shape, "free_bytes", lambda folder: 1_000_000)
+    monkeypatch.setattr(engine_machine, "free_bytes", lambda folder: 1_000_000)
     with pytest.raises(InputError, match="--shape 1b: in f16 takes .* MB of disk.*TMPDIR"):
         bench_engine(cfg)
     with pytest.raises(InputError, match="--llama-bench: .*none: no executable file"):
