@@ -134,9 +134,8 @@ def _hot_cold(plan: ExportPlan) -> list[str]:
             f"`{plan.file}{GPUIDX_SUFFIX}` is that decision for `--vram-budget {plan.gpu.gib:.9g} "
             f"-c {plan.gpu.context}`. {split_note(plan.split)}. The engine uses it where at least "
             "that much memory is free for neurons, even if more is: export again for another "
-            "budget. With less memory, or with `--reset-gpu-index`, it runs its own solver. It "
-            "refuses to run with one thread unless every layer is whole on the GPU; give it "
-            "`-t 2`."
+            "budget. With less memory, or with `--reset-gpu-index`, it runs its own solver, "
+            "whose file replaces this one."
         )
     return parts
 

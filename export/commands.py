@@ -75,7 +75,7 @@ def _gpu_note(plan: ExportPlan) -> str:
     elif split.neurons:
         parts.append(
             f"The chosen neurons take at least `--vram-budget {least_budget(split):.4g}`; with "
-            "less it runs its own solver."
+            "less it runs its own solver, whose file replaces the one here."
         )
     if split is not None and split.neurons == split.width * len(split.hot):
         parts.append("Every layer is whole on the GPU, so one thread is enough.")
@@ -84,8 +84,15 @@ def _gpu_note(plan: ExportPlan) -> str:
             "With one thread it aborts at a layer that is not whole on the GPU (`n_threads must be "
             "> 1`)."
         )
+    if split is not None and plan.dtype == "q4_0" and split.partial:
+        parts.append(
+            "With q4_0 weights its kernel for one token clears values of neurons that fire where a "
+            "layer is split between GPU and CPU (by its source, not seen in a run): export in f16, "
+            "or with a budget for all neurons or none."
+        )
+    lower = "lower it" if split is None else "export again with a lower one"
     parts.append(
         "Its buffer for intermediate results, and what CUDA itself takes, come on top of the "
-        "budget: if memory runs out, lower it. `-ngl` is refused."
+        f"budget: if memory runs out, {lower}. `-ngl` is refused."
     )
     return " ".join(parts)

@@ -216,7 +216,7 @@ def check_memory(told: Told, plan: Offload) -> Check:
 def explained(checks: list[Check], file: GGUFFile, plan: Offload) -> list[Check]:
     """Say of failed checks where PowerInfer's known fault with q4_0 is at work."""
     quantized = file.entries["blk.0.ffn_up.weight"].type.name == "q4_0"
-    if not (plan.partial and quantized):
+    if not (plan.split.partial and quantized):
         return checks
     return [
         check if check.ok else replace(check, detail=check.detail + Q4_0_QUIRK) for check in checks

@@ -52,11 +52,6 @@ class Offload(NamedTuple):
         """Bytes of weights and KV cache."""
         return self.split.budget.before + self.cache + self.rows
 
-    @property
-    def partial(self) -> bool:
-        """Whether a layer is split between GPU and CPU."""
-        return any(0 < len(hot_K) < self.split.width for hot_K in self.split.hot)
-
 
 def refused_width(ffn: int) -> str:
     """Say why an FFN of that width cannot be split; empty where it can."""

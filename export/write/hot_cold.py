@@ -49,6 +49,11 @@ class Split:
     def nbytes(self) -> int:
         return self.neurons * self.budget.neuron
 
+    @property
+    def partial(self) -> bool:
+        """Whether a layer is split between GPU and CPU."""
+        return any(0 < len(hot_K) < self.width for hot_K in self.hot)
+
 
 def check_width(width: int) -> None:
     """Refuse an FFN width that is not a multiple of the block size."""

@@ -188,7 +188,6 @@ def test_everything_fits_into_a_large_budget(exported):
 
     assert made.hot == [list(range(1280))] * 3
     assert "`--vram-budget 8 -c 512`" in made.card
-    assert "give it `-t 2`" in made.card
     assert made.keys["split.vram_capacity"] == 3 * 1280 * NEURON
     assert "3,840 of 3,840 neurons" in made.card
     assert "with 100.0% of the recorded activations" in made.card
@@ -212,7 +211,7 @@ def test_the_card_gives_the_command_for_a_gpu(exported):
 
     made = exported(vram_budget=budget)
 
-    line = f"-t 2 -tb 2 --vram-budget {budget:g} -c 512 -n 64 --temp 0 --repeat-penalty 1.0 -p"
+    line = f"-t 2 -tb 2 --vram-budget {budget:.9g} -c 512 -n 64 --temp 0 --repeat-penalty 1.0 -p"
     assert f".powerinfer.gguf {line}" in made.card
     assert "With one thread it aborts" in made.card
     least = float(re.search(r"take at least `--vram-budget ([\d.e-]+)`", made.card)[1])
@@ -226,6 +225,15 @@ def test_a_budget_with_room_to_spare_names_the_least_that_does(exported):
     need = (BEFORE + 2 * HALF_CACHE + 3 * 1280 * NEURON) / GIB
     assert 0 <= least / need - 1 < 1e-3
     assert "one thread is enough" in made.card
+
+
+def test_the_card_warns_of_a_split_layer_in_q4_0(exported):
+    warning = "where a layer is split between GPU and CPU"
+    split = (BEFORE + 2 * HALF_CACHE + 3 * BLOCK * NEURON) / GIB
+
+    assert warning not in exported(vram_budget=split).card
+    assert warning not in exported(vram_budget=8.0, dtype="q4_0").card
+    assert warning in exported(vram_budget=split, dtype="q4_0").card
 
 
 def test_the_card_names_the_batches_that_abort(exported):
