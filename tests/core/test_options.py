@@ -23,6 +23,7 @@ NEEDED = {
     "train": {"activations": "a"},
     "evaluate": {"tasks": ["t"], "corpus": "c"},
     "export": {"predictors": "p"},
+    "bench engine": {"bundle": "b"},
     "bench export": {"model": "m", "predictors": "p"},
 }
 

@@ -20,6 +20,7 @@ from sparsecast.export.checks.tokens import check_tokens
 from sparsecast.export.checks.vocab import check_vocabulary
 from sparsecast.export.checks.vocab_source import check_pieces
 from sparsecast.export.config import ExportConfig
+from sparsecast.export.engine.process import Launch
 from sparsecast.export.engine.protocol import CHUNK, chunks_of, held_out_documents, joined
 from sparsecast.export.engine.replies import Reply, Spelling
 from sparsecast.export.read.reader import GGUFFile
@@ -220,8 +221,9 @@ def test_perplexity_by_ids_leaves_out_what_cannot_be_said(factor, ok):
     reply = Reply([1], torch.tensor([0, 1, 2]), probs, False, False)
     prompts_PS = torch.tensor([[0, 1, 3, 2], [1, 1, 0, 0]])
 
+    launch = Launch(Path(), Path())
     check, numbers = check_perplexity_by_ids(
-        Path(), None, Fixed(), spelling, prompts_PS, [[reply] * 4] * 2
+        launch, Fixed(), spelling, prompts_PS, [[reply] * 4] * 2
     )
 
     targets = torch.tensor([1, 2, 1, 0, 0])

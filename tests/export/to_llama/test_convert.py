@@ -239,7 +239,13 @@ def lost_threshold(monkeypatch):
 
 def no_bos(monkeypatch):
     own = run.write_tokenizer
-    monkeypatch.setattr(run, "write_tokenizer", lambda *a, minicpm: own(*a, minicpm=False))
+
+    def write(tokenizer, source, folder, *, minicpm):
+        own(tokenizer, source, folder, minicpm=minicpm)
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps({**spec, "post_processor": None}))
+
+    monkeypatch.setattr(run, "write_tokenizer", write)
 
 
 @pytest.mark.parametrize(
