@@ -109,9 +109,16 @@ def bench_engine(cfg: BenchEngineConfig) -> dict[str, Any]:
         return bench_bundles([Labelled(str(cfg.bundle), cfg.bundle)], cfg)
     assert cfg.shape is not None
     _check_before(cfg)
+    shares = [budget for budget in cfg.vram_budget or [] if budget.endswith("%")]
+    check_threads(cfg.threads, [share for share in shares if float(share[:-1]) < 100])
     with tempfile.TemporaryDirectory(prefix="sparsecast-shape-") as scratch:
         made = write_bundles(cfg.shape, cfg.dtype, Path(scratch))
-        about = {"shape": cfg.shape, "dtype": cfg.dtype, "points": made.points}
+        about = {
+            "shape": cfg.shape,
+            "dtype": cfg.dtype,
+            "points": made.points,
+            "bundles": dict.fromkeys(made.points),  # their folders are gone at the end
+        }
         return bench_bundles(made.bundles, cfg, about)
 
 
@@ -128,7 +135,7 @@ def bench_bundles(
             model's. A share of neurons in --vram-budget becomes GiB for each by itself; the dense
             model has those of the first.
         cfg: Everything but what the bundles are.
-        about: More of the bundles for the JSON.
+        about: Keys of the JSON about the bundles, in place of its own.
 
     Returns:
         The JSON, see docs/file-formats.md.
@@ -151,7 +158,8 @@ def bench_bundles(
             Bundle(i, bundle.label, file, _predicted(bundle, file), _plans(cfg, file, programs))
             for i, (bundle, file) in enumerate(zip(bundles, files, strict=True))
         ]
-        check_threads(cfg.threads, [plan for bundle in timed for plan in bundle.plans])
+        plans = [plan for bundle in timed for plan in bundle.plans if plan is not None]
+        check_threads(cfg.threads, [plan.asked for plan in plans if not plan.whole])
         dense = _dense_model(files[0], programs)
         warn_of_memory([*dense.paths, *(file.path for file in files)])
         budgets = range(len(timed[0].plans))
@@ -166,7 +174,7 @@ def bench_bundles(
     failed = [row.error for row in rows if row.error is not None]
     if len(failed) == len(rows):
         raise EngineError(failed[0])
-    values = {**(about or {}), **_values(cfg, bundles, rows, list(rates.values()), copy)}
+    values = {**_values(cfg, bundles, rows, list(rates.values()), copy), **(about or {})}
     publish(values, cfg.json, show_table)
     if failed:
         raise EngineError(f"{len(failed)} of {len(rows)} rows failed, the first with: {failed[0]}")

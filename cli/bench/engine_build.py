@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsecast.cli.bench.engine_budgets import GPUPlan
 from sparsecast.core.errors import InputError
 from sparsecast.export.engine.gpu import is_gpu_build
 
@@ -29,19 +28,21 @@ def check_build(main: Path, budgets: list[str] | None) -> None:
         )
 
 
-def check_threads(threads: list[int], plans: list[GPUPlan | None]) -> None:
+def check_threads(threads: list[int], partial: list[str]) -> None:
     """Refuse one thread where a GPU build aborts with it.
 
     In a GPU build every FFN that is not whole on the GPU asserts at least two threads, one on the
     CPU alone too (`ggml_get_n_tasks` in ggml.c at d3ebd7c).
 
+    Args:
+        partial: Budgets that leave neurons on the CPU.
+
     Raises:
-        InputError: One thread, and a budget that leaves neurons on the CPU.
+        InputError: One thread, and such a budget.
     """
-    split = [plan.asked for plan in plans if plan is not None and not plan.whole]
-    if 1 in threads and split:
+    if 1 in threads and partial:
         raise InputError(
             f"--threads 1: a GPU build of PowerInfer aborts with one thread unless the FFN is "
-            f"whole on the GPU, and --vram-budget {split[0]} leaves neurons on the CPU; take "
+            f"whole on the GPU, and --vram-budget {partial[0]} leaves neurons on the CPU; take "
             "--threads 2 or more, or --vram-budget 100%"
         )

@@ -47,6 +47,7 @@ def test_both_recipes_stand_beside_one_dense_model(cfg, tmp_path):
     assert found == [(*kind, budget) for budget in ("0%", "100%") for kind in each]
     assert json.loads((tmp_path / "table.json").read_text()) == values
     assert (values["shape"], values["dtype"]) == ("1b", "f16")
+    assert values["bundles"] == {"public recipe": None, "ours": None}
     assert os.listdir(tmp_path / "scratch") == []
 
 
@@ -90,6 +91,8 @@ def test_nothing_is_written_where_it_cannot_be_used(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_machine, "free_bytes", lambda folder: 1_000_000)
     with pytest.raises(InputError, match="--shape 1b: in f16 takes .* MB of disk.*TMPDIR"):
         bench_engine(cfg)
+    with pytest.raises(InputError, match="--threads 1: a GPU build .* --vram-budget 0% leaves"):
+        bench_engine(replace(cfg, threads=[1]))
     with pytest.raises(InputError, match="--llama-bench: .*none: no executable file"):
         bench_engine(replace(cfg, llama_bench=tmp_path / "none"))
     (cfg.engine / "bin" / "main").unlink()
