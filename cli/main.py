@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sparsecast.cli.stages import STAGES, Stage, load, usage
 from sparsecast.cli.suggestions import did_you_mean
@@ -59,20 +59,15 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def _run(name: str, stage: Stage, args: list[str]) -> int:
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
-    from sparsecast.cli.parser import parse
-    from sparsecast.cli.screen import print_messages
-    from sparsecast.core.distributed import int_from_environment
     from sparsecast.core.errors import InputError
     from sparsecast.core.interrupts import Terminated
 
     try:
+        from sparsecast.cli.parser import parse
+
         config_type = load(stage.config)
         config = config_type(**parse(name, config_type, stage.positional, args))
-        int_from_environment("RANK", 0)  # Lightning converts it while it is imported
-        run = load(stage.run)
-        _quiet()
-        print_messages()
-        result = run(config)
+        result = load(stage.run)(config) if stage.standalone else _run_loaded(stage, config)
     except InputError as error:
         return print_error(str(error), 2)
     except KeyboardInterrupt as stopped:
@@ -84,8 +79,22 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = "" if isinstance(error, OSError) else "; set SPARSECAST_TRACEBACK=1 to see where"
+        if isinstance(error, ImportError):
+            hint = "; `sparsecast doctor` says what is missing or broken"
         return print_error(f"{name} failed: {reason}{hint}", 1)
     return 0 if getattr(result, "ok", True) else 1
+
+
+def _run_loaded(stage: Stage, config: Any) -> Any:
+    """Run a stage that needs the other packages, with the package's messages on the screen."""
+    from sparsecast.cli.screen import print_messages
+    from sparsecast.core.distributed import int_from_environment
+
+    int_from_environment("RANK", 0)  # Lightning converts it while it is imported
+    run = load(stage.run)
+    _quiet()
+    print_messages()
+    return run(config)
 
 
 def _quiet() -> None:

@@ -10,9 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from docstring_parser import parse_from_object
-
-from sparsecast.cli.config_file import read_options
 from sparsecast.cli.suggestions import did_you_mean
 from sparsecast.cli.terminal import print_output
 from sparsecast.cli.values import format_type, is_list, parse_value
@@ -74,6 +71,8 @@ def parse(
             raise InputError(f"no option is called {stray}{near}")
         given = {key: value for key, value in vars(found).items() if value is not None}
         if path := given.pop("config", None):
+            from sparsecast.cli.config_file import read_options
+
             given = read_options(path, kinds) | given
         if missing := [needed[key] for key in needed if key not in given]:
             raise InputError("needs " + ", ".join(missing))
@@ -86,8 +85,7 @@ def _parser(
     name: str, config_type: type[Any], kinds: dict[str, Any], needed: dict[str, str]
 ) -> _Parser:
     """Build the parser; help lists required options first, then the others in groups."""
-    text = parse_from_object(config_type)
-    helps = {param.arg_name: " ".join((param.description or "").split()) for param in text.params}
+    description, helps = _texts(config_type)
     typed = [
         option if option.isupper() else f"{option} {format_type(kinds[key])}"
         for key, option in needed.items()
@@ -95,7 +93,7 @@ def _parser(
     parser = _Parser(
         prog=f"sparsecast {name}",
         usage=" ".join(["sparsecast", name, *typed, "[options]"]),
-        description=text.description,
+        description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -110,7 +108,7 @@ def _parser(
         keys = [key for key in names.split() if key in fields]
         group = parser.add_argument_group(title) if keys else parser
         for key in keys:
-            told = (helps[key] + _default(fields.pop(key))).replace("%", "%%")
+            told = (helps.get(key, "") + _default(fields.pop(key))).replace("%", "%%")
             how = _kind(kinds[key])
             if needed.get(key) == key.upper():
                 how |= {"nargs": "?", "default": None, "metavar": key.upper()}
@@ -118,6 +116,18 @@ def _parser(
             else:
                 group.add_argument(option_of(key), help=told, **how)
     return parser
+
+
+def _texts(config_type: type[Any]) -> tuple[str | None, dict[str, str]]:
+    """Return what a dataclass and its fields are for, or nothing without docstring-parser, whose
+    absence doctor reports."""
+    try:
+        from docstring_parser import parse_from_object
+    except ImportError:
+        return None, {}
+    text = parse_from_object(config_type)
+    helps = {param.arg_name: " ".join((param.description or "").split()) for param in text.params}
+    return text.description, helps
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -19,6 +19,8 @@ class Stage:
     run: str
     positional: str | None = None
     """The field that is given without its name."""
+    standalone: bool = False
+    """It needs no other package, so that none is imported for it: it prints by itself."""
 
 
 STAGES = {
@@ -74,6 +76,12 @@ STAGES = {
         "sparsecast.integrations.hub.config:PushConfig",
         "sparsecast.integrations.hub.push:push",
         positional="folder",
+    ),
+    "doctor": Stage(
+        "what this machine can do, and what to install",
+        "sparsecast.cli.doctor.config:DoctorConfig",
+        "sparsecast.cli.doctor.run:doctor",
+        standalone=True,
     ),
     "bench collect": Stage(
         "tokens/s with and without recording, on the same batches",
