@@ -40,7 +40,7 @@ def check_writable_folder(path: Path) -> None:
     try:
         if path.is_symlink():
             raise InputError(f"{path}: links lead in a loop; remove it or choose another --out")
-        if not path.name or path.is_mount():
+        if not path.name or os.path.ismount(path):
             raise InputError(
                 f"{path}: cannot be replaced as a whole; choose a folder in it for --out"
             )
@@ -102,18 +102,20 @@ def new_folder(
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically; write directly to /dev/stdout, a FIFO or a shell's >(command).
 
+    Lines end in a line feed on every system.
+
     Raises:
         OSError: With the file's name.
     """
     try:
         if (opened := _opened(path)) is not None:
-            with open(opened, "w", encoding="utf-8") as file:
+            with open(opened, "w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         part = hidden_sibling(path, f"{os.getpid()}.part")
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, encoding="utf-8", newline="\n")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

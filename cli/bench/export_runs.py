@@ -42,9 +42,10 @@ class BenchError(RuntimeError):
 def anonymous(process: str) -> int:
     """Bytes of resident anonymous memory (RssAnon) of a process of Linux; 0 once it has ended."""
     try:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+        status = Path(f"/proc/{process}/status").read_text("ascii", "replace")
     except OSError:
         return 0
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
     return 1024 * int(found[1]) if found else 0
 
 
@@ -126,7 +127,8 @@ def files_of(folder: Path) -> list[Path]:
 
 def _settle(sources: list[Path]) -> None:
     """What earlier runs wrote is on the disk, and the sources are in the page cache."""
-    os.sync()
+    if hasattr(os, "sync"):
+        os.sync()
     buffer = bytearray(2**24)
     for path in sources:
         with path.open("rb", buffering=0) as file:

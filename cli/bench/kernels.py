@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import triton
 
 from sparsecast.cli.bench.kernels_checks import Case
 from sparsecast.cli.bench.kernels_steps import SHAPES, as_row, dense, steps
@@ -21,6 +20,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log, show
 from sparsecast.core.options import validate_fields
 from sparsecast.core.progress import progress_bar
+from sparsecast.kernels.ops.compiler import HAS_TRITON, triton
 from sparsecast.kernels.ops.launch import MAX_TOKENS
 
 Shape = Literal[
@@ -76,7 +76,7 @@ def bench_kernels(cfg: BenchKernelsConfig) -> dict[str, Any]:
     Memory: up to 22 GiB on the GPU, at a sparsity of 0.99.
 
     Raises:
-        InputError: No CUDA device.
+        InputError: No CUDA device, or no Triton.
         RuntimeError: A kernel disagrees with its reference.
     """
     check_json(cfg.json)
@@ -108,6 +108,11 @@ def _device() -> torch.device:
         raise InputError(
             "bench kernels: this machine has no CUDA device, which the timings need; run it where "
             "there is one"
+        )
+    if not HAS_TRITON:
+        raise InputError(
+            "bench kernels: the kernels need Triton, which cannot be imported; `sparsecast doctor` "
+            "says why"
         )
     return torch.device("cuda", 0)
 

@@ -55,7 +55,7 @@ def local_files(spec: str) -> list[Path] | None:
         files = _matching(str(path))
         if not files:
             raise InputError(f"{spec}: no file matches this pattern")
-    elif path.suffix.lower() in SUFFIXES or spec.startswith(("/", ".", "~")):
+    elif path.suffix.lower() in SUFFIXES or spec.startswith(("/", ".", "~")) or path.drive:
         raise InputError(f"{spec}: no such file or folder; check the path of the corpus")
     else:
         return None

@@ -251,7 +251,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            last = last_words(log.read_text(errors="replace"))
+            last = last_words(log.read_text("utf-8", "replace"))
             raise EngineError(f"server did not start (exit {process.returncode}): {last}")
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecast.kernels.in_models import torch_fallback
+from sparsecast.kernels.ops.compiler import HAS_TRITON
 from sparsecast.kernels.ops.ffn import (
     FFN,
     WEIGHTS,
@@ -34,7 +35,7 @@ MAX_CPU_TOKENS = 8
 def runs_kernels(weight: Tensor) -> bool:
     """Return whether the kernels take weights of this dtype and device."""
     here = weight.device.type == ("cpu" if INTERPRETED else "cuda")
-    return here and weight.dtype in (torch.float16, torch.bfloat16)
+    return HAS_TRITON and here and weight.dtype in (torch.float16, torch.bfloat16)
 
 
 class SparseFFN(nn.Module):

@@ -27,10 +27,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from sparsecast.kernels.ops.compiler import tl, triton
 from sparsecast.kernels.ops.launch import INTERPRETED
 
 TILE = 32

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.kernels.ops.compiler import require_triton
 from sparsecast.kernels.ops.launch import padded_tokens
 from sparsecast.kernels.ops.quantized import Quantized
 
@@ -13,7 +14,8 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_input(x_TD: Tensor, d: int) -> None:
-    """Refuse anything but 1 to 16 tokens of width `d` in a 16-bit dtype."""
+    """Refuse anything but 1 to 16 tokens of width `d` in 16 bits, and all without Triton."""
+    require_triton()
     if x_TD.dim() != 2 or x_TD.shape[1] != d or x_TD.dtype not in HALVES:
         raise ValueError(
             f"x: is {tuple(x_TD.shape)} in {x_TD.dtype}, expected (tokens, {d}) in float16 or "

@@ -11,9 +11,9 @@ Shape letters: N neurons of a tile, W words of 16 neurons, K neurons of a word.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from sparsecast.kernels.ops.compiler import tl, triton
 
 WORD = 16
 MAX_WIDTH = 65535 * WORD

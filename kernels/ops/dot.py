@@ -8,9 +8,7 @@ Shape letters: N rows of a tile, K columns of a weight, T padded tokens.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
+from sparsecast.kernels.ops.compiler import tl, triton
 from sparsecast.kernels.ops.launch import INTERPRETED, after_previous
 
 _INTERPRETED = tl.constexpr(INTERPRETED)

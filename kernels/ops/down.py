@@ -29,8 +29,6 @@ share the list, C blocks of the hidden size.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.ops.active_list import (
@@ -41,6 +39,7 @@ from sparsecast.kernels.ops.active_list import (
     read_total,
     unpacked,
 )
+from sparsecast.kernels.ops.compiler import tl, triton
 from sparsecast.kernels.ops.dot import dot, rounded
 from sparsecast.kernels.ops.launch import after_previous, launch_options, padded_tokens
 

@@ -12,12 +12,11 @@ Shape letters: T tokens, D hidden, F FFN width, W words of 16 neurons.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.ops.active_list import Selection, allocate_entries, blank
 from sparsecast.kernels.ops.bitmask import WORD, pack
+from sparsecast.kernels.ops.compiler import tl, triton
 from sparsecast.kernels.ops.dot import products, rounded
 from sparsecast.kernels.ops.launch import (
     after_previous,

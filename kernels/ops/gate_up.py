@@ -22,8 +22,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparsecast.kernels.ops.active_list import (
@@ -35,6 +33,7 @@ from sparsecast.kernels.ops.active_list import (
     write_total,
 )
 from sparsecast.kernels.ops.bitmask import kth_bit, popcount, words_before
+from sparsecast.kernels.ops.compiler import tl, triton
 from sparsecast.kernels.ops.dot import products, rounded
 from sparsecast.kernels.ops.gate import activated, any_fired
 from sparsecast.kernels.ops.launch import (

@@ -13,11 +13,10 @@ block, C words of a block, H halves of a block, S words of a quantized input blo
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparsecast.core.ggml_blocks import BLOCK
+from sparsecast.kernels.ops.compiler import tl, triton
 from sparsecast.kernels.ops.launch import (
     INTERPRETED,
     after_previous,

@@ -27,13 +27,19 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sparsecast.kernels.ops.compiler import (
+    HAS_TRITON,
+    gdc_launch_dependents,
+    gdc_wait,
+    require_triton,
+    tl,
+    triton,
+)
 
 MAX_TOKENS = 16
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 is set in the environment: kernels run in Python, on CPU tensors."""
 
 
@@ -70,6 +76,7 @@ def launch_options(x: Tensor) -> dict[str, Any]:
     Raises:
         ValueError: The kernels cannot run on this device.
     """
+    require_triton()
     if x.device.type == "cuda" and not INTERPRETED:
         pdl = _capability(x.device.index)[0] >= 9
         return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}

@@ -11,13 +11,12 @@ Shape letters: T tokens, D hidden size, R rank, F FFN width, W words of 16 neuro
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparsecast.core.ggml_blocks import round_to_q8_0
 from sparsecast.kernels.ops.active_list import Selection, allocate_entries, blank
 from sparsecast.kernels.ops.bitmask import WORD, pack
+from sparsecast.kernels.ops.compiler import tl, triton
 from sparsecast.kernels.ops.dot import products, rounded
 from sparsecast.kernels.ops.int8_dot import int8_products, quantize_input
 from sparsecast.kernels.ops.launch import (
