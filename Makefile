@@ -4,14 +4,15 @@
 # make test-lm-eval: the tests of lm-eval's tasks, with lm-eval, which it installs.
 # make test-vllm: the tests that need vLLM, in an environment of its own (3.5 GB): some minutes for that, once, and some to run.
 # make lint, make format, make typecheck: what make test checks first, one at a time; format also changes files.
-# make wheel: the wheel in dist/.
+# make wheel: the source archive and the wheel in dist/.
+# make lock: requirements/test.lock and docs/licences.md, from what .venv holds.
 # make docs: the documentation as a site in site/; any warning fails it. All but test-vllm create .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 
-.PHONY: demo test test-slow test-lm-eval test-vllm lint format typecheck wheel docs clean
+.PHONY: demo test test-slow test-lm-eval test-vllm lint format typecheck wheel lock docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsecast demo --out demo
@@ -41,7 +42,10 @@ typecheck: $(VENV)/.installed
 
 wheel: $(VENV)/.installed
 	rm -rf build  # setuptools would add what an earlier build left there
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build
+
+lock: $(VENV)/.installed
+	$(BIN)/python requirements/make_lock.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

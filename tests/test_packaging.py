@@ -1,4 +1,4 @@
-"""What is built: the source archive has the documents, the wheel runs as a module."""
+"""What is built: the source archive has the documents and makes the same wheel, which runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml"}
-DOCUMENTS |= {"CONTRIBUTING.md", "mkdocs.yml"}
+DOCUMENTS |= {"CONTRIBUTING.md", "SECURITY.md", "mkdocs.yml"}
 CODE = {"core", "collect", "predictors", "export", "kernels", "sparsify", "integrations", "cli"}
 FOLDERS = CODE | {"docs", "examples", "tests"}
 BUILD = """
@@ -49,6 +49,21 @@ def test_the_source_archive_has_the_documents_and_the_tests(built):
     assert {"cli/entry/__main__.py", "tests/test_packaging.py", "tests/conftest.py"} <= names
     assert {"docs/index.md", "docs/guides/collect.md", "examples/model_to_report.ipynb"} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+def test_the_source_archive_makes_the_same_wheel(built, tmp_path):
+    """What an installer without wheels does, such as a distribution's."""
+    (source,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    with zipfile.ZipFile(wheel) as want, zipfile.ZipFile(tmp_path / wheel.name) as got:
+        assert sorted(got.namelist()) == sorted(want.namelist())
+        names = [name for name in want.namelist() if not name.endswith("/RECORD")]
+        assert [name for name in names if got.read(name) != want.read(name)] == []
 
 
 def modules() -> set[str]:
