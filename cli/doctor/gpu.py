@@ -66,10 +66,10 @@ def _gpu(number: int, gpu: dict[str, Any], there: Driver) -> Finding:
     values = {key: gpu[key] for key in ("name", "capability", "bytes", "free_bytes")}
     values["driver"] = there.version
     if gpu["error"]:
-        advice = (
-            f"see whether another program holds its memory (nvidia-smi), or hide it: "
-            f"CUDA_VISIBLE_DEVICES without {number}"
-        )
+        full = "out of memory" in gpu["error"]
+        first = "free its memory (nvidia-smi names who holds it)"
+        first = first if full else "update its driver, or install a torch that is built for it"
+        advice = f"{first}; or hide it: CUDA_VISIBLE_DEVICES without {number}"
         return Finding("gpu", f"GPU {number}", "fix", f"{text}: {gpu['error']}", advice, values)
     return Finding("gpu", f"GPU {number}", "ok", text, values=values)
 

@@ -20,6 +20,10 @@ LITTLE_DISK = 5 * GIB
 """Less free disk than this is told: tiny-prosparse needs less, no 1B model does."""
 SOURCE = "#include <Python.h>\n#include <vector>\nstd::vector<int> numbers() { return {1}; }\n"
 COMPILE_TIMEOUT = 60
+LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def gib(nbytes: float) -> str:
@@ -53,10 +57,13 @@ def usable_cores() -> int:
 def memory_finding() -> Finding:
     """Measure memory, where the system says."""
     total, free = memory_bytes()
-    values = {"bytes": total, "free_bytes": free}
+    limit = memory_limit()
+    values = {"bytes": total, "free_bytes": free, "limit_bytes": limit}
     if total is None:
         return Finding("memory", "memory", "note", "this system does not say", values=values)
     text = gib(total) if free is None else f"{gib(total)}, {gib(free)} of it available"
+    if limit is not None and limit < total:
+        text += f"; this container may use {gib(limit)}"
     return Finding("memory", "memory", "ok", text, values=values)
 
 
@@ -74,6 +81,19 @@ def memory_bytes() -> tuple[int | None, int | None]:
     except (OSError, ValueError, IndexError):
         pass
     return total, free
+
+
+def memory_limit() -> int | None:
+    """Return the bytes that this container may use, None where nothing limits them.
+
+    A limit of cgroup v1 is always a number, and one beyond the machine's memory limits nothing.
+    """
+    for path in LIMITS:
+        try:
+            return int(path.read_text(encoding="ascii"))
+        except (OSError, ValueError):  # `max` is no number
+            continue
+    return None
 
 
 def disk_findings() -> list[Finding]:

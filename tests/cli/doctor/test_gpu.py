@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sparsecast.cli.doctor.gpu import Driver, driver, gpu_findings, kernel_findings
 from sparsecast.cli.doctor.torch_facts import torch_facts
@@ -49,7 +51,11 @@ def test_a_gpu_that_is_full_is_to_be_freed():
     first, second = gpu_findings(FACTS | {"gpus": [GPU, full]}, DRIVER)
     assert (first.state, second.state) == ("ok", "fix")
     assert "CUDA error: out of memory" in second.found
-    assert "CUDA_VISIBLE_DEVICES without 1" in (second.to_do or "")
+    assert second.to_do is not None
+    assert second.to_do.startswith("free its memory (nvidia-smi names who holds it); or hide it")
+    strange = GPU | {"error": "no kernel image is available for execution on the device"}
+    (only,) = gpu_findings(FACTS | {"gpus": [strange]}, DRIVER)
+    assert "install a torch that is built for it" in (only.to_do or "")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,50 @@ def test_nvidia_smi_is_read(monkeypatch, code, out, want):
 def test_no_nvidia_smi(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert driver() == Driver([], None)
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> pytest.MonkeyPatch:
+    """A torch for CUDA with two GPUs, which none of its operations can use."""
+    gpu = SimpleNamespace(name="H200", major=9, minor=0, total_memory=2**37)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**36 + index, 2**37))
+
+    def refuse(*_: object, **options: object) -> None:
+        raise RuntimeError(f"{options['device']} is lost\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    return monkeypatch
+
+
+def test_torch_is_asked_for_each_gpu(cuda):
+    facts = torch_facts()
+    assert (facts["built_for"], facts["why_no_gpu"]) == ("CUDA 13.0", None)
+    assert facts["gpus"] == [
+        {
+            "name": "H200",
+            "capability": "9.0",
+            "bytes": 2**37,
+            "free_bytes": 2**36 + index,
+            "error": f"cuda:{index} is lost Compile with TORCH_USE_CUDA_DSA",
+        }
+        for index in range(2)
+    ]
+
+
+def test_why_torch_uses_no_gpu(cuda):
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    cuda.setattr(torch.cuda, "init", fail)
+    facts = torch_facts()
+    assert (facts["gpus"], facts["why_no_gpu"]) == (
+        [],
+        "The NVIDIA driver on your system is too old",
+    )
 
 
 def test_what_torch_says_here():

@@ -33,6 +33,22 @@ def test_a_system_that_does_not_tell_its_memory(monkeypatch):
     assert memory_finding().state == "note"
 
 
+@pytest.mark.parametrize(
+    ("text", "limit", "words"),
+    [
+        ("1073741824\n", 2**30, "; this container may use 1 GiB"),
+        ("max\n", None, "available"),
+        ("9223372036854771712\n", 9223372036854771712, "available"),
+    ],
+)
+def test_the_memory_of_a_container(text, limit, words, tmp_path, monkeypatch):
+    (tmp_path / "limit").write_text(text)
+    monkeypatch.setattr(machine, "LIMITS", (tmp_path / "none", tmp_path / "limit"))
+    found = memory_finding()
+    assert found.values["limit_bytes"] == limit
+    assert found.found.endswith(words)
+
+
 def test_cores_without_an_affinity(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3}, raising=False)
