@@ -2,7 +2,8 @@
 
 PowerInfer's `main` prints `build = NUMBER (COMMIT)` before it opens its model (main.cpp, d3ebd7c),
 and lists one option in GPU builds alone (export/engine/gpu.py). llama.cpp's programs print
-`version: NUMBER (COMMIT)` for --version, and llama-bench lists devices for --list-devices.
+`version: NUMBER (COMMIT)` for --version, and llama-bench lists devices for --list-devices
+(tools/llama-bench/llama-bench.cpp).
 """
 
 from __future__ import annotations
@@ -102,7 +103,11 @@ def _llama_cpp(place: Path | None) -> Finding:
     if "usage" not in said:
         advice = "build it on this machine; a GPU build needs its GPU's libraries"
         return Finding("engines", name, "fix", f"{bench} does not run: {_last(said)}", advice)
-    devices = [match[1] for match in DEVICE.finditer(_output([str(bench), "--list-devices"]))]
+    if "--list-devices" not in said:
+        told = f"{bench}: PowerInfer's own llama-bench, or one too old to list its devices"
+        return Finding("engines", name, "note", told, "build a current llama.cpp and name that")
+    listed = _output([str(bench), "--list-devices"]).partition("Available devices:")[2]
+    devices = [match[1] for match in DEVICE.finditer(listed)]
     gpu = [device for device in devices if device.rstrip("0123456789") not in ("CPU", "BLAS")]
     kind = f"GPU build ({', '.join(gpu)})" if gpu else "CPU build, or no GPU is visible"
     values = {"path": str(bench), "gpu": bool(gpu)}

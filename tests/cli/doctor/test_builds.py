@@ -17,8 +17,8 @@ esac
 """
 BENCH = """#!/bin/sh
 case "$1" in
---help) echo "usage: llama-bench [options]" ;;
---list-devices) echo "Available devices:"; {devices} ;;
+--help) echo "usage: llama-bench [options]"; echo "  --list-devices  list and exit" ;;
+--list-devices) echo "  Noise: of the driver" >&2; echo "Available devices:"; {devices} ;;
 esac
 """
 CLI = """#!/bin/sh
@@ -97,6 +97,13 @@ def test_llama_cpp_by_file_and_folder(tmp_path):
             "ok",
             f"{bench}: GPU build (CUDA0), version 6123 (abc1234)",
         )
+
+
+def test_a_llama_bench_that_lists_no_devices(tmp_path):
+    program(tmp_path / "llama-bench", "#!/bin/sh\necho 'usage: llama-bench [options]'\n")
+    _, found = build_findings(None, tmp_path, {})
+    assert found.state == "note"
+    assert "PowerInfer's own llama-bench, or one too old" in found.found
 
 
 def test_llama_cpp_of_a_cpu(tmp_path):
