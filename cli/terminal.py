@@ -9,9 +9,13 @@ from typing import TextIO
 
 
 def print_output(text: str) -> None:
-    """Write to standard output; end the program silently if its reader has gone."""
+    """Write to standard output; end the program silently if its reader has gone.
+
+    Characters that its encoding lacks are escaped.
+    """
     try:
-        sys.stdout.write(text)
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)

@@ -105,7 +105,10 @@ def _triton(facts: dict[str, Any]) -> Finding:
         found = "not installed; our kernels and torch.compile on a GPU need it"
         advice = "pip install triton, in the version that your torch asks for"
         return Finding("kernels", "triton", state, found, advice if facts["gpus"] else None)
-    advice = "install the triton that came with your torch, and a C compiler"
+    advice = (
+        "install the triton that came with your torch, and a C compiler; its cache needs a folder "
+        "that can be written (TRITON_CACHE_DIR)"
+    )
     return Finding("kernels", "triton", state, f"does not compile: {triton['detail']}", advice)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+
+from sparsecast.cli.terminal import print_output
 
 SPARSECAST = f"{sys.executable} -m sparsecast"
 
@@ -66,3 +69,13 @@ def test_a_rank_that_is_no_number_hides_no_error(value):
     assert done.returncode == 2
     assert done.stderr.endswith("no stage is called 'tarin'; did you mean train?\n")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("encoding", "want"), [("ascii", b"/tmp/\\xe9\\udcff\n"), ("utf-8", b"/tmp/\xc3\xa9\\udcff\n")]
+)
+def test_what_an_encoding_lacks_is_escaped(encoding, want, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding=encoding, newline=""))
+    print_output("/tmp/\xe9\udcff\n")
+    assert raw.getvalue() == want
