@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.options import option_of
+from sparsecast.core.options import option_of, short_repr
 
 ADDED = {"long_documents": "cut", "stages": "7b"}
 """Options that runs of earlier versions lack, and what those versions did."""
+
+MOST_SHOWN = 200
 
 
 def compare_options(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -20,11 +22,17 @@ def compare_options(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> l
         was = earlier.get(name, ADDED.get(name))
         if was == value:
             continue
-        change = f"{name} was {was!r}, now {value!r}"
+        change = f"{name} was {_shown(was)}, now {_shown(value)}"
         if name in ADDED and name not in earlier:
             change += f": give {option_of(name)} {was}, as runs before that option did"
         changes.append(change)
     return changes
+
+
+def _shown(value: object) -> str:
+    """Return a value's repr, shortened if it is longer than most paths."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else short_repr(value)
 
 
 def check_unchanged(folder: Path, content: str, changes: list[str], *, finished: bool) -> None:

@@ -102,20 +102,23 @@ def new_folder(
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically; write directly to /dev/stdout, a FIFO or a shell's >(command).
 
-    Lines end in a line feed on every system.
+    Lines end in a line feed on every system. Lone surrogates, which a file's name may hold, are
+    written as escapes.
 
     Raises:
         OSError: With the file's name.
     """
     try:
         if (opened := _opened(path)) is not None:
-            with open(opened, "w", encoding="utf-8", newline="\n") as file:
+            with open(
+                opened, "w", encoding="utf-8", errors="backslashreplace", newline="\n"
+            ) as file:
                 file.write(text)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         part = hidden_sibling(path, f"{os.getpid()}.part")
         try:
-            part.write_text(text, encoding="utf-8", newline="\n")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

@@ -11,17 +11,24 @@ it has its default, so that manifests without it stay valid, checksum included.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
-from typing import Any
+from sys import float_info
+from typing import Any, TypeGuard
 
 import xxhash
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import write_json
+from sparsecast.core.options import short_repr
 
 MANIFEST = "manifest.json"
 OPTIONAL = "optional"
+LARGEST = 2**63 - 1
+"""Maximum count in a field, which keeps sums and ratios of counts within float64."""
+LONGEST = 4096
+"""Maximum length of a text in a field, in characters: the longest path."""
 DEEPEST = 50
 """Maximum nesting of lists and objects in a field, which keeps recursive code within its limits."""
 
@@ -74,16 +81,18 @@ def check_version(path: Path, value: dict[str, Any], ours: int, again: str) -> N
     version = value.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool):
         raise InputError(
-            f"{path}: format_version is {version!r}, expected {ours}; it is damaged: {again}"
+            f"{path}: format_version is {short_repr(version)}, expected {ours}; it is damaged: "
+            f"{again}"
         )
     if version > ours:
         raise InputError(
-            f"{path}: format version {version}, but this sparsecast reads up to {ours}: it was "
-            f"written by a newer one; upgrade sparsecast, or {again}"
+            f"{path}: format version {short_repr(version)}, but this sparsecast reads up to "
+            f"{ours}: it was written by a newer one; upgrade sparsecast, or {again}"
         )
     if version < ours:
         raise InputError(
-            f"{path}: format version {version} of an older sparsecast, expected {ours}; {again}"
+            f"{path}: format version {short_repr(version)} of an older sparsecast, expected "
+            f"{ours}; {again}"
         )
 
 
@@ -93,12 +102,34 @@ def check_keys(path: Path, value: dict[str, Any], kind: type[Any], again: str) -
     needed = {item.name for item in fields(kind) if OPTIONAL not in item.metadata}
     for odd, what in ((needed - set(value), "lacks"), (set(value) - known, "has an unknown")):
         if odd:
-            raise InputError(f"{path}: damaged, it {what} {sorted(odd)[0]!r}; {again}")
+            raise InputError(f"{path}: damaged, it {what} {short_repr(min(odd))}; {again}")
 
 
 def is_count(value: Any, least: int = 1) -> bool:
-    """Return whether a JSON value is a whole number of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Return whether a JSON value is a whole number from `least` to `LARGEST`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a number within float64."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -float_info.max <= value <= float_info.max
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Return whether a JSON value is a text of at most `LONGEST` characters."""
+    return isinstance(value, str) and len(value) <= LONGEST
+
+
+def is_checksums(value: Any) -> bool:
+    """Return whether a JSON value gives checksums by the names of files."""
+    return isinstance(value, dict) and all(
+        isinstance(item, str) and _CHECKSUM.fullmatch(item) for item in value.values()
+    )
+
+
+_CHECKSUM = re.compile("[0-9a-f]{32}")
 
 
 def is_shallow(value: Any, levels: int = DEEPEST) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsecast.core.disk import full_disk_errno
 from sparsecast.core.errors import InputError, reason_of
 from sparsecast.core.files import check_file, hidden_sibling
+from sparsecast.core.pickle_claims import Claim, check_claims
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,7 +41,7 @@ def save_torch(value: Any, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def load_torch(path: Path, expected: str, advice: str) -> Any:
+def load_torch(path: Path, expected: str, advice: str, *, tensors: bool = True) -> Any:
     """Load a `torch.save` file of tensors onto the CPU.
 
     Files in torch's zip format are memory-mapped: a page is read when it is used. Files that
@@ -49,14 +50,23 @@ def load_torch(path: Path, expected: str, advice: str) -> Any:
     Args:
         expected: What the file should be, for the message about a missing file.
         advice: What the user can do, for the message about an unusable file.
+        tensors: Whether the file holds tensors alone, so that no number in it exceeds its bytes.
 
     Raises:
         InputError: The file is missing, damaged, or holds more than tensors.
     """
     check_file(path, expected)
+    zipped = is_zipfile(path)
+    try:
+        if tensors:
+            check_claims(path, zipped)
+    except Claim as error:
+        raise InputError(f"{path}: not a file of tensors: {error}; {advice}") from None
+    except (OSError, ValueError):
+        pass  # an empty file, or one that torch says more about
     try:
         with warnings.catch_warnings(action="ignore"):  # advice that a reader cannot follow
-            return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         # torch's own text advises weights_only=False, which would run code from the file.
         text = str(error)
@@ -69,6 +79,21 @@ def load_torch(path: Path, expected: str, advice: str) -> Any:
         damaged = "weights_only" in text
         reason = "it is not a file of torch.save" if damaged else reason_of(error).split(". ")[0]
         raise InputError(f"{path}: not a readable torch file ({reason}); {advice}") from None
+
+
+def load_state(path: Path, *names: str) -> dict[str, Any]:
+    """Load what an unfinished run has kept, as `load_torch` does.
+
+    Raises:
+        InputError: It is damaged, or has no entries of these names.
+    """
+    advice = f"it is damaged: remove {path.parent}, and the run begins again"
+    found = load_torch(path, "the state of an unfinished run", advice, tensors=False)
+    absent = [name for name in names if not isinstance(found, dict) or name not in found]
+    if absent:
+        raise InputError(f"{path}: holds no {absent[0]}; {advice}")
+    kept: dict[str, Any] = found
+    return kept
 
 
 def describe_unless_dense(value: object) -> str | None:

@@ -201,7 +201,7 @@ def _read(path: Path, dtype: str) -> Predictor:
             )
     # Accept parameters, and matrices that are transposed in the file.
     fc1, fc2 = (value[name].detach().contiguous() for name in ("fc1.weight", "fc2.weight"))
-    if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1] or not len(fc1):
+    if fc1.dim() != 2 or fc2.dim() != 2 or fc1.shape[0] != fc2.shape[1] or not fc1.numel():
         raise InputError(
             f"{path}: fc1.weight {tuple(fc1.shape)} and fc2.weight {tuple(fc2.shape)} do not fit; "
             f"expected {WANT}"

@@ -21,8 +21,10 @@ from sparsecast.core.manifests import (
     check_keys,
     check_version,
     find_edit,
+    is_checksums,
     is_count,
     is_shallow,
+    is_text,
     optional,
     write_manifest,
 )
@@ -155,7 +157,7 @@ def _invalid_field(manifest: PredictorManifest) -> str | None:
     layers = len(manifest.dtypes) if isinstance(manifest.dtypes, list) else 0
     threshold = number(manifest.activation_threshold)
     rules: dict[str, bool] = {
-        **{name: isinstance(getattr(manifest, name), str) for name in texts},
+        **{name: is_text(getattr(manifest, name)) for name in texts},
         **{name: is_count(getattr(manifest, name)) for name in sizes},
         "activation": manifest.activation in ACTIVATIONS,
         "activation_threshold": threshold is not None and threshold >= 0,
@@ -166,9 +168,7 @@ def _invalid_field(manifest: PredictorManifest) -> str | None:
         and all(map(_scores, manifest.calibration)),
         "experts": is_count(manifest.experts, least=0) and layers % max(1, manifest.experts) == 0,
         "recipe": isinstance(manifest.recipe, dict) and is_shallow(manifest.recipe),
-        "checksums": isinstance(manifest.checksums, dict)
-        and MANIFEST in manifest.checksums
-        and all(isinstance(value, str) for value in manifest.checksums.values()),
+        "checksums": is_checksums(manifest.checksums) and MANIFEST in manifest.checksums,
     }
     return next((name for name, sound in rules.items() if not sound), None)
 

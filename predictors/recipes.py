@@ -7,13 +7,14 @@ returns the predictors of all layers, the others None.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.core.messages import log
-from sparsecast.core.torch_files import save_torch
+from sparsecast.core.torch_files import load_state, save_torch
 from sparsecast.predictors.baselines.label_clipping import ClippedStore
 from sparsecast.predictors.baselines.public_recipe import PublicRecipeModule
 from sparsecast.predictors.baselines.svd import svd_predictors
@@ -76,7 +77,7 @@ def _trained_experts(
             done = _trained(part, source)
             save_torch({ffn: state_of(one) for ffn, one in done.items()}, part.trained)
             part.checkpoint.unlink(missing_ok=True)
-        states = torch.load(part.trained, weights_only=True, mmap=True)
+        states: dict[Any, Any] = load_state(part.trained)
         own |= {ffn: from_state(state) for ffn, state in states.items()}
     return own
 

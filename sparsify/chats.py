@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparsecast.core.errors import InputError
-from sparsecast.core.files import hidden_sibling
+from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.files import check_file, hidden_sibling
 from sparsecast.core.messages import log
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import read_documents
@@ -54,7 +56,7 @@ def read_chats(plan: SparsifyPlan, work: WorkFolder, tokenizer: Any, vocabulary:
     """
     path = work.path / "chats.safetensors"
     if path.is_file():
-        return Chats(**load_file(path))
+        return read_kept(path, plan.seq_len)
     found = _labelled(plan, tokenizer, vocabulary)
     chats = Chats(
         train_N2S=pack_chats(found["train"], plan.seq_len),
@@ -67,6 +69,30 @@ def read_chats(plan: SparsifyPlan, work: WorkFolder, tokenizer: Any, vocabulary:
     if passes > 1:
         log.info(f"{plan.sft_corpus}: the chats are trained on {passes:.1f} times")
     return chats
+
+
+def read_kept(path: Path, seq_len: int) -> Chats:
+    """Read the chats that an earlier start has kept.
+
+    Raises:
+        InputError: They are damaged.
+    """
+    check_file(path, "the chats of an unfinished run")
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: damaged ({reason_of(error)}); remove {path.parent}, and the run begins again"
+        ) from error
+    if found.keys() != set(Chats._fields) or not all(
+        chats.dtype == torch.int32 and len(chats) and chats.shape[1:] == (2, seq_len)
+        for chats in found.values()
+    ):
+        raise InputError(
+            f"{path}: holds no chats of {seq_len} tokens; remove {path.parent}, and the run begins "
+            "again"
+        )
+    return Chats(**found)
 
 
 def _labelled(plan: SparsifyPlan, tokenizer: Any, vocabulary: int) -> dict[str, list[Tensor]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import hidden_sibling
+from sparsecast.core.files import check_file, hidden_sibling
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.text.corpus import Document
 from sparsecast.core.text.rows import UnusableRowError
@@ -38,7 +38,18 @@ def rows_file(folder: Path, vocabulary: int) -> Path:
 
 
 def open_rows(path: Path, seq_len: int) -> np.ndarray[Any, Any]:
-    """Map a file of `pack_documents` into memory as (N, S), read-only."""
+    """Map a file of `pack_documents` into memory as (N, S), read-only.
+
+    Raises:
+        InputError: It does not hold whole sequences.
+    """
+    check_file(path, "the tokens of an unfinished run")
+    nbytes, row = path.stat().st_size, seq_len * np.dtype(path.suffix[1:]).itemsize
+    if not nbytes or nbytes % row:
+        raise InputError(
+            f"{path}: has {nbytes:,} bytes, expected sequences of {row:,} bytes each; it is "
+            f"damaged: remove {path.parent}, and the run begins again"
+        )
     return np.memmap(path, dtype=path.suffix[1:], mode="r").reshape(-1, seq_len)
 
 

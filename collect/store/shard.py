@@ -35,6 +35,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from sparsecast.core.options import short_repr
+
 SHARD_BYTES = 128 * 2**20
 """Size of a full shard."""
 INPUT_DTYPES = {
@@ -150,7 +152,7 @@ class Shape:
                     f"expected {CODES[field.dtype]} {list(field.shape)}"
                 )
         extra = sorted(set(found) - {field.name for field in fields})
-        return f"{extra[0]} has no place in it" if extra else None
+        return f"{short_repr(extra[0])} has no place in it" if extra else None
 
     def _fired(self) -> list[Field]:
         counts = (self.experts, self.ffn_width) if self.experts else (self.ffn_width,)

@@ -10,6 +10,7 @@ checked for NaN and infinity at the same time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from os import fstat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from sparsecast.collect.store.shard import CODES, Field, checksum
 from sparsecast.collect.store.units import shard_name
-from sparsecast.core.errors import InputError
+from sparsecast.core.errors import InputError, shown
 from sparsecast.core.files import check_file, parse_json, unreadable_error
+from sparsecast.core.manifests import is_count
 
 AGAIN = "copy the folder again, or remove it and collect again"
 WHAT = "a shard of activations"
@@ -114,8 +116,8 @@ def read_header(path: Path, want: str | None = None) -> Header:
         raise
     try:
         with path.open("rb") as file:
-            raw = _raw_header(file)
-            size = path.stat().st_size
+            size = fstat(file.fileno()).st_size
+            raw = _raw_header(file, size)
     except OSError as error:
         raise unreadable_error(path, error, WHAT) from error
     except ValueError as error:
@@ -131,7 +133,7 @@ def read_header(path: Path, want: str | None = None) -> Header:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged header; {AGAIN}") from error
     if says != path.name:
-        raise InputError(f"{path}: says that it is {says}; {AGAIN}")
+        raise InputError(f"{path}: says that it is {shown(says)}; {AGAIN}")
     if size != len(raw) + end:
         raise InputError(
             f"{path}: has {size:,} bytes, expected {len(raw) + end:,}: it was cut short or added "
@@ -145,11 +147,11 @@ def header_checksum(path: Path) -> str:
     return read_header(path).checksum
 
 
-def _raw_header(file: BinaryIO) -> bytes:
-    """Return length and text of a safetensors header."""
+def _raw_header(file: BinaryIO, nbytes: int) -> bytes:
+    """Return length and text of the safetensors header of a file of `nbytes` bytes."""
     length = file.read(8)
     size = int.from_bytes(length, "little")
-    if len(length) < 8 or size > 100_000_000:
+    if len(length) < 8 or size > min(nbytes - 8, 100_000_000):
         raise ValueError("it does not begin as a shard does")
     return length + file.read(size)
 
@@ -159,6 +161,9 @@ def _parsed(text: bytes) -> tuple[dict[str, Field], dict[str, str], str, int]:
     Damage raises one of Python's own errors."""
     table: dict[str, Any] = parse_json(text)
     metadata = table.pop("__metadata__")
+    for row in table.values():
+        if not all(is_count(item, least=0) for item in (*row["shape"], *row["data_offsets"])):
+            raise ValueError("a shape or a place that is no count")
     rows = sorted(table.items(), key=lambda row: row[1]["data_offsets"])
     fields = {name: Field(name, _DTYPES[row["dtype"]], tuple(row["shape"])) for name, row in rows}
     sums = {name: str(metadata[name]) for name in fields}

@@ -38,8 +38,11 @@ from sparsecast.core.manifests import (
     check_keys,
     check_version,
     find_edit,
+    is_checksums,
     is_count,
+    is_number,
     is_shallow,
+    is_text,
     optional,
     write_manifest,
 )
@@ -200,11 +203,10 @@ def _senseless(manifest: Manifest) -> str | None:
     texts = ("model", "fingerprint", "model_type", "dtype", "tokenizer", "convention", "activation")
     sizes = ("threads", "hidden_size", "ffn_width")
     rules: dict[str, bool] = {
-        **{name: isinstance(getattr(manifest, name), str) for name in (*texts, "corpus")},
+        **{name: is_text(getattr(manifest, name)) for name in (*texts, "corpus")},
         **{name: is_count(getattr(manifest, name)) for name in sizes},
         "ffn_matrices": manifest.ffn_matrices in (2, 3),
-        "activation_threshold": isinstance(manifest.activation_threshold, (int, float))
-        and not isinstance(manifest.activation_threshold, bool),
+        "activation_threshold": is_number(manifest.activation_threshold),
         "layers": isinstance(manifest.layers, list)
         and bool(manifest.layers)
         and all(is_count(layer, least=0) for layer in manifest.layers)
@@ -216,8 +218,7 @@ def _senseless(manifest: Manifest) -> str | None:
         and not (manifest.experts and manifest.energy),
         "config": isinstance(manifest.config, dict) and is_shallow(manifest.config),
         "options": isinstance(manifest.options, dict) and is_shallow(manifest.options),
-        "checksums": isinstance(manifest.checksums, dict)
-        and all(isinstance(value, str) for value in manifest.checksums.values()),
+        "checksums": is_checksums(manifest.checksums),
         **{
             name: isinstance(table := getattr(manifest, name), dict)
             and all(is_count(value, least=0) for value in table.values())

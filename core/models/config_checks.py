@@ -83,10 +83,16 @@ def check_fields(raw: Mapping[str, Any], path: Path) -> None:
     _check_number(raw, path, "partial_rotary_factor", "above 0 and at most 1", 0, 1)
     for name in ("rope_scaling", "rope_parameters"):
         _check_rope(raw.get(name), path, name)
+    classes = raw.get("architectures")
+    if classes is not None and not (
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    ):
+        raise _wrong(path, "architectures", classes, "a list of names or null")
     if (found := raw.get("transformers_weights")) is not None:
         raise InputError(
-            f"{path}: transformers_weights is {found!r}, expected the weights in model.safetensors "
-            "or the shards of model.safetensors.index.json; rename them and remove the field"
+            f"{path}: transformers_weights is {short_repr(found)}, expected the weights in "
+            "model.safetensors or the shards of model.safetensors.index.json; rename them and "
+            "remove the field"
         )
     if raw.get("per_layer_config") is not None:
         raise InputError(
@@ -184,7 +190,7 @@ def _check_experts(
             f"1 to {count:,}; correct it, or download the config again"
         )
     place = re.escape(family.stored_experts)
-    named = (re.search(rf"\.{place}\.(\d+)\.", name) for name in stored)
+    named = (re.search(rf"\.{place}\.(\d{{1,9}})\.", name) for name in stored)
     held = {int(found[1]) for found in named if found}
     if not held:
         return

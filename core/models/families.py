@@ -245,8 +245,8 @@ def unknown_family_message(model_type: object, where: str, *, brings_code: bool 
     known = ", ".join(sorted({*FAMILIES, *REMAPPED}, key=str.lower))
     code = "; the code that comes with it (auto_map) is never run" if brings_code else ""
     return (
-        f"{where}: model_type is {model_type!r}, expected one of {known}{code}; FAMILIES in "
-        "sparsecast.core.models.families has the table, and adding a family is adding a row"
+        f"{where}: model_type is {short_repr(model_type)}, expected one of {known}{code}; FAMILIES "
+        "in sparsecast.core.models.families has the table, and adding a family is adding a row"
     )
 
 

@@ -127,8 +127,8 @@ def check_checkpoint(checkpoint: Checkpoint) -> Tokenizer:
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "no architecture")
     if not any(str(name).endswith("ForCausalLM") for name in config.architectures or [default]):
         raise InputError(
-            f"{source}: architectures is {config.architectures}, expected a causal language model "
-            "(...ForCausalLM)"
+            f"{source}: architectures is {short_repr(config.architectures)}, expected a causal "
+            "language model (...ForCausalLM)"
         )
     family_of(config, source)
     checkpoint.check()
@@ -153,9 +153,9 @@ def check_token_ids(tokenizer: Tokenizer, rows: int, where: object) -> None:
     if beyond:
         number, token = min(beyond)
         raise InputError(
-            f"{where}: the tokenizer has {token!r} as id {number:,}, but the model has an "
-            f"embedding for ids 0 to {rows - 1:,} (vocab_size); give the tokenizer that the model "
-            "was trained with"
+            f"{where}: the tokenizer has {short_repr(token)} as id {number:,}, but the model has "
+            f"an embedding for ids 0 to {rows - 1:,} (vocab_size); give the tokenizer that the "
+            "model was trained with"
         )
 
 

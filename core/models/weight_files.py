@@ -18,8 +18,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.errors import InputError, reason_of, shown
 from sparsecast.core.files import check_file, read_json, unreadable_error
+from sparsecast.core.options import short_repr
 from sparsecast.core.torch_files import describe_unless_dense, load_torch
 
 ORDER = (
@@ -76,14 +77,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             for name in opened.keys():  # noqa: SIM118
                 if name in where:
                     raise InputError(
-                        f"{path}: tensor {name} is also in {where[name].name}, expected it once; "
-                        f"{_AGAIN}"
+                        f"{path}: tensor {shown(name)} is also in {where[name].name}, expected it "
+                        f"once; {_AGAIN}"
                     )
                 where[name] = path
     for name, file in sorted(index.items()):
         if where.get(name) != folder / file:
             raise InputError(
-                f"{folder / file}: tensor {name} is not in it, but the index says so; {_AGAIN}"
+                f"{folder / file}: tensor {shown(name)} is not in it, but the index says so; "
+                f"{_AGAIN}"
             )
     return where
 
@@ -106,12 +108,12 @@ def _index(path: Path) -> dict[str, str]:
     for file in sorted(set(index.values())):
         if re.search(r"[/\\\0]", file) or not file.endswith(suffix):
             raise InputError(
-                f"{path}: names the file {file[:200]!r}, expected the name of a *{suffix} file "
+                f"{path}: names the file {short_repr(file)}, expected the name of a *{suffix} file "
                 "beside it, without a folder; give an index that save_pretrained has written"
             )
         if file not in there:
             raise InputError(
-                f"{path.parent / file}: no such file, but {path.name} names it; {_AGAIN}"
+                f"{path}: names {shown(file)}, but there is no such file beside it; {_AGAIN}"
             )
     return index
 
@@ -173,7 +175,7 @@ class _Pickled:
     def __init__(self, path: Path) -> None:
         value = load_torch(path, "a model's weights", f"give model.safetensors, or {_AGAIN}")
         if not isinstance(value, dict) or not all(
-            isinstance(name, str) and describe_unless_dense(tensor) is None
+            isinstance(name, str) and name.isprintable() and describe_unless_dense(tensor) is None
             for name, tensor in value.items()
         ):
             raise InputError(

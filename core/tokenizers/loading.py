@@ -10,6 +10,7 @@ handles special tokens, added tokens and the chat template.
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,12 @@ from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sparsecast.core.errors import InputError, reason_of
+from sparsecast.core.errors import InputError, is_panic, reason_of
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.pretrained import load_pretrained_tokenizer
-from sparsecast.core.tokenizers.files import check_files, sentencepiece_file, settings_of
+from sparsecast.core.options import short_repr
+from sparsecast.core.tokenizers.files import MOST_IDS, check_files, sentencepiece_file, settings_of
 from sparsecast.core.tokenizers.sentencepiece_bpe import (
     NORMAL,
     SPACE,
@@ -44,7 +46,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         InputError: No tokenizer files, or part of them; damaged ones; two tokenizers in one folder;
             one that makes nothing of a text.
     """
-    folder = checkpoint.folder
+    try:
+        return _load(checkpoint.folder)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise InputError(
+            f"{checkpoint.folder}: the tokenizers library fails on these files ({error}); copy the "
+            "tokenizer's files from where the model comes from"
+        ) from error
+
+
+def _load(folder: Path) -> Tokenizer:
     check_files(folder)
     path = sentencepiece_file(folder)
     model: Any = None if path is None else read_model(path)
@@ -61,6 +74,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             f"{folder}: no usable tokenizer ({reason_of(error)}); expected the tokenizer.json or "
             "tokenizer.model of this model beside config.json"
         ) from error
+    _check_largest(tokenizer, folder)
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         whole = folder / "tokenizer.json"
         if whole.exists():
@@ -76,6 +90,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             "the tokenizer's whole files from where the model comes from"
         )
     return cast(Tokenizer, tokenizer)
+
+
+def _check_largest(tokenizer: Any, folder: Path) -> None:
+    """Refuse an absurd id; see `MOST_IDS`."""
+    token, largest = max(tokenizer.get_vocab().items(), key=itemgetter(1), default=("", 0))
+    if largest >= MOST_IDS:
+        raise InputError(
+            f"{folder}: the tokenizer has {short_repr(token)} as id {largest:,}, expected ids "
+            f"below {MOST_IDS:,}, far above any vocabulary; copy the tokenizer's files again"
+        )
 
 
 def _as_written(backend: Any, path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecast.core.errors import InputError
+from sparsecast.core.errors import InputError, shown
 from sparsecast.export.checks.base import Check
 from sparsecast.export.checks.folders import read_counts
 from sparsecast.export.read.header import header_of
@@ -87,7 +87,7 @@ def _tensors(split: GGUFFile, file: GGUFFile) -> list[str]:
         return [f"holds {len(there)} tensors, expected {len(want)}"]
     for name, expected in zip(there, want, strict=True):
         if name != expected:
-            return [f"{name} is at the place of {expected}"]
+            return [f"{shown(name)} is at the place of {expected}"]
     wrong = []
     for name, entry in split.entries.items():
         if entry.type.name != "i32":

@@ -79,12 +79,12 @@ def _layers(split: GGUFFile) -> list[dict[str, Any]]:
     matrices = _matrices(split.path)
     rows = []
     for name, entry in split.entries.items():
-        if not (found := re.fullmatch(r"blk\.(\d+)\.gpu_bucket", name)):
+        if not (found := re.fullmatch(r"blk\.(\d{1,9})\.gpu_bucket", name)):
             continue
         layer, neurons = int(found[1]), entry.shape[0]
         index = split.entries.get(f"blk.{layer}.gpu_idx")
         here = [matrices.get(f"blk.{layer}.{row}.weight") for row in ROWS]
-        sizes = [e.nbytes // e.shape[0] for e in here if e is not None]
+        sizes = [e.nbytes // e.shape[0] for e in here if e is not None and e.shape[0]]
         rows.append(
             {
                 "layer": layer,

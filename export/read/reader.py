@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecast.core.errors import InputError
+from sparsecast.core.errors import InputError, shown
 from sparsecast.core.files import check_file, unreadable_error
+from sparsecast.core.options import short_repr
 
 SCALARS = {
     0: "B",
@@ -279,7 +280,9 @@ class GGUFFile:
     def _alignment(self) -> int:
         value = self.keys.get("general.alignment", 32)
         if not isinstance(value, int) or not 1 <= value <= 2**16 or value & (value - 1):
-            raise self._broken(f"general.alignment is {value!r}, expected a power of two")
+            raise self._broken(
+                f"general.alignment is {short_repr(value)}, expected a power of two up to 65,536"
+            )
         return value
 
     def _tensor_header(self) -> tuple[str, tuple[int, ...], TensorType, int]:
@@ -323,12 +326,6 @@ class GGUFFile:
             if entry.start < end:
                 raise self._broken(f"tensors {shown(before)} and {shown(name)} overlap")
             end, before = entry.start + entry.nbytes, name
-
-
-def shown(name: str) -> str:
-    """Shorten a name from a file to one line."""
-    text = name if name.isprintable() else repr(name)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _blocks(blocks_NB: Tensor) -> tuple[Tensor, Tensor]:

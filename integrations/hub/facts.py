@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.manifests import is_number
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -111,7 +112,7 @@ def score_measures(means: dict[str, Any], corpus: str, split: str) -> list[Measu
     return [
         Measure(label, TYPES.get(name, name), float(means[name]), corpus, split)
         for name, label in LABELS.items()
-        if isinstance(means.get(name), (int, float))
+        if is_number(means.get(name))
     ]
 
 
@@ -183,7 +184,7 @@ def model_facts(values: dict[str, Any], rule: str, fingerprint: str, shape: str)
     if isinstance(values.get("corpus"), str):
         facts.corpora = [values["corpus"]]
     rows = values.get("held_out")
-    if not isinstance(rows, dict) or not rows:
+    if not isinstance(rows, dict) or not rows or not all(map(_is_score, rows.values())):
         return facts
     corpus = facts.corpora[0] if facts.corpora else "held-out text"
     last = list(rows.values())[-1]
@@ -198,6 +199,13 @@ def model_facts(values: dict[str, Any], rule: str, fingerprint: str, shape: str)
             Measure("change in perplexity", "perplexity_change", change, corpus, "held-out")
         )
     return facts
+
+
+def _is_score(row: Any) -> bool:
+    """Return whether a row of sparsify.json has the numbers that a card shows."""
+    if not isinstance(row, dict) or not is_number(row.get("sparsity")):
+        return False
+    return is_number(row.get("perplexity")) and row["perplexity"] > 0
 
 
 def _span(ranks: list[int]) -> str:

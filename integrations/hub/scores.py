@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sparsecast.core.errors import InputError
+from sparsecast.core.errors import InputError, one_line
 from sparsecast.core.files import read_json
+from sparsecast.core.manifests import is_number, is_text
+from sparsecast.core.options import short_repr
 from sparsecast.integrations.hub.config import PushConfig
 from sparsecast.integrations.hub.facts import Facts, Measure, score_measures
 from sparsecast.predictors.checkpoint import PredictorSet
@@ -38,16 +40,18 @@ def more_measures(cfg: PushConfig, facts: Facts, predictors: PredictorSet | None
     changes: dict[str, Any] = {}
     if (path := cfg.report or _inside(cfg.folder, REPORT)) is not None:
         value = _report(path, predictors)
-        corpus = str(value.get("corpus") or "the recorded text")
+        named = value.get("corpus")
+        corpus = one_line(named) if is_text(named) and named else "the recorded text"
         found += score_measures(value["mean"], corpus, "held-out")
         changes = value
     if (path := cfg.evaluation or _inside(cfg.folder, EVALUATION)) is not None:
         changes = read_evaluation(path)
-    text = str(changes.get("evaluated_on") or "").partition(" of ")[2] or "held-out text"
+    told = changes.get("evaluated_on")
+    text = (one_line(told) if is_text(told) else "").partition(" of ")[2] or "held-out text"
     return found + [
         Measure(label, name, float(changes[name]), text, "held-out")
         for name, label in CHANGES.items()
-        if isinstance(changes.get(name), (int, float))
+        if is_number(changes.get(name))
     ]
 
 
@@ -64,7 +68,8 @@ def _report(path: Path, predictors: PredictorSet) -> dict[str, Any]:
     found = (value["predictor_bytes"], value.get("threshold"))
     if found != (ours := (predictors.nbytes, predictors.threshold)):
         raise InputError(
-            f"{path}: is of other predictors, of {found[0]} bytes with threshold {found[1]}, but "
+            f"{path}: is of other predictors, of {short_repr(found[0])} bytes with threshold "
+            f"{short_repr(found[1])}, but "
             f"the folder's have {ours[0]} and {ours[1]}; report on these"
         )
     return value

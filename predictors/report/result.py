@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.errors import InputError
+from sparsecast.core.errors import InputError, one_line
 from sparsecast.core.files import read_json
+from sparsecast.core.manifests import is_count, is_number, is_text
 from sparsecast.predictors.baselines.sparseinfer import sign_nbytes
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.report.score import SPLIT, LayerScore, means
@@ -104,17 +105,18 @@ def read_evaluation(path: Path | None) -> dict[str, Any]:
             + (", and with --corpus beside --tasks" if "tasks" in value else "")
         )
     tokens, corpus = value.get("tokens"), value.get("corpus")
-    count = f"{tokens:,} held-out tokens" if isinstance(tokens, int) else "held-out tokens"
+    count = f"{tokens:,} held-out tokens" if is_count(tokens) else "held-out tokens"
+    named = one_line(corpus) if is_text(corpus) else "an unnamed text"
     return {
         "perplexity_change": changes["predicted"],
         "bundle_perplexity_change": changes["bundle"],
-        "evaluated_on": f"{count} of {corpus if isinstance(corpus, str) else 'an unnamed text'}",
+        "evaluated_on": f"{count} of {named}",
     }
 
 
-def _is_change(value: object) -> bool:
+def _is_change(value: Any) -> bool:
     """Whether a value can be a ratio of perplexities less 1."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > -1
+    return is_number(value) and value > -1
 
 
 def _dtype(predictors: PredictorSet) -> str:

@@ -38,6 +38,7 @@ from sparsecast.core.lightning import (
     quiet_lightning,
 )
 from sparsecast.core.messages import log
+from sparsecast.core.torch_files import load_state
 from sparsecast.predictors.training.plan import TrainingPlan, work_folder
 from sparsecast.predictors.training.source import Batches, Source, calibration_batches
 
@@ -81,6 +82,8 @@ def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
             _begin(plan.work, plan.resume_options)
     last = plan.checkpoint
     resume = last if last.is_file() else None
+    if resume is not None:
+        load_state(resume, "state_dict", "optimizer_states", "epoch", "global_step", "loops")
     if resume is not None and plan.context.leads:
         log.info("resuming from the last finished epoch")
     train_data: Any = source.batches(plan)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,13 +55,16 @@ def table_path(folder: Path, phase: str) -> Path:
 
 
 def begin_table(path: Path, layers: int, step: int) -> None:
-    """Begin a table, or keep the rows up to `step` of one that a killed run has left."""
-    kept = []
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-        kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+    """Begin a table, or keep the rows up to `step` of one that a killed run has left.
+
+    Rows that are damaged are left out.
+    """
     names = ["step", "tokens", "loss", "l1", "lambda", "lr", "threshold", "wanted", "sparsity"]
     names += [f"{name}_{layer}" for name in ("sparsity", "dead") for layer in range(layers)]
+    kept = []
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[1:]
+        kept = [line for line in lines if line.endswith("\n") and _step(line, names) <= step]
     write_text(path, ",".join(names) + "\n" + "".join(kept))
 
 
@@ -106,5 +110,9 @@ def _row(line: dict[str, str]) -> Row:
     )
 
 
-def _step(line: str) -> int:
-    return int(line.partition(",")[0])
+def _step(line: str, names: Sequence[str]) -> float:
+    """Return the step of a row with these columns; infinity if it is damaged."""
+    try:
+        return _row(dict(zip(names, line.rstrip("\n").split(","), strict=True))).step
+    except ValueError:
+        return inf

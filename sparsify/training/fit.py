@@ -28,7 +28,7 @@ from sparsecast.core.lightning import (
 )
 from sparsecast.core.messages import log
 from sparsecast.core.models.loading import pick_device
-from sparsecast.core.torch_files import save_torch
+from sparsecast.core.torch_files import load_state, save_torch
 from sparsecast.sparsify.chats import AnswerBatches
 from sparsecast.sparsify.plan import SparsifyPlan
 from sparsecast.sparsify.prepare import TrainingSetup
@@ -97,8 +97,7 @@ def train_phase(
     done, last = work.path / f"{slug}.pt", work.path / f"{slug}.ckpt"
     several = plan.team.context.size > 1
     if done.is_file():
-        where = "cpu" if several else plan.device
-        saved = torch.load(done, map_location=where, weights_only=True)
+        saved = load_state(done, "model", "optimizer", *(["raised"] if raised is not None else []))
         setup.model.load_state_dict(saved["model"])
         if raised is not None:
             raised.load_state_dict(saved["raised"])
@@ -144,7 +143,7 @@ def _steps_done(phase: Phase, last: Path) -> int:
     if not last.is_file():
         log.info(f"{phase.name}: {phase.stop - phase.start:,} steps")
         return 0
-    step: int = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    step: int = load_state(last, "global_step", "state_dict", "optimizer_states")["global_step"]
     log.info(f"{phase.name}: resuming at step {step:,}")
     return step
 

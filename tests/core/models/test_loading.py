@@ -116,7 +116,7 @@ def test_a_pickle_with_more_than_tensors_is_refused_in_words_of_ours(folder, zip
         ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
         ({"rope_parameters": {"rope_type": "riddle", "rope_theta": 1e4}}, "cannot build the model"),
         ({"hidden_size": None}, "Field 'hidden_size' expected int, got NoneType"),
-        ({"architectures": [1]}, r"architectures is \[1\], expected a causal language model"),
+        ({"architectures": [1]}, r"architectures is \[1\], expected a list of names"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\], expected one of"),
         ({"per_layer_config": {"0": {}}}, "per_layer_config makes layers of different kinds"),
         ({"pad_token_id": 512}, "pad_token_id is 512 in config.json, but .* ids 0 to 511"),
