@@ -4,6 +4,7 @@
 # make test-lm-eval: the tests of lm-eval's tasks, with lm-eval, which it installs.
 # make test-vllm: the tests that need vLLM, in an environment of its own (3.5 GB): some minutes for that, once, and some to run.
 # make lint, make format, make typecheck: what make test checks first, one at a time; format also changes files.
+# make fuzz: mutated files for the binary readers; SECONDS=600 of READER=gguf, gpuidx, safetensors, predictors, tokens or all.
 # make wheel: the source archive and the wheel in dist/.
 # make lock: requirements/test.lock and docs/licences.md, from what .venv holds.
 # make docs: the documentation as a site in site/; any warning fails it. All but test-vllm create .venv on the first call and reuse it afterwards.
@@ -11,8 +12,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+READER ?= all
+SECONDS ?= 60
 
-.PHONY: demo test test-slow test-lm-eval test-vllm lint format typecheck wheel lock docs clean
+.PHONY: demo test test-slow test-lm-eval test-vllm fuzz lint format typecheck wheel lock docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsecast demo --out demo
@@ -28,6 +31,9 @@ test-lm-eval: $(VENV)/.lm-eval
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m vllm tests/integrations/vllm
+
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/tools $(BIN)/python -m broken.fuzz $(READER) $(SECONDS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
