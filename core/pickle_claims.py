@@ -60,8 +60,8 @@ def _zipped_pickles(path: Path) -> Iterator[Any]:
             for member in members:
                 if member.filename.endswith("data.pkl"):
                     yield io.BytesIO(archive.read(member))
-    except (BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
-        return  # torch says what is wrong with it
+    except (BadZipFile, ValueError, RuntimeError, NotImplementedError) as error:
+        raise Claim(f"its table of parts is damaged ({error})") from error
 
 
 def _plain_pickle(path: Path) -> Iterator[Any]:

@@ -7,7 +7,7 @@ import re
 import warnings
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def load_torch(path: Path, expected: str, advice: str, *, tensors: bool = True) 
         InputError: The file is missing, damaged, or holds more than tensors.
     """
     check_file(path, expected)
-    zipped = is_zipfile(path)
+    zipped = _is_zip(path)
     try:
         if tensors:
             check_claims(path, zipped)
@@ -79,6 +79,13 @@ def load_torch(path: Path, expected: str, advice: str, *, tensors: bool = True) 
         damaged = "weights_only" in text
         reason = "it is not a file of torch.save" if damaged else reason_of(error).split(". ")[0]
         raise InputError(f"{path}: not a readable torch file ({reason}); {advice}") from None
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return is_zipfile(path)
+    except BadZipFile:  # one that goes on in another file; torch refuses it
+        return True
 
 
 def load_state(path: Path, *names: str) -> dict[str, Any]:

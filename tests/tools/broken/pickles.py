@@ -146,6 +146,13 @@ def bomb() -> bytes:
     return made.getvalue()
 
 
+def split_zip() -> bytes:
+    """A zip that says that it is one of two files."""
+    whole = zipped(weights(rebuilt((4, 4), (4, 1))))
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2)
+    return whole[:-22] + locator + whole[-22:]
+
+
 def legacy_claim() -> bytes:
     """torch's format before 1.6 with a storage of `CLAIM` bytes that is not there."""
     floats = CLAIM // 4

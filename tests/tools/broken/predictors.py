@@ -205,6 +205,7 @@ CASES = [
         lambda folder: holds(pickles.bomb())(folder),
         only=FILE,
     ),
+    Case("a zip that goes on in another file", holds(pickles.split_zip()), only=FILE),
     Case(
         "a compressed file",
         holds(
