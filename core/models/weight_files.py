@@ -113,7 +113,7 @@ def _index(path: Path) -> dict[str, str]:
             )
         if file not in there:
             raise InputError(
-                f"{path}: names {shown(file)}, but there is no such file beside it; {_AGAIN}"
+                f"{path.parent / shown(file)}: no such file, but {path.name} names it; {_AGAIN}"
             )
     return index
 
