@@ -21,6 +21,20 @@ settings.register_profile("many", max_examples=5_000)
 HIDDEN, WIDTH, TOKENS = 16, 24, 8
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escape lone surrogates in what a test wrote or failed with: pytest-xdist cannot send them."""
+    report = yield
+    report.sections = [(name, _sendable(text)) for name, text in report.sections]
+    if report.failed:
+        report.longrepr = _sendable(str(report.longrepr))
+    return report
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @pytest.fixture(scope="session")
 def copy_of():
     """Copy a sound folder: (folder, where to) to the copy."""
