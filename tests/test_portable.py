@@ -30,9 +30,9 @@ SIGNALS_IN_WINDOWS = {
     "signal", "getsignal", "default_int_handler", "SIGINT", "SIGTERM", "SIG_DFL", "SIG_IGN",
 }  # fmt: skip
 GUARDED = {
-    ("cli/doctor/machine.py", "os.sched_getaffinity"),
-    ("cli/doctor/machine.py", "os.sysconf"),
     ("cli/bench/export_runs.py", "os.sync"),
+    ("core/machine.py", "os.sched_getaffinity"),
+    ("core/machine.py", "os.sysconf"),
 }
 """Used where they exist."""
 

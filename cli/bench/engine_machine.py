@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from sparsecast.core.disk import describe_space, format_bytes, free_bytes
 from sparsecast.core.errors import InputError
+from sparsecast.core.machine import total_memory, usable_cores
 from sparsecast.core.messages import log
 
 
@@ -24,12 +24,6 @@ def check_cores(threads: list[int]) -> None:
             f"--threads {max(threads)}: this process may use {cores} core(s), and more threads "
             f"than cores wait for each other in busy loops; take --threads {cores} or less"
         )
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return os.cpu_count() or 1 if affinity is None else len(affinity(0))
 
 
 def check_scratch(folder: Path, need: int, what: str) -> None:
@@ -54,14 +48,9 @@ def warn_of_memory(files: list[Path]) -> None:
 
     Rows run in turn, so the system drops each file's pages before it is read again.
     """
-    need, there = sum(path.stat().st_size for path in files), memory_bytes()
-    if need > there:
+    need, there = sum(path.stat().st_size for path in files), total_memory()
+    if there is not None and need > there:
         log.warning(
             f"the rows' files take {format_bytes(need)}, but this machine has "
             f"{format_bytes(there)} of memory: runs may read from the disk and be as fast as it is"
         )
-
-
-def memory_bytes() -> int:
-    """Return the machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparsecast.cli.doctor.finding import Finding, one_line
+from sparsecast.core.machine import total_memory, usable_cores
 
 GIB = 2**30
 LITTLE_DISK = 5 * GIB
@@ -47,13 +48,6 @@ def cpu_finding(threads: int | None) -> Finding:
     return Finding("cpu", platform.machine() or "CPU", "ok", text, values=values)
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def memory_finding() -> Finding:
     """Measure memory, where the system says."""
     total, free = memory_bytes()
@@ -69,10 +63,8 @@ def memory_finding() -> Finding:
 
 def memory_bytes() -> tuple[int | None, int | None]:
     """Return total and available bytes of memory, None where the system does not say."""
-    total = free = None
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+    total, free = total_memory(), None
+    if total is None:
         return None, None
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

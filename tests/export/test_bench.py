@@ -133,10 +133,10 @@ def test_what_the_machine_or_the_bundle_lacks_is_told(bundle_folder, tmp_path, m
     engine = fake_engine(tmp_path / "build")
     cfg = BenchEngineConfig(bundle=bundle_folder, engine=engine, tokens=20, rounds=1)
     size = bundle_file(bundle_folder).stat().st_size
-    monkeypatch.setattr(engine_machine, "memory_bytes", lambda: 2 * size)
+    monkeypatch.setattr(engine_machine, "total_memory", lambda: 2 * size)
     bench_engine(cfg)
     assert "the rows' files take" not in capsys.readouterr().err
-    monkeypatch.setattr(engine_machine, "memory_bytes", lambda: size)
+    monkeypatch.setattr(engine_machine, "total_memory", lambda: size)
     bench_engine(cfg)
     assert "the rows' files take" in " ".join(capsys.readouterr().err.split())
     bare = tmp_path / "bare"
