@@ -261,6 +261,7 @@ def needs(command: Command) -> str | None:
     return next((what for part, what in NOT_RUN.items() if part in command.text), None)
 
 
+@pytest.mark.slow
 def test_documented_commands_and_python_run(tmp_path, monkeypatch, corpus):
     monkeypatch.chdir(tmp_path)
     run_pages(corpus, RUN, slow=False)

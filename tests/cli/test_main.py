@@ -178,6 +178,7 @@ def test_a_failure_exits_with_1_and_no_traceback(monkeypatch, capsys, tmp_path, 
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_before_the_first_shard_leaves_nothing(
     model_folder, tmp_path, sparsecast_forked
 ):

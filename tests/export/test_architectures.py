@@ -44,6 +44,10 @@ NAMES = (
     "falcon-11b",
     "opt",
 )
+QUICK = ("llama-grouped", "bamboo", "falcon-7b", "opt")
+SOME_SLOW = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +74,7 @@ def ids_NS():
     return torch.randint(3, 512, (3, 100), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME_SLOW)
 @pytest.mark.parametrize("dtype", ["f16", "q4_0"])
 def test_a_bundle_of_every_architecture_verifies(exported, corpus, name, dtype):
     result = verify(VerifyConfig(bundle=exported(name, dtype), corpus=str(corpus), tokens=512))

@@ -44,6 +44,7 @@ def untimed(monkeypatch, device):
     monkeypatch.setattr(dispatch, "MAX_CPU_THREADS", torch.get_num_threads())
 
 
+@pytest.mark.slow
 def test_bench_kernels_says_what_it_measured(untimed, tmp_path):
     cfg = BenchKernelsConfig(
         shapes=["1b"], sparsities=[0.75], batches=[1], rank=32, json=tmp_path / "k.json"

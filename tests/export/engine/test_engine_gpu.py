@@ -188,6 +188,7 @@ def test_runs_that_differ_by_a_race_pass_and_say_so(checked):
     assert "median of 3 runs 1.20% apart" in half["engine perplexity"]
 
 
+@pytest.mark.slow
 def test_an_error_that_every_run_has_fails(checked):
     checks, _, _ = checked(off=0.02, runs=[1.02])
 

@@ -52,6 +52,10 @@ KINDS = [
     ({"normalizer": {"type": "NFC"}}, r"normalizes text \(NFC\)"),
 ]
 NAMES = ["smollm2", "llama3-merges", "llama3", "qwen", "nfc"]
+SOME_SLOW = [
+    pytest.param(*kind, id=name, marks=[] if name in ("smollm2", "qwen") else pytest.mark.slow)
+    for kind, name in zip(KINDS, NAMES, strict=True)
+]
 
 
 def change(folder: Path, edit) -> None:
@@ -101,7 +105,7 @@ def test_without_consent_the_count_and_the_way_out_are_told(
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(("fields", "reason"), KINDS, ids=NAMES)
+@pytest.mark.parametrize(("fields", "reason"), SOME_SLOW)
 def test_with_consent_the_card_and_verify_give_the_same_count(
     byte_copy, random_predictors, corpus, fields, reason
 ):

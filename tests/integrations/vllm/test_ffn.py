@@ -55,7 +55,11 @@ def test_the_threshold_itself_stays(dtype):
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_exact_and_dense_give_the_ffn(rule, tokens, dtype):
     x_TD, gate_up, down_DF = problem(tokens, dtype)
     y_TD = exact_or_dense(x_TD, gate_up, by_rows(down_DF), rule.name, rule.threshold)

@@ -50,7 +50,7 @@ def two_steps(model, target, **options):
     return found
 
 
-QUICK = ("llama", "opt", "falcon", "smollm3")
+QUICK = ("llama", "opt", "smollm3")
 MIXED = {"smollm3": 2}
 """Graphs of families whose layers differ: every fourth one of SmolLM3 rotates nothing."""
 
