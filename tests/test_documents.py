@@ -166,6 +166,7 @@ SMALL = {
     },
     "BenchCollectConfig": {"tokens": 1000, "rounds": 1},
     "BenchTrainConfig": {"steps": 1, "rounds": 1},
+    "BenchSparsifyConfig": {"batch_size": 2, "seq_len": 16, "steps": 1, "rounds": 1},
     "BenchPredictorsConfig": {"epochs": 1, "reference_epochs": 1, "perplexity": 0.5},
     "BenchExportConfig": {"rounds": 1},
     "BenchGenerateConfig": {"tokens": 4, "rounds": 1},
@@ -179,8 +180,11 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
 
 
 def stand_ins(corpus: Path) -> dict[str, str]:
-    """What the words of the pages stand for in a run; writes a chat model and chats for them."""
+    """What the words of the pages stand for in a run; writes models and chats for them."""
     model = str(TINY_PROSPARSE)
+    shutil.copytree(model, "dense-model", dirs_exist_ok=True)
+    config = json.loads((TINY_PROSPARSE / "config.json").read_text())
+    Path("dense-model/config.json").write_text(json.dumps(config | {"hidden_act": "silu"}))
     shutil.copytree(model, "chat-model", dirs_exist_ok=True)
     Path("chat-model/chat_template.jinja").write_text(TEMPLATE)
     with open("CHATS.jsonl", "w") as file:
@@ -191,6 +195,7 @@ def stand_ins(corpus: Path) -> dict[str, str]:
     return {
         "CHAT_MODEL": "chat-model",
         "CHATS": "CHATS.jsonl",
+        "DENSE_MODEL": "dense-model",
         "MODEL": model,
         "SILU_MODEL": model,
         "tiny-prosparse": model,
