@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsecast.cli.bench.engine_bandwidth import copy_gb_per_s
-from sparsecast.cli.bench.engine_budgets import GPUPlan, check_budget, plan_gpu, read_all_counts
+from sparsecast.cli.bench.engine_budgets import GPUPlan, check_budget, counts_of, plan_gpu
 from sparsecast.cli.bench.engine_build import check_build, check_threads
 from sparsecast.cli.bench.engine_bytes import predicts
 from sparsecast.cli.bench.engine_machine import check_cores, check_scratch, warn_of_memory
@@ -231,7 +231,7 @@ def _predicted(bundle: Labelled, file: GGUFFile) -> float | None:
 def _plans(cfg: BenchEngineConfig, file: GGUFFile, programs: Programs) -> list[GPUPlan | None]:
     if cfg.vram_budget is None:
         return [None]
-    counts = read_all_counts(file)
+    counts = counts_of(file)
     return [plan_gpu(budget, file, counts, programs.context) for budget in cfg.vram_budget]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.options import short_repr
-from sparsecast.export.checks.folders import read_counts
+from sparsecast.export.checks.folders import read_all_counts
 from sparsecast.export.read.header import header_of
 from sparsecast.export.read.reader import GGUFFile
 from sparsecast.export.write.hot_cold import BLOCK, Split, split_for
@@ -86,7 +86,7 @@ class GPUPlan:
         return all(len(hot_K) == self.split.width for hot_K in self.split.hot)
 
 
-def read_all_counts(file: GGUFFile) -> list[Tensor]:
+def counts_of(file: GGUFFile) -> list[Tensor]:
     """Read the bundle's counts, per layer (F,) int64.
 
     Raises:
@@ -104,14 +104,12 @@ def read_all_counts(file: GGUFFile) -> list[Tensor]:
             f"--vram-budget: the FFN of {file.path} is {', '.join(types)}, but a GPU build of "
             f"PowerInfer computes {' and '.join(ON_GPU_TYPES)}; export with --dtype f16"
         )
-    folder = file.path.parent / "activation"
-    if not folder.is_dir():
+    if (counts := read_all_counts(file)) is None:
         raise InputError(
-            f"--vram-budget: {folder}: no activation counts, which say what neurons go to the GPU; "
-            "export the bundle again with --activations"
+            f"--vram-budget: {file.path.parent / 'activation'}: no activation counts, which say "
+            "what neurons go to the GPU; export the bundle again with --activations"
         )
-    paths = [folder / f"activation_{i}.pt" for i in range(header.layers)]
-    return [read_counts(path, header.ffn).round().long() for path in paths]
+    return [count_F.round().long() for count_F in counts]
 
 
 def plan_gpu(asked: str, file: GGUFFile, counts: list[Tensor], context: int) -> GPUPlan:
@@ -119,7 +117,7 @@ def plan_gpu(asked: str, file: GGUFFile, counts: list[Tensor], context: int) -> 
 
     Args:
         asked: Has passed `check_budget`.
-        counts: From `read_all_counts`.
+        counts: From `counts_of`.
         context: The -c of the run, in tokens.
     """
     header = header_of(file)

@@ -29,7 +29,7 @@ from sparsecast.export.checks.engine_text import (
     check_tokenization,
     compare_perplexity,
 )
-from sparsecast.export.checks.folders import read_counts
+from sparsecast.export.checks.folders import read_all_counts
 from sparsecast.export.checks.logits import degenerate
 from sparsecast.export.engine.emulator import Emulator
 from sparsecast.export.engine.gpu import MB, Told, gpu_options, read_told
@@ -38,7 +38,7 @@ from sparsecast.export.engine.perturbed import Perturbed, Unrounded
 from sparsecast.export.engine.process import EngineError, Launch, told_perplexity
 from sparsecast.export.engine.protocol import HeldOutText, joined, perplexity
 from sparsecast.export.engine.replies import Reply, Spelling
-from sparsecast.export.read.header import Header, header_of
+from sparsecast.export.read.header import header_of
 from sparsecast.export.read.reader import GGUFFile
 
 RUNS = 3
@@ -97,7 +97,7 @@ def check_gpu_engine(
     if why := refused_width(header.ffn):
         return [Check("engine on a GPU", True, f"not checked: {why}")], None, []
     try:
-        plans = offloads(file, _counts(file, header))
+        plans = offloads(file, read_all_counts(file))
     except InputError as error:
         return [Check("engine on a GPU", False, str(error))], None, []
     prompts_PS = prompts_of(text.ids_NS, PROMPTS, PROMPT_LENGTH)
@@ -115,15 +115,6 @@ def check_gpu_engine(
         checks += [replace(check, name=f"{check.name}, {plan.name} on GPU") for check in found]
         runs.append(run)
     return checks, numbers, runs
-
-
-def _counts(file: GGUFFile, header: Header) -> list[Tensor] | None:
-    """Read the bundle's counts; None where it has none."""
-    folder = file.path.parent / "activation"
-    if not folder.is_dir():
-        return None
-    paths = (folder / f"activation_{i}.pt" for i in range(header.layers))
-    return [read_counts(path, header.ffn) for path in paths]
 
 
 def _check_offload(

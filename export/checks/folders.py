@@ -52,6 +52,19 @@ def check_card(folder: Path) -> list[Check]:
     return []
 
 
+def read_all_counts(file: GGUFFile) -> list[Tensor] | None:
+    """Read the counts beside a file, per layer as `read_counts`; None where it has none.
+
+    Raises:
+        InputError: See `read_counts`.
+    """
+    folder, header = file.path.parent / "activation", header_of(file)
+    if not folder.is_dir():
+        return None
+    paths = (folder / f"activation_{i}.pt" for i in range(header.layers))
+    return [read_counts(path, header.ffn) for path in paths]
+
+
 def read_counts(path: Path, width: int) -> Tensor:
     """Read how often each neuron of a layer fired, (F,) float32 or float64.
 

@@ -30,9 +30,9 @@ class Point(NamedTuple):
     true_sparsity: float = 0.8811
     """Of ProSparse-7B before the threshold shift (arXiv 2402.13516, table 2)."""
     hot_neurons: float = 0.26
-    """Share of the neurons, the hottest, that have 80 % of all activations. 26 % is PowerInfer's
-    figure for a whole LLaMA(ReGLU)-70B (arXiv 2312.12456, section 3.1; 43 % within one layer).
-    Small models are less skewed: the hottest 26 % of tiny-prosparse have 40 %."""
+    """Share of the neurons, the hottest, that have 80 % of all activations. 26 % is an assumption
+    after PowerInfer's paper (arXiv 2312.12456), which has it of a whole 70B. Small models are less
+    skewed: the hottest 26 % of tiny-prosparse have 40 %."""
 
 
 def public_point(shape: ModelShape) -> Point:
