@@ -155,8 +155,8 @@ class SparsifyConfig:
     target ProSparse's recipe on the same tokens, for the model card."""
 
     eval_tokens: int = 200_000
-    """Tokens per split (calibration and held-out) that scores are measured on, taken at
-    equal distances from eight times as many."""
+    """Tokens per split (calibration and held-out) that scores are measured on, from as many
+    documents as eight times as many tokens have."""
 
     dry_run: bool = False
     """Print parameters, memory per device, disk and time, the latter from a few steps on this

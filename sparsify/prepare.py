@@ -29,7 +29,7 @@ from sparsecast.core.tokenizers.copies import keep_files
 from sparsecast.core.tokenizers.loading import load_tokenizer
 from sparsecast.sparsify.chats import Chats, read_chats
 from sparsecast.sparsify.config import Preset
-from sparsecast.sparsify.evaluation_text import READ, spread
+from sparsecast.sparsify.evaluation_text import READ, few_of_each, spread
 from sparsecast.sparsify.plan import SPARSE, SparsifyPlan, activation_name
 from sparsecast.sparsify.samples import keep_openings
 from sparsecast.sparsify.save import (
@@ -234,8 +234,10 @@ def _evaluation_batches(
             skipped,
         )
     )
+    tokens = plan.eval_tokens
     chosen = chain.from_iterable(
-        spread([row for row in rows if row.split == split], plan.eval_tokens) for split in MEASURED
+        spread(few_of_each([row for row in rows if row.split == split], tokens), tokens)
+        for split in MEASURED
     )
     found = list(batch_by_length(chosen, seq_len=plan.seq_len, batch_size=EVAL_BATCH))
     splits = {batch.split for batch in found}
