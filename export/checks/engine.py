@@ -120,12 +120,14 @@ def check_next_tokens(
     prompts_PS: Tensor,
     runs: list[list[list[Reply]]],
     evaluate: Evaluate = Perturbed,
+    factor: float = FACTOR,
 ) -> list[Check]:
     """Compare next-token distributions after every prefix of the prompts, teacher-forced.
 
     Args:
         runs: The engine's replies by run, prompt and position.
         evaluate: Makes an evaluation of the file with a seed.
+        factor: How many times as far from ours as ours from each other the engine may be.
     """
     logits_NPSV = [evaluate(file, seed).logits(prompts_PS) for seed in range(EVALUATIONS)]
     positions = []
@@ -135,7 +137,7 @@ def check_next_tokens(
         positions += _positions(spelling, [run[p] for run in runs], logits_NSV, again)
     closest = closest_decisions(file, prompts_PS)
     outliers = outlier_check(positions, closest, prompts_PS.shape[1])
-    return [tokens_check(positions), probability_check(positions), outliers]
+    return [tokens_check(positions), probability_check(positions, factor), outliers]
 
 
 def _evaluated(file: GGUFFile, evaluate: Evaluate, prompt_S: Tensor, seed: int) -> Tensor:
@@ -235,15 +237,15 @@ def tokens_check(positions: list[Position]) -> Check:
     return Check("engine tokens", not wrong and len(far) <= MOVED_SHARE * n, detail)
 
 
-def probability_check(positions: list[Position]) -> Check:
-    """Check that the engine is as near to our evaluations as they are to each other."""
+def probability_check(positions: list[Position], factor: float = FACTOR) -> Check:
+    """Check that the engine is at most `factor` times as far from ours as ours from each other."""
     theirs = _quantile([p.theirs for p in positions], 0.5)
     ours = _quantile([p.ours for p in positions], 0.5)
     nearest = _quantile([[min(p.theirs)] for p in positions], 0.9)
     own_nearest = _quantile([p.nearest for p in positions], 0.9)
     apart, far_apart = (_quantile([[p.spread] for p in positions], q) for q in (0.5, 0.9))
-    bound = max(MEDIAN_FLOOR, FACTOR * ours) + apart
-    nearest_bound = max(NEAREST_FLOOR, FACTOR * own_nearest) + far_apart
+    bound = max(MEDIAN_FLOOR, factor * ours) + apart
+    nearest_bound = max(NEAREST_FLOOR, factor * own_nearest) + far_apart
     detail = (
         f"largest difference of a probability from {EVALUATIONS} evaluations of ours: median "
         f"{theirs:.2e} (ours from each other {ours:.2e}, bound {bound:.2e}), from the nearest at "

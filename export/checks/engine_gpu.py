@@ -6,9 +6,13 @@ threads its CPU down projection adds partial sums without a lock, so every compa
 runs: the distance between the engine's own runs is added to the bounds.
 
 Its CUDA kernels round otherwise than its CPU kernels: half of our evaluations leave the inputs of
-products in float32 (`Unrounded`). Prompts go through the model token by token, with the kernels
+products in float32 (`Unrounded`), and the bounds of the probabilities are `GPU_FACTOR` times our
+evaluations' distance from each other. Prompts go through the model token by token, with the kernels
 that generate text; the perplexity is computed in batches, with the kernels that read prompts.
-Written from the source of PowerInfer at d3ebd7c, without a GPU to run it on.
+
+Measured on an H200 with the demo's bundle (PowerInfer d3ebd7c, CUDA 13): at the median the engine
+is 2.7 times as far from our evaluations as they are from each other with no neuron on the GPU, and
+2.1 times with all of them; every one of 96 tokens is ours.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ from sparsecast.export.read.header import header_of
 from sparsecast.export.read.reader import GGUFFile
 
 RUNS = 3
+GPU_FACTOR = 4.0
+"""In place of engine.py's `FACTOR`: our evaluations do not have all roundings of CUDA's kernels."""
 PROMPTS, PROMPT_LENGTH = 4, 24
 """Prompts that fit the short context of `gpu_options`."""
 MEMORY_BOUND = 0.05
@@ -146,7 +152,8 @@ def _check_offload(
         except EngineError as error:
             return [*checks, Check("engine tokens", False, str(error))], None, run
     prompts_PS, spelling = compared.prompts_PS, compared.spelling
-    found = [overall, *check_next_tokens(file, spelling, prompts_PS, replies, _evaluation)]
+    tokens = check_next_tokens(file, spelling, prompts_PS, replies, _evaluation, GPU_FACTOR)
+    found = [overall, *tokens]
     run = run._replace(perplexity=numbers.perplexity, reference=numbers.reference)
     return [*checks, *explained(found, file, plan)], numbers, run
 

@@ -213,6 +213,16 @@ def test_what_the_engine_differs_from_itself_it_may_differ_from_us(spread, ok):
     assert ("own runs differ" in check.detail) == (spread > 0)
 
 
+@pytest.mark.parametrize(
+    ("times", "cpu", "gpu"), [(1.9, True, True), (3, False, True), (5, False, False)]
+)
+def test_a_gpu_may_be_further_from_ours_than_a_cpu(times, cpu, gpu):
+    positions = [Position(0.0, 0.0, [times * 2e-3] * 3, [2e-3] * 6)] * 10
+
+    assert probability_check(positions).ok == cpu
+    assert probability_check(positions, engine_gpu.GPU_FACTOR).ok == gpu
+
+
 def test_replies_that_name_other_tokens_differ_by_their_probability():
     one, other = (
         Reply([0], torch.tensor(slots), torch.tensor(probs, dtype=torch.float64), False, False)
