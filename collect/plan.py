@@ -16,6 +16,7 @@ from sparsecast.collect.store.units import Tally, Unit, units
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.interrupts import StopFlag
 from sparsecast.core.models.loading import embedding_rows
+from sparsecast.core.run_record import Run
 from sparsecast.core.text.corpus import Document, LongDocuments
 from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.tokens import tokenize_documents
@@ -44,6 +45,8 @@ class CollectionPlan:
     """The finished folder."""
     store_bytes: int
     """Estimated size of the finished folder."""
+    run: Run
+    """What run.json says of the collection."""
     ranks: DistributedContext
 
     @property

@@ -147,6 +147,7 @@ def complete(plan: CollectionPlan, shards: list[ShardInfo], tally: Tally) -> Man
     except NothingFiresError:
         shutil.rmtree(folder)
         raise
+    plan.run.write(folder, threads=manifest.threads)
     if plan.out.is_dir():
         plan.out.rmdir()
     os.replace(folder, plan.out)

@@ -44,6 +44,7 @@ from sparsecast.core.models.families import activation_rule, family_of
 from sparsecast.core.models.loading import check_seq_len, load_model, pick_device, pick_dtype
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.models.shape import model_shape
+from sparsecast.core.run_record import begin_run
 from sparsecast.core.text.corpus import read_documents, start_reading
 from sparsecast.core.text.corpus_files import is_stream, max_tokens
 from sparsecast.core.text.skipped import SkippedRows
@@ -76,11 +77,12 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
     """
     with distributed_context() as ranks, stop_on_signal() as stop, ExitStack() as held:
         with ranks.together():
+            given = cfg
             cfg = replace(cfg, out=output_folder(cfg.out), device=_device(cfg, ranks))
             checkpoint = Checkpoint(cfg.model)
             if (cfg.out / MANIFEST).is_file():
                 return _finished(cfg, checkpoint)
-            plan = _plan(cfg, checkpoint, shares, ranks)
+            plan = _plan(cfg, checkpoint, shares, ranks, given)
             if ranks.leads:
                 held.enter_context(lock_output(plan.out))
                 begin_or_resume(plan.out, plan.manifest)
@@ -119,8 +121,13 @@ def _plan(
     checkpoint: Checkpoint,
     shares: Mapping[str, int] | None,
     ranks: DistributedContext,
+    given: CollectConfig,
 ) -> CollectionPlan:
-    """Resolve every option; all that needs no weights is checked before they are loaded."""
+    """Resolve every option; all that needs no weights is checked before they are loaded.
+
+    Args:
+        given: The options as they were given, for run.json.
+    """
     wanted = shares or split_quotas(cfg.tokens, cfg.count_tokens)
     activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
     dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, pick_device(cfg.device))
@@ -138,6 +145,7 @@ def _plan(
         cfg.corpus, seq_len=cfg.seq_len, long_documents=cfg.long_documents, skipped=skipped
     )
     docs = start_reading(cfg.corpus, assign_splits(read))
+    run = begin_run("collect", given, checkpoint=checkpoint, device=pick_device(cfg.device))
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,
@@ -146,6 +154,8 @@ def _plan(
         device_map=cfg.device_map,
     )
     check_seq_len(cfg.seq_len, model, cfg.model)
+    manifest = _manifest(cfg, checkpoint, model, tokenizer, shape)
+    resolved = {"dtype": manifest.dtype, "input_dtype": shape.x_dtype, "layers": manifest.layers}
     return CollectionPlan(
         model=model,
         tokenizer=tokenizer,
@@ -156,9 +166,10 @@ def _plan(
         skipped=skipped,
         batch_size=cfg.batch_size,
         largest_shard=largest_shard,
-        manifest=_manifest(cfg, checkpoint, model, tokenizer, shape),
+        manifest=manifest,
         out=cfg.out,
         store_bytes=needs.store,
+        run=run.resolve(**resolved),
         ranks=ranks,
     )
 

@@ -1,8 +1,21 @@
-"""Cores and memory of this machine. Imports nothing but Python's own modules."""
+"""Processor, cores and memory of this machine. Imports nothing but Python's own modules."""
 
 from __future__ import annotations
 
 import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """Return the processor's name as Linux has it, else what Python knows of it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n"):
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
 
 
 def usable_cores() -> int:

@@ -11,6 +11,7 @@ it has its default, so that manifests without it stay valid, checksum included.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, TypeGuard
 import xxhash
 
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import write_json
+from sparsecast.core.files import read_json, write_json
 from sparsecast.core.options import short_repr
 
 MANIFEST = "manifest.json"
@@ -59,6 +60,20 @@ def manifest_checksum(manifest: Any) -> str:
     value = _value(manifest)
     value["checksums"].pop(MANIFEST, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def stated_checksum(folder: Path) -> str | None:
+    """Return the checksum that a folder's manifest states for itself, which covers every file
+    through theirs; None without a manifest that states one.
+
+    Raises:
+        InputError: What is called manifest.json holds no JSON object.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        return None
+    sums = read_json(folder / MANIFEST, "the manifest of a folder of sparsecast").get("checksums")
+    own = sums.get(MANIFEST) if isinstance(sums, dict) else None
+    return own if isinstance(own, str) else None
 
 
 def find_edit(path: Path, manifest: Any, again: str) -> str | None:

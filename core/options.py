@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from reprlib import Repr
@@ -41,12 +41,12 @@ def short_repr(value: object) -> str:
     return _short.repr(value)
 
 
-def command_of(stage: str, config: Any) -> str:
-    """Return the shell command of a configuration, without defaults."""
+def command_of(stage: str, config: Any, leave_out: Collection[str] = ()) -> str:
+    """Return the shell command of a configuration, without defaults and `leave_out`."""
     words = ["sparsecast", stage]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is None or value == field.default:
+        if value is None or value == field.default or field.name in leave_out:
             continue
         items = value if isinstance(value, list) else [value]
         words += [option_of(field.name), *(_word(item) for item in items)]

@@ -10,12 +10,13 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_file, unreadable_error
 from sparsecast.core.folders import check_folder_kind
 from sparsecast.core.hub import local_folder
+from sparsecast.core.run_record import RUN
 
 SUFFIX = ".powerinfer.gguf"
 """Suffix of the model's file."""
 GPUIDX_SUFFIX = ".generated.gpuidx"
 """What a GPU build of PowerInfer appends to the model's file name to find the split."""
-BESIDE = (f"*{GPUIDX_SUFFIX}", "predictor", "activation", "README.md")
+BESIDE = (f"*{GPUIDX_SUFFIX}", "predictor", "activation", "README.md", RUN)
 """What a bundle may hold beside its model."""
 
 

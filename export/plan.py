@@ -18,6 +18,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import lost_threshold_warning
+from sparsecast.core.run_record import Run, begin_run
 from sparsecast.export.bundle import file_name
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.read.other_tokens import OtherTokens
@@ -75,6 +76,8 @@ class ExportPlan:
     """The neurons on the GPU; None without --vram-budget."""
     lost_threshold: str | None
     """A warning: the config seems to have lost FATReLU's threshold, and no option gives it."""
+    run: Run
+    """What run.json says of the export."""
 
     @property
     def weight_bytes(self) -> int:
@@ -147,6 +150,7 @@ def plan_export(cfg: ExportConfig) -> ExportPlan:
         gpu=gpu,
         split=None if gpu is None or counts is None else _split(gpu, hparams, tensors, counts),
         lost_threshold=lost if cfg.activation_threshold is None else None,
+        run=begin_run("export", cfg, checkpoint=checkpoint),
     )
 
 

@@ -74,6 +74,7 @@ def _write(plan: ExportPlan) -> None:
         if plan.split is not None:
             write_gpuidx(folder / (plan.file + GPUIDX_SUFFIX), plan.split)
         write_text(folder / "README.md", model_card(plan))
+        plan.run.write(folder)
 
 
 def _check_disk_space(plan: ExportPlan) -> int:

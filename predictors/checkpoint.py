@@ -26,6 +26,7 @@ from sparsecast.core.hub import local_folder
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.models.ffns import place_of
 from sparsecast.core.options import short_repr
+from sparsecast.core.run_record import Run
 from sparsecast.core.torch_files import describe_unless_floats, load_torch, save_torch
 from sparsecast.predictors.formats import rounded
 from sparsecast.predictors.manifest import (
@@ -66,10 +67,16 @@ class PredictorSet:
         """Size of all matrices in PowerInfer's file."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def save(self, folder: Path) -> None:
-        """Write the folder in one step, replacing an earlier predictor folder."""
+    def save(self, folder: Path, run: Run | None = None) -> None:
+        """Write the folder in one step, replacing an earlier predictor folder.
+
+        Args:
+            run: The training, which run.json then describes.
+        """
         with new_folder(folder, replaces=model_file(0, self.experts)) as part:
             self.write_into(part)
+            if run is not None:
+                run.write(part)
 
     def write_into(self, folder: Path) -> None:
         """Write the files into an existing folder."""

@@ -7,7 +7,7 @@ modes.py. `bundle` is null for a model that PowerInfer cannot run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
@@ -19,10 +19,11 @@ from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.core.models.loading import embedding_rows, load_model
+from sparsecast.core.models.loading import embedding_rows, load_model, pick_device
 from sparsecast.core.models.perplexity import dense_perplexity, perplexity
 from sparsecast.core.models.shape import model_shape
 from sparsecast.core.progress import progress_bar
+from sparsecast.core.run_record import Run, begin_run
 from sparsecast.core.text.corpus import read_documents, start_reading
 from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
@@ -44,6 +45,8 @@ class EvaluationPlan:
     """Held-out documents of the corpus; empty without one."""
     skipped: SkippedRows
     """The rows of the corpus that could not be used."""
+    run: Run
+    """What the JSON says of the run."""
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -66,6 +69,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         check_writable_file(cfg.json, "--json")
     plan = resolve(cfg)
     result = summarize(cfg, plan, perplexities(plan.model, plan.predictors, plan.batches))
+    result["run"] = asdict(plan.run.record())
     show_perplexities(result)
     plan.skipped.tell()
     if cfg.json is not None:
@@ -97,6 +101,8 @@ def resolve(cfg: EvaluateConfig) -> EvaluationPlan:
         dtype=cfg.dtype,
         activation_threshold=cfg.activation_threshold,
     )
+    dtype = str(model.dtype).removeprefix("torch.")
+    run = begin_run("evaluate", cfg, device=pick_device(cfg.device), dtype=dtype)
     batches: list[TokenBatch] = []
     if started is not None:
         held_out = token_batches(
@@ -112,7 +118,12 @@ def resolve(cfg: EvaluateConfig) -> EvaluationPlan:
         if not (batches := list(held_out)):
             raise InputError(f"{corpus}: has no held-out document; give more text, in more files")
     return EvaluationPlan(
-        model=model, tokenizer=tokenizer, predictors=predictors, batches=batches, skipped=skipped
+        model=model,
+        tokenizer=tokenizer,
+        predictors=predictors,
+        batches=batches,
+        skipped=skipped,
+        run=run,
     )
 
 

@@ -22,6 +22,7 @@ from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import refuse_experts
 from sparsecast.core.models.loading import pick_device
+from sparsecast.core.run_record import begin_run
 from sparsecast.predictors.config import (
     DEFAULT_LONG_DOCUMENTS,
     DEFAULT_SEQ_LEN,
@@ -44,6 +45,8 @@ from sparsecast.predictors.training.source import RecordedSource, Source
 from sparsecast.predictors.training.trainer import check_unfinished
 
 SPLITS_READ = ("train", "calibration")
+_SETTLED = ("predictor_dtype", "epochs", "batch_size", "lr", "seq_len", "long_documents")
+"""Options that may be unset, as `TrainingRequest.options` has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +220,15 @@ def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
             "their predictors select every neuron; collect more --tokens"
         )
     steps = None if request.store else cfg.steps_per_epoch(request.processes_per_batch)
+    ranks = _ranks(request, store)
+    schedule, resolved = cfg.schedule, {n: v for n, v in options.items() if n in _SETTLED}
     return TrainingPlan(
         out=request.out,
         recipe=cfg.recipe,
         shape=recorded.model_shape,
         dtype=request.dtype,
-        ranks=_ranks(request, store),
-        schedule=cfg.schedule,
+        ranks=ranks,
+        schedule=schedule,
         steps_per_epoch=steps,
         objective=cfg.objective,
         model=cfg.model,
@@ -233,6 +238,7 @@ def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
         context=context,
         data_parallel=cfg.data_parallel,
         options=options,
+        run=begin_run("train", cfg, device=request.device, rank=ranks, **resolved),
     )
 
 

@@ -104,7 +104,7 @@ def _save(plan: TrainingPlan, store: ActivationStore, calibrated: list[Calibrate
     """Write the predictor folder in one step, with its logs; report the calibration scores."""
     layers = [layer.predictor for layer in calibrated]
     predictors = PredictorSet(layers, 0.0, _manifest(plan, store, calibrated))
-    predictors.save(plan.out)
+    predictors.save(plan.out, plan.run)
     finish_logs(plan.work, plan.out)
     counts = [layer.counts for layer in calibrated]
     of_layers = sums_of_layers(counts, predictors.experts)

@@ -18,6 +18,7 @@ from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of, refuse_experts
 from sparsecast.core.models.loading import check_seq_len, open_model, pick_device
 from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.run_record import Run, begin_run
 from sparsecast.core.text.corpus import LongDocuments
 from sparsecast.core.text.corpus_files import SUFFIXES, is_stream
 from sparsecast.sparsify.config import PRESETS, Preset, SparsifyConfig
@@ -76,6 +77,8 @@ class SparsifyPlan:
     """The processes that train."""
     options: dict[str, Any] = field(repr=False)
     """What a resumed run must have in common with its first start, free of local paths."""
+    run: Run
+    """What run.json says of the run."""
 
     @property
     def tokens(self) -> int:
@@ -164,7 +167,20 @@ def make_plan(cfg: SparsifyConfig, team: Team | None = None) -> SparsifyPlan:
         seed=cfg.seed,
         team=team,
         options=_shared_options(cfg, checkpoint),
+        run=begin_run("sparsify", cfg, checkpoint=checkpoint, device=device, **_settled(cfg)),
     )
+
+
+def _settled(cfg: SparsifyConfig) -> dict[str, Any]:
+    """Return what options that may be unset have become."""
+    return {
+        "tokens": cfg.steps * cfg.step_tokens,
+        "target_sparsity": cfg.target,
+        "l1": cfg.last_l1,
+        "lr": cfg.peak_lr,
+        "sft_tokens": cfg.sft_steps * cfg.step_tokens,
+        "sft_lr": cfg.peak_sft_lr,
+    }
 
 
 def _open(model: str, seq_len: int, target: float | None) -> tuple[Checkpoint, Tokenizer]:

@@ -169,6 +169,7 @@ def _save(
             copy_curves(work.path / CURVES, folder / CURVES)
             write_figure(folder / CURVES / FIGURE, tables, scores)
         write_card(folder, plan.out.name, scores, samples, before)
+        plan.run.write(folder)
 
 
 def _samples(plan: SparsifyPlan, setup: TrainingSetup) -> list[Sample]:

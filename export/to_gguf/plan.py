@@ -13,6 +13,7 @@ import xxhash
 
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import lost_threshold_warning
+from sparsecast.core.run_record import Run, begin_run
 from sparsecast.export.bundle import SUFFIX, file_name
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.to_gguf.hparams import ReLULlama, read_relu_llama
@@ -37,6 +38,8 @@ class GGUFPlan:
     tensors: list[PlannedTensor]
     lost_threshold: str | None
     """A warning: the config seems to have lost FATReLU's threshold, and no option gives it."""
+    run: Run
+    """What run.json says of the export."""
 
     @property
     def weight_bytes(self) -> int:
@@ -80,6 +83,7 @@ def plan_gguf(cfg: ExportConfig) -> GGUFPlan:
         dtype=cfg.dtype,
         tensors=plan_tensors(checkpoint, hparams, cfg.dtype),
         lost_threshold=lost if cfg.activation_threshold is None else None,
+        run=begin_run("export", cfg, checkpoint=checkpoint),
     )
 
 

@@ -9,13 +9,14 @@ from sparsecast.core.files import check_new_folder, new_folder, write_text
 from sparsecast.core.lock import lock_folder
 from sparsecast.core.messages import log
 from sparsecast.core.progress import progress_bar
+from sparsecast.core.run_record import RUN
 from sparsecast.export.config import ExportConfig
 from sparsecast.export.finished import finished_file
 from sparsecast.export.to_gguf.card import gguf_card, gguf_notes
 from sparsecast.export.to_gguf.plan import GGUF, GGUFPlan, plan_gguf
 from sparsecast.export.to_gguf.writer import write_gguf
 
-BESIDE = ("README.md",)
+BESIDE = ("README.md", RUN)
 """What the folder holds beside the file."""
 AFTER_FULL_DISK = "nothing is left behind: make room and run the same command again"
 
@@ -55,3 +56,4 @@ def _write(plan: GGUFPlan) -> None:
         with progress_bar("export", need) as progress:
             write_gguf(folder / plan.file, plan, wrote=progress.advance)
         write_text(folder / "README.md", gguf_card(plan))
+        plan.run.write(folder)

@@ -24,6 +24,7 @@ from sparsecast.core.models.families import activation_rule
 from sparsecast.core.models.loading import check_checkpoint
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.models.scales import HEAD, Scales, scales_of
+from sparsecast.core.run_record import Run, begin_run
 from sparsecast.core.tokenizers.copies import files_of
 from sparsecast.export.to_llama.config import ConvertConfig
 
@@ -62,6 +63,8 @@ class ConvertPlan:
     tensors: list[FoldedTensor]
     options: dict[str, Any]
     """What two conversions must share to give the same folder."""
+    run: Run
+    """What run.json says of the conversion."""
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +111,7 @@ def plan_conversion(cfg: ConvertConfig) -> ConvertPlan:
             "tokenizer": _digest(*_contents(tokenizer, checkpoint.folder)),
             "to": cfg.to,
         },
+        run=begin_run("convert", cfg, checkpoint=checkpoint),
     )
     _warn_of_leftovers(plan)
     return plan

@@ -106,6 +106,7 @@ def _write(plan: ConvertPlan) -> Proof:
             write_weights(folder, plan.checkpoint, plan.tensors, progress.advance)
         proof = _prove(plan, folder)
         write_json(folder / FACTS, {"options": plan.options, "proof": asdict(proof)})
+        plan.run.write(folder)
     return proof
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -55,7 +56,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         check_writable_file(cfg.json, "--json")
     loaded = load_tasks(cfg.tasks, cfg.include_path, cfg.num_fewshot)
     plan = resolve(cfg)
-    result = _measure(cfg, plan, loaded)
+    result = _measure(cfg, plan, loaded) | {"run": asdict(plan.run.record())}
     if cfg.corpus is not None:
         show_perplexities(result)
         plan.skipped.tell()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +21,8 @@ from sparsecast.core.files import (
     write_text,
 )
 from sparsecast.core.lock import lock_folder
-from sparsecast.core.options import command_of
+from sparsecast.core.options import command_of, short_repr
+from sparsecast.core.run_record import RUN, Run, begin_run
 from sparsecast.predictors.checkpoint import PredictorSet, load_predictors
 from sparsecast.predictors.compatibility import check_model
 from sparsecast.predictors.config import ReportConfig
@@ -72,7 +74,9 @@ class ReportPlan:
     evaluation: dict[str, Any]
     """See `read_evaluation`."""
     command: str
-    """The command line that repeats this report."""
+    """The command line of this report without its outputs."""
+    run: Run
+    """What run.json says of the report."""
 
 
 def report(cfg: ReportConfig) -> dict[str, Any]:
@@ -95,13 +99,14 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     )
     if cfg.json is not None:
         check_writable_file(cfg.json, "--json")
+    date = today()
     with lock_folder(out, "report"):
         plan = _resolve(cfg)
         scores = score_layers(plan.predictors, plan.store, str(plan.folder))
         result = summarize(scores, plan.predictors, plan.store) | plan.evaluation
         result |= {
             "corpus": plan.store.manifest.corpus,
-            "date": today(),
+            "date": date,
             "version": version("sparsecast"),
             "command": plan.command,
             "verdict": verdict(result),
@@ -136,7 +141,8 @@ def _resolve(cfg: ReportConfig) -> ReportPlan:
         others=None if cfg.against is None else list(others.values()),
         model=cfg.model,
         evaluation=read_evaluation(cfg.evaluation),
-        command=command_of("report", cfg),
+        command=command_of("report", cfg, leave_out=("out", "json")),
+        run=begin_run("report", cfg),
     )
 
 
@@ -178,8 +184,20 @@ def _score_other(plan: ReportPlan, other: Other) -> dict[str, Any]:
 
 
 def today() -> str:
-    """Date of the report, in UTC."""
-    return datetime.now(UTC).date().isoformat()
+    """Date of the report, in UTC: today, or that of SOURCE_DATE_EPOCH, with which another run gives
+    the same bytes on another day (https://reproducible-builds.org/specs/source-date-epoch).
+
+    Raises:
+        InputError: SOURCE_DATE_EPOCH is no time in seconds.
+    """
+    if (text := os.environ.get("SOURCE_DATE_EPOCH")) is None:
+        return datetime.now(UTC).date().isoformat()
+    if not (text.isascii() and text.isdecimal() and len(text) <= 11):
+        raise InputError(
+            f"SOURCE_DATE_EPOCH={short_repr(text)} in the environment: expected the seconds since "
+            "1970 of the date that reports state; unset it for today"
+        )
+    return datetime.fromtimestamp(int(text), UTC).date().isoformat()
 
 
 def _write(
@@ -215,6 +233,7 @@ def _write(
     ):
         for name, text in files.items():
             write_text(folder / name, text)
+        plan.run.write(folder)
     if plan.json is not None:
         write_text(plan.json, files["report.json"])
 
@@ -222,4 +241,4 @@ def _write(
 def _earlier_files(out: Path, json: Path | None) -> tuple[str, ...]:
     """Files beside report.json that an earlier report may have left in `out`."""
     inside = json is not None and json.resolve().parent == out.resolve()
-    return ("report.md", "report.html", *([json.name] if json and inside else []))
+    return ("report.md", "report.html", RUN, *([json.name] if json and inside else []))

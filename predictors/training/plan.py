@@ -12,6 +12,7 @@ import torch
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.files import hidden_sibling
 from sparsecast.core.models.shape import ModelShape
+from sparsecast.core.run_record import Run
 from sparsecast.predictors.calibration.bias import bias_units
 from sparsecast.predictors.calibration.objective import Objective
 from sparsecast.predictors.training.schedule import Schedule
@@ -50,6 +51,8 @@ class TrainingPlan:
     """Whether processes share batches rather than layers."""
     options: Mapping[str, Any]
     """The options as manifest.json records them under `recipe`."""
+    run: Run
+    """What run.json says of the training."""
     group: int | None = None
     """The layer whose experts are trained together; None trains `own_layers` at once."""
 

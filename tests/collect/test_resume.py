@@ -21,6 +21,7 @@ from sparsecast.collect.store.store import ActivationStore, read_manifest
 from sparsecast.collect.store.writer import Writer
 from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import write_manifest
+from sparsecast.core.run_record import RUN
 from sparsecast.core.text.splits import SPLITS
 
 SMALL_SHARDS = """
@@ -83,7 +84,8 @@ def torchrun(cfg: CollectConfig, tmp_path: Path, ranks: int) -> subprocess.Compl
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """What two stores have in common: all but when and where they were made."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != RUN}
 
 
 def wait_for(path: Path, process) -> None:
@@ -149,6 +151,27 @@ def test_three_ranks_share_the_work_into_the_store_of_one(cfg, ranks_forked, uni
     processes = ranks_forked(3, arguments(cfg), SMALL_SHARDS)
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert content(cfg.out) == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(1, 3), (3, 1)])
+def test_a_killed_run_goes_on_with_another_number_of_ranks(
+    first, then, cfg, start, ranks_forked, uninterrupted
+):
+    def begin(ranks: int) -> list:
+        return [start(cfg)] if ranks == 1 else ranks_forked(ranks, arguments(cfg), SMALL_SHARDS)
+
+    processes = begin(first)
+    wait_for(cfg.out.with_name(".acts.part") / "train-00001.safetensors", processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not cfg.out.exists()
+    processes = begin(then)
+    errors = [process.communicate()[1] for process in processes]
+    assert "finished shards are kept" in errors[0]
+    assert [process.returncode for process in processes] == [0] * then, errors
     assert content(cfg.out) == uninterrupted
 
 

@@ -176,7 +176,7 @@ def test_evaluate_writes_the_keys_of_its_contract(model_folder, corpus, tmp_path
     asked = {"model": str(model_folder), "corpus": str(corpus), "seq_len": 150}
     asked |= {"long_documents": "split", "skipped": 0, "tokens": 400}
     assert {name: result[name] for name in asked} == asked
-    assert set(result) == {*asked, "perplexity", "change"}
+    assert set(result) == {*asked, "perplexity", "change", "run"}
     screen = capsys.readouterr().err
     assert f"perplexity on {result['tokens']} held-out tokens of {corpus}\n" in screen
     assert [f"\n{name}: " in screen for name in result["perplexity"]] == [True] * 4

@@ -41,7 +41,7 @@ LEFT = (
     "preprocessor_config.json",
     ".gitattributes",
 )
-WRITTEN = {"README.md", "config.json", "model.safetensors", "sparsify.json"}
+WRITTEN = {"README.md", "config.json", "model.safetensors", "run.json", "sparsify.json"}
 
 
 @pytest.fixture

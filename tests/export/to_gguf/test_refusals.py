@@ -153,7 +153,7 @@ def test_a_finished_file_is_kept_and_another_refused(model, capsys):
     out = model.parent / "out"
     cfg = {"model": str(model), "format": "gguf", "out": out}
     file = export(ExportConfig(**cfg))
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.gguf"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.gguf", "run.json"]
     assert GGUFReader(file).get_field("general.architecture").contents() == "smallthinker"
     with pytest.raises(InputError, match="export --format gguf`, which llama.cpp runs; expected a"):
         verify(VerifyConfig(bundle=out))

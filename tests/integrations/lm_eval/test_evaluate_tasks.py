@@ -88,7 +88,9 @@ def test_four_modes_answer_the_same_requests(run, task_folder, predictors, built
     code, result, screen = run("--tasks", NAMES, "--include-path", str(task_folder))
     assert code == 0
     assert built == {"load": 1, "build_all_requests": 3}
-    assert set(result) == {"model", "tasks", "lm_eval", "limit", "chat_template", "max_length"}
+    told = {"lm_eval", "limit", "chat_template", "max_length"}
+    assert set(result) == {"model", "tasks", *told, "run"}
+    assert result["run"]["versions"]["lm_eval"] == result["lm_eval"]
     assert list(result["tasks"]) == NAMES.split(",")
     assert [task["documents"] for task in result["tasks"].values()] == [4, 2, 2]
     for task in result["tasks"].values():

@@ -20,7 +20,7 @@ from sparsecast.predictors.layer_data import layer_batches
 from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.report.result import by_train_tokens
-from sparsecast.predictors.report.run import report
+from sparsecast.predictors.report.run import report, today
 from sparsecast.predictors.report.score import score_layers
 from sparsecast.predictors.report.wording import verdict
 
@@ -239,16 +239,27 @@ def test_an_evaluation_without_a_bundle_is_reported(cfg, tmp_path):
 def test_every_page_states_its_origin_and_is_reproducible(cfg, monkeypatch):
     monkeypatch.setattr("sparsecast.predictors.report.run.today", lambda: "2031-05-06")
     result = report(cfg)
-    first = {path.name: path.read_bytes() for path in cfg.out.iterdir()}
-    names = f"--predictors {cfg.predictors} --activations {cfg.activations} --out {cfg.out}"
+    files = ("report.json", "report.md", "report.html")
+    first = {name: (cfg.out / name).read_bytes() for name in files}
+    names = f"--predictors {cfg.predictors} --activations {cfg.activations}"
     assert result["command"] == f"sparsecast report {names}"
     assert (result["date"], result["version"]) == ("2031-05-06", version("sparsecast"))
     for name in ("report.md", "report.html"):
         text = first[name].decode()
         for what in (result["corpus"], "2031-05-06", result["version"], names, result["verdict"]):
             assert what in unescape(text), (name, what)
-    report(cfg)
-    assert first == {path.name: path.read_bytes() for path in cfg.out.iterdir()}
+    other = cfg.out.with_name("elsewhere")
+    report(replace(cfg, out=other, json=other / "numbers.json"))
+    assert first == {name: (other / name).read_bytes() for name in files}
+
+
+def test_the_date_is_that_of_source_date_epoch(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    assert today() == "2001-09-09"
+    for wrong in ("", "-1", "1e9", "9" * 400):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with pytest.raises(InputError, match="SOURCE_DATE_EPOCH='.*expected the seconds since"):
+            today()
 
 
 @pytest.mark.parametrize(
@@ -339,7 +350,7 @@ def test_a_second_report_replaces_the_first_and_nothing_else(cfg, monkeypatch):
     report(cfg)
     report(cfg)
     assert {path.name for path in cfg.out.iterdir()} == {
-        "report.json", "report.md", "report.html", "numbers.json",
+        "report.json", "report.md", "report.html", "numbers.json", "run.json",
     }  # fmt: skip
     (cfg.out / "notes.txt").write_text("mine")
     monkeypatch.setattr("sparsecast.predictors.report.run.score_layers", None)
