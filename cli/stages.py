@@ -77,6 +77,12 @@ STAGES = {
         "sparsecast.integrations.hub.push:push",
         positional="folder",
     ),
+    "rerun": Stage(
+        "run a command again as its run.json records it, and say what has changed",
+        "sparsecast.cli.rerun:RerunConfig",
+        "sparsecast.cli.rerun:rerun",
+        positional="run",
+    ),
     "doctor": Stage(
         "what this machine can do, and what to install",
         "sparsecast.cli.doctor.config:DoctorConfig",
