@@ -91,7 +91,8 @@ def _run_loaded(stage: Stage, config: Any) -> Any:
     from sparsecast.core.distributed import int_from_environment
 
     int_from_environment("RANK", 0)  # Lightning converts it while it is imported
-    run = load(stage.run)
+    dry_run = stage.dry_run if getattr(config, "dry_run", False) else None
+    run = load(dry_run or stage.run)
     _quiet()
     print_messages()
     return run(config)

@@ -19,6 +19,8 @@ class Stage:
     run: str
     positional: str | None = None
     """The field that is given without its name."""
+    dry_run: str | None = None
+    """The function of --dry-run, where it is not the stage's own."""
     standalone: bool = False
     """It needs no other package, so that none is imported for it: it prints by itself."""
 
@@ -33,11 +35,13 @@ STAGES = {
         "record what fires in a ReLU-sparse model over a corpus",
         "sparsecast.collect.config:CollectConfig",
         "sparsecast.collect.run:collect",
+        dry_run="sparsecast.collect.dry_run:forecast",
     ),
     "train": Stage(
         "train one predictor per layer from what was recorded",
         "sparsecast.predictors.config:TrainConfig",
         "sparsecast.predictors.train:train",
+        dry_run="sparsecast.predictors.train_dry_run:forecast",
     ),
     "report": Stage(
         "score predictors on held-out tokens, as JSON, Markdown and HTML",
@@ -48,11 +52,13 @@ STAGES = {
         "perplexity and lm-eval's tasks: dense, exact, and with predictors in the loop",
         "sparsecast.predictors.config:EvaluateConfig",
         "sparsecast.integrations.lm_eval.run:evaluate",
+        dry_run="sparsecast.predictors.evaluate_dry_run:forecast",
     ),
     "export": Stage(
         "write the bundle that PowerInfer loads",
         "sparsecast.export.config:ExportConfig",
         "sparsecast.export.run:export",
+        dry_run="sparsecast.export.dry_run:forecast",
     ),
     "verify": Stage(
         "prove a bundle against its model, and against the engine itself",

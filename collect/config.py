@@ -71,6 +71,10 @@ class CollectConfig:
     activation_threshold: float | None = None
     """FATReLU threshold, for a model whose config has lost it."""
 
+    dry_run: bool = False
+    """Print what the run would take, disk, memory and time, and write nothing. Measures a batch on
+    the first layers; a folder with config.json alone will do, without time."""
+
     def __post_init__(self) -> None:
         validate_fields(
             self, tokens=60, count_tokens=0, seq_len=2, batch_size=1, activation_threshold=0

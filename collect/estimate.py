@@ -10,13 +10,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.output import finished_shards, partial_folder
 from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.writer import BUFFERS
 from sparsecast.core.disk import check_disk_space, describe_space, format_bytes
 from sparsecast.core.messages import log
+from sparsecast.core.models.checkpoint import Checkpoint
+from sparsecast.core.models.first_layers import check_model_memory, keeps_own_copy
+from sparsecast.core.models.shape import weight_bytes
 from sparsecast.core.text.tokens import COUNTED
 
+INSTEAD = ", fewer --tokens, fewer --layers or int8 inputs"
 ACTIVE = 0.15
 """Assumed share of active neurons, for the size of energies; all other sizes are exact."""
 
@@ -53,11 +58,6 @@ def estimate(
     )
 
 
-def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Size of a model's weights in `dtype`."""
-    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-
-
 def store_bytes(shape: Shape, tokens: Mapping[str, int]) -> int:
     """Size of a store with these tokens per split: shards and statistics."""
     layers, width = len(shape.layers), shape.ffn_width
@@ -73,16 +73,40 @@ def store_bytes(shape: Shape, tokens: Mapping[str, int]) -> int:
     return total
 
 
-def check_needs(out: Path, needs: Needs) -> None:
+def check_needs(
+    cfg: CollectConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs: Needs,
+) -> None:
     """Log what a collection takes.
 
     Raises:
-        InputError: The disk cannot hold what is not there yet.
+        InputError: See `check_fits`.
     """
-    kept = sum(path.stat().st_size for path in finished_shards(partial_folder(out)))
     log.info(
-        f"{out}: takes about {describe_space(out, needs.store)}; of memory "
+        f"{cfg.out}: takes about {describe_space(cfg.out, needs.store)}; of memory "
         f"{format_bytes(needs.model)} for the model and {format_bytes(needs.buffers)} for shards"
     )
-    instead = ", fewer --tokens, fewer --layers or int8 inputs"
-    check_disk_space(out, needs.store - kept, "the store", instead)
+    check_fits(cfg, checkpoint, device, dtype, needs)
+
+
+def check_fits(
+    cfg: CollectConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs: Needs,
+) -> None:
+    """Raise `InputError` if the disk cannot hold what is not there yet, or the memory not the model
+    alone."""
+    check_disk_space(cfg.out, missing_bytes(cfg.out, needs), "the store", INSTEAD)
+    if cfg.device_map is None:  # which may leave weights on the disk
+        own = keeps_own_copy(checkpoint.config, dtype)
+        check_model_memory(cfg.out, device, dtype, needs.model, own=own)
+
+
+def missing_bytes(out: Path, needs: Needs) -> int:
+    """Return the bytes of the store that an interrupted run has not written yet."""
+    return needs.store - sum(p.stat().st_size for p in finished_shards(partial_folder(out)))

@@ -16,6 +16,7 @@ from sparsecast.core.models.truth_check import (
 from sparsecast.core.text.tokens import TokenBatch
 
 MOST_TOKENS, LEAST_TOKENS = 1_024, 384
+MOST_PASSES = 7
 
 
 def warn_of_activation(plan: CollectionPlan, unit: Unit, stop: StopFlag) -> None:
@@ -30,7 +31,7 @@ def warn_of_activation(plan: CollectionPlan, unit: Unit, stop: StopFlag) -> None
     given = plan.manifest.options.get("activation_threshold") is not None
     check = check_activation(
         plan.model,
-        [_first_rows(unit.batches[0], _limit(sum(plan.quotas.values())))],
+        [_first_rows(unit.batches[0], checked_tokens(sum(plan.quotas.values())))],
         candidates(
             plan.manifest.rule,
             gated=plan.manifest.ffn_matrices == 3,
@@ -48,7 +49,8 @@ def warn_of_activation(plan: CollectionPlan, unit: Unit, stop: StopFlag) -> None
         )
 
 
-def _limit(tokens: int) -> int:
+def checked_tokens(tokens: int) -> int:
+    """Return how many of a collection's tokens each pass reads."""
     return max(LEAST_TOKENS, min(MOST_TOKENS, tokens // 64))
 
 

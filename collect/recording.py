@@ -41,7 +41,7 @@ def record(plan: CollectionPlan, stop: StopFlag) -> tuple[list[ShardInfo], Tally
     """Write this rank's share of the shards; returns all shards, and the documents in them."""
     model, shape, ranks, tally = plan.model, plan.shape, plan.ranks, Tally()
     on_gpu = any(weight.is_cuda for weight in model.parameters())
-    filler, recorder = _recorder(model, shape)
+    filler, recorder = recorder_of(model, shape)
     capacity = shape.nbytes(plan.largest_shard)
     shards = []
     units = prefetch(plan.units(tally, stop), waiting=stop.check)
@@ -67,7 +67,7 @@ def record(plan: CollectionPlan, stop: StopFlag) -> tuple[list[ShardInfo], Tally
     return shards, tally
 
 
-def _recorder(
+def recorder_of(
     model: PreTrainedModel, shape: Shape
 ) -> tuple[Filler, AbstractContextManager[object]]:
     """Return what fills shards, and what shows it every layer while it is entered."""

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.estimate import check_needs, estimate
+from sparsecast.collect.estimate import check_needs
+from sparsecast.collect.outline import make_outline
 from sparsecast.collect.output import (
     begin_or_resume,
     lock_output,
@@ -34,6 +35,7 @@ from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.collect.store.units import Tally
 from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.distributed import DistributedContext, distributed_context
+from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.earlier_runs import check_unchanged
 from sparsecast.core.errors import InputError
 from sparsecast.core.interrupts import stop_on_signal
@@ -41,15 +43,12 @@ from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint, result_fields
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.core.models.loading import check_seq_len, load_model, pick_device, pick_dtype
-from sparsecast.core.models.pretrained import empty_model
-from sparsecast.core.models.shape import model_shape
+from sparsecast.core.models.loading import check_seq_len, load_model
 from sparsecast.core.run_record import begin_run
 from sparsecast.core.text.corpus import read_documents, start_reading
-from sparsecast.core.text.corpus_files import is_stream, max_tokens
+from sparsecast.core.text.corpus_files import is_stream
 from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import SPLITS, assign_splits
-from sparsecast.core.text.tokens import split_quotas
 from sparsecast.core.tokenizers.loading import load_tokenizer
 
 
@@ -75,6 +74,7 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
             does not fit its dtype.
         KeyboardInterrupt: After the current batch, at Ctrl-C or SIGTERM.
     """
+    refuse_dry_run(cfg.dry_run, "collect.dry_run.forecast")
     with distributed_context() as ranks, stop_on_signal() as stop, ExitStack() as held:
         with ranks.together():
             given = cfg
@@ -128,24 +128,17 @@ def _plan(
     Args:
         given: The options as they were given, for run.json.
     """
-    wanted = shares or split_quotas(cfg.tokens, cfg.count_tokens)
     activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
-    dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, pick_device(cfg.device))
     checkpoint.check()
-    outline = empty_model(checkpoint.config)
-    shape = _shape(cfg, outline, dtype)
-    batch_tokens = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
-    largest_shard = max(shape.shard_tokens, batch_tokens)
-    most = max_tokens(cfg.corpus, cfg.seq_len)
-    there = {split: count if most is None else min(count, most) for split, count in wanted.items()}
-    needs = estimate(outline, dtype, shape, there, largest_shard)
-    check_needs(cfg.out, needs)
+    outline = make_outline(cfg, checkpoint, shares)
+    needs = outline.needs
+    check_needs(cfg, checkpoint, outline.device, outline.dtype, needs)
     skipped = SkippedRows(cfg.corpus)
     read = read_documents(
         cfg.corpus, seq_len=cfg.seq_len, long_documents=cfg.long_documents, skipped=skipped
     )
     docs = start_reading(cfg.corpus, assign_splits(read))
-    run = begin_run("collect", given, checkpoint=checkpoint, device=pick_device(cfg.device))
+    run = begin_run("collect", given, checkpoint=checkpoint, device=outline.device)
     model, tokenizer = load_model(
         cfg.model,
         device=cfg.device,
@@ -154,52 +147,27 @@ def _plan(
         device_map=cfg.device_map,
     )
     check_seq_len(cfg.seq_len, model, cfg.model)
-    manifest = _manifest(cfg, checkpoint, model, tokenizer, shape)
-    resolved = {"dtype": manifest.dtype, "input_dtype": shape.x_dtype, "layers": manifest.layers}
+    manifest = _manifest(cfg, checkpoint, model, tokenizer, outline.shape)
+    resolved = {
+        "dtype": manifest.dtype,
+        "input_dtype": outline.shape.x_dtype,
+        "layers": manifest.layers,
+    }
     return CollectionPlan(
         model=model,
         tokenizer=tokenizer,
         documents=docs,
-        quotas=wanted,
+        quotas=outline.quotas,
         seq_len=cfg.seq_len,
         long_documents=cfg.long_documents,
         skipped=skipped,
         batch_size=cfg.batch_size,
-        largest_shard=largest_shard,
+        largest_shard=outline.largest_shard,
         manifest=manifest,
         out=cfg.out,
         store_bytes=needs.store,
         run=run.resolve(**resolved),
         ranks=ranks,
-    )
-
-
-def _shape(cfg: CollectConfig, outline: PreTrainedModel, dtype: torch.dtype) -> Shape:
-    """Return the store's shape for a model that computes in `dtype`."""
-    sizes = model_shape(outline)
-    layers = list(range(sizes.layers)) if cfg.layers is None else cfg.layers
-    if out_of_range := [i for i in layers if not 0 <= i < sizes.layers]:
-        raise InputError(
-            f"--layers: the model has layers 0 to {sizes.layers - 1}, got {out_of_range}"
-        )
-    if not layers:
-        raise InputError(f"--layers: got none, expected some of 0 to {sizes.layers - 1}")
-    if cfg.energy and sizes.experts:
-        raise InputError(
-            f"--energy: {cfg.model} is a mixture of experts, whose energies are not recorded; "
-            "leave it out"
-        )
-    x_dtype: str = cfg.input_dtype
-    if x_dtype == "auto":
-        x_dtype = "bfloat16" if dtype == torch.bfloat16 else "float16"
-    return Shape(
-        layers=layers,
-        hidden_size=sizes.hidden_size,
-        ffn_width=sizes.ffn_width,
-        x_dtype=x_dtype,
-        energy=cfg.energy,
-        experts=sizes.experts,
-        experts_per_token=sizes.experts_per_token,
     )
 
 
@@ -236,7 +204,7 @@ def _identity(cfg: CollectConfig, checkpoint: Checkpoint, tokenizer: Tokenizer) 
     A run that resumes or repeats another must have the same.
     """
     rule = activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
-    may_change = ("out", "model", "corpus", "device", "device_map")
+    may_change = ("out", "model", "corpus", "device", "device_map", "dry_run")
     return {
         "fingerprint": checkpoint.fingerprint,
         "config": result_fields(checkpoint.config),

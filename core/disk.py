@@ -29,8 +29,12 @@ def format_bytes(nbytes: float) -> str:
 
 def free_bytes(path: Path) -> int:
     """Return how many bytes can be written at `path`, which need not exist yet."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest of its parents that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def describe_space(path: Path, need: float) -> str:

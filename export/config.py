@@ -59,6 +59,10 @@ class ExportConfig:
     SmolLM2). The engine is right if it is given token ids; of a text it makes other tokens. The
     export counts the documents of the builtin corpus that this concerns; the card says so."""
 
+    dry_run: bool = False
+    """Print what the run would take, disk, memory and time, and leave nothing on the disk. Converts
+    one layer."""
+
     def __post_init__(self) -> None:
         validate_fields(self, vram_context=1, activation_threshold=0)
         self._check_format()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecast.core.disk import check_disk_space, describe_space, explain_full_disk
+from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.files import check_new_folder, new_folder, write_text
 from sparsecast.core.lock import lock_folder
 from sparsecast.core.messages import log
@@ -46,6 +47,7 @@ def export(cfg: ExportConfig) -> Path:
             `cfg.out`; a bundle there with other inputs or options.
         OSError: The disk filled up meanwhile; nothing is left behind.
     """
+    refuse_dry_run(cfg.dry_run, "export.dry_run.forecast")
     if cfg.format == "gguf":
         return export_gguf(cfg)
     with lock_folder(check_new_folder(cfg.out, replaces=f"*{SUFFIX}", beside=BESIDE), "export"):
@@ -60,7 +62,9 @@ def export(cfg: ExportConfig) -> Path:
 
 def _write(plan: ExportPlan) -> None:
     """Write every file of the bundle; its folder appears complete or not at all."""
-    need = _check_disk_space(plan)
+    need = bundle_bytes(plan)
+    check_disk_space(plan.out, need, "the bundle")
+    log.info(f"{plan.out}: the bundle takes {describe_space(plan.out, need)}")
     with (
         explain_full_disk(plan.out, need, "the bundle", lambda: AFTER_FULL_DISK),
         new_folder(plan.out, replaces=f"*{SUFFIX}", beside=BESIDE) as folder,
@@ -77,13 +81,10 @@ def _write(plan: ExportPlan) -> None:
         plan.run.write(folder)
 
 
-def _check_disk_space(plan: ExportPlan) -> int:
-    """Return the bytes that the bundle takes; refuse them where the disk has no room."""
+def bundle_bytes(plan: ExportPlan) -> int:
+    """Return the bytes that the bundle takes: the file's tensors and the predictors' folder."""
     weights = [weight for layer in plan.predictors.layers for weight in layer.weights]
-    need = plan.weight_bytes + sum(w.numel() * w.element_size() for w in weights)
-    check_disk_space(plan.out, need, "the bundle")
-    log.info(f"{plan.out}: the bundle takes {describe_space(plan.out, need)}")
-    return need
+    return plan.weight_bytes + sum(w.numel() * w.element_size() for w in weights)
 
 
 def write_counts(folder: Path, counts: list[Tensor]) -> None:

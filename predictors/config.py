@@ -121,6 +121,10 @@ class TrainConfig:
     """Under torchrun, distribute batches instead of layers: every process trains all layers on its
     own batches of --batch-size."""
 
+    dry_run: bool = False
+    """Print what the run would take, disk, memory and time, and write nothing. Measures
+    steps on a few layers; without time for --recipe svd."""
+
     def __post_init__(self) -> None:
         validate_fields(
             self, rank=5, epochs=1, batch_size=32, tokens=1, seq_len=2, activation_threshold=0
@@ -346,6 +350,10 @@ class EvaluateConfig:
 
     json: Path | None = None
     """Also write the numbers to this file."""
+
+    dry_run: bool = False
+    """Print what the run would take, disk, memory and time, and write nothing. Measures a
+    batch on the first two layers; without the time of --tasks."""
 
     def __post_init__(self) -> None:
         validate_fields(self, tokens=2, seq_len=2, batch_size=1, activation_threshold=0)

@@ -6,25 +6,29 @@ modes.py. `bundle` is null for a model that PowerInfer cannot run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.core.models.loading import embedding_rows, load_model, pick_device
+from sparsecast.core.models.first_layers import check_model_memory, keeps_own_copy
+from sparsecast.core.models.loading import embedding_rows, load_model, pick_device, pick_dtype
 from sparsecast.core.models.perplexity import dense_perplexity, perplexity
-from sparsecast.core.models.shape import model_shape
+from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.models.shape import model_shape, weight_bytes
 from sparsecast.core.progress import progress_bar
 from sparsecast.core.run_record import Run, begin_run
-from sparsecast.core.text.corpus import read_documents, start_reading
+from sparsecast.core.text.corpus import Document, read_documents, start_reading
 from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
 from sparsecast.core.text.tokens import TokenBatch, token_batches
@@ -60,6 +64,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     Raises:
         InputError: See `resolve`; a model that overflows; --tasks, which this function cannot run.
     """
+    refuse_dry_run(cfg.dry_run, "predictors.evaluate_dry_run.forecast")
     if cfg.tasks is not None:
         raise InputError(
             "--tasks: lm-eval's tasks are run by sparsecast.integrations.lm_eval.run.evaluate; "
@@ -85,14 +90,9 @@ def resolve(cfg: EvaluateConfig) -> EvaluationPlan:
             corpus.
     """
     predictors = load_predictors(cfg.predictors)
-    corpus = cfg.corpus
-    skipped = SkippedRows(corpus or "no corpus")
-    started = None
-    if corpus is not None:  # refused before the model is loaded
-        documents = read_documents(
-            corpus, seq_len=cfg.seq_len, long_documents=cfg.long_documents, skipped=skipped
-        )
-        started = start_reading(corpus, assign_splits(documents))
+    skipped = SkippedRows(cfg.corpus or "no corpus")
+    started = start_corpus(cfg, skipped)
+    check_fits(outline_of(cfg))
     model, tokenizer = open_model_with_predictors(
         cfg.model,
         predictors,
@@ -103,28 +103,93 @@ def resolve(cfg: EvaluateConfig) -> EvaluationPlan:
     )
     dtype = str(model.dtype).removeprefix("torch.")
     run = begin_run("evaluate", cfg, device=pick_device(cfg.device), dtype=dtype)
-    batches: list[TokenBatch] = []
-    if started is not None:
-        held_out = token_batches(
-            started,
-            tokenizer,
-            {"held-out": cfg.tokens},
-            seq_len=cfg.seq_len,
-            batch_size=cfg.batch_size,
-            vocabulary=embedding_rows(model),
-            long_documents=cfg.long_documents,
-            skipped=skipped,
-        )
-        if not (batches := list(held_out)):
-            raise InputError(f"{corpus}: has no held-out document; give more text, in more files")
     return EvaluationPlan(
         model=model,
         tokenizer=tokenizer,
         predictors=predictors,
-        batches=batches,
+        batches=held_out_batches(cfg, started, tokenizer, embedding_rows(model), skipped),
         skipped=skipped,
         run=run,
     )
+
+
+def start_corpus(
+    cfg: EvaluateConfig, skipped: SkippedRows
+) -> Iterator[tuple[str, Document]] | None:
+    """Begin to read the corpus, so that it is refused before a model is loaded; None without."""
+    if cfg.corpus is None:
+        return None
+    documents = read_documents(
+        cfg.corpus, seq_len=cfg.seq_len, long_documents=cfg.long_documents, skipped=skipped
+    )
+    return start_reading(cfg.corpus, assign_splits(documents))
+
+
+def held_out_batches(
+    cfg: EvaluateConfig,
+    started: Iterator[tuple[str, Document]] | None,
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    skipped: SkippedRows,
+) -> list[TokenBatch]:
+    """Tokenize the held-out documents; empty without a corpus.
+
+    Args:
+        vocabulary: Rows of the model's embedding.
+    """
+    if started is None:
+        return []
+    held_out = token_batches(
+        started,
+        tokenizer,
+        {"held-out": cfg.tokens},
+        seq_len=cfg.seq_len,
+        batch_size=cfg.batch_size,
+        vocabulary=vocabulary,
+        long_documents=cfg.long_documents,
+        skipped=skipped,
+    )
+    if not (batches := list(held_out)):
+        raise InputError(f"{cfg.corpus}: has no held-out document; give more text, in more files")
+    return batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """An evaluation's model before its weights are loaded."""
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    """On the meta device."""
+    device: torch.device
+    dtype: torch.dtype
+    weights: int
+    """Bytes in `dtype`."""
+    own: bool
+    """Whether they take memory of their own on a CPU: `bundle` rounds mapped ones in place."""
+
+
+def outline_of(cfg: EvaluateConfig) -> Outline:
+    """Resolve what needs no weights."""
+    checkpoint = Checkpoint(cfg.model)
+    config = checkpoint.config
+    activation_rule(config, cfg.model, cfg.activation_threshold)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, config.dtype, device)
+    model = empty_model(config)
+    return Outline(
+        checkpoint=checkpoint,
+        model=model,
+        device=device,
+        dtype=dtype,
+        weights=weight_bytes(model, dtype),
+        own=keeps_own_copy(config, dtype) or has_bundle(model),
+    )
+
+
+def check_fits(outline: Outline) -> None:
+    """Raise `InputError` if the memory cannot hold the model alone."""
+    check_model_memory("evaluate", outline.device, outline.dtype, outline.weights, own=outline.own)
 
 
 def open_model_with_predictors(

@@ -22,6 +22,8 @@ from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import refuse_experts
 from sparsecast.core.models.loading import pick_device
+from sparsecast.core.models.pretrained import empty_model
+from sparsecast.core.models.shape import ModelShape, model_shape
 from sparsecast.core.run_record import begin_run
 from sparsecast.predictors.config import (
     DEFAULT_LONG_DOCUMENTS,
@@ -33,6 +35,7 @@ from sparsecast.predictors.formats import check_widths
 from sparsecast.predictors.recorded_model import check_recorded
 from sparsecast.predictors.training.expert_data import LEAST_ROWS, trained_ffns
 from sparsecast.predictors.training.layer_parallel import layers_of_process
+from sparsecast.predictors.training.needs import check_fits
 from sparsecast.predictors.training.online import TrainingText, open_online_source
 from sparsecast.predictors.training.plan import TrainingPlan, resume_options, work_folder
 from sparsecast.predictors.training.rank_selection import (
@@ -82,7 +85,7 @@ class TrainingRequest:
         """What two runs must share to train the same predictors, as manifest.json records it."""
         options = asdict(self.cfg)
         read = ("tokens", "seq_len", "long_documents")
-        for name in ("activations", "out", "device", "model", *read):
+        for name in ("activations", "out", "device", "model", "dry_run", *read):
             options.pop(name)
         schedule, sharing = self.cfg.schedule, self.processes_per_batch
         options |= {
@@ -160,10 +163,7 @@ def resolve(cfg: TrainConfig, context: DistributedContext) -> TrainingRequest:
 
 def check_before_recording(request: TrainingRequest) -> None:
     """Refuse what can be refused before a running model records its calibration documents."""
-    cfg = request.cfg
-    if cfg.rank is not None:
-        check_widths(request.dtype, rank=cfg.rank, hidden_size=request.hidden_size)
-    layers_of_process(range(request.num_layers), request.context, cfg.data_parallel)
+    check_fits(plan_before_recording(request))
     resumed = resume_options(request.options, request.context)
     check_unfinished(work_folder(request.out), resumed)
 
@@ -172,10 +172,15 @@ def open_source(request: TrainingRequest) -> Source:
     """Open the source of training batches; a running model records its calibration documents."""
     if request.store is not None:
         return RecordedSource(request.store)
+    return open_online_source(training_text(request))
+
+
+def training_text(request: TrainingRequest) -> TrainingText:
+    """The running model and the text that it reads."""
     cfg = request.cfg
     assert cfg.model is not None
     assert cfg.corpus is not None
-    text = TrainingText(
+    return TrainingText(
         model=cfg.model,
         corpus=cfg.corpus,
         tokens=cfg.tokens or DEFAULT_TOKENS,
@@ -186,7 +191,6 @@ def open_source(request: TrainingRequest) -> Source:
         activation_threshold=cfg.activation_threshold,
         out=request.out,
     )
-    return open_online_source(text)
 
 
 def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
@@ -219,23 +223,41 @@ def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
             f"{LEAST_ROWS['train']} training or {LEAST_ROWS['calibration']} calibration tokens; "
             "their predictors select every neuron; collect more --tokens"
         )
-    steps = None if request.store else cfg.steps_per_epoch(request.processes_per_batch)
-    ranks = _ranks(request, store)
-    schedule, resolved = cfg.schedule, {n: v for n, v in options.items() if n in _SETTLED}
+    return _plan(request, recorded.model_shape, _ranks(request, store), own_layers, options)
+
+
+def plan_before_recording(request: TrainingRequest) -> TrainingPlan:
+    """The plan of a running model before it records its calibration documents."""
+    assert request.cfg.model is not None
+    shape = model_shape(empty_model(Checkpoint(request.cfg.model).config))
+    own_layers = layers_of_process(range(shape.layers), request.context, request.cfg.data_parallel)
+    ranks = _equal_ranks(request, shape)
+    return _plan(request, shape, ranks, own_layers, request.options)
+
+
+def _plan(
+    request: TrainingRequest,
+    shape: ModelShape,
+    ranks: list[int],
+    own_layers: list[int],
+    options: dict[str, Any],
+) -> TrainingPlan:
+    cfg = request.cfg
+    resolved = {name: value for name, value in options.items() if name in _SETTLED}
     return TrainingPlan(
         out=request.out,
         recipe=cfg.recipe,
-        shape=recorded.model_shape,
+        shape=shape,
         dtype=request.dtype,
         ranks=ranks,
-        schedule=schedule,
-        steps_per_epoch=steps,
+        schedule=cfg.schedule,
+        steps_per_epoch=None if request.store else cfg.steps_per_epoch(request.processes_per_batch),
         objective=cfg.objective,
         model=cfg.model,
         clip_labels=cfg.clip_labels,
         own_layers=own_layers,
         device=request.device,
-        context=context,
+        context=request.context,
         data_parallel=cfg.data_parallel,
         options=options,
         run=begin_run("train", cfg, device=request.device, rank=ranks, **resolved),
@@ -262,24 +284,36 @@ def _refuse_for_experts(request: TrainingRequest) -> None:
 
 def _ranks(request: TrainingRequest, store: ActivationStore) -> list[int]:
     """The rank of every layer, bias units included."""
-    cfg, dtype, hidden_size = request.cfg, request.dtype, request.hidden_size
-    recorded = store.manifest
-    # An expert may be narrower than the residual stream; a rank beyond its width gains nothing.
-    narrow = min(hidden_size, recorded.ffn_width) if recorded.experts else hidden_size
-    if cfg.predictor_budget is not None:
-        budget, recall = cfg.predictor_budget, cfg.objective.recall
-        ranks = ranks_within_budget(budget, recall, store, dtype, request.device)
-    elif cfg.rank is None:
-        ranks = [default_rank(cfg.recipe, dtype, narrow)] * request.num_layers
+    cfg, shape = request.cfg, store.manifest.model_shape
+    if cfg.predictor_budget is None:
+        return _equal_ranks(request, shape)
+    budget, recall = cfg.predictor_budget, cfg.objective.recall
+    ranks = ranks_within_budget(budget, recall, store, request.dtype, request.device)
+    _check_ranks(request, shape, ranks)
+    return ranks
+
+
+def _equal_ranks(request: TrainingRequest, shape: ModelShape) -> list[int]:
+    """One rank for all layers: --rank, or the default."""
+    cfg, hidden_size = request.cfg, request.hidden_size
+    if cfg.rank is None:
+        # An expert may be narrower than the residual stream; a rank beyond its width gains nothing.
+        narrow = min(hidden_size, shape.ffn_width) if shape.experts else hidden_size
+        rank = default_rank(cfg.recipe, request.dtype, narrow)
     elif cfg.rank > (most := 2 * hidden_size):
         raise InputError(
             f"--rank: got {cfg.rank}, expected at most twice the hidden size, {most}: more units "
             "than that have nothing to start from"
         )
     else:
-        ranks = [cfg.rank] * request.num_layers
-    for rank in set(ranks):
-        check_widths(dtype, rank=rank, hidden_size=hidden_size)
-    if cfg.traffic_budget is not None:
-        check_traffic_budget(cfg.traffic_budget, recorded.model_shape, dtype, ranks)
+        rank = cfg.rank
+    ranks = [rank] * request.num_layers
+    _check_ranks(request, shape, ranks)
     return ranks
+
+
+def _check_ranks(request: TrainingRequest, shape: ModelShape, ranks: list[int]) -> None:
+    for rank in set(ranks):
+        check_widths(request.dtype, rank=rank, hidden_size=request.hidden_size)
+    if (budget := request.cfg.traffic_budget) is not None:
+        check_traffic_budget(budget, shape, request.dtype, ranks)

@@ -15,6 +15,7 @@ from sparsecast.collect.output import lock_output
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.distributed import DistributedContext, distributed_context
+from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.messages import log
 from sparsecast.core.models.ffns import ffn_name
@@ -58,6 +59,7 @@ def train(cfg: TrainConfig) -> PredictorSet:
             `cfg.out` with other options; a rank that the format cannot store; an objective that
             cannot be met.
     """
+    refuse_dry_run(cfg.dry_run, "predictors.train_dry_run.forecast")
     with distributed_context() as context, ExitStack() as lock:
         with context.together():
             request = resolve(cfg, context)

@@ -7,26 +7,25 @@ steps on this device, and what the second layer adds is multiplied by the number
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sparsecast.core.disk import format_bytes, free_bytes
-from sparsecast.core.messages import show
+from sparsecast.core.dry_run import seconds_of, show_rows
+from sparsecast.core.models.first_layers import first_layers
 from sparsecast.core.models.loading import set_activation
 from sparsecast.core.models.pretrained import empty_model, random_model
 from sparsecast.sparsify.phases import put_activation
 from sparsecast.sparsify.plan import SparsifyPlan
-from sparsecast.sparsify.prepare import planned_config, sparse_rule
+from sparsecast.sparsify.prepare import STATE_BYTES, planned_config, sparse_rule
 from sparsecast.sparsify.training.cross_entropy import CHUNK_LOGITS
 from sparsecast.sparsify.training.lightning_module import Phase, SparsifyModule
 from sparsecast.sparsify.training.raised_threshold import RaisedFATReLU, RaisedThreshold
@@ -111,7 +110,7 @@ def forecast(plan: SparsifyPlan) -> Forecast:
         steps=plan.steps,
         tokens=plan.tokens,
         processes=processes,
-        persistent=16 * parameters // processes,
+        persistent=STATE_BYTES * parameters // processes,
         gathered=gathered,
         activations=activations,
         logits=BYTES_PER_LOGIT * min(CHUNK_LOGITS, micro * plan.seq_len * config.vocab_size),
@@ -129,10 +128,7 @@ def _all_steps(plan: SparsifyPlan) -> int:
 
 def _measure(plan: SparsifyPlan, config: PreTrainedConfig, layers: int, micro: int) -> Measured:
     """Train the first layers of a model, with random weights, for a few steps on this device."""
-    cut: Any = copy.deepcopy(config)
-    cut.num_hidden_layers = layers
-    if getattr(cut, "layer_types", None):
-        cut.layer_types = cut.layer_types[:layers]
+    cut: Any = first_layers(config, layers)
     model: Any = random_model(cut, plan.device)
     set_activation(model, sparse_rule(config))
     raised = None if plan.target is None else RaisedThreshold(plan.target, 1).to(plan.device)
@@ -155,8 +151,8 @@ def _measure(plan: SparsifyPlan, config: PreTrainedConfig, layers: int, micro: i
     passes, updates = [], []
     for _ in range(1 + TIMED):
         optimizer.zero_grad()
-        passes.append(_seconds(lambda: torch.autograd.backward(_loss(module, ids_BS)), plan.device))
-        updates.append(_seconds(update, plan.device))
+        passes.append(seconds_of(partial(_backward, module, ids_BS), plan.device))
+        updates.append(seconds_of(update, plan.device))
     return Measured(
         parameters=model.num_parameters(),
         saved=saved,
@@ -170,6 +166,10 @@ def _loss(module: SparsifyModule, ids_BS: Tensor) -> Tensor:
     with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=on_gpu):
         targets = torch.tensor(float(ids_BS[:, 1:].numel()), device=ids_BS.device)
         return module.loss([ids_BS], targets, 1.0)[0]
+
+
+def _backward(module: SparsifyModule, ids_BS: Tensor) -> None:
+    torch.autograd.backward(_loss(module, ids_BS))
 
 
 def _saved_bytes(forward: Callable[[], object], model: Any) -> int:
@@ -187,19 +187,6 @@ def _saved_bytes(forward: Callable[[], object], model: Any) -> int:
         result = forward()  # keeps them, so that no two have the same address
     del result
     return sum(kept.values())
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def show_forecast(plan: SparsifyPlan) -> Forecast:
@@ -222,10 +209,7 @@ def show_forecast(plan: SparsifyPlan) -> Forecast:
         rows["  activations of a micro-batch"] = "do not fit this device; choose a --micro-batch"
     if not found.gathered:
         del rows["  gathered weights and gradients"]
-    table = Table(title=f"{plan.out}: nothing is trained or written", box=None, show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
-    show(table)
+    show_rows(f"{plan.out}: nothing is trained or written", rows)
     return found
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.memory import check_memory
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
@@ -41,6 +42,8 @@ from sparsecast.sparsify.sequences import open_rows, pack_documents, rows_file
 from sparsecast.sparsify.train_tokenizer import train_tokenizer
 from sparsecast.sparsify.work_folder import WorkFolder
 
+STATE_BYTES = 16
+"""Of a parameter in training: float32 weights, gradients and two AdamW moments."""
 TOKENIZER_DOCUMENTS = 6_000
 EVAL_BATCH = 32
 MEASURED = ("calibration", "held-out")
@@ -77,6 +80,26 @@ class TrainingSetup:
 def _sample_texts(tokenizer: Tokenizer, held_out: list[TokenBatch]) -> list[str]:
     rows = held_out[0].ids_BS[:3]
     return ["".join(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
+
+
+def check_fits(plan: SparsifyPlan, work: Path) -> None:
+    """Raise `InputError` before anything is read if the device cannot hold this process's share of
+    weights, gradients and moments, or the disk the checkpoints.
+
+    Args:
+        work: The work folder, whose files need no more room.
+    """
+    parameters = empty_model(planned_config(plan)).num_parameters()
+    state = STATE_BYTES * parameters // plan.team.context.size
+    on_cpu = plan.device.type == "cpu"
+    check_memory(
+        f"{plan.out}: sparsify",
+        plan.device,
+        host=state if on_cpu else 0,
+        on_device=0 if on_cpu else state,
+        instead="share it among more processes with torchrun, or start from a smaller model",
+    )
+    WorkFolder(work).reserve(parameters, plan.phases, 0, plan.dtype.itemsize)
 
 
 def prepare(plan: SparsifyPlan, work: WorkFolder) -> TrainingSetup:

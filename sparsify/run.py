@@ -37,7 +37,7 @@ from sparsecast.sparsify.fine_tuning import fine_tune
 from sparsecast.sparsify.measure import Score, score
 from sparsecast.sparsify.phases import AFTER, train_all
 from sparsecast.sparsify.plan import SparsifyPlan, make_plan, publishable_name
-from sparsecast.sparsify.prepare import TrainingSetup, prepare
+from sparsecast.sparsify.prepare import TrainingSetup, check_fits, prepare
 from sparsecast.sparsify.samples import Sample, choose_prompts, continue_prompts
 from sparsecast.sparsify.save import check_saved, write_model
 from sparsecast.sparsify.training.curve_table import CURVES, copy_curves, read_tables
@@ -82,6 +82,7 @@ def sparsify(cfg: SparsifyConfig) -> Path:
             plan = make_plan(cfg, joined)
             if cfg.dry_run:
                 show_forecast(plan)
+                check_fits(plan, work_path(plan.out))
                 return plan.out
             return _lead(plan)
         follow(joined, cfg.device)
@@ -95,6 +96,7 @@ def _lead(plan: SparsifyPlan) -> Path:
         shutil.rmtree(work_path(out), ignore_errors=True)
         return out
     check_new_folder(out)
+    check_fits(plan, work_path(out))
     with lock_folder(out, "sparsify run"):
         if not is_finished(out, plan.options):
             with work_folder(out, plan.options) as work:

@@ -28,6 +28,7 @@ from sparsecast.core.models.location import resolve_model
 from sparsecast.core.models.pretrained import build_config, without_code
 from sparsecast.core.models.remote_configs import REMAPPED, model_type_of
 from sparsecast.core.models.weight_files import (
+    has_weights,
     main_file,
     open_weights,
     refuse_lfs_pointer,
@@ -55,6 +56,11 @@ class Checkpoint:
     @cached_property
     def _file_of(self) -> dict[str, Path]:
         return tensor_files(self.folder)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors; none in a folder without weights."""
+        return sorted(set(self._file_of.values())) if has_weights(self.folder) else []
 
     @property
     def raw_config(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The sizes that a model shares with its activations and its predictors."""
+"""The sizes that a model shares with its activations and its predictors, and of its weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -57,3 +58,8 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         ffn_width=up.out_features,
         ffn_matrices=family.matrices,
     )
+
+
+def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Size of a model's weights in `dtype`."""
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize

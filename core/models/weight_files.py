@@ -31,6 +31,7 @@ ORDER = (
 )
 """What transformers looks for, first come first."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_BIN = re.compile(r"pytorch_model.*\.bin")
 _AGAIN = "download or save the weights again"
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
 
@@ -59,6 +60,11 @@ def main_file(folder: Path) -> Path:
         f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; save the "
         "weights with `model.save_pretrained(folder)` of transformers 5"
     )
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a model's folder holds weights, not only a config and an index of them."""
+    return any(name.endswith(".safetensors") or _BIN.fullmatch(name) for name in _names(folder))
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_writable_file, write_json
 from sparsecast.core.messages import log
@@ -47,6 +48,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         InputError: See `sparsecast.predictors.evaluate.evaluate` and `load_tasks`; lm-eval is
             missing or too old; --chat-template with a tokenizer that has none.
     """
+    refuse_dry_run(cfg.dry_run, "predictors.evaluate_dry_run.forecast")
     if cfg.tasks is None:
         return evaluate_corpus(cfg)
     require_lm_eval("--tasks")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsecast.core.disk import check_disk_space, describe_space, format_bytes
+from sparsecast.core.memory import check_memory
 from sparsecast.core.messages import log
 from sparsecast.predictors.training.plan import TrainingPlan
 from sparsecast.predictors.training.trainer import LAST
@@ -45,26 +46,57 @@ def check_needs(plan: TrainingPlan) -> None:
     """Report the disk and memory that a run takes.
 
     Raises:
-        InputError: The disk has too little room, what an interrupted run has written included.
+        InputError: See `check_fits`.
     """
-    need = disk_bytes(plan)
     log.info(
-        f"{plan.out}: takes up to {describe_space(plan.out, need)}; and "
+        f"{plan.out}: takes up to {describe_space(plan.out, disk_bytes(plan))}; and "
         f"{format_bytes(_memory_bytes(plan))} of memory"
     )
-    held = sum(path.stat().st_size for path in plan.work.glob(LAST))
-    check_disk_space(
-        plan.out, need - held, "training", ", a smaller --rank or --predictor-dtype f16"
+    check_fits(plan)
+
+
+def check_fits(plan: TrainingPlan) -> None:
+    """Raise `InputError` if the disk has too little room, what an interrupted run has written
+    included, or the memory for weights, gradients, moments and the best epoch alone."""
+    instead = ", a smaller --rank or --predictor-dtype f16"
+    check_disk_space(plan.out, missing_bytes(plan), "training", instead)
+    on_cpu, state = plan.device.type == "cpu", state_bytes(plan)
+    check_memory(
+        f"{plan.out}: training",
+        plan.device,
+        host=state if on_cpu else 0,
+        on_device=0 if on_cpu else state,
+        instead="choose a smaller --rank, or share the layers among processes with torchrun",
     )
+
+
+def missing_bytes(plan: TrainingPlan) -> int:
+    """Bytes of disk that a run takes and an interrupted one has not written yet."""
+    return disk_bytes(plan) - sum(path.stat().st_size for path in plan.work.glob(LAST))
+
+
+def state_bytes(plan: TrainingPlan) -> int:
+    """Memory of the weights that this process trains side by side, gradients, moments and best
+    epoch included; none for a recipe that trains nothing."""
+    return 0 if plan.recipe == "svd" else MEMORY_BYTES * trained_together(plan)
+
+
+def trained_together(plan: TrainingPlan) -> int:
+    """Weights that this process trains side by side."""
+    return _trained_weights(plan, _together(plan))
+
+
+def _together(plan: TrainingPlan) -> list[int]:
+    if not plan.shape.experts:
+        return plan.own_layers
+    return max((part.own_layers for part in plan.groups()), key=len, default=[])
 
 
 def _memory_bytes(plan: TrainingPlan) -> int:
     """Memory of this process: weights, the matrices of the warm start and four batches."""
     d, f = plan.shape.hidden_size, plan.shape.ffn_width
     per_weight = MEMORY_BYTES + (0 if plan.dtype == "f16" else ROUNDING_BYTES)
-    together = plan.own_layers
-    if plan.shape.experts:
-        together = max((part.own_layers for part in plan.groups()), key=len, default=[])
+    together = _together(plan)
     weights = per_weight * _trained_weights(plan, together)
     matrices = 4 * d * (d + f)
     batches = 4 * plan.schedule.batch_tokens * len(together) * (2 * d + f // 8)

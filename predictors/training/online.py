@@ -99,7 +99,7 @@ class OnlineSource:
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
         shape = self.store.manifest.model_shape
         sums = [MomentSums(shape.hidden_size, shape.ffn_width, device) for _ in layers]
-        wanted = min(self._training_text.tokens, max(WARM_TOKENS, 16 * shape.hidden_size))
+        wanted = warm_tokens(self._training_text, shape.hidden_size)
         done = 0
         with progress_bar("moments", wanted) as progress:
             for text in self.text():
@@ -228,13 +228,8 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
                 held += next(self._text).tokens
 
 
-def open_online_source(text: TrainingText) -> OnlineSource:
-    """Record the calibration documents and load the model.
-
-    Raises:
-        InputError: See `collect`.
-        KeyboardInterrupt: At Ctrl-C.
-    """
+def calibration_recording(text: TrainingText) -> tuple[CollectConfig, dict[str, int]]:
+    """Return how the calibration documents are recorded: options, and tokens per split."""
     calibration = max(60, min(CALIBRATION_TOKENS, text.tokens // 10))
     collection = CollectConfig(
         model=text.model,
@@ -247,8 +242,24 @@ def open_online_source(text: TrainingText) -> OnlineSource:
         dtype=text.dtype,
         activation_threshold=text.activation_threshold,
     )
+    return collection, {"train": 2, "calibration": calibration, "held-out": 2}
+
+
+def warm_tokens(text: TrainingText, hidden_size: int) -> int:
+    """Return the tokens of the warm start."""
+    return min(text.tokens, max(WARM_TOKENS, 16 * hidden_size))
+
+
+def open_online_source(text: TrainingText) -> OnlineSource:
+    """Record the calibration documents and load the model.
+
+    Raises:
+        InputError: See `collect`.
+        KeyboardInterrupt: At Ctrl-C.
+    """
+    collection, shares = calibration_recording(text)
     try:
-        store = collect(collection, {"train": 2, "calibration": calibration, "held-out": 2})
+        store = collect(collection, shares)
     except KeyboardInterrupt as error:
         told = f"{text.out}: interrupted before training began, nothing is left behind"
         raise interrupt_like(error, told) from None

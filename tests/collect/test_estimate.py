@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.estimate import store_bytes, weight_bytes
+from sparsecast.collect.estimate import store_bytes
 from sparsecast.collect.run import collect
 from sparsecast.collect.store.shard import Shape
 from sparsecast.core import disk
@@ -18,7 +18,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.pretrained import empty_model
-from sparsecast.core.models.shape import model_shape
+from sparsecast.core.models.shape import model_shape, weight_bytes
 from sparsecast.core.text.tokens import split_quotas
 
 
