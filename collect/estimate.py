@@ -52,19 +52,24 @@ def estimate(
         largest_shard: Tokens of the largest shard.
     """
     return Needs(
-        store=store_bytes(shape, tokens),
+        store=store_bytes(shape, tokens, largest_shard),
         model=weight_bytes(outline, dtype),
         buffers=BUFFERS * shape.nbytes(largest_shard),
     )
 
 
-def store_bytes(shape: Shape, tokens: Mapping[str, int]) -> int:
-    """Size of a store with these tokens per split: shards and statistics."""
+def store_bytes(shape: Shape, tokens: Mapping[str, int], largest_shard: int = 0) -> int:
+    """Size of a store with these tokens per split: shards and statistics.
+
+    Args:
+        largest_shard: Tokens of a shard, where a batch has more than `shape.shard_tokens`.
+    """
+    per_shard = max(shape.shard_tokens, largest_shard)
     layers, width = len(shape.layers), shape.ffn_width
     ffns = layers * max(1, shape.experts)
     total = 0
     for split, count in tokens.items():
-        fired = math.ceil(count / shape.shard_tokens) * 4 * ffns * width
+        fired = math.ceil(count / per_shard) * 4 * ffns * width
         numbers = layers * (8 * shape.experts_per_token if shape.experts else 4)
         each = (8 + numbers) if split == COUNTED else shape.token_bytes
         if shape.energy and split != COUNTED:

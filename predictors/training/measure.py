@@ -72,16 +72,18 @@ def measure_steps(plan: TrainingPlan, batches: Batches, layers: int) -> Steps:
         module.log = lambda *_, **__: None
         optimizer = torch.optim.AdamW(module.parameters(), fused=plan.recipe == "default")
         stream = batches(cut)
-        seconds = [seconds_of(partial(_step, module, optimizer, stream, device), device)]
-        while len(seconds) <= STEPS and sum(seconds[1:]) < ENOUGH:
-            seconds.append(seconds_of(partial(_step, module, optimizer, stream, device), device))
+        step = partial(_step, module, optimizer, stream, device)
+        step()
+        seconds = [seconds_of(step, device)]
+        while len(seconds) < STEPS and sum(seconds) < ENOUGH:
+            seconds.append(seconds_of(step, device))
         batch = _to(next(stream), device)
         module.on_validation_epoch_start()
         check_seconds = timed(partial(_check, module, batch, device), device)
     return Steps(
         host=peak.own,
         on_device=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
-        step_seconds=sum(seconds[1:]) / len(seconds[1:]),
+        step_seconds=sum(seconds) / len(seconds),
         check_seconds=check_seconds,
     )
 

@@ -6,12 +6,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparsecast.core import memory
 from sparsecast.core.distributed import DistributedContext
+from sparsecast.core.errors import InputError
 from sparsecast.sparsify import dry_run
 from sparsecast.sparsify.dry_run import forecast
 from sparsecast.sparsify.plan import make_plan
+from sparsecast.sparsify.prepare import check_fits
 from sparsecast.sparsify.run import sparsify
 from sparsecast.sparsify.training.team import Team
+from sparsecast.sparsify.work_folder import work_path
 
 
 def plan_of(cfg, processes=1):
@@ -113,3 +117,15 @@ def test_a_micro_batch_that_does_not_fit_is_said(dense, options, capsys, monkeyp
     sparsify(options(model=str(dense()), dry_run=True))
 
     assert "choose a --micro-batch" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_more_state_than_memory_is_refused_before_text_is_read(dense, options, monkeypatch, dry):
+    source = str(dense())
+    needed = 16 * 18_736
+    monkeypatch.setattr(memory, "host_limit", lambda: needed)
+    check_fits(plan_of(options(model=source)), work_path(options(model=source).out))
+    monkeypatch.setattr(memory, "host_limit", lambda: needed - 1)
+    monkeypatch.setattr("sparsecast.sparsify.run.prepare", lambda *_: pytest.fail("text was read"))
+    with pytest.raises(InputError, match="out: sparsify needs 300 kB of memory, but this process"):
+        sparsify(options(model=source, dry_run=dry))
