@@ -19,7 +19,7 @@ from sparsecast.core.memory import (
     held,
     host_available,
 )
-from sparsecast.core.messages import show
+from sparsecast.core.messages import log, show
 
 LONG = 2.0
 """Seconds after which work is measured once, without a first time to warm up."""
@@ -86,7 +86,8 @@ def show_forecast(found: Forecast) -> None:
 
 def show_rows(title: str, rows: Mapping[str, str]) -> None:
     """Show names and values in two columns."""
-    table = Table(title=title, box=None, show_header=False)
+    log.info(title, extra={"style": "italic"})
+    table = Table(box=None, show_header=False)
     for row in rows.items():
         table.add_row(*row)
     show(table)

@@ -38,6 +38,11 @@ def held() -> Held:
     return Held(fields.get("RssAnon", 0), fields.get("RssFile", 0))
 
 
+def most_held() -> int:
+    """Return the most bytes that this process has held so far, mapped files included."""
+    return _fields(Path("/proc/self/status")).get("VmHWM", 0)
+
+
 class Peak:
     """The most bytes of its own that the process has held so far."""
 
@@ -114,7 +119,7 @@ def check_memory(
 def _fields(path: Path) -> dict[str, int]:
     """Read the lines `name: number kB` of a file of /proc, in bytes."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8").splitlines()
     except OSError:
         return {}
     parts = (line.replace(":", " ").split() for line in lines if line.endswith(" kB"))
@@ -126,7 +131,7 @@ def _cgroup_limits(
 ) -> list[int]:
     """Return the limits of this process's cgroups: version 2 with swap, and version 1."""
     try:
-        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in proc.read_text("utf-8").splitlines()]
     except OSError:
         return []
     limits = []
@@ -149,7 +154,7 @@ def _cgroup_limits(
 def _number(path: Path) -> int | None:
     """Return the number in a file; `max` is no limit, and None a file that is not there."""
     try:
-        text = path.read_text().strip()
+        text = path.read_text("utf-8").strip()
     except OSError:
         return None
     return int(text) if text.isdecimal() else UNLIMITED

@@ -22,7 +22,7 @@ from sparsecast.core.disk import check_disk_space, nearest_folder
 from sparsecast.core.dry_run import PYTHON, UNMEASURED, Forecast, base_memory, show_forecast
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_new_folder
-from sparsecast.core.memory import held, watch_memory
+from sparsecast.core.memory import held, most_held, watch_memory
 from sparsecast.core.messages import log
 from sparsecast.export.bundle import BESIDE, SUFFIX
 from sparsecast.export.config import ExportConfig
@@ -33,6 +33,7 @@ from sparsecast.export.to_gguf.plan import GGUF, GGUFPlan, plan_gguf
 from sparsecast.export.to_gguf.run import BESIDE as BESIDE_GGUF
 from sparsecast.export.write.convert import one_thread, slabs
 from sparsecast.export.write.tensor_plan import PlannedTensor
+from sparsecast.predictors.checkpoint import state_of_file
 from sparsecast.predictors.predictor import Predictor
 
 HOW = "from one layer, written to a file without a name on that disk"
@@ -75,7 +76,8 @@ def forecast(cfg: ExportConfig) -> Forecast | None:
     if found is not None:
         log.info(f"{plan.out}: already exported")
         return None
-    base, reading = base_memory(torch.device("cpu")), time.perf_counter() - start
+    base, most = base_memory(torch.device("cpu")), most_held()
+    reading = time.perf_counter() - start
     misfit, seconds, own = None, {}, 0
     try:
         check_disk_space(plan.out, need, what)
@@ -92,13 +94,15 @@ def forecast(cfg: ExportConfig) -> Forecast | None:
         own = layer.own
     stored = plan.checkpoint.config.dtype
     itemsize = stored.itemsize if isinstance(stored, torch.dtype) else 4
+    largest = itemsize * max(_weights(tensor) for tensor in plan.tensors)
     result = Forecast(
         what=f"{plan.out}: export",
         out=plan.out,
         disk=need,
         device=torch.device("cpu"),
         host={PYTHON: base, "a layer": own},
-        pages=itemsize * max(_weights(tensor) for tensor in plan.tensors),
+        # A tensor while it is written, or what was mapped around the few values of the fingerprint.
+        pages=max(largest, most - base - own),
         seconds=seconds,
         note=HOW if seconds else UNMEASURED,
     )
@@ -118,7 +122,8 @@ def _write_layer(plan: ExportPlan | GGUFPlan) -> Written:
         model_seconds = _written(plan.out, partial(_convert, model))
         predictor_seconds = _written(plan.out, partial(_convert, predictor))
         if predictors := _predictors(plan):
-            predictor_seconds += _written(plan.out, partial(_save, predictors[0]))
+            _written(plan.out, partial(_save, predictors[0]))  # the allocator keeps some of it
+            predictor_seconds += _written(plan.out, partial(_save, predictors[-1]))
     return Written(
         own=max(0, peak.own - before),
         weight_seconds=model_seconds / sum(map(_weights, model)),
@@ -134,8 +139,7 @@ def _convert(tensors: Iterable[PlannedTensor], file: IO[bytes]) -> None:
 
 
 def _save(predictor: Predictor, file: IO[bytes]) -> None:
-    stored = predictor.stored()
-    torch.save([weight.clone() for weight in stored.weights], file)
+    torch.save(state_of_file(predictor), file)
 
 
 def _written(out: Path, write: Callable[[IO[bytes]], object]) -> float:

@@ -39,6 +39,8 @@ from sparsecast.predictors.manifest import (
 )
 from sparsecast.predictors.predictor import Predictor
 
+SLAB = 2**18
+"""Weights that are compared at once."""
 WANT = 'a dict with exactly "fc1.weight" (R, D) and "fc2.weight" (F, R), no biases'
 
 
@@ -81,19 +83,23 @@ class PredictorSet:
     def write_into(self, folder: Path) -> None:
         """Write the files into an existing folder."""
         for i, predictor in enumerate(self.layers):
-            stored = predictor.stored()
-            weights = {"fc1.weight": stored.fc1_RD, "fc2.weight": stored.fc2_FR}
-            # Clone, because saving a view would save its whole base.
-            own = {
-                name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, w in weights.items()
-            }
-            save_torch(own, folder / model_file(i, self.experts))
+            save_torch(state_of_file(predictor), folder / model_file(i, self.experts))
         write_json(folder / CONFIG, {"sparse_threshold": self.threshold})
         if self.manifest is not None:
             files = (model_file(i, self.experts) for i in range(len(self.layers)))
             names = [CONFIG, *files]
             write_predictor_manifest(folder, self.manifest, names)
+
+
+def state_of_file(predictor: Predictor) -> dict[str, Tensor]:
+    """Return what a predictor's file holds. Memory: the weights, in the file's dtype, twice."""
+    stored = predictor.stored()
+    weights = {"fc1.weight": stored.fc1_RD, "fc2.weight": stored.fc2_FR}
+    # Clone, because saving a view would save its whole base.
+    return {
+        name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, w in weights.items()
+    }
 
 
 def load_predictors(folder: str | Path) -> PredictorSet:
@@ -233,14 +239,17 @@ def _as_stored(path: Path, fc1: Tensor, fc2: Tensor, dtype: str) -> Predictor:
             f"{path}: manifest.json says {dtype}, whose rows lie in blocks of {BLOCK}, but fc1 is "
             f"{tuple(fc1.shape)}; train again"
         )
-    if not (
-        torch.equal(rounded(fc1, dtype), fc1.float())
-        and torch.equal(rounded(fc2, dtype), fc2.float())
-    ):
+    if not (_holds(fc1, dtype) and _holds(fc2, dtype)):
         raise InputError(
             f"{path}: manifest.json says {dtype}, but {dtype} cannot hold these values; train again"
         )
     return Predictor(fc1.float(), fc2.float(), dtype)
+
+
+def _holds(weight_NK: Tensor, dtype: str) -> bool:
+    """Return whether a format holds every weight as it is, a slab of rows at a time."""
+    slabs = torch.split(weight_NK.float(), max(1, SLAB // weight_NK.shape[1]))
+    return all(torch.equal(rounded(slab, dtype), slab) for slab in slabs)
 
 
 def _check_shapes(layers: list[Predictor], manifest: PredictorManifest, folder: Path) -> None:
