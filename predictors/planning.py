@@ -1,6 +1,6 @@
 """Resolve the options of `sparsecast train` into one plan, and refuse what cannot be trained.
 
-Only this module and train.py see `TrainConfig`; everything below reads the plan.
+Only this module, train.py and train_dry_run.py see `TrainConfig`; everything below reads the plan.
 """
 
 from __future__ import annotations

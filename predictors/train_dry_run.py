@@ -1,4 +1,4 @@
-"""What a training run will take, before it starts; predictors/training/measure.py measures it."""
+"""What a training run will take, before it starts; train_measure.py measures it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sparsecast.predictors.planning import (
     resolve,
     training_text,
 )
-from sparsecast.predictors.training.measure import (
+from sparsecast.predictors.train_measure import (
     Batches,
     Steps,
     calibration_seconds,

@@ -61,9 +61,9 @@ def test_a_resumed_run_does_not_repeat_it(model_folder, corpus, tmp_path, monkey
     assert len(checked) == 1
 
 
-def test_it_reads_the_first_rows_up_to_its_limit():
+def test_it_reads_the_first_rows_up_to_itschecked_tokens():
     ids = torch.arange(40).view(4, 10)
     batch = TokenBatch("train", ids, ids > 0)
     assert torch.equal(first_batch._first_rows(batch, 25).ids_BS, ids[:2])
     assert torch.equal(first_batch._first_rows(batch, 7).ids_BS, ids[:1, :7])
-    assert [first_batch._limit(n) for n in (60, 40_000, 10**9)] == [384, 625, 1024]
+    assert [first_batch.checked_tokens(n) for n in (60, 40_000, 10**9)] == [384, 625, 1024]

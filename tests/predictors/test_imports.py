@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[2] / "predictors"
 FOLDERS = ("calibration", "training", "baselines", "report")
 """Each folder may import the ones before it."""
 ENTRY_MODULES = {"train", "planning", "recipes", "evaluate"}
+ENTRY_MODULES |= {"train_dry_run", "train_measure", "evaluate_dry_run"}
 """Top-level files above the folders; all others are below them."""
 SEES_OPTIONS = {"train.py", "planning.py", "evaluate.py", "report/run.py"}
+SEES_OPTIONS |= {"train_dry_run.py", "evaluate_dry_run.py"}
 
 
 def imported(path: Path) -> set[str]:

@@ -14,13 +14,14 @@ from sparsecast.core import disk, dry_run, memory
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.shape import ModelShape
+from sparsecast.predictors import train_measure
 from sparsecast.predictors.calibration.objective import Objective
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.planning import make_plan, open_source, resolve
 from sparsecast.predictors.recipes import initial_weights
 from sparsecast.predictors.train import train
 from sparsecast.predictors.train_dry_run import CALIBRATION, CHECKS, STEPS, WARM, forecast
-from sparsecast.predictors.training import measure, trainer
+from sparsecast.predictors.training import trainer
 from sparsecast.predictors.training.lightning_module import PredictorModule
 from sparsecast.predictors.training.needs import check_fits, disk_bytes, state_bytes
 from sparsecast.predictors.training.plan import TrainingPlan
@@ -34,7 +35,7 @@ SHAPES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40), "70b": (8192, 28672
 def _once(monkeypatch):
     """Measure everything once."""
     monkeypatch.setattr(dry_run, "LONG", 0)
-    monkeypatch.setattr(measure, "ENOUGH", 0)
+    monkeypatch.setattr(train_measure, "ENOUGH", 0)
 
 
 @pytest.fixture
