@@ -39,6 +39,7 @@ from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.earlier_runs import check_unchanged
 from sparsecast.core.errors import InputError
 from sparsecast.core.interrupts import stop_on_signal
+from sparsecast.core.lock import clear_lock
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint, result_fields
@@ -81,6 +82,8 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
             cfg = replace(cfg, out=output_folder(cfg.out), device=_device(cfg, ranks))
             checkpoint = Checkpoint(cfg.model)
             if (cfg.out / MANIFEST).is_file():
+                if ranks.leads:
+                    clear_lock(cfg.out)
                 return _finished(cfg, checkpoint)
             plan = _plan(cfg, checkpoint, shares, ranks, given)
             if ranks.leads:

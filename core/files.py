@@ -84,17 +84,26 @@ def new_folder(
             which are deleted with it.
     """
     path = check_new_folder(path, replaces=replaces, beside=beside)
-    part = hidden_sibling(path, "part")
+    part, earlier = hidden_sibling(path, "part"), hidden_sibling(path, "earlier")
     try:
+        if earlier.is_dir() and not path.exists():  # killed between two renames
+            os.replace(earlier, path)
+        shutil.rmtree(earlier, ignore_errors=True)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); choose another --out") from error
     try:
         yield part
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(part, path)
+        if path.is_dir():  # a folder that is removed file by file would be neither old nor new
+            os.replace(path, earlier)
+        try:
+            os.replace(part, path)
+        except OSError:
+            if earlier.is_dir():
+                os.replace(earlier, path)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

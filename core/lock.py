@@ -46,3 +46,10 @@ def lock_folder(out: Path, work: str) -> Iterator[None]:
         with suppress(PermissionError):  # Windows removes no file that is open
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def clear_lock(out: Path) -> None:
+    """Remove the file of a run that was killed between finishing `out` and the end of its lock."""
+    if hidden_sibling(out, "lock").is_file():
+        with suppress(InputError), lock_folder(out, "run"):
+            pass

@@ -23,6 +23,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def save_torch(value: Any, path: Path) -> None:
     """Call `torch.save` and rename the file into place; a failure leaves the old file untouched.
 
+    The new file is on the disk before the old one goes, so that a power cut leaves one of them.
+
     Raises:
         OSError: The disk is full. torch hides the system's error code, which is restored here.
     """
@@ -30,6 +32,8 @@ def save_torch(value: Any, path: Path) -> None:
     try:
         with part.open("wb") as file:
             torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except RuntimeError as error:
         if (code := full_disk_errno(error)) is None:
@@ -78,6 +82,8 @@ def load_torch(path: Path, expected: str, advice: str, *, tensors: bool = True) 
             ) from None
         damaged = "weights_only" in text
         reason = "it is not a file of torch.save" if damaged else reason_of(error).split(". ")[0]
+        if not tensors:  # a file of ours
+            raise InputError(f"{path}: damaged, expected {expected}; {advice}") from None
         raise InputError(f"{path}: not a readable torch file ({reason}); {advice}") from None
 
 
@@ -92,13 +98,13 @@ def load_state(path: Path, *names: str) -> dict[str, Any]:
     """Load what an unfinished run has kept, as `load_torch` does.
 
     Raises:
-        InputError: It is damaged, or has no entries of these names.
+        InputError: It is cut short or damaged, or has no entries of these names.
     """
-    advice = f"it is damaged: remove {path.parent}, and the run begins again"
+    advice = "remove it, and the same command goes on from what was finished before"
     found = load_torch(path, "the state of an unfinished run", advice, tensors=False)
     absent = [name for name in names if not isinstance(found, dict) or name not in found]
     if absent:
-        raise InputError(f"{path}: holds no {absent[0]}; {advice}")
+        raise InputError(f"{path}: damaged, it holds no {absent[0]}; {advice}")
     kept: dict[str, Any] = found
     return kept
 

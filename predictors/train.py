@@ -17,6 +17,7 @@ from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.distributed import DistributedContext, distributed_context
 from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.earlier_runs import check_unchanged, compare_options
+from sparsecast.core.lock import clear_lock
 from sparsecast.core.messages import log
 from sparsecast.core.models.ffns import ffn_name
 from sparsecast.predictors.calibration.calibrate import Calibrated
@@ -64,6 +65,8 @@ def train(cfg: TrainConfig) -> PredictorSet:
         with context.together():
             request = resolve(cfg, context)
             if request.finished:
+                if context.leads:
+                    clear_lock(request.out)
                 return _finished(request)
             if context.leads:
                 lock.enter_context(lock_output(request.out, "training"))

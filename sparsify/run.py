@@ -23,7 +23,7 @@ import torch
 
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import check_new_folder, new_folder, write_json
-from sparsecast.core.lock import lock_folder
+from sparsecast.core.lock import clear_lock, lock_folder
 from sparsecast.core.messages import log
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.loading import max_positions, set_activation
@@ -94,6 +94,7 @@ def _lead(plan: SparsifyPlan) -> Path:
     out = plan.out
     if is_finished(out, plan.options):
         shutil.rmtree(work_path(out), ignore_errors=True)
+        clear_lock(out)
         return out
     check_new_folder(out)
     check_fits(plan, work_path(out))
