@@ -13,7 +13,8 @@ from rich.table import Table
 from sparsecast.collect.store.stats import STATS, Stats
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.collect.store.units import shard_name
-from sparsecast.core.files import check_writable_file, write_json
+from sparsecast.core.disk import write_result
+from sparsecast.core.files import check_writable_file
 from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.ffns import place_of
@@ -101,7 +102,7 @@ def inspect(cfg: InspectConfig) -> Inspection:
             "no shard is here, only manifest and statistics, as `sparsecast push` uploads them"
         )
     if cfg.json is not None:
-        write_json(cfg.json, values)
+        write_result(cfg.json, values)
     return Inspection(ok=not damage, values=values)
 
 

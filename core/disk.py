@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from sparsecast.core.errors import InputError
+from sparsecast.core.files import json_text, write_text
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, an exhausted quota, and a file size limit."""
@@ -73,6 +75,18 @@ def explain_full_disk(out: Path, need: int, what: str, kept: Callable[[], str]) 
         raise full_disk_error(error, out, need, what, kept()) from error
 
 
+def write_result(path: Path, values: Any) -> None:
+    """Write the file of --json, when the screen has shown what it will hold.
+
+    Raises:
+        OSError: It cannot be written; a full disk is told with what the file takes.
+    """
+    text = json_text(values)
+    left = "the result is on the screen: make room and run the same command again"
+    with explain_full_disk(path, len(text.encode()), "the result", lambda: left):
+        write_text(path, text)
+
+
 def full_disk_error(error: BaseException, out: Path, need: float, what: str, left: str) -> OSError:
     """Build the error of `explain_full_disk` from an `error` that `full_disk_errno` recognizes."""
     name = getattr(error, "filename", None)
@@ -87,12 +101,13 @@ def full_disk_error(error: BaseException, out: Path, need: float, what: str, lef
 def full_disk_errno(error: BaseException) -> int | None:
     """Return the errno of a full disk, quota or file size limit, or None for other errors.
 
-    torch and safetensors wrap it in errors of their own.
+    torch, safetensors and tokenizers wrap it in errors of their own.
     """
     seen: BaseException | None = error
     while seen is not None:
         code = seen.errno if isinstance(seen, OSError) else None
-        if isinstance(seen, SafetensorError) and (found := re.search(r"os error (\d+)", str(seen))):
+        in_rust = isinstance(seen, SafetensorError) or type(seen) is Exception  # of tokenizers
+        if in_rust and (found := re.search(r"os error (\d+)", str(seen))):
             code = int(found[1])
         if code in FULL:
             return code

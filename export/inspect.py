@@ -11,9 +11,9 @@ from rich.table import Table
 
 from sparsecast.collect.inspect import InspectConfig, Inspection
 from sparsecast.collect.inspect import inspect as inspect_store
-from sparsecast.core.disk import format_bytes
+from sparsecast.core.disk import format_bytes, write_result
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_file, check_writable_file, unreadable_error, write_json
+from sparsecast.core.files import check_file, check_writable_file, unreadable_error
 from sparsecast.core.folders import KINDS, folder_kind
 from sparsecast.core.hub import hub_name, local_folder, remote_kind
 from sparsecast.core.manifests import MANIFEST
@@ -55,7 +55,7 @@ def inspect(cfg: InspectConfig) -> Inspection:
         values = file_values(path)
         show_file(values)
     if cfg.json is not None:
-        write_json(cfg.json, values)
+        write_result(cfg.json, values)
     return Inspection(ok=True, values=values)
 
 

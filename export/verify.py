@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from sparsecast.core.disk import write_result
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_writable_file, write_json
+from sparsecast.core.files import check_writable_file
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import refuse_experts
@@ -47,7 +48,7 @@ def verify(cfg: VerifyConfig) -> VerifyResult:
         check_bundle(plan_verify(cfg, file), result)
     _print(path, result)
     if cfg.json is not None:
-        write_json(cfg.json, result.as_json())
+        write_result(cfg.json, result.as_json())
     return result
 
 

@@ -15,9 +15,10 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from sparsecast.core.disk import write_result
 from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_writable_file, write_json
+from sparsecast.core.files import check_writable_file
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule, family_of
@@ -78,7 +79,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     show_perplexities(result)
     plan.skipped.tell()
     if cfg.json is not None:
-        write_json(cfg.json, result)
+        write_result(cfg.json, result)
     return result
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from packaging.version import Version
 
+from sparsecast.core.disk import write_result
 from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.errors import InputError
-from sparsecast.core.files import check_writable_file, write_json
+from sparsecast.core.files import check_writable_file
 from sparsecast.core.messages import log
 from sparsecast.core.progress import Bar, progress_bar
 from sparsecast.integrations.lm_eval.scores import Scores, read_scores, show_tasks, side_by_side
@@ -64,7 +65,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         plan.skipped.tell()
     _show(cfg, result, bundle=has_bundle(plan.model))
     if cfg.json is not None:
-        write_json(cfg.json, result)
+        write_result(cfg.json, result)
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sparsecast.collect.store.firing import check_firing
 from sparsecast.collect.store.store import ActivationStore
-from sparsecast.core.disk import explain_full_disk
+from sparsecast.core.disk import explain_full_disk, write_result
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import (
     check_new_folder,
@@ -235,7 +235,7 @@ def _write(
             write_text(folder / name, text)
         plan.run.write(folder)
     if plan.json is not None:
-        write_text(plan.json, files["report.json"])
+        write_result(plan.json, result)
 
 
 def _earlier_files(out: Path, json: Path | None) -> tuple[str, ...]:

@@ -12,9 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +88,7 @@ def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
     callbacks: list[Callback] = [_Epochs(train_data, last)]
     handler = signal.getsignal(signal.SIGINT)
     try:
-        with quiet_lightning(), _quiet_threads():
+        with quiet_lightning():
             _trainer(plan, callbacks).fit(
                 module,
                 DataLoader(train_data, batch_size=None),
@@ -135,22 +132,6 @@ def _trainer(plan: TrainingPlan, callbacks: list[Callback]) -> L.Trainer:
         plugins=[cluster_environment(), StagedCheckpoints()],
         **_placement(plan),
     )
-
-
-@contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """Keep TensorBoard's thread from printing an OSError that the next log call raises anyway."""
-    before = threading.excepthook
-
-    def tell(args: threading.ExceptHookArgs) -> None:
-        if not isinstance(args.exc_value, OSError):
-            before(args)
-
-    threading.excepthook = tell
-    try:
-        yield
-    finally:
-        threading.excepthook = before
 
 
 def clear_unfinished(out: Path) -> None:

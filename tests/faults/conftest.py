@@ -61,6 +61,10 @@ class Stage:
         """What stands in the output's folder."""
         return sorted(path.name for path in self.out.parent.iterdir())
 
+    def held(self) -> int:
+        """Bytes that stand in the output's folder."""
+        return sum(path.stat().st_size for path in self.out.parent.rglob("*"))
+
     def clear(self) -> None:
         shutil.rmtree(self.out.parent)
         self.out.parent.mkdir()
