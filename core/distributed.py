@@ -7,11 +7,13 @@ only barriers and errors, through gloo on every device.
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
@@ -20,6 +22,18 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.messages import log
 from sparsecast.core.options import short_repr
 from sparsecast.core.progress import console
+from sparsecast.core.rank_watch import RankWatch
+
+if TYPE_CHECKING:  # builds of torch may lack it
+    from torch.distributed.distributed_c10d import Store
+
+JOIN = timedelta(minutes=5)
+"""Within which every rank must have started."""
+FOREVER = timedelta(days=7)
+"""A rank may have a day more to do than another, or wait for its model's download."""
+_LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe")
+"""What gloo says of a process that has ended."""
+_watch: RankWatch | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,11 @@ class DistributedContext:
             flag = bool(flags[0])
         return flag
 
+    def agree_to_end(self) -> None:
+        """Say that every rank is about to end, and that one of them tells why."""
+        if _watch is not None:
+            _watch.agree()
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run a block on every rank; continue only if it succeeded on all of them.
@@ -82,12 +101,13 @@ class DistributedContext:
             with _quiet_loss():
                 distributed.all_gather_object(said, mine)
             if message := next((text for text in said if text is not None), None):
+                self.agree_to_end()
                 raise InputError(message) if self.leads else SystemExit(2)
 
 
 @contextmanager
 def _quiet_loss() -> Iterator[None]:
-    """Silence ranks that only lost their connection: the rank that failed has said why."""
+    """End a rank that has lost its connection; `RankWatch.explain` finds out why."""
     try:
         yield
     except RuntimeError as error:
@@ -110,13 +130,66 @@ def distributed_context(backend: str = "gloo") -> Iterator[DistributedContext]:
         yield _this()
         return
     _check_launched(size)
-    # A rank may have a day more to do than another, or wait for its model's download.
-    distributed.init_process_group(backend, timeout=timedelta(days=7))
-    console.quiet = log.disabled = distributed.get_rank() > 0
+    global _watch
+    store = _join(size)
+    rank, local_rank = int(os.environ["RANK"]), int_from_environment("LOCAL_RANK", 0)
+    _watch = watch = RankWatch(store, rank, size, local_rank)
     try:
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=FOREVER
+        )
+        console.quiet = log.disabled = rank > 0
         yield _this()
+    except BaseException as error:
+        outcome = watch.explain(error, _is_loss(error))
+        if outcome is error:
+            raise
+        raise outcome from error
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        watch.close()
+        _watch = None
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an error may come of the end of another rank."""
+    if isinstance(error, SystemExit):
+        return isinstance(error.__cause__, RuntimeError)
+    lost = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    return lost or isinstance(error, distributed.DistError)
+
+
+def _join(size: int) -> Store:
+    """Wait until every rank has started.
+
+    Raises:
+        ConnectionError: Some have not within `JOIN`; SystemExit where another rank tells that.
+    """
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    rank = int(os.environ["RANK"])
+    minutes = f"within {JOIN.seconds // 60} minutes: start them all at once, or see why one ended"
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own
+            found, _, _ = next(rendezvous("env://", timeout=JOIN))
+        else:
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            found = TCPStore(*place, size, rank == 0, JOIN, wait_for_workers=False)
+    except RuntimeError as error:
+        told = f"no rank 0 has started at {os.environ['MASTER_ADDR']} {minutes}"
+        raise ConnectionError(told) if rank == 1 else SystemExit(1) from error
+    store: Store = PrefixStore("sparsecast", found)
+    joined, limit = store.add("joined", 1), time.monotonic() + JOIN.total_seconds()
+    while joined < size:  # in Python, where signals end it
+        if time.monotonic() > limit:
+            told = f"{joined} of {size} ranks have started {minutes}"
+            raise SystemExit(1) if rank else ConnectionError(told)
+        time.sleep(0.05)
+        joined = store.add("joined", 0)
+    store.set_timeout(FOREVER)
+    return store
 
 
 def int_from_environment(name: str, unset: int, *, least: int = 0, most: int = 2**31 - 1) -> int:

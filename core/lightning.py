@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from sparsecast.core.interrupts import StopFlag
 from sparsecast.core.progress import Bar, progress_bar
 from sparsecast.core.torch_files import save_torch
 
@@ -70,6 +72,28 @@ def _quiet_threads() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+class StopBetweenSteps(Callback):
+    """Leave SIGTERM to the `stop_on_signal` around the fit, and end behind the step it came in.
+
+    An interrupt in the midst of a step may strike the finalizer of a generator, where it is lost.
+    Lightning's own handler would broadcast, in the midst of what processes exchange.
+    """
+
+    def __init__(self, stop: StopFlag) -> None:
+        self._stop = stop
+        self._on_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, *_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._stop.check()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._stop.check()
 
 
 class StagedCheckpoints(TorchCheckpointIO):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ from sparsecast.core.distributed import int_from_environment
 from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
-from sparsecast.core.interrupts import interrupt_like
+from sparsecast.core.interrupts import interrupt_like, stop_on_signal
 from sparsecast.core.lightning import (
     StagedCheckpoints,
+    StopBetweenSteps,
     TrainingBar,
     cluster_environment,
     quiet_lightning,
@@ -85,10 +85,9 @@ def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
         log.info("resuming from the last finished epoch")
     train_data: Any = source.batches(plan)
     calibration_data = calibration_batches(source.store, plan)
-    callbacks: list[Callback] = [_Epochs(train_data, last)]
-    handler = signal.getsignal(signal.SIGINT)
     try:
-        with quiet_lightning():
+        with quiet_lightning(), stop_on_signal() as stop:
+            callbacks = [_Epochs(train_data, last), StopBetweenSteps(stop)]
             _trainer(plan, callbacks).fit(
                 module,
                 DataLoader(train_data, batch_size=None),
@@ -96,9 +95,10 @@ def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
                 ckpt_path=resume,
                 weights_only=True,
             )
-    except SystemExit as stop:  # how Lightning ends an interrupt, with SIGINT left ignored
-        signal.signal(signal.SIGINT, handler)
-        raise interrupt_like(stop, f"{plan.out}: interrupted; {_left(plan)}") from stop
+    except SystemExit as ended:  # how Lightning ends an interrupt
+        if not isinstance(ended.__context__, KeyboardInterrupt):
+            raise  # of a rank that has lost another
+        raise interrupt_like(ended, f"{plan.out}: interrupted; {_left(plan)}") from ended
 
 
 def _left(plan: TrainingPlan) -> str:

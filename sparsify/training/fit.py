@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
-import signal
-import threading
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from sparsecast.core.distributed import int_from_environment
 from sparsecast.core.interrupts import StopFlag, interrupt_like, stop_on_signal
 from sparsecast.core.lightning import (
     StagedCheckpoints,
+    StopBetweenSteps,
     TrainingBar,
     cluster_environment,
     quiet_lightning,
@@ -51,8 +49,6 @@ from sparsecast.sparsify.work_folder import Diverged, WorkFolder
 CHECKPOINT_STEPS = 500
 LOSS_CHECK_STEPS = 50
 """Steps between two checks of the loss; each check waits for the device."""
-LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe")
-"""What gloo says of a process that has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,10 +209,6 @@ def _fit(
         if isinstance(ended.__context__, KeyboardInterrupt):
             raise interrupt_like(ended) from ended
         raise
-    except RuntimeError as error:
-        if context.size > 1 and LOST.search(str(error)):
-            raise SystemExit(1) from error  # the process that failed has said why
-        raise
     finally:
         module.remove_hooks()
     state: dict[str, Any] = trainer.optimizers[0].state_dict()
@@ -236,20 +228,14 @@ def _callbacks(task: Task, team: Team, stop: StopFlag) -> list[Callback]:
     return [*found, _Checkpoints(task, team, stop)]
 
 
-class _Checkpoints(Callback):
+class _Checkpoints(StopBetweenSteps):
     """Write checkpoints atomically, and raise `Diverged` before writing a broken one."""
 
     def __init__(self, task: Task, team: Team, stop: StopFlag) -> None:
+        super().__init__(stop)
         self._last = task.last
         self._phase = task.phase
         self._team = team
-        self._stop = stop
-        self._on_sigterm = signal.getsignal(signal.SIGTERM)
-
-    def on_train_start(self, *_: Any) -> None:
-        # Lightning's handler would broadcast, in the midst of what processes exchange.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any

@@ -36,3 +36,4 @@ def team() -> Iterator[Team]:
         finally:
             if context.leads and found.waiting:
                 context.share(None)
+                context.agree_to_end()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
+
 import pytest
 
+from sparsecast.core import distributed
 from sparsecast.core.distributed import DistributedContext, distributed_context
 from sparsecast.core.errors import InputError
 
@@ -65,4 +69,19 @@ def test_half_a_launch_is_none(name, monkeypatch):
         pytest.raises(InputError, match=f"WORLD_SIZE=2 in the environment, but no {name}"),
         distributed_context(),
     ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [("0", "^1 of 2 ranks have started within"), ("1", "^no rank 0 has started at")],
+)
+def test_a_rank_that_never_starts_is_not_waited_for_forever(rank, told, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for variable, text in (LAUNCHED | {"RANK": rank, "MASTER_PORT": port}).items():
+        monkeypatch.setenv(variable, text)
+    monkeypatch.setattr(distributed, "JOIN", timedelta(seconds=1))
+    with pytest.raises(ConnectionError, match=told), distributed_context():
         pass
