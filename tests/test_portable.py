@@ -23,7 +23,7 @@ IN_WINDOWS = {
     "environ", "path", "PathLike", "fspath", "fsencode", "fsdecode", "replace", "kill", "getpid",
     "getcwd", "cpu_count", "devnull", "dup", "dup2", "open", "fdopen", "close", "access", "fsync",
     "strerror", "scandir", "listdir", "sep", "walk", "link", "symlink", "stat", "urandom",
-    "O_WRONLY", "X_OK", "W_OK", "DirEntry",
+    "_exit", "O_WRONLY", "X_OK", "W_OK", "DirEntry",
 }  # fmt: skip
 """Names of `os` that Python's documentation gives for Unix and Windows alike."""
 SIGNALS_IN_WINDOWS = {
