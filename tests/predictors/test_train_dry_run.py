@@ -14,6 +14,7 @@ from sparsecast.core import disk, dry_run, memory
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.shape import ModelShape
+from sparsecast.core.run_record import begin_run
 from sparsecast.predictors import train_measure
 from sparsecast.predictors.calibration.objective import Objective
 from sparsecast.predictors.config import TrainConfig
@@ -138,7 +139,7 @@ def test_a_running_model_is_refused_before_it_records(model_folder, corpus, tmp_
 
 
 @pytest.mark.parametrize("size", SHAPES)
-def test_large_shapes_by_hand(size, tmp_path, monkeypatch):
+def test_large_shapes_by_hand(size, asked, tmp_path, monkeypatch):
     hidden, ffn, layers = SHAPES[size]
     plan = TrainingPlan(
         out=tmp_path / "pred",
@@ -156,6 +157,7 @@ def test_large_shapes_by_hand(size, tmp_path, monkeypatch):
         context=DistributedContext(),
         data_parallel=False,
         options={},
+        run=begin_run("train", asked),
     )
     # Four of the hidden units are the bias; an offset for each neuron is trained beside.
     weights = layers * ((hidden * 5 // 8 - 4) * (hidden + ffn) + ffn)
