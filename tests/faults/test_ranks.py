@@ -169,7 +169,9 @@ def test_all_of_three_ranks_end_where_they_meet_at_the_end_alone(stage, ranks_fo
     assert not one.out.exists()
 
 
-@pytest.mark.parametrize("how", [FAILS, 'raise InputError("its own trouble")'])
+@pytest.mark.parametrize(
+    "how", [pytest.param(FAILS, marks=pytest.mark.slow), 'raise InputError("its own trouble")']
+)
 def test_a_rank_that_fails_tells_alone(stage, ranks_forked, how):
     one = stage("sparsify")
     code = "from sparsecast.core.errors import InputError\n"
