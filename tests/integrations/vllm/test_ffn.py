@@ -10,6 +10,7 @@ from sparsecast.core.models.activations import ActivationRule
 from sparsecast.integrations.vllm import ffn
 from sparsecast.integrations.vllm.ffn import SparseAndMul, by_rows, exact_or_dense
 
+SLOW = pytest.mark.slow
 RULES = [ActivationRule(name) for name in ("relu", "drelu", "relu2")]
 RULES.append(ActivationRule("fatrelu", 0.3))
 D, F = 48, 200
@@ -54,10 +55,12 @@ def test_the_threshold_itself_stays(dtype):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 16, 17])
+@pytest.mark.parametrize(
+    "tokens", [1, pytest.param(5, marks=SLOW), 16, pytest.param(17, marks=SLOW)]
+)
 @pytest.mark.parametrize(
     "dtype",
-    [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)],
     ids=str,
 )
 def test_exact_and_dense_give_the_ffn(rule, tokens, dtype):

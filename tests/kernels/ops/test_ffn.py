@@ -122,7 +122,7 @@ def test_nothing_fires_everything_fires(tokens, ffn, predictor, banded, near):
 
 
 @pytest.mark.parametrize("predicts", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 6])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.slow), 6])
 def test_a_nan_stays_in_its_token_and_is_seen(tokens, predicts, ffn, predictor, banded, near):
     """Also where no other token makes the NaN's neurons fire."""
     weights, named = ffn("fatrelu", torch.float16), predictor("q8_0")
