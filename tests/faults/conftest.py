@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -26,8 +27,8 @@ config.PRESETS["micro"] = config.Preset(hidden_size=32, ffn_width=96, layers=2, 
 fit.CHECKPOINT_STEPS = 3
 """
 GROUP = "os.setpgid(0, 0)\n"
-UNLIKE = ("logs", "tensorboard")
-"""Folders of logs, which hold times and one part for every start."""
+UNLIKE = ("logs", "tensorboard", "run.json")
+"""What holds times, or one part for every start."""
 
 
 @dataclass
@@ -48,9 +49,10 @@ class Stage:
         return ["--json" if self.name == "evaluate" else "--out", str(self.out)]
 
     def content(self) -> dict[str, bytes]:
-        """Every file of the output but logs; empty where there is no output."""
+        """Every file of the output but logs and records; empty where there is no output."""
         if self.out.is_file():
-            return {self.out.name: self.out.read_bytes()}
+            scores = {k: v for k, v in json.loads(self.out.read_bytes()).items() if k != "run"}
+            return {self.out.name: json.dumps(scores).encode()}
         return {
             str(path.relative_to(self.out)): path.read_bytes()
             for path in sorted(self.out.rglob("*"))
