@@ -17,8 +17,9 @@ from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.estimate import check_fits, missing_bytes
 from sparsecast.collect.first_batch import MOST_PASSES, checked_tokens
 from sparsecast.collect.outline import Outline, make_outline
-from sparsecast.collect.output import output_folder
+from sparsecast.collect.output import check_resumable, output_folder, unfinished
 from sparsecast.collect.recording import recorder_of
+from sparsecast.collect.run import device_of_rank, finished_store, identity
 from sparsecast.collect.store.units import Unit
 from sparsecast.collect.store.writer import BUFFERS, Writer, record_unit, to_memory
 from sparsecast.core.disk import format_bytes
@@ -35,7 +36,6 @@ from sparsecast.core.dry_run import (
 )
 from sparsecast.core.errors import InputError
 from sparsecast.core.manifests import MANIFEST
-from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.first_layers import (
     Measured,
@@ -44,6 +44,8 @@ from sparsecast.core.models.first_layers import (
     model_memory,
 )
 from sparsecast.core.models.loading import check_checkpoint, input_device
+from sparsecast.core.text.corpus import read_documents
+from sparsecast.core.text.corpus_files import is_stream, local_files
 from sparsecast.core.text.tokens import COUNTED, TokenBatch
 
 HOW = "from a batch on one and on two layers"
@@ -61,18 +63,20 @@ def forecast(cfg: CollectConfig) -> Forecast | None:
     with distributed_context() as ranks:
         if not ranks.leads:
             return None
-        cfg = replace(cfg, out=output_folder(cfg.out), device=ranks.device(cfg.device))
+        cfg = replace(cfg, out=output_folder(cfg.out), device=device_of_rank(cfg, ranks))
+        checkpoint = Checkpoint(cfg.model)
         if (cfg.out / MANIFEST).is_file():
-            log.info(f"{cfg.out}: holds a finished store, which the same options keep")
+            finished_store(cfg, checkpoint)
             return None
-        return _forecast(cfg, ranks)
+        return _forecast(cfg, checkpoint, ranks)
 
 
-def _forecast(cfg: CollectConfig, ranks: DistributedContext) -> Forecast:
-    checkpoint = Checkpoint(cfg.model)
-    if checkpoint.files:
-        check_checkpoint(checkpoint)
+def _forecast(cfg: CollectConfig, checkpoint: Checkpoint, ranks: DistributedContext) -> Forecast:
     outline = make_outline(cfg, checkpoint)
+    if checkpoint.files:
+        _check_unfinished(cfg, checkpoint, outline)
+    if cfg.corpus != "builtin" and not is_stream(cfg.corpus) and local_files(cfg.corpus):
+        next(read_documents(cfg.corpus), None)  # refuses what holds no text
     base = base_memory(outline.device)
     misfit: InputError | None = None
     measured: list[Measured] = []
@@ -88,6 +92,16 @@ def _forecast(cfg: CollectConfig, ranks: DistributedContext) -> Forecast:
         raise misfit
     check_forecast(found, "choose a smaller --batch-size or --dtype")
     return found
+
+
+def _check_unfinished(cfg: CollectConfig, checkpoint: Checkpoint, outline: Outline) -> None:
+    """Check the model's files, and that an interrupted run can go on with these options."""
+    tokenizer = check_checkpoint(checkpoint)
+    if (earlier := unfinished(cfg.out)) is not None:
+        now = identity(cfg, checkpoint, tokenizer)
+        now |= {"dtype": str(outline.dtype).removeprefix("torch.")}
+        now |= {"x_dtype": outline.shape.x_dtype}
+        check_resumable(cfg.out, earlier, replace(earlier, **now))
 
 
 def measure_recording(

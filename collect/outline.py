@@ -15,7 +15,7 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.models.activations import ActivationRule
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.families import activation_rule
-from sparsecast.core.models.loading import pick_device, pick_dtype
+from sparsecast.core.models.loading import check_seq_len, pick_device, pick_dtype
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.models.shape import model_shape
 from sparsecast.core.text.corpus_files import max_tokens
@@ -47,12 +47,14 @@ def make_outline(
     """Resolve what needs no weights.
 
     Raises:
-        InputError: An activation without zeros, a device or layers that are not there.
+        InputError: An activation without zeros, a device or layers that are not there, or longer
+            sequences than the model's.
     """
     rule = activation_rule(checkpoint.config, cfg.model, cfg.activation_threshold)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, checkpoint.config.dtype, device)
     model = empty_model(checkpoint.config)
+    check_seq_len(cfg.seq_len, model, cfg.model)
     shape = _shape(cfg, model, dtype)
     batch_tokens = min(cfg.batch_size * cfg.seq_len, max(cfg.tokens, cfg.count_tokens))
     largest_shard = max(shape.shard_tokens, batch_tokens)

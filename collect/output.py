@@ -69,13 +69,11 @@ def begin_or_resume(out: Path, manifest: Manifest) -> None:
         InputError: The interrupted run had other options, or the folder cannot be written.
     """
     partial = partial_folder(out)
-    finished = finished_shards(partial)
-    if finished and (partial / MANIFEST).is_file():
-        changes = manifest_differences(read_manifest(partial), manifest)
-        check_unchanged(partial, "an unfinished collection", changes, finished=False)
+    if (earlier := unfinished(out)) is not None:
+        check_resumable(out, earlier, manifest)
         for leftover in partial.glob("*.part"):
             leftover.unlink()
-        log.info(f"resuming: {len(finished)} finished shards are kept")
+        log.info(f"resuming: {len(finished_shards(partial))} finished shards are kept")
         return
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -85,6 +83,20 @@ def begin_or_resume(out: Path, manifest: Manifest) -> None:
         raise InputError(
             f"{out}: cannot be written ({error.strerror or error}); choose another --out"
         ) from error
+
+
+def unfinished(out: Path) -> Manifest | None:
+    """Return the manifest of an interrupted run that has finished a shard; None without one."""
+    partial = partial_folder(out)
+    if not finished_shards(partial) or not (partial / MANIFEST).is_file():
+        return None
+    return read_manifest(partial)
+
+
+def check_resumable(out: Path, earlier: Manifest, now: Manifest) -> None:
+    """Raise `InputError` if an interrupted run had other options."""
+    changes = manifest_differences(earlier, now)
+    check_unchanged(partial_folder(out), "an unfinished collection", changes, finished=False)
 
 
 def finished_shards(folder: Path) -> list[Path]:

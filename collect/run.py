@@ -44,7 +44,7 @@ from sparsecast.core.manifests import MANIFEST
 from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint, result_fields
 from sparsecast.core.models.families import activation_rule, family_of
-from sparsecast.core.models.loading import check_seq_len, load_model
+from sparsecast.core.models.loading import load_model
 from sparsecast.core.run_record import begin_run
 from sparsecast.core.text.corpus import read_documents, start_reading
 from sparsecast.core.text.corpus_files import is_stream
@@ -79,15 +79,17 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
     with distributed_context() as ranks, stop_on_signal() as stop, ExitStack() as held:
         with ranks.together():
             given = cfg
-            cfg = replace(cfg, out=output_folder(cfg.out), device=_device(cfg, ranks))
+            cfg = replace(cfg, out=output_folder(cfg.out), device=device_of_rank(cfg, ranks))
             checkpoint = Checkpoint(cfg.model)
             if (cfg.out / MANIFEST).is_file():
                 if ranks.leads:
                     clear_lock(cfg.out)
-                return _finished(cfg, checkpoint)
+                return finished_store(cfg, checkpoint)
             plan = _plan(cfg, checkpoint, shares, ranks, given)
             if ranks.leads:
                 held.enter_context(lock_output(plan.out))
+        with ranks.together():  # a rank that was refused leaves no folder behind
+            if ranks.leads:
                 begin_or_resume(plan.out, plan.manifest)
         plan = plan.with_first_threads()
         with keeping_shards(plan, stop):
@@ -103,8 +105,12 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
     return ActivationStore(plan.out)
 
 
-def _device(cfg: CollectConfig, ranks: DistributedContext) -> str:
-    """Return this rank's device."""
+def device_of_rank(cfg: CollectConfig, ranks: DistributedContext) -> str:
+    """Return this rank's device.
+
+    Raises:
+        InputError: A stream, or a model spread over all devices, with several ranks.
+    """
     if ranks.size == 1:
         return cfg.device
     if is_stream(cfg.corpus):
@@ -149,7 +155,6 @@ def _plan(
         activation_threshold=cfg.activation_threshold,
         device_map=cfg.device_map,
     )
-    check_seq_len(cfg.seq_len, model, cfg.model)
     manifest = _manifest(cfg, checkpoint, model, tokenizer, outline.shape)
     resolved = {
         "dtype": manifest.dtype,
@@ -184,7 +189,7 @@ def _manifest(
     """Build the manifest as it is before any token is recorded."""
     family = family_of(checkpoint.config, cfg.model)
     return Manifest(
-        **_identity(cfg, checkpoint, tokenizer),
+        **identity(cfg, checkpoint, tokenizer),
         model=cfg.model,
         model_type=checkpoint.config.model_type,
         threads=torch.get_num_threads(),
@@ -201,7 +206,7 @@ def _manifest(
     )
 
 
-def _identity(cfg: CollectConfig, checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Any]:
+def identity(cfg: CollectConfig, checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the manifest's fields that follow from files and options, not from the model.
 
     A run that resumes or repeats another must have the same.
@@ -231,11 +236,15 @@ def _tokenizer_id(tokenizer: Tokenizer) -> str:
     return f"{type(tokenizer).__name__} {len(tokenizer)} {checksum}"
 
 
-def _finished(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
-    """Open the finished store in `cfg.out` if `cfg` would make the same."""
+def finished_store(cfg: CollectConfig, checkpoint: Checkpoint) -> ActivationStore:
+    """Open the finished store in `cfg.out`.
+
+    Raises:
+        InputError: `cfg` would make another one.
+    """
     store = ActivationStore(cfg.out)
     manifest = store.manifest
-    now = replace(manifest, **_identity(cfg, checkpoint, load_tokenizer(checkpoint)))
+    now = replace(manifest, **identity(cfg, checkpoint, load_tokenizer(checkpoint)))
     changes = manifest_differences(manifest, now)
     check_unchanged(cfg.out, "a finished store", changes, finished=True)
     tokens = manifest.tokens()

@@ -164,6 +164,11 @@ def resolve(cfg: TrainConfig, context: DistributedContext) -> TrainingRequest:
 def check_before_recording(request: TrainingRequest) -> None:
     """Refuse what can be refused before a running model records its calibration documents."""
     check_fits(plan_before_recording(request))
+    check_unfinished_run(request)
+
+
+def check_unfinished_run(request: TrainingRequest) -> None:
+    """Raise `InputError` if an interrupted run on a running model had other options."""
     resumed = resume_options(request.options, request.context)
     check_unfinished(work_folder(request.out), resumed)
 

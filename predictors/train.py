@@ -67,7 +67,9 @@ def train(cfg: TrainConfig) -> PredictorSet:
             if request.finished:
                 if context.leads:
                     clear_lock(request.out)
-                return _finished(request)
+                predictors = finished_predictors(request)
+                finish_logs(work_folder(request.out), request.out)  # a kill may have left them
+                return predictors
             if context.leads:
                 lock.enter_context(lock_output(request.out, "training"))
             if request.store is None:
@@ -168,7 +170,7 @@ def _warn_if_missed(plan: TrainingPlan, counts: list[Counts]) -> None:
         )
 
 
-def _finished(request: TrainingRequest) -> PredictorSet:
+def finished_predictors(request: TrainingRequest) -> PredictorSet:
     """Load the predictors of an earlier run.
 
     Raises:
@@ -179,8 +181,6 @@ def _finished(request: TrainingRequest) -> PredictorSet:
     manifest = predictors.manifest
     assert manifest is not None
     changed = compare_options(manifest.recipe, request.options)
-    if not changed:  # the earlier run may have been killed before it moved its logs
-        finish_logs(work_folder(out), out)
     if manifest.fingerprint != fingerprint:
         changed = [text for text in changed if not text.startswith("fingerprint ")]
         changed.append(

@@ -20,7 +20,6 @@ from sparsecast.core.dry_run import (
 )
 from sparsecast.core.errors import InputError
 from sparsecast.core.memory import held
-from sparsecast.core.messages import log
 from sparsecast.core.models.checkpoint import Checkpoint
 from sparsecast.core.models.first_layers import Measured, model_memory
 from sparsecast.core.models.loading import check_checkpoint, pick_dtype
@@ -30,11 +29,13 @@ from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.planning import (
     SPLITS_READ,
     TrainingRequest,
+    check_unfinished_run,
     make_plan,
     plan_before_recording,
     resolve,
     training_text,
 )
+from sparsecast.predictors.train import finished_predictors
 from sparsecast.predictors.train_measure import (
     Batches,
     Steps,
@@ -76,7 +77,7 @@ def forecast(cfg: TrainConfig) -> Forecast | None:
             return None
         request = resolve(cfg, context)
         if request.finished:
-            log.info(f"{request.out}: holds finished predictors, which the same options keep")
+            finished_predictors(request)
             return None
         found, misfit = _recorded(request) if request.store else _online(request)
         show_forecast(found)
@@ -212,6 +213,7 @@ def _model_bytes(plan: TrainingPlan) -> int:
 
 def _online(request: TrainingRequest) -> tuple[Forecast, InputError | None]:
     """Forecast training on a running model."""
+    check_unfinished_run(request)
     text, plan = training_text(request), plan_before_recording(request)
     recording, shares = calibration_recording(text)
     checkpoint = Checkpoint(text.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -67,7 +68,7 @@ def test_the_command_prints_a_table_and_ends_well(asked, tmp_path, capfd):
 def test_an_option_more_does_not_make_another_store(asked, capfd):
     collect(asked)
     assert forecast(replace(asked, dry_run=True)) is None
-    assert "holds a finished store" in capfd.readouterr().err
+    assert "already collected" in capfd.readouterr().err
     collect(asked)
     with pytest.raises(InputError, match=r"dry_run: .*collect\.dry_run\.forecast"):
         collect(replace(asked, dry_run=True))
@@ -155,3 +156,21 @@ def test_large_shapes_by_hand(size, tmp_path):
     assert outline.needs.store == pytest.approx(400_000 * layers * (2 * hidden + ffn / 8), rel=0.02)
     token = layers * (2 * hidden + ffn / 8 + 4)
     assert outline.needs.buffers == pytest.approx(3 * max(2**27, 4096 * token), rel=0.02)
+
+
+def test_it_refuses_what_the_run_refuses(asked, tmp_path):
+    """An output made with other options, too long sequences, and a corpus without text."""
+    (tmp_path / "silent.jsonl").write_text('{"title": 1}\n')
+    for wrong in ({"seq_len": 100_000}, {"corpus": str(tmp_path / "silent.jsonl")}):
+        for run in (forecast, collect):
+            with pytest.raises(InputError, match="--seq-len: got|silent.jsonl"):
+                run(replace(asked, **wrong))
+    collect(asked)
+    os.rename(asked.out, tmp_path / ".acts.part")
+    with pytest.raises(InputError, match=r"\.acts\.part: .* made differently \(seq_len was 64"):
+        forecast(replace(asked, seq_len=32))
+    assert forecast(asked) is not None
+    os.rename(tmp_path / ".acts.part", asked.out)
+    with pytest.raises(InputError, match=r"made differently \(seq_len was 64"):
+        forecast(replace(asked, seq_len=32))
+    assert forecast(asked) is None

@@ -74,7 +74,7 @@ def test_it_tells_what_the_run_then_takes(asked, tmp_path, capfd, options, parts
         assert state_bytes(plan) == 20 * sum(weight.numel() for weight in module.parameters())
     train(cfg)
     assert forecast(replace(cfg, dry_run=True)) is None
-    assert "holds finished predictors" in capfd.readouterr().err
+    assert "already trained" in capfd.readouterr().err
     with pytest.raises(InputError, match=r"dry_run: .*train_dry_run\.forecast"):
         train(replace(cfg, dry_run=True))
 
@@ -169,3 +169,10 @@ def test_large_shapes_by_hand(size, asked, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "host_limit", lambda: 20 * weights - 1)
     with pytest.raises(InputError, match=f"{Path(plan.out).name}: training needs"):
         check_fits(plan)
+
+
+def test_predictors_made_with_other_options_are_refused(asked):
+    train(asked)
+    with pytest.raises(InputError, match=r"made differently \(rank was 32, now 16"):
+        forecast(replace(asked, rank=16))
+    assert forecast(asked) is None
