@@ -67,6 +67,8 @@ def parse(
             if not stray.startswith("-"):
                 raise InputError(f"{short_repr(stray)} belongs to no option")
             stray = stray.partition("=")[0]
+            if positional is not None and stray == option_of(positional):
+                raise InputError(f"{stray} is no option: give {needed[positional]} without it")
             near = did_you_mean(stray, map(option_of, [*kinds, "config"]))
             raise InputError(f"no option is called {stray}{near}")
         given = {key: value for key, value in vars(found).items() if value is not None}

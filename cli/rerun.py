@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager
-from dataclasses import dataclass, fields
+from contextlib import chdir, contextmanager, suppress
+from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from sparsecast.cli.stages import STAGES, load
 from sparsecast.cli.suggestions import did_you_mean
 from sparsecast.cli.terminal import process_rank
-from sparsecast.core.errors import InputError
+from sparsecast.core.errors import InputError, one_line
 from sparsecast.core.machine import usable_cores
 from sparsecast.core.messages import log
 from sparsecast.core.models.loading import pick_device
@@ -71,7 +71,7 @@ def rerun(cfg: RerunConfig) -> Any:
         _check_inputs(record, config, cfg.run)
         with _threads_of(record), _date_of(record):
             _tell_differences(record)
-            log.info(command_of(record.command, config), extra={"style": "italic"})
+            log.info(one_line(command_of(record.command, config)), extra={"style": "italic"})
             result = load(STAGES[record.command].run)(config)
         if record.result is not None:
             _compare_result(record, config.out)
@@ -119,11 +119,13 @@ def _threads_of(record: RunRecord) -> Iterator[None]:
 
 @contextmanager
 def _date_of(record: RunRecord) -> Iterator[None]:
-    """Let reports state the recorded date, unless the user has set one."""
+    """Let a report state the date of the recorded one, unless the user has set one."""
     if EPOCH in os.environ:
         yield
         return
     moment = datetime.strptime(record.date, DATE).replace(tzinfo=UTC)
+    with suppress(KeyError, TypeError, ValueError):  # only a report states one
+        moment = datetime.fromisoformat(record.resolved["date"]).replace(tzinfo=UTC)
     os.environ[EPOCH] = str(max(0, int(moment.timestamp())))
     try:
         yield
@@ -156,6 +158,11 @@ def config_of(record: RunRecord, path: Path, out: Path | None) -> Any:
             f"{short_repr(name)}{did_you_mean(name, known)}; the record is of sparsecast "
             f"{short_repr(record.versions.get('sparsecast'))}"
         )
+    needed = [n for n, f in known.items() if f.default is f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in record.options]:
+        raise InputError(f"{path}: {option_of(missing[0])} is missing, expected all options")
+    if record.options.get("dry_run"):
+        raise InputError(f"{path}: --dry-run is true, but a dry run leaves no record")
     # A null that is no default stands for nothing that the option can be.
     nulls = [n for n, v in record.options.items() if v is None and known[n].default is not None]
     if nulls:
@@ -238,7 +245,7 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if value is None or value == []:
         return "none"
-    return short_repr(value) if isinstance(value, list) else str(value)[:80]
+    return short_repr(value) if isinstance(value, list) else one_line(str(value)[:80])
 
 
 def _compare_result(record: RunRecord, out: Path) -> None:

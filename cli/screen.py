@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from sparsecast.core import progress
+from sparsecast.core.errors import one_line
 from sparsecast.core.messages import Rendered, log
 
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
@@ -14,7 +15,7 @@ class ScreenHandler(logging.Handler):
     """Print messages beside running bars, on the console that draws those.
 
     A message's style is that of its level, or the one that it brings along as
-    `extra={"style": ...}`.
+    `extra={"style": ...}`. Characters that a terminal would obey, as in a name, are escaped.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -22,7 +23,8 @@ class ScreenHandler(logging.Handler):
             progress.console.print(record.msg.renderable)
             return
         style = getattr(record, "style", STYLES.get(record.levelno))
-        progress.console.print(record.getMessage(), style=style, soft_wrap=True)
+        text = "\n".join(map(one_line, record.getMessage().split("\n")))
+        progress.console.print(text, style=style, soft_wrap=True)
 
 
 def print_messages() -> None:

@@ -200,6 +200,8 @@ def read_run(path: Path) -> RunRecord:
     value = read_json(path, WANT)
     if "command" not in value and isinstance(value.get("run"), dict):
         value = value["run"]
+    if "command" not in value:
+        raise InputError(f"{path}: names no command, expected {WANT}; if it is evaluate's: {AGAIN}")
     check_version(path, value, FORMAT_VERSION, AGAIN)
     check_keys(path, value, RunRecord, AGAIN)
     record = RunRecord(**value)

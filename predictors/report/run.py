@@ -101,7 +101,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
         check_writable_file(cfg.json, "--json")
     date = today()
     with lock_folder(out, "report"):
-        plan = _resolve(cfg)
+        plan = _resolve(cfg, date)
         scores = score_layers(plan.predictors, plan.store, str(plan.folder))
         result = summarize(scores, plan.predictors, plan.store) | plan.evaluation
         result |= {
@@ -119,7 +119,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     return result
 
 
-def _resolve(cfg: ReportConfig) -> ReportPlan:
+def _resolve(cfg: ReportConfig, date: str) -> ReportPlan:
     """Open the inputs, and refuse those that do not belong together."""
     store = ActivationStore(cfg.activations)
     check_firing(store.stats(), store.manifest.ffns, str(cfg.activations), [SPLIT])
@@ -142,7 +142,7 @@ def _resolve(cfg: ReportConfig) -> ReportPlan:
         model=cfg.model,
         evaluation=read_evaluation(cfg.evaluation),
         command=command_of("report", cfg, leave_out=("out", "json")),
-        run=begin_run("report", cfg),
+        run=begin_run("report", cfg, date=date),
     )
 
 

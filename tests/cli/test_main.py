@@ -125,6 +125,7 @@ def test_several_folders_as_people_type_them(args, want):
             ["collect", "--model", "m", "--corpus", "c", "--out", "o", "--wings", "2"],
             "called --wings;",
         ),
+        (["rerun", "--run=x"], "--run is no option: give RUN without it"),
         ([*COLLECT, "--modle=x"], "no option is called --modle; did you mean --model?"),
         ([*COLLECT, "--seq_len", "9"], "no option is called --seq_len; did you mean --seq-len?"),
         ([*COLLECT, "--seq", "9"], "no option is called --seq;"),

@@ -239,7 +239,8 @@ def test_what_else_has_changed_is_told(copied, rerun, monkeypatch):
         ({"command": "rerun"}, "its command is 'rerun', expected one of collect, train"),
         ({"command": "push"}, "its command is 'push', expected one of"),
         ({"command": "rm -rf /"}, "its command is 'rm -rf /', expected one of"),
-        ({"options": {"tokens": 100}}, "collect does not take its options"),
+        ({"options": {"tokens": 100}}, "--model is missing, expected all options"),
+        ({"options": {"dry_run": True}}, "a dry run leaves no record"),
         ({"options": {"tokns": 100}}, "collect has no option 'tokns'; did you mean tokens?"),
         ({"options": {"__class__": "x"}}, "collect has no option '__class__'"),
         ({"options": {"tokens": None}}, "--tokens is null, expected a value"),
@@ -263,6 +264,25 @@ def test_a_record_that_no_command_has_written_is_refused(changes, told, copied, 
     assert told in err
 
 
+def test_a_repeated_report_is_repeated_with_its_date(copied, rerun, monkeypatch):
+    """The record of either states another day, and so does that of a run by SOURCE_DATE_EPOCH."""
+    for made in ("report", "again"):
+        edit(copied / made / "run.json", date="2031-05-06T00:00:00Z", directory=str(copied))
+        code, err = rerun(copied / made, "--out", copied / ("again" if made == "report" else "yet"))
+        assert code == 0, err
+    assert contents(copied / "yet") == contents(copied / "report")
+
+
+def test_a_record_cannot_write_to_the_terminal(copied, rerun):
+    path = copied / "acts" / "run.json"
+    versions = json.loads(path.read_text())["versions"] | {"torch": "\x1b[2J\nhidden"}
+    edit(path, versions=versions, result="\x1b[2J", directory=str(copied))
+    code, err = rerun(path, "--out", copied / "again")
+    assert code == 0
+    assert "torch was \\x1b[2J\\nhidden, now" in err
+    assert "\x1b" not in err
+
+
 def test_what_holds_no_record_is_refused(work, rerun, tmp_path):
     code, err = rerun(work / "corpus")
     assert code == 2
@@ -273,3 +293,6 @@ def test_what_holds_no_record_is_refused(work, rerun, tmp_path):
         code, err = rerun(path)
         assert (code, err.count("\n")) == (2, 1)
         assert str(path) in err
+    code, err = rerun(work / "acts" / "manifest.json")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "manifest.json: names no command, expected the record of a run" in err
