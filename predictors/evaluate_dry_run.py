@@ -140,7 +140,13 @@ def _put_together(
         if outline.own and not one.own_weights:  # rounding in place has made copies of them
             one = replace(one, host=max(0, one.host - one.weights))
     host, pages, on_device = model_memory(
-        outline.checkpoint, outline.device, outline.dtype, outline.weights, one, {}
+        outline.checkpoint,
+        outline.device,
+        outline.dtype,
+        outline.weights,
+        one,
+        {},
+        rounded=outline.own,
     )
     if on_device:
         each = [sum(weight.nbytes for weight in layer.weights) for layer in predictors.layers]

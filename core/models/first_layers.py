@@ -144,6 +144,8 @@ def model_memory(
     nbytes: int,
     measured: Measured | None,
     others: Mapping[str, int],
+    *,
+    rounded: bool = False,
 ) -> tuple[dict[str, int], int, dict[str, int]]:
     """Return main memory by use, mapped pages on top of it, and a GPU's memory by use.
 
@@ -151,10 +153,13 @@ def model_memory(
         nbytes: Of the model's weights in `dtype`.
         measured: One layer; None if nothing was.
         others: Main memory of other uses.
+        rounded: Whether weights change in place, which makes copies of mapped ones.
     """
     files = sum(path.stat().st_size for path in checkpoint.files)
     own, on_gpu = keeps_own_copy(checkpoint.config, dtype), device.type == "cuda"
     batch = 0 if measured is None else measured.host
+    if not (own or rounded or on_gpu):  # the system drops mapped pages and reads them again
+        return {"a batch": batch, **others}, max(files, nbytes), {}
     running = {"weights": 0 if on_gpu else nbytes, "a batch": batch, **others}
     loading = {"weights while they are loaded": nbytes if own else 0}
     host = max(running, loading, key=lambda uses: sum(uses.values()))

@@ -158,6 +158,16 @@ def test_large_shapes_by_hand(size, tmp_path):
     assert outline.needs.buffers == pytest.approx(3 * max(2**27, 4096 * token), rel=0.02)
 
 
+def test_weights_that_stay_mapped_are_not_counted_as_needed(asked):
+    """They may be larger than the memory: the system drops their pages and reads them again."""
+    own = forecast(asked)
+    mapped = forecast(replace(asked, dtype="float16"))
+    assert own is not None
+    assert mapped is not None
+    assert "weights" not in mapped.host
+    assert mapped.pages >= own.host["weights"] // 2
+
+
 def test_it_refuses_what_the_run_refuses(asked, tmp_path):
     """An output made with other options, too long sequences, and a corpus without text."""
     (tmp_path / "silent.jsonl").write_text('{"title": 1}\n')
