@@ -17,6 +17,7 @@ from sparsecast.core.disk import explain_full_disk
 from sparsecast.core.distributed import DistributedContext, distributed_context
 from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.earlier_runs import check_unchanged, compare_options
+from sparsecast.core.interrupts import interrupt_like
 from sparsecast.core.lock import clear_lock
 from sparsecast.core.messages import log
 from sparsecast.core.models.ffns import ffn_name
@@ -88,8 +89,12 @@ def train(cfg: TrainConfig) -> PredictorSet:
                     if calibrated is not None:
                         _save(plan, source.store, calibrated)
                         source.tell_skipped()
-        except BaseException:
+        except BaseException as error:
             _clear_unfinished(request.out, context)
+            kept = any(work_folder(request.out).glob(LAST))
+            if kept and isinstance(error, KeyboardInterrupt) and not str(error):
+                told = "repeat the command to resume from the last finished epoch"
+                raise interrupt_like(error, f"{request.out}: interrupted; {told}") from error
             raise
         return load_predictors(plan.out)
 

@@ -13,6 +13,7 @@ from filelock import FileLock
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
 from sparsecast.core.errors import InputError
+from sparsecast.predictors import recipes
 from sparsecast.predictors.baselines.public_recipe import PublicRecipeModule
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.layer_data import layer_batches
@@ -186,6 +187,16 @@ def test_an_interrupt_in_the_first_epoch_leaves_nothing(recipe, tmp_path, monkey
         train(replace(recipe, out=tmp_path / "pred"))
     assert signal.getsignal(signal.SIGINT) is before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_behind_the_last_epoch_says_what_is_kept(recipe, tmp_path, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "_calibrate", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="pred: interrupted; repeat the command to resume"):
+        train(replace(recipe, out=tmp_path / "pred"))
+    assert [path.name for path in tmp_path.iterdir()] == [".pred.train"]
 
 
 @pytest.mark.parametrize(
