@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
+from sparsecast.core.errors import reason_of
 from sparsecast.core.options import short_repr
 
 _PARTS = 4
@@ -61,7 +62,7 @@ def _zipped_pickles(path: Path) -> Iterator[Any]:
                 if member.filename.endswith("data.pkl"):
                     yield io.BytesIO(archive.read(member))
     except (BadZipFile, ValueError, RuntimeError, NotImplementedError) as error:
-        raise Claim(f"its table of parts is damaged ({error})") from error
+        raise Claim(f"its table of parts is damaged ({reason_of(error)})") from error
 
 
 def _plain_pickle(path: Path) -> Iterator[Any]:

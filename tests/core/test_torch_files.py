@@ -12,8 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from sparsecast.core.errors import InputError
 from sparsecast.core.lightning import StagedCheckpoints
-from sparsecast.core.torch_files import save_torch
+from sparsecast.core.torch_files import load_torch, save_torch
 
 VALUE = {"a": torch.zeros(2**18)}
 
@@ -55,3 +56,15 @@ def test_lightning_stages_nothing_in_the_temporary_folder(tmp_path, monkeypatch)
 
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["x.ckpt"]
     assert "state_dict" in torch.load(tmp_path / "kept" / "x.ckpt", weights_only=True)
+
+
+def test_a_damaged_name_of_a_part_does_not_fill_the_message(tmp_path):
+    """zipfile's words hold the name as the file has it, up to all that comes behind it."""
+    path = tmp_path / "model.pt"
+    save_torch({"weight": torch.ones(64, 64)}, path)
+    raw = bytearray(path.read_bytes())
+    raw[26:28] = (len(raw) // 2).to_bytes(2, "little")  # the length of the first part's name
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match="its table of parts is damaged") as refused:
+        load_torch(path, "tensors", "copy it again")
+    assert len(str(refused.value)) < 600 + len(str(path))
