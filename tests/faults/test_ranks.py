@@ -55,12 +55,19 @@ recording._forward = busy
 """A minute for every batch of the other ranks."""
 DEAF = """
 import time
-if os.environ["RANK"] == "0":
-    def deaf(*args):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        time.sleep(60)
-    recording._forward = deaf
+from pathlib import Path
+IS_DEAF = Path("PLACE")
+def deaf(*args):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    IS_DEAF.touch()
+    time.sleep(60)
+def late(*args):
+    while not IS_DEAF.exists():
+        time.sleep(0.05)
+    return slow(*args)
+recording._forward = deaf if os.environ["RANK"] == "0" else late
 """
+"""Rank 1 is killed once rank 0 hears nothing, not before."""
 FAILS = 'raise ValueError("its own trouble")'
 
 
@@ -184,10 +191,11 @@ def test_a_rank_that_fails_tells_alone(stage, ranks_forked, how):
 
 
 @pytest.mark.slow
-def test_a_rank_that_no_signal_reaches_is_ended(stage, ranks_forked):
+def test_a_rank_that_no_signal_reaches_is_ended(stage, ranks_forked, tmp_path):
     """As in a call of NCCL that waits for the one that is gone."""
     one = stage("collect")
-    code = MIDST["collect"].replace("WHICH", "'1'").replace("HOW", KILLED) + DEAF
+    code = MIDST["collect"].replace("WHICH", "'1'").replace("HOW", KILLED)
+    code += DEAF.replace("PLACE", str(tmp_path / "deaf"))
     codes, errors = run_ranks(ranks_forked, one, code)
     (told,) = lines(errors)
     assert told.startswith("sparsecast: rank 1 has ended without a word")
