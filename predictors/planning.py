@@ -24,7 +24,7 @@ from sparsecast.core.models.families import refuse_experts
 from sparsecast.core.models.loading import pick_device
 from sparsecast.core.models.pretrained import empty_model
 from sparsecast.core.models.shape import ModelShape, model_shape
-from sparsecast.core.run_record import begin_run
+from sparsecast.core.run_record import Run, begin_run
 from sparsecast.predictors.config import (
     DEFAULT_LONG_DOCUMENTS,
     DEFAULT_SEQ_LEN,
@@ -79,6 +79,11 @@ class TrainingRequest:
     def processes_per_batch(self) -> int:
         """Processes that share the batches of one step."""
         return self.context.size if self.cfg.data_parallel else 1
+
+    @cached_property
+    def run(self) -> Run:
+        """What run.json says of the command, before the ranks are known."""
+        return begin_run("train", self.cfg, device=self.device)
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -265,7 +270,7 @@ def _plan(
         context=request.context,
         data_parallel=cfg.data_parallel,
         options=options,
-        run=begin_run("train", cfg, device=request.device, rank=ranks, **resolved),
+        run=request.run.resolve(rank=ranks, **resolved),
     )
 
 
