@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sparsecast.cli import rerun as rerun_module
 from sparsecast.cli.main import main
 from sparsecast.sparsify.train_tokenizer import train_tokenizer
 
@@ -296,3 +297,18 @@ def test_what_holds_no_record_is_refused(work, rerun, tmp_path):
     code, err = rerun(work / "acts" / "manifest.json")
     assert (code, err.count("\n")) == (2, 1)
     assert "manifest.json: names no command, expected the record of a run" in err
+
+
+def test_it_has_the_threads_of_the_recorded_run(copied, rerun, tmp_path, monkeypatch):
+    monkeypatch.setattr(rerun_module, "usable_cores", lambda: 64)
+    before = torch.get_num_threads()
+    path = copied / "report" / "run.json"
+    machine = json.loads(path.read_text())["machine"] | {"threads": before + 1}
+    edit(path, machine=machine)
+    code, err = rerun(path, "--out", tmp_path / "again")
+    assert code == 0, err
+    assert (
+        json.loads((tmp_path / "again" / "run.json").read_text())["machine"]["threads"]
+        == before + 1
+    )
+    assert torch.get_num_threads() == before

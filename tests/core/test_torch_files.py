@@ -63,7 +63,8 @@ def test_a_damaged_name_of_a_part_does_not_fill_the_message(tmp_path):
     path = tmp_path / "model.pt"
     save_torch({"weight": torch.ones(64, 64)}, path)
     raw = bytearray(path.read_bytes())
-    raw[26:28] = (len(raw) // 2).to_bytes(2, "little")  # the length of the first part's name
+    raw[6:8] = bytes(2)  # of the first part: its name is not UTF-8
+    raw[26:28] = (len(raw) // 2).to_bytes(2, "little")  # and so long
     path.write_bytes(raw)
     with pytest.raises(InputError, match="its table of parts is damaged") as refused:
         load_torch(path, "tensors", "copy it again")

@@ -40,7 +40,7 @@ def test_every_stage_names_it_before_work(stage, model_folder, tmp_path, corpus,
     for name in ("tokenizer.json", "tokenizer.model"):
         (folder / name).unlink()
     predictors = ["--predictors", str(tmp_path)]
-    options = predictors if stage == "export" else ["--corpus", str(corpus)]
+    options = predictors if stage == "export" else ["--corpus", str(corpus), "--seq-len", "128"]
 
     with pytest.raises(SystemExit) as info:
         main([stage, "--model", str(folder), "--out", str(tmp_path / "out"), *options])
