@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from sparsecast.cli.stages import STAGES, Stage, load, usage
@@ -22,6 +24,12 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 """What other libraries read when they are imported; the user's own settings win."""
+
+
+_OURS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""Signals, and the handlers in whose place ours come."""
+_noted: list[int] = []
+"""Those that have come."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,15 +51,37 @@ def main(argv: list[str] | None = None) -> None:
         close = "" if name == "bench" else did_you_mean(name, [*STAGES, "--help", "--version"])
         known = close or f"; expected one of {', '.join(one_of)}"
         sys.exit(print_error(found + known, 2))
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run(name, STAGES[name], rest))
+    with _signals():
+        code = _run(name, STAGES[name], rest)
+    sys.exit(code)
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    """Handle SIGTERM as Ctrl-C, and ignore further ones during the clean-up."""
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Handle SIGTERM as Ctrl-C, and note both.
+
+    Afterwards they have their own handlers again: an exception raised while Python shuts down is
+    a traceback.
+    """
+    before = {number: signal.getsignal(number) for number in _OURS}
+    _noted.clear()
+    for number, default in _OURS.items():
+        if before[number] is default:
+            signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """Raise an interrupt, and ignore further SIGTERMs during the clean-up."""
     from sparsecast.core.interrupts import Terminated
 
+    _noted.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     signal.signal(number, signal.SIG_IGN)
     raise Terminated
 
@@ -71,10 +101,11 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
     except InputError as error:
         return print_error(str(error), 2)
     except KeyboardInterrupt as stopped:
-        told = str(stopped) or "interrupted; nothing half-written is left behind, run it again"
-        code = 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
-        return code if process_rank() else print_error(told, code)
+        terminated = isinstance(stopped, Terminated)
+        return _interrupted(signal.SIGTERM if terminated else signal.SIGINT, str(stopped))
     except Exception as error:
+        if _noted and not isinstance(error, OSError):  # C code of torch makes it another error
+            return _interrupted(_noted[-1])
         if os.environ.get("SPARSECAST_TRACEBACK"):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -83,6 +114,11 @@ def _run(name: str, stage: Stage, args: list[str]) -> int:
             hint = "; `sparsecast doctor` says what is missing or broken"
         return print_error(f"{name} failed: {reason}{hint}", 1)
     return 0 if getattr(result, "ok", True) else 1
+
+
+def _interrupted(number: int, told: str = "") -> int:
+    told = told or "interrupted; nothing half-written is left behind, run it again"
+    return 128 + number if process_rank() else print_error(told, 128 + number)
 
 
 def _run_loaded(stage: Stage, config: Any) -> Any:

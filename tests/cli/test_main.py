@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -235,3 +236,46 @@ def test_the_installed_model_says_what_it_is():
     assert config["hidden_act"] == "fatrelu"
     assert config["hidden_act_param"] == 0.0741
     assert sum(path.stat().st_size for path in TINY_PROSPARSE.iterdir()) <= 16_000_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_makes_another_error_is_told_as_one(
+    number, monkeypatch, capsys, tmp_path
+):
+    """torch's C code does so with one that comes while it reads an object's type."""
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def swallow(config):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            pass
+        raise TypeError("could not determine the shape of object type")
+
+    monkeypatch.setattr("sparsecast.export.inspect.inspect", swallow)
+
+    with pytest.raises(SystemExit) as info:
+        main(["inspect", str(tmp_path)])
+
+    assert info.value.code == 128 + number
+    told = capsys.readouterr().err
+    assert told.startswith("sparsecast: interrupted")
+    assert told.count("\n") == 1
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_an_error_after_an_earlier_interrupt_is_told(monkeypatch, capsys, tmp_path):
+    def interrupted(config):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    def broken(config):
+        raise TypeError("broken")
+
+    for function, code in ((interrupted, 130), (broken, 1)):
+        monkeypatch.setattr("sparsecast.export.inspect.inspect", function)
+        with pytest.raises(SystemExit) as info:
+            main(["inspect", str(tmp_path)])
+        assert info.value.code == code
+    assert "inspect failed: broken" in capsys.readouterr().err
