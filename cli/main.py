@@ -26,10 +26,8 @@ QUIET = {
 """What other libraries read when they are imported; the user's own settings win."""
 
 
-_OURS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-"""Signals, and the handlers in whose place ours come."""
 _noted: list[int] = []
-"""Those that have come."""
+"""Signals that have come."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,20 +56,20 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Handle SIGTERM as Ctrl-C, and note both.
+    """Handle SIGTERM as Ctrl-C, and note both, unless somebody else handles or ignores them.
 
     Afterwards they have their own handlers again: an exception raised while Python shuts down is
     a traceback.
     """
-    before = {number: signal.getsignal(number) for number in _OURS}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {n: h for n, h in before.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
     _noted.clear()
-    for number, default in _OURS.items():
-        if before[number] is default:
-            signal.signal(number, _interrupt)
+    for number in ours:
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in ours.items():
             signal.signal(number, handler)
 
 

@@ -238,12 +238,21 @@ def test_the_installed_model_says_what_it_is():
     assert sum(path.stat().st_size for path in TINY_PROSPARSE.iterdir()) <= 16_000_000
 
 
+@pytest.fixture
+def usual_handlers():
+    """Those that Python begins with; a test before may have left others."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield usual
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_that_a_library_makes_another_error_is_told_as_one(
-    number, monkeypatch, capsys, tmp_path
+    number, usual_handlers, monkeypatch, capsys, tmp_path
 ):
     """torch's C code does so with one that comes while it reads an object's type."""
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def swallow(config):
         try:
@@ -262,9 +271,10 @@ def test_an_interrupt_that_a_library_makes_another_error_is_told_as_one(
     told = capsys.readouterr().err
     assert told.startswith("sparsecast: interrupted")
     assert told.count("\n") == 1
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert {n: signal.getsignal(n) for n in usual_handlers} == usual_handlers
 
 
+@pytest.mark.usefixtures("usual_handlers")
 def test_an_error_after_an_earlier_interrupt_is_told(monkeypatch, capsys, tmp_path):
     def interrupted(config):
         os.kill(os.getpid(), signal.SIGINT)
