@@ -128,7 +128,7 @@ def train_phase(
     del task, model
     if several:
         gc.collect()  # the shares of the weights, before the device takes all of them
-        setup.model.to(plan.device)
+    setup.model.to(plan.device)  # Lightning leaves it on the CPU
     save_torch(finished | {"model": setup.model.state_dict(), "optimizer": state}, done)
     last.unlink(missing_ok=True)
     return state

@@ -288,3 +288,20 @@ def test_disk_is_reserved_for_every_training(options, monkeypatch, tmp_path):
 
     finished = list((tmp_path / ".out.work").glob("*.pt"))
     assert len(finished) == make_plan(cfg).phases == 5
+
+
+def test_scores_are_computed_on_the_device_of_the_training(dense, options, monkeypatch):
+    """Lightning leaves a model that it trained on a GPU on the CPU."""
+    moves = []
+    trained, move = fit._fit, torch.nn.Module.to
+
+    def fitted(task, team, device, model, optimizer):
+        state = trained(task, team, device, model, optimizer)
+        model.to = lambda where: (moves.append(where), move(model, where))[1]
+        return state
+
+    monkeypatch.setattr(fit, "_fit", fitted)
+
+    sparsify(options(model=str(dense())))
+
+    assert moves[:1] == [torch.device("cpu")]
