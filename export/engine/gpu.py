@@ -95,13 +95,16 @@ def is_gpu_build(program: Path) -> bool:
     return ONLY_ON_GPU in out
 
 
-def gpu_options(gib: float, *, singly: bool = False) -> tuple[str, ...]:
+def gpu_options(gib: float, *, singly: bool = False, split: bool = False) -> tuple[str, ...]:
     """Return the options of a run with `gib` GiB of GPU memory and a float32 KV cache.
 
     Args:
         singly: One token at a time goes through the model, as when text is generated.
+        split: The neurons of a layer are split between GPU and CPU: with `SHORT`, `main` and
+            `server` end with a segmentation fault in their CPU product of such a layer.
     """
-    context, batch = (SHORT, 1) if singly else (CHUNK, CHUNK)
+    batch = 1 if singly else CHUNK
+    context = SHORT if singly and not split else CHUNK
     sizes = ("-c", str(context), "-b", str(batch), "--memory-f32", "--vram-budget", f"{gib:.9g}")
     return ("-t", THREADS, "-tb", THREADS, *sizes)
 

@@ -15,6 +15,7 @@ from sparsecast.export.checks.engine import (
     probability_check,
     tokens_check,
 )
+from sparsecast.export.checks.engine_gpu import GPU_MOVED_SHARE
 from sparsecast.export.checks.engine_text import check_engine_perplexity
 from sparsecast.export.config import ExportConfig, VerifyConfig
 from sparsecast.export.engine.emulator import Emulator
@@ -176,6 +177,15 @@ def test_texts_are_what_the_server_prints(bundle_folder):
 )
 def test_tokens_may_differ_where_our_own_sums_decide_and_seldom(gaps, ok):
     assert tokens_check([Position(gap, moved, [0.0], [0.0]) for gap, moved in gaps]).ok == ok
+
+
+@pytest.mark.parametrize(("far", "ok"), [(10, True), (11, False)])
+def test_a_gpu_may_differ_in_more_tokens_that_our_own_sums_decide(far, ok):
+    positions = [Position(0.02, 0.5, [0.0], [0.0])] * far
+    positions += [Position(0.0, 0.5, [0.0], [0.0])] * (200 - far)
+
+    assert tokens_check(positions, GPU_MOVED_SHARE).ok == ok
+    assert not tokens_check([*positions[1:], Position(0.6, 0.5, [0.0], [0.0])], 1.0).ok
 
 
 @pytest.mark.parametrize(
