@@ -68,10 +68,12 @@ def meet_target(
 
     if at(0.0).sparsity >= target - CLOSE:
         return 0.0, tried
-    low, high = 0.0, max(start, 1e-3)
-    while at(high).sparsity < target - CLOSE:
+    low, high = 0.0, float(f"{max(start, 1e-3):.3g}")
+    while (sparsity := at(high).sparsity) < target - CLOSE:
         low, high = high, 2 * high
-    chosen = _halve(low, high, lambda t: at(t).sparsity - target)
+    chosen = high
+    if sparsity > target + CLOSE:
+        chosen = _halve(low, high, lambda t: at(t).sparsity - target)
     if bound is not None and at(chosen).perplexity > bound:
         chosen = _halve(0.0, chosen, lambda t: at(t).perplexity / bound - 1)
         within = [t for t, found in tried if found.perplexity <= bound and t <= chosen]
@@ -84,6 +86,8 @@ def _halve(low: float, high: float, excess: Callable[[float], float]) -> float:
     middle = high
     for _ in range(HALVINGS):
         middle = float(f"{(low + high) / 2:.3g}")
+        if middle in (low, high):  # three digits tell no more
+            break
         over = excess(middle)
         if abs(over) < CLOSE / 2:
             break

@@ -145,6 +145,19 @@ def test_a_chosen_threshold_meets_the_target(random_model, batches, target, star
     set_activation(random_model, ActivationRule("fatrelu", chosen))
     assert score(random_model, batches).sparsity == pytest.approx(target, abs=0.003)
     assert chosen in dict(tried)
+    assert len(tried) == len(dict(tried))
+
+
+def test_a_training_that_ends_close_to_the_target_keeps_its_threshold(
+    random_model, batches, monkeypatch
+):
+    def scored(model, _batches):
+        threshold = model.model.layers[0].mlp.act_fn.threshold
+        return Score(10.0, 0.8897 + 0.152 * threshold, (0.0,), (0,))
+
+    monkeypatch.setattr(choose_threshold, "score", scored)
+    chosen, tried = meet_target(random_model, batches, 0.9, 0.064)
+    assert (chosen, [t for t, _ in tried]) == (0.064, [0.0, 0.064])
 
 
 def test_relu_is_kept_where_it_is_sparse_enough(random_model, batches):
