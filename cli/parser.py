@@ -29,8 +29,8 @@ GROUPS = {
     "training": "recipe epochs lr sft_lr stages l1 clip_labels pretrain_share shift_tolerance "
     "baselines seed data_parallel",
     "GPU memory": "vram_budget vram_context",
-    "what is measured": "shape shapes act x1_norm sparsities batches policies rounds steps sink "
-    "perplexity reference_epochs check",
+    "what is measured": "shape shapes act x1_norm sparsities batches policies prompts rounds steps "
+    "sink perplexity reference_epochs check",
     "machine": "device device_map dtype compile threads",
 }
 """Options by what they are about; the others come last."""

@@ -135,6 +135,11 @@ STAGES = {
         "sparsecast.cli.bench.generate:BenchGenerateConfig",
         "sparsecast.cli.bench.generate:bench_generate",
     ),
+    "bench vllm": Stage(
+        "start-up and tokens/s of vLLM with our plug-in, beside the same model with SiLU",
+        "sparsecast.cli.bench.vllm:BenchVllmConfig",
+        "sparsecast.cli.bench.vllm:bench_vllm",
+    ),
     "sparsify": Stage(
         "ProSparse training: make a SiLU model sparse, or train one from a preset",
         "sparsecast.sparsify.config:SparsifyConfig",

@@ -145,6 +145,7 @@ NOT_RUN = {
     "--convert": "PowerInfer's converter and a Python of its own",
     "--device cuda": "a GPU",
     "bench kernels": "a GPU",
+    "bench vllm": "vLLM",
     "--shape 7b": "a large machine",
     "torchrun": "several processes",
 }

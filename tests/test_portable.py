@@ -31,6 +31,8 @@ SIGNALS_IN_WINDOWS = {
 }  # fmt: skip
 GUARDED = {
     ("cli/bench/export_runs.py", "os.sync"),
+    ("cli/bench/vllm_runs.py", "os.killpg"),
+    ("cli/bench/vllm_runs.py", "signal.SIGKILL"),
     ("core/machine.py", "os.sched_getaffinity"),
     ("core/machine.py", "os.sysconf"),
 }

@@ -5,10 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from sparsecast.core.progress import progress_bar
+
+T = TypeVar("T")
 
 
 def synchronize(device: torch.device) -> None:
@@ -27,14 +30,14 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def in_rounds(
-    measures: Mapping[str, Callable[[], float]], rounds: int, *, alternate: bool = False
-) -> dict[str, list[float]]:
+    measures: Mapping[str, Callable[[], T]], rounds: int, *, alternate: bool = False
+) -> dict[str, list[T]]:
     """Take each measurement once per round; returns the values of all rounds by name.
 
     Args:
         alternate: Reverse the order in every other round.
     """
-    values: dict[str, list[float]] = {name: [] for name in measures}
+    values: dict[str, list[T]] = {name: [] for name in measures}
     with progress_bar("bench", rounds * len(measures)) as progress:
         for number in range(rounds):
             names = list(measures)

@@ -1,14 +1,13 @@
 """Generate greedily by vLLM, in a process of its own: (job.json, result.json) as arguments.
 
 A job has the fields `prompts` (lists of token ids), `tokens` to generate for each, and `options` of
-`vllm.LLM`. The result has the ids and their log-probabilities, and how long it took.
+`vllm.LLM`. The result has the ids and their log-probabilities.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 
@@ -16,18 +15,12 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     job = json.loads(Path(sys.argv[1]).read_text())
-    begin = time.perf_counter()
     llm = LLM(**job["options"])
-    start = time.perf_counter() - begin
     params = SamplingParams(
         temperature=0, max_tokens=job["tokens"], logprobs=0, ignore_eos=True, detokenize=False
     )
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    seconds = []
-    for _ in range(job.get("rounds", 1)):
-        begin = time.perf_counter()
-        outputs = [found.outputs[0] for found in llm.generate(prompts, params, use_tqdm=False)]
-        seconds.append(time.perf_counter() - begin)
+    outputs = [found.outputs[0] for found in llm.generate(prompts, params, use_tqdm=False)]
     ids = [list(found.token_ids) for found in outputs]
     result = {
         "ids": ids,
@@ -35,8 +28,6 @@ def main() -> None:
             [step[number].logprob for number, step in zip(row, found.logprobs, strict=True)]
             for row, found in zip(ids, outputs, strict=True)
         ],
-        "start": start,
-        "tokens_per_s": sum(map(len, ids)) / min(seconds),
     }
     Path(sys.argv[2]).write_text(json.dumps(result))
 
