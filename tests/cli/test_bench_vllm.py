@@ -139,6 +139,16 @@ def test_what_vllm_has_started_ends_with_it(cfg, told, monkeypatch):
         assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_silu_is_served_without_our_plugin_alone(cfg, told, monkeypatch):
+    bench_vllm(replace(cfg, rounds=1))
+    monkeypatch.setenv("VLLM_PLUGINS", "sparsecast,other")
+    bench_vllm(replace(cfg, rounds=1))
+    silu, dense, *_ = (run["plugins"] for run in told())
+    assert dense is None
+    assert "sparsecast" not in silu.split(",")
+    assert [run["plugins"] for run in told()[4:6]] == ["other", "sparsecast,other"]
+
+
 def test_a_plugin_that_is_left_out_is_told(cfg, told, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(InputError, match="Unsupported activation. Only silu"):

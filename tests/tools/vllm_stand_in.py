@@ -24,7 +24,7 @@ class LLM:
         self.told["config"] = json.loads(Path(model, "config.json").read_text())
         weights = Path(model, "model.safetensors").resolve()
         self.told |= {"weights": str(weights), "folder": os.environ["VLLM_CACHE_ROOT"]}
-        plugins = os.environ.get("VLLM_PLUGINS")
+        self.told["plugins"] = plugins = os.environ.get("VLLM_PLUGINS")
         found = plugins is None or "sparsecast" in plugins.split(",")
         if not found and self.told["config"]["hidden_act"] != "silu":
             raise ValueError("Unsupported activation. Only silu is supported for now.")
