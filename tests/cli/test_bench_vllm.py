@@ -82,7 +82,7 @@ def test_rows_take_turns_in_processes_of_their_own(cfg, told, model_folder):
     }
     for run in runs:
         assert run["options"] == {"dtype": "auto", "max_model_len": 37}
-        assert run["calls"] == [runs[0]["calls"][0]] * 4
+        assert run["calls"] == [runs[0]["calls"][0]] * 6
         assert sum(run["calls"][0]) == values["prompt_tokens"]
     assert len(set(runs[0]["calls"][0])) > 1
     assert max(runs[0]["calls"][0]) <= 32

@@ -43,7 +43,7 @@ class LLM:
         self.calls.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
         assert params.temperature == 0
         assert params.ignore_eos
-        if len(self.calls) == 4:
+        if len(self.calls) == 6:
             with Path(os.environ["STAND_IN_TOLD"]).open("a") as file:
                 file.write(json.dumps(self.told) + "\n")
         answer = SimpleNamespace(token_ids=[7] * params.max_tokens)
