@@ -167,13 +167,13 @@ def _show(values: dict[str, Any]) -> None:
         where += f", {values['cores']} core(s)"
     table = new_table(
         "", "first start s", "start s", "import s", "of silu", "tokens/s", "of silu",
-        title=f"{values['prompts']} prompts of {values['tokens']} tokens, dtype {values['dtype']}, "
-        f"vLLM {values['vllm']}, {where}",
+        title=f"{values['activation']}, {values['prompts']} prompts of {values['tokens']} tokens, "
+        f"dtype {values['dtype']}, vLLM {values['vllm']}, {where}",
     )  # fmt: skip
-    names = {"silu": "silu", "dense": values["activation"]}
+    names = {"silu": "silu", "dense": "plug-in", "exact": "plug-in, exact"}
     for row in values["rows"]:
         table.add_row(
-            names.get(row["kind"], f"{values['activation']}, {row['kind']}"),
+            names[row["kind"]],
             f"{row['first_start_s']:.1f}",
             f"{row['start_s']:.1f}",
             f"{row['import_s']:.1f}",
