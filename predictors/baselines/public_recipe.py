@@ -80,11 +80,13 @@ class PublicRecipeModule(L.LightningModule):
         logits_LBF = self(batch.x_LBD.float())
         fired = unpack(batch.mask_LBP, logits_LBF.shape[-1]).to(logits_LBF.dtype)
         inactive_L11 = fired.mean((1, 2), keepdim=True) + FLOOR
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            logits_LBF, fired, weight=fired + (1 - fired) * inactive_L11
+        total = nn.functional.binary_cross_entropy_with_logits(
+            logits_LBF, fired, weight=fired + (1 - fired) * inactive_L11, reduction="sum"
         )
-        self.log("loss", loss.detach(), prog_bar=True)
-        return loss * len(logits_LBF)
+        # The sum of the layers' means, whose gradients are rounded alike beside any other layers.
+        loss: Tensor = total / logits_LBF[0].numel()
+        self.log("loss", loss.detach() / len(logits_LBF), prog_bar=True)
+        return loss
 
     def on_validation_epoch_start(self) -> None:
         self._counts = [Counts(0, 0, 0, 0)] * len(self.best_recall_L)
