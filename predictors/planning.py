@@ -45,7 +45,7 @@ from sparsecast.predictors.training.rank_selection import (
     ranks_within_budget,
 )
 from sparsecast.predictors.training.source import RecordedSource, Source
-from sparsecast.predictors.training.trainer import check_unfinished
+from sparsecast.predictors.training.trainer import check_unfinished, ranks_of_unfinished
 
 SPLITS_READ = ("train", "calibration")
 _SETTLED = ("predictor_dtype", "epochs", "batch_size", "lr", "seq_len", "long_documents")
@@ -174,7 +174,7 @@ def check_before_recording(request: TrainingRequest) -> None:
 
 def check_unfinished_run(request: TrainingRequest) -> None:
     """Raise `InputError` if an interrupted run on a running model had other options."""
-    resumed = resume_options(request.options, request.context)
+    resumed = resume_options(request.options, request.processes_per_batch)
     check_unfinished(work_folder(request.out), resumed)
 
 
@@ -218,7 +218,8 @@ def make_plan(request: TrainingRequest, source: Source) -> TrainingPlan:
         options = options | {"calibration_tokens": recorded.tokens("calibration")}
     if recorded.experts:
         _refuse_for_experts(request)
-    check_unfinished(work_folder(request.out), resume_options(options, context))
+    sharing = request.processes_per_batch
+    check_unfinished(work_folder(request.out), resume_options(options, sharing))
     if request.store is not None:
         if cfg.model is not None:
             check_recorded(cfg.model, store)
@@ -297,8 +298,11 @@ def _ranks(request: TrainingRequest, store: ActivationStore) -> list[int]:
     cfg, shape = request.cfg, store.manifest.model_shape
     if cfg.predictor_budget is None:
         return _equal_ranks(request, shape)
-    budget, recall = cfg.predictor_budget, cfg.objective.recall
-    ranks = ranks_within_budget(budget, recall, store, request.dtype, request.device)
+    # Chosen once: other sums, as of more CPU threads, may choose otherwise.
+    ranks = ranks_of_unfinished(work_folder(request.out), request.num_layers)
+    if ranks is None:
+        budget, recall = cfg.predictor_budget, cfg.objective.recall
+        ranks = ranks_within_budget(budget, recall, store, request.dtype, request.device)
     _check_ranks(request, shape, ranks)
     return ranks
 

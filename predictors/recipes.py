@@ -7,8 +7,9 @@ returns the predictors of all layers, the others None.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import lightning as L
 import torch
 
 from sparsecast.collect.store.store import ActivationStore
@@ -35,15 +36,18 @@ from sparsecast.predictors.recorded_model import load_recorded
 from sparsecast.predictors.training.layer_parallel import from_state, gather_layers, state_of
 from sparsecast.predictors.training.lightning_module import PredictorModule, TrainedWeights
 from sparsecast.predictors.training.plan import TrainingPlan
+from sparsecast.predictors.training.regroup import left_behind
 from sparsecast.predictors.training.source import RecordedSource, Source
-from sparsecast.predictors.training.trainer import fit
+from sparsecast.predictors.training.trainer import begin, fit
 from sparsecast.predictors.training.warm_start import WarmStart, no_start, warm_start
 
+M = TypeVar("M", bound=L.LightningModule)
 Recipe = Callable[[TrainingPlan, Source], list[Calibrated] | None]
 
 
 def default(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
     """Start from reduced-rank regression, train for the stored format, calibrate."""
+    begin(plan)
     own = _trained_experts(plan, source) if plan.shape.experts else _trained(plan, source)
     predictors = gather_layers(plan, own | select_all(plan))
     return None if predictors is None else _calibrate(plan, source.store, predictors)
@@ -51,18 +55,31 @@ def default(plan: TrainingPlan, source: Source) -> list[Calibrated] | None:
 
 def _trained(plan: TrainingPlan, source: Source) -> dict[int, UncalibratedPredictor | Predictor]:
     """Train `plan.own_layers` side by side."""
-    free_units = [plan.free_units[layer] for layer in plan.own_layers]
-    module = PredictorModule(
-        initial_weights(plan, source, free_units),
-        dtype=plan.dtype,
-        objective=plan.objective,
-        schedule=plan.schedule,
-    )
-    fit(plan, source, module)
+
+    def module_of(part: TrainingPlan) -> PredictorModule:
+        return PredictorModule(
+            initial_weights(part, source, part.own_units),
+            dtype=part.dtype,
+            objective=part.objective,
+            schedule=part.schedule,
+        )
+
+    best = _fitted(plan, source, module_of).best_weights(plan.own_units)
     return {
         layer: uncalibrated(weights, plan.dtype, source.store, layer, plan.device)
-        for layer, weights in zip(plan.own_layers, module.best_weights(free_units), strict=True)
+        for layer, weights in zip(plan.own_layers, best, strict=True)
     }
+
+
+def _fitted(plan: TrainingPlan, source: Source, module_of: Callable[[TrainingPlan], M]) -> M:
+    """Train the module of `plan.own_layers`; those that an interrupted run has left behind the
+    others first, up to where the others stand."""
+    while (behind := left_behind(plan)) is not None:
+        part, epochs = behind
+        fit(part, source, module_of(part), epochs)
+    module = module_of(plan)
+    fit(plan, source, module)
+    return module
 
 
 def _trained_experts(
@@ -96,13 +113,14 @@ def public_recipe(plan: TrainingPlan, source: Source) -> list[Calibrated] | None
         assert plan.model is not None
         model = load_recorded(plan.model, store, "cpu")
         source = RecordedSource(ClippedStore(store, model, plan.clip_labels))
-    module = PublicRecipeModule(
-        plan.schedule,
-        layers=plan.own_layers,
-        rank=plan.ranks[0],
-        shape=plan.shape,
-    )
-    fit(plan, source, module)
+
+    def module_of(part: TrainingPlan) -> PublicRecipeModule:
+        return PublicRecipeModule(
+            part.schedule, layers=part.own_layers, rank=part.ranks[0], shape=part.shape
+        )
+
+    begin(plan)
+    module = _fitted(plan, source, module_of)
     own = dict(zip(plan.own_layers, module.best_predictors(), strict=True))
     predictors = gather_layers(plan, own)
     if predictors is None:

@@ -63,11 +63,12 @@ class TrainingPlan:
 
     @property
     def checkpoint(self) -> Path:
-        """File of this process's last finished epoch."""
+        """File of the last finished epoch of `own_layers`; those of a dense model give its name."""
         if self.group is not None:
             return self.work / f"last-layer-{self.group}.ckpt"
-        split = self.context.size > 1 and not self.data_parallel
-        return self.work / (f"last-{self.context.rank}.ckpt" if split else "last.ckpt")
+        if len(self.own_layers) == len(self.ranks):
+            return self.work / "last.ckpt"
+        return self.work / f"last-{sum(1 << layer for layer in self.own_layers):x}.ckpt"
 
     @property
     def trained(self) -> Path:
@@ -89,12 +90,17 @@ class TrainingPlan:
 
     @property
     def resume_options(self) -> dict[str, Any]:
-        return resume_options(self.options, self.context)
+        return resume_options(self.options, self.batch_share[1])
 
     @property
     def batch_share(self) -> tuple[int, int]:
         """(i, n): this process trains on the i-th of every n batches."""
         return (self.context.rank, self.context.size) if self.data_parallel else (0, 1)
+
+    @property
+    def own_units(self) -> list[int]:
+        """`free_units` of `own_layers`."""
+        return [self.free_units[layer] for layer in self.own_layers]
 
     @property
     def free_units(self) -> list[int]:
@@ -108,7 +114,11 @@ def work_folder(out: Path) -> Path:
     return hidden_sibling(out, "train")
 
 
-def resume_options(options: Mapping[str, Any], context: DistributedContext) -> dict[str, Any]:
-    """Options that a resumed run must share with the interrupted one."""
+def resume_options(options: Mapping[str, Any], sharing: int) -> dict[str, Any]:
+    """Options that a resumed run must share with the interrupted one.
+
+    Args:
+        sharing: Processes that share batches; those that share layers may be any number.
+    """
     bound = {name: value for name, value in options.items() if name not in FREE_TO_CHANGE}
-    return {**bound, "processes": context.size}
+    return {**bound, "processes": sharing}

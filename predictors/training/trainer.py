@@ -4,7 +4,8 @@ An unfinished run keeps its files in `.<name>.train` beside its output folder: t
 checkpoint and, for every start, logs/version_<n> with metrics.csv and TensorBoard's event file. A
 killed run resumes from its last finished epoch and ends with the same weights as an uninterrupted
 one, because the order of the data depends only on seed and epoch. The logs move into the finished
-folder. Processes that share the layers have one checkpoint each; only the leading one logs.
+folder. Processes that share the layers have one checkpoint each (regroup.py); only the leading one
+logs.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from sparsecast.core.lightning import (
     cluster_environment,
     quiet_lightning,
 )
+from sparsecast.core.manifests import is_count
 from sparsecast.core.messages import log
 from sparsecast.core.torch_files import load_state
 from sparsecast.predictors.training.plan import TrainingPlan, work_folder
+from sparsecast.predictors.training.regroup import PARTS, regroup, remove_divided
 from sparsecast.predictors.training.source import Batches, Source, calibration_batches
 
 RECIPE = "recipe.json"
@@ -49,9 +52,10 @@ LAST = "last*.ckpt"
 class _Epochs(Callback):
     """Set the data's epoch when it begins; save a whole checkpoint when it ends."""
 
-    def __init__(self, data: Batches, path: Path) -> None:
+    def __init__(self, data: Batches, path: Path, until: int | None) -> None:
         self._data = data
         self._path = path
+        self._until = until
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._data.epoch = trainer.current_epoch
@@ -63,31 +67,33 @@ class _Epochs(Callback):
                 "choose a smaller --lr"
             )
         trainer.save_checkpoint(self._path)
+        if trainer.current_epoch + 1 == self._until:
+            trainer.should_stop = True
 
 
-def fit(plan: TrainingPlan, source: Source, module: L.LightningModule) -> None:
+def fit(
+    plan: TrainingPlan, source: Source, module: L.LightningModule, until: int | None = None
+) -> None:
     """Train `module`, the predictors of `plan.own_layers`, in place.
 
-    Resumes from the checkpoint of an interrupted run if there is one.
+    Resumes from `plan.checkpoint` if there is one.
+
+    Args:
+        until: Epochs after which to stop, of those that the schedule has.
 
     Raises:
-        InputError: An unfinished run with other options, or weights that diverge.
+        InputError: A damaged checkpoint, or weights that diverge.
         KeyboardInterrupt: At Ctrl-C; the last checkpoint is kept.
     """
-    with plan.context.together():
-        if plan.context.leads:
-            _begin(plan.work, plan.resume_options)
     last = plan.checkpoint
     resume = last if last.is_file() else None
     if resume is not None:
-        load_state(resume, "state_dict", "optimizer_states", "epoch", "global_step", "loops")
-    if resume is not None and plan.context.leads:
-        log.info("resuming from the last finished epoch")
+        load_state(resume, *PARTS)
     train_data: Any = source.batches(plan)
     calibration_data = calibration_batches(source.store, plan)
     try:
         with quiet_lightning(), stop_on_signal() as stop:
-            callbacks = [_Epochs(train_data, last), StopBetweenSteps(stop)]
+            callbacks = [_Epochs(train_data, last, until), StopBetweenSteps(stop)]
             _trainer(plan, callbacks).fit(
                 module,
                 DataLoader(train_data, batch_size=None),
@@ -166,32 +172,77 @@ def check_unfinished(work: Path, options: dict[str, Any]) -> bool:
     """Whether there is a run to resume.
 
     Raises:
-        InputError: It was started with other options or another number of processes.
+        InputError: It was started with other options or by another number of processes that share
+            batches.
     """
     if not any(work.glob(LAST)):
         return False
     earlier = read_json(work / RECIPE, "the options of an unfinished `sparsecast train`")
     now = options.get("processes")
-    if (was := earlier.get("processes", now)) != now:
+    if (was := earlier.get("processes", now)) != now and not options.get("data_parallel"):
         raise InputError(
-            f"{work}: holds an unfinished run of {was} processes, but there are {now}; repeat it "
-            f"with torchrun --nproc-per-node {was}, or remove that folder"
+            f"{work}: holds an unfinished run of {was} processes of an earlier sparsecast; finish "
+            "it with that version, or remove that folder"
+        )
+    if was != now:
+        raise InputError(
+            f"{work}: holds an unfinished run of {was} processes that share its batches, and "
+            f"{now} would make other batches; repeat it with torchrun --nproc-per-node {was}, or "
+            "remove that folder"
         )
     changes = compare_options(earlier, json.loads(json.dumps(options)))
     check_unchanged(work, "an unfinished run", changes, finished=False)
     return True
 
 
-def _begin(work: Path, options: dict[str, Any]) -> None:
-    """Make the folder of a new run, or keep the one of an interrupted run."""
+def ranks_of_unfinished(work: Path, layers: int) -> list[int] | None:
+    """The ranks that an unfinished run has chosen; None if there is none, or one that did not say.
+
+    Raises:
+        InputError: They are not one positive number for each layer.
+    """
+    if not any(work.glob(LAST)):
+        return None
+    kept = read_json(work / RECIPE, "the options of an unfinished `sparsecast train`")
+    ranks = kept.get("ranks")
+    if ranks is None:
+        return None
+    if not (isinstance(ranks, list) and len(ranks) == layers and all(map(is_count, ranks))):
+        raise InputError(
+            f"{work / RECIPE}: damaged, its ranks are not one number for each of {layers} layers; "
+            "remove that folder"
+        )
+    return ranks
+
+
+def begin(plan: TrainingPlan) -> None:
+    """Make the folder of a new run, or take up an interrupted one; every process calls this.
+
+    Raises:
+        InputError: An unfinished run with other options, or a damaged checkpoint.
+    """
+    with plan.context.together():
+        if plan.context.leads:
+            _open_work_folder(plan)
+    if not plan.shape.experts:
+        with plan.context.together():
+            regroup(plan)
+        with plan.context.together():
+            if plan.context.leads:
+                remove_divided(plan)
+
+
+def _open_work_folder(plan: TrainingPlan) -> None:
+    work, options = plan.work, plan.resume_options
     begun = check_unfinished(work, options)
     for leftover in (*work.glob("*.part"), *work.glob("layer-*.pt")):
         leftover.unlink()
     if begun:
+        log.info("resuming from the last finished epoch")
         return
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / LOGS, ignore_errors=True)
-    write_json(work / RECIPE, options)
+    write_json(work / RECIPE, {**options, "ranks": plan.ranks})
 
 
 def finish_logs(work: Path, folder: Path) -> None:
