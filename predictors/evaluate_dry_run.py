@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sparsecast.core.distributed import distributed_context
 from sparsecast.core.dry_run import (
     PYTHON,
     UNMEASURED,
@@ -52,13 +53,20 @@ HOW = "from a batch in each mode on one and on two layers"
 WITHOUT_TASKS = "; without --tasks, which their own requests decide"
 
 
-def forecast(cfg: EvaluateConfig) -> Forecast:
-    """Show what `evaluate` with these options will take, and return it; nothing is written.
+def forecast(cfg: EvaluateConfig) -> Forecast | None:
+    """Show what `evaluate` with these options will take, and return it; None on other ranks.
+
+    Nothing is written.
 
     Raises:
         InputError: What `evaluate` refuses before it loads the model; or a run that the memory
             cannot hold, after the table.
     """
+    with distributed_context() as context:
+        return _forecast(cfg) if context.leads else None
+
+
+def _forecast(cfg: EvaluateConfig) -> Forecast:
     if cfg.json is not None:
         check_writable_file(cfg.json, "--json")
     predictors = load_predictors(cfg.predictors)

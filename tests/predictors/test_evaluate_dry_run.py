@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from sparsecast.cli.main import main
 from sparsecast.core import dry_run, memory
+from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
+from sparsecast.predictors import evaluate_dry_run
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.config import EvaluateConfig
 from sparsecast.predictors.evaluate import evaluate
@@ -81,3 +84,10 @@ def test_a_model_that_cannot_fit_is_refused_by_both(asked, monkeypatch):
         for run in (evaluate, forecast):
             with pytest.raises(InputError, match=rf"the model in {dtype} needs .* can get 1 MB"):
                 run(replace(asked, dtype=dtype))
+
+
+def test_other_ranks_tell_nothing(asked, monkeypatch, capfd):
+    other = nullcontext(DistributedContext(1, 2, 1))
+    monkeypatch.setattr(evaluate_dry_run, "distributed_context", lambda: other)
+    assert forecast(asked) is None
+    assert capfd.readouterr() == ("", "")
