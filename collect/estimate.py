@@ -108,7 +108,7 @@ def check_fits(
     alone."""
     check_disk_space(cfg.out, missing_bytes(cfg.out, needs), "the store", INSTEAD)
     if cfg.device_map is None:  # which may leave weights on the disk
-        own = keeps_own_copy(checkpoint.config, dtype)
+        own = keeps_own_copy(checkpoint, dtype)
         check_model_memory(cfg.out, device, dtype, needs.model, own=own)
 
 

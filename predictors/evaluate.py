@@ -184,7 +184,7 @@ def outline_of(cfg: EvaluateConfig) -> Outline:
         device=device,
         dtype=dtype,
         weights=weight_bytes(model, dtype),
-        own=keeps_own_copy(config, dtype) or has_bundle(model),
+        own=keeps_own_copy(checkpoint, dtype) or has_bundle(model),
     )
 
 

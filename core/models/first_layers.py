@@ -56,10 +56,22 @@ def load_first_layers(
     return model.eval()
 
 
-def keeps_own_copy(config: PreTrainedConfig, dtype: torch.dtype) -> bool:
+def keeps_own_copy(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     """Return whether a model on the CPU has weights of its own: those that are stored in its dtype
-    stay maps of their files, whose pages the system may drop and read again."""
-    return isinstance(config.dtype, torch.dtype) and config.dtype != dtype
+    stay maps of their files, whose pages the system may drop and read again.
+
+    The larger part of the stored bytes decides; in a folder without weights config.json does.
+    """
+    if not checkpoint.files:
+        stored = checkpoint.config.dtype
+        return isinstance(stored, torch.dtype) and stored != dtype
+    mapped = converted = 0
+    for _, tensor in checkpoint.tensors():
+        if tensor.dtype == dtype:
+            mapped += tensor.nbytes
+        else:
+            converted += tensor.nbytes
+    return converted > mapped
 
 
 def check_model_memory(
@@ -156,7 +168,7 @@ def model_memory(
         rounded: Whether weights change in place, which makes copies of mapped ones.
     """
     files = sum(path.stat().st_size for path in checkpoint.files)
-    own, on_gpu = keeps_own_copy(checkpoint.config, dtype), device.type == "cuda"
+    own, on_gpu = keeps_own_copy(checkpoint, dtype), device.type == "cuda"
     batch = 0 if measured is None else measured.host
     if not (own or rounded or on_gpu):  # the system drops mapped pages and reads them again
         return {"a batch": batch, **others}, max(files, nbytes), {}
