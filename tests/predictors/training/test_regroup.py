@@ -15,6 +15,7 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.predictors import planning, recipes
+from sparsecast.predictors.baselines import public_recipe
 from sparsecast.predictors.checkpoint import load_predictors
 from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.planning import make_plan, open_source, resolve
@@ -160,6 +161,37 @@ def test_one_process_ends_what_three_have_begun(configured, tmp_path, changes):
     assert checkpoints(cfg) == ["last-12.ckpt", "last-9.ckpt"]
     train(cfg)
     same(tmp_path / "whole", cfg.out)
+
+
+@pytest.mark.slow
+def test_layers_that_have_stopped_early_keep_their_best_epoch(configured, tmp_path, monkeypatch):
+    """Those of two processes stop at different epochs; one process takes them to the later one."""
+    monkeypatch.setattr(public_recipe, "PATIENCE", 1)
+    cfg = configured(recipe="reference", target_recall=None, epochs=30, lr=2e-2)
+    train(replace(cfg, out=tmp_path / "whole"))
+    shares = ([0, 1, 2], [3], [4])
+    for layers in shares:
+        train_some(cfg, layers, 30)
+    stopped = [epochs for epochs, _ in regroup(plan_of(cfg)[0])]
+    assert len(stopped) > 1
+    assert max(stopped) < 30
+    train(cfg)
+    same(tmp_path / "whole", cfg.out)
+
+
+@pytest.mark.slow
+def test_on_a_running_model(model_folder, corpus, tmp_path):
+    text = {"model": str(model_folder), "corpus": str(corpus), "tokens": 2_000, "seq_len": 256}
+    whole = TrainConfig(
+        **text, out=tmp_path / "whole", epochs=3, batch_size=128, rank=32, device="cpu"
+    )
+    cfg = replace(whole, out=tmp_path / "pred")
+    train(whole)
+    train_some(cfg, [0, 2], 2)
+    train_some(cfg, [1], 1)
+    train(cfg)
+    same(whole.out, cfg.out)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "pred"}
 
 
 def test_units_are_padded_and_cut_and_nothing_else_changes():
