@@ -6,6 +6,7 @@ returns the predictors of all layers, the others None.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -77,6 +78,7 @@ def _fitted(plan: TrainingPlan, source: Source, module_of: Callable[[TrainingPla
     while (behind := left_behind(plan)) is not None:
         part, epochs = behind
         fit(part, source, module_of(part), epochs)
+        gc.collect()  # trainer and module refer to each other, and hold the memory of the next
     module = module_of(plan)
     fit(plan, source, module)
     return module
@@ -94,6 +96,7 @@ def _trained_experts(
             done = _trained(part, source)
             save_torch({ffn: state_of(one) for ffn, one in done.items()}, part.trained)
             part.checkpoint.unlink(missing_ok=True)
+            gc.collect()  # see `_fitted`
         states: dict[Any, Any] = load_state(part.trained)
         own |= {ffn: from_state(state) for ffn, state in states.items()}
     return own
