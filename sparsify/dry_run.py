@@ -2,7 +2,8 @@
 
 Weights, gradients and AdamW's moments follow from the number of parameters. Activations and time
 are measured: the first one and two decoder layers of the model, with random weights, take real
-steps on this device, and what the second layer adds is multiplied by the number of layers.
+steps on this device, compiled as in training, and what the second layer adds is multiplied by the
+number of layers.
 """
 
 from __future__ import annotations
@@ -136,12 +137,12 @@ def _measure(plan: SparsifyPlan, config: PreTrainedConfig, layers: int, micro: i
         put_activation(RaisedFATReLU(raised), model)
     phase = Phase(name="", start=0, stop=1, l1=plan.l1, lr=plan.lr, warmup=1, decay_from=1)
     ids_BS = torch.randint(cut.vocab_size, (micro, plan.seq_len), device=plan.device)
-    plain = SparsifyModule(model, phase, raised=raised)
-    saved = _saved_bytes(lambda: _loss(plain, ids_BS), model)
-    plain.remove_hooks()
-    module = SparsifyModule(
-        model, phase, checkpoint_activations=plan.checkpoint_activations, raised=raised
-    )
+    module = SparsifyModule(model, phase, compile=plan.compile, raised=raised)
+    _backward(module, ids_BS)
+    saved = _saved_bytes(lambda: _loss(module, ids_BS), model)
+    if plan.checkpoint_activations:
+        module.remove_hooks()
+        module = SparsifyModule(model, phase, checkpoint_activations=True, raised=raised)
     optimizer = module.configure_optimizers()["optimizer"]
 
     def update() -> None:
@@ -218,8 +219,7 @@ def _time(found: Forecast, plan: SparsifyPlan) -> str:
         return "not measured"
     without = ["tokenizing", "scores"]
     without += ["exchange between processes"] if found.processes > 1 else []
-    compiled = ", not compiled" if plan.compile else ""
     return (
         f"{timedelta(seconds=round(found.seconds))}, from steps of one and of two decoder layers "
-        f"measured on this device{compiled}; without {', '.join(without)}"
+        f"measured on this device; without {', '.join(without)}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -68,6 +70,17 @@ def test_activations_of_two_layers_tell_those_of_all(dense, options, monkeypatch
     assert found.activations == whole.saved
     assert found.activations > 4 * 32 * 16 * 4  # a hidden state per layer
     assert measured[0].at(4, measured[1]).parameters == whole.parameters == found.parameters
+
+
+def test_a_compiled_run_is_measured_compiled(dense, options, monkeypatch):
+    """Compiled layers keep less; aot_eager decides what as the real backend does."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step: real(step, backend="aot_eager"))
+    plan = plan_of(options(model=str(dense()), micro_batch=1))
+
+    eager, compiled = (forecast(replace(plan, compile=c)).activations for c in (False, True))
+
+    assert 0 < compiled < eager
 
 
 def test_smaller_passes_and_recomputed_layers_take_less(dense, options):
