@@ -125,6 +125,11 @@ STAGES = {
         "sparsecast.cli.bench.sparsify:BenchSparsifyConfig",
         "sparsecast.cli.bench.sparsify:bench_sparsify",
     ),
+    "bench scaling": Stage(
+        "tokens/s of collect, train and sparsify on several numbers of processes",
+        "sparsecast.cli.bench.scaling:BenchScalingConfig",
+        "sparsecast.cli.bench.scaling:bench_scaling",
+    ),
     "bench kernels": Stage(
         "our GPU kernels and the whole sparse FFN against dense torch",
         "sparsecast.cli.bench.kernels:BenchKernelsConfig",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
+from sparsecast.core.models.pretrained import random_model as build
 from sparsecast.core.text.tokens import Sequence
 
 SHAPES = {
@@ -41,10 +41,9 @@ def random_model(
         max_position_embeddings=seq_len,
     )
     torch.manual_seed(0)
-    with device:
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model = build(config, device, dtype)
     model.eval()
-    return cast(PreTrainedModel, model)
+    return model
 
 
 def random_rows(tokens: int, seq_len: int) -> Iterator[Sequence]:

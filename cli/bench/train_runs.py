@@ -52,18 +52,29 @@ def ours(work: Workload, *, resident: bool) -> Callable[[int], None]:
     Args:
         resident: Hold all batches on the device.
     """
-    device = work.device
-    schedule = Schedule(num_epochs=6, batch_tokens=work.batch_size, peak_lr=3e-3)
-    module = PredictorModule(
-        _random_start(work), dtype="f16", objective=Objective(), schedule=schedule
-    ).to(device)
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    recorded = work.store.manifest
+    start = random_start(
+        recorded.hidden_size, recorded.ffn_width, len(recorded.layers), work.rank, work.device
+    )
     blocks = work.batches()
-    kept = [_to(batch, device) for batch in blocks] if resident else []
+    batches = [_to(batch, work.device) for batch in blocks] if resident else blocks
+    return training(start, batches, work.batch_size, work.device)
+
+
+def training(
+    start: WarmStart, batches: Iterable[LayersBatch], batch_size: int, device: torch.device
+) -> Callable[[int], None]:
+    """A function that trains the default recipe's predictors for a number of steps.
+
+    Args:
+        batches: Of `batch_size` tokens each; taken again and again.
+    """
+    schedule = Schedule(num_epochs=6, batch_tokens=batch_size, peak_lr=3e-3)
+    module = PredictorModule(start, dtype="f16", objective=Objective(), schedule=schedule)
+    module.to(device).log = lambda *_, **__: None  # type: ignore[method-assign]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
 
     def run(steps: int) -> None:
-        batches: Iterable[LayersBatch] = kept if resident else blocks
         for batch in islice(_endless(batches), steps):
             with _precision(device):
                 loss = module.training_step(_to(batch, device), 0)
@@ -85,12 +96,11 @@ def reading(work: Workload) -> Callable[[int], None]:
     return run
 
 
-def _random_start(work: Workload) -> WarmStart:
-    d, f = work.store.manifest.hidden_size, work.store.manifest.ffn_width
-    layers = len(work.store.manifest.layers)
-    fc1_LRD = torch.randn(layers, work.rank, d) / d**0.5
-    fc2_LFR = torch.randn(layers, f, work.rank) / work.rank**0.5
-    return WarmStart(None, fc1_LRD, fc2_LFR, None, torch.full((layers,), ACTIVE))
+def random_start(d: int, f: int, layers: int, rank: int, device: torch.device) -> WarmStart:
+    """Random weights for predictors in f16."""
+    fc1_LRD = torch.randn(layers, rank, d, device=device) / d**0.5
+    fc2_LFR = torch.randn(layers, f, rank, device=device) / rank**0.5
+    return WarmStart(None, fc1_LRD, fc2_LFR, None, torch.full((layers,), ACTIVE, device=device))
 
 
 def public_recipe(work: Workload) -> Callable[[int], None]:

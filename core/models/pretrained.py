@@ -87,11 +87,13 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def random_model(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """Build the causal LM of a config with random weights, in float32."""
+def random_model(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Build the causal LM of a config with random weights."""
     with device:
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.float32, trust_remote_code=False
+            config, dtype=dtype, trust_remote_code=False
         )
     return cast(PreTrainedModel, model)
 

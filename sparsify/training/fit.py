@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from sparsecast.core.distributed import int_from_environment
+from sparsecast.core.distributed import DistributedContext, int_from_environment
 from sparsecast.core.interrupts import StopFlag, interrupt_like, stop_on_signal
 from sparsecast.core.lightning import (
     StagedCheckpoints,
@@ -198,7 +198,7 @@ def _fit(
         with stop_on_signal() as stop, quiet_lightning():
             # OPT's layers return views. Nothing writes into them, which FSDP2 warns about.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-            trainer = _trainer(task.phase, _callbacks(task, team, stop), team, device)
+            trainer = phase_trainer(task.phase, _callbacks(task, team, stop), team.context, device)
             trainer.fit(
                 module,
                 DataLoader(task.data, batch_size=None, pin_memory=device.type == "cuda"),
@@ -265,17 +265,18 @@ class _Checkpoints(StopBetweenSteps):
         self._stop.check()
 
 
-def _trainer(
-    phase: Phase, callbacks: list[Callback], team: Team, device: torch.device
+def phase_trainer(
+    phase: Phase, callbacks: list[Callback], context: DistributedContext, device: torch.device
 ) -> L.Trainer:
+    """Return the trainer of a phase, which shares the weights between several processes."""
     on_gpu = device.type == "cuda"
     placement: dict[str, Any] = {"devices": [device.index or 0] if on_gpu else 1}
-    if team.context.size > 1:
-        here = int_from_environment("LOCAL_WORLD_SIZE", team.context.size, least=1)
+    if context.size > 1:
+        here = int_from_environment("LOCAL_WORLD_SIZE", context.size, least=1)
         placement = {
             "devices": here,
-            "num_nodes": team.context.size // here,
-            "strategy": ShardedStrategy(team.context),
+            "num_nodes": context.size // here,
+            "strategy": ShardedStrategy(context),
         }
     return L.Trainer(
         max_steps=phase.stop - phase.start,

@@ -24,12 +24,15 @@ class Team:
     """False during a phase. A process that fails there just ends: the others lose it, and end."""
 
 
+def backend() -> str:
+    """Return what processes that train together exchange tensors through: NCCL on GPUs."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 @contextmanager
 def team() -> Iterator[Team]:
     """Join the processes that torchrun started; let the following ones go at the end."""
-    # NCCL for tensors on GPUs.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with distributed_context(backend) as context:
+    with distributed_context(backend()) as context:
         found = Team(context)
         try:
             yield found
