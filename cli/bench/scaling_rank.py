@@ -29,6 +29,7 @@ def main(stage: str, shape: str, rounds: str, steps: str, device_name: str, fold
         with distributed_context(backend() if stage == "sparsify" else "gloo") as context:
             device = pick_device(context.device(device_name))
             if device.type == "cuda":
+                device = torch.device("cuda", device.index or 0)
                 torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
             torch.manual_seed(context.rank)
