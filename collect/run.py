@@ -34,7 +34,7 @@ from sparsecast.collect.store.shard import Shape
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.collect.store.units import Tally
 from sparsecast.core.disk import explain_full_disk
-from sparsecast.core.distributed import DistributedContext, distributed_context
+from sparsecast.core.distributed import DistributedContext, check_shared, distributed_context
 from sparsecast.core.dry_run import refuse_dry_run
 from sparsecast.core.earlier_runs import check_unchanged
 from sparsecast.core.errors import InputError
@@ -91,8 +91,9 @@ def collect(cfg: CollectConfig, shares: Mapping[str, int] | None = None) -> Acti
         with ranks.together():  # a rank that was refused leaves no folder behind
             if ranks.leads:
                 begin_or_resume(plan.out, plan.manifest)
-        plan = plan.with_first_threads()
         with keeping_shards(plan, stop):
+            check_shared(plan.partial, ranks)
+            plan = plan.with_first_threads()
             shards, tally = record(plan, stop)
         ranks.wait()
         if ranks.leads:

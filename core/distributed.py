@@ -7,12 +7,14 @@ only barriers and errors, through gloo on every device.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,8 @@ JOIN = timedelta(minutes=5)
 """Within which every rank must have started."""
 FOREVER = timedelta(days=7)
 """A rank may have a day more to do than another, or wait for its model's download."""
+SHOWN = 10
+"""Seconds within which a new folder on a shared disk is seen by all machines."""
 _LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe")
 """What gloo says of a process that has ended."""
 _watch: RankWatch | None = None
@@ -103,6 +107,34 @@ class DistributedContext:
             if message := next((text for text in said if text is not None), None):
                 self.agree_to_end()
                 raise InputError(message) if self.leads else SystemExit(2)
+
+
+def check_shared(folder: Path, context: DistributedContext) -> None:
+    """Check that every rank sees the folder that rank 0 has made; every rank calls this.
+
+    Raises:
+        InputError: One does not within `SHOWN` seconds; see `DistributedContext.together`.
+    """
+    if context.size == 1:
+        return
+    limit = time.monotonic() + SHOWN
+    with context.together():
+        # A listing asks the server of a shared disk, where a look at the folder itself may not.
+        while folder.name not in _names(folder.parent):
+            if time.monotonic() > limit:
+                raise InputError(
+                    f"{folder}: rank 0 has made this folder, but rank {context.rank} on "
+                    f"{platform.node()} does not see it; put --out on a disk that all machines "
+                    "share, and give the same path on each"
+                )
+            time.sleep(0.2)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 @contextmanager

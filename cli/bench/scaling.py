@@ -65,8 +65,8 @@ class BenchScalingConfig:
     def __post_init__(self) -> None:
         validate_fields(self, processes=1, steps=1, rounds=1)
         for name in ("stages", "processes"):
-            if len(set(given := getattr(self, name))) < max(1, len(given)):
-                raise InputError(f"--{name}: got {given}, expected one or several that differ")
+            if len(set(given := getattr(self, name))) < len(given):
+                raise InputError(f"--{name}: got {given}, expected each once")
         for count in self.processes:
             _check_shares(self, count)
 
@@ -172,7 +172,7 @@ def with_shares(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _show(values: dict[str, Any]) -> None:
     title = f"{values['shape']}, {values['device']}, {values['threads']} CPU threads a process"
-    columns = ("processes", "rate", "speedup", "of linear", "GiB a process")
+    columns = ("processes", "rate", "speedup", "of linear", "GiB each")
     table = new_table("", *columns, title=title)
     for row in values["rows"]:
         if row["error"] is not None:
@@ -181,10 +181,13 @@ def _show(values: dict[str, Any]) -> None:
         table.add_row(
             row["stage"],
             str(row["processes"]),
-            f"{row['rate']:,.0f} {row['unit']}",
+            f"{row['rate']:,.0f}",
             f"{row['speedup']:.2f}",
             f"{row['of_linear']:.1%}",
             f"{row['peak_bytes'] / 2**30:.2f}",
         )
     show(table)
-    log.info("the work of a round is the same for every number of processes")
+    log.info(
+        "rates are tokens/s, of train token-layers/s; a round is the same work for every number "
+        "of processes"
+    )

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from sparsecast.core.distributed import int_from_environment
+from sparsecast.core.distributed import check_shared, int_from_environment
 from sparsecast.core.earlier_runs import check_unchanged, compare_options
 from sparsecast.core.errors import InputError
 from sparsecast.core.files import read_json, write_json
@@ -219,11 +219,13 @@ def begin(plan: TrainingPlan) -> None:
     """Make the folder of a new run, or take up an interrupted one; every process calls this.
 
     Raises:
-        InputError: An unfinished run with other options, or a damaged checkpoint.
+        InputError: An unfinished run with other options, a damaged checkpoint, or a folder that not
+            every process sees.
     """
     with plan.context.together():
         if plan.context.leads:
             _open_work_folder(plan)
+    check_shared(plan.work, plan.context)
     if not plan.shape.experts:
         with plan.context.together():
             regroup(plan)

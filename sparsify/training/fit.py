@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from sparsecast.core.distributed import DistributedContext, int_from_environment
+from sparsecast.core.distributed import DistributedContext, check_shared, int_from_environment
 from sparsecast.core.interrupts import StopFlag, interrupt_like, stop_on_signal
 from sparsecast.core.lightning import (
     StagedCheckpoints,
@@ -194,6 +194,7 @@ def _fit(
         module = SparsifyModule(task.model, task.phase, optimizer, **options)
     task.data.take_part(context.rank, context.size)
     team.waiting = False
+    check_shared(task.last.parent, context)
     try:
         with stop_on_signal() as stop, quiet_lightning():
             # OPT's layers return views. Nothing writes into them, which FSDP2 warns about.
