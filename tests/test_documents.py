@@ -168,6 +168,7 @@ SMALL = {
     "BenchCollectConfig": {"tokens": 1000, "rounds": 1},
     "BenchTrainConfig": {"steps": 1, "rounds": 1},
     "BenchSparsifyConfig": {"batch_size": 2, "seq_len": 16, "steps": 1, "rounds": 1},
+    "BenchScalingConfig": {"steps": 1, "rounds": 1},
     "BenchPredictorsConfig": {"epochs": 1, "reference_epochs": 1, "perplexity": 0.5},
     "BenchExportConfig": {"rounds": 1},
     "BenchGenerateConfig": {"tokens": 4, "rounds": 1},

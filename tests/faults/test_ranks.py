@@ -220,3 +220,32 @@ def test_a_signal_ends_all_ranks_with_one_message(stage, ranks_forked, name, whi
     assert codes[0] in (128 + number, 130 if name == "sparsify" else None), (codes, told)
     assert not one.out.exists()
     assert finished(one, ranks_forked)
+
+
+BLIND = """
+from sparsecast.core import distributed
+distributed.SHOWN = 0
+if os.environ["RANK"] == "1":
+    distributed._names = lambda folder: []
+"""
+"""What a rank finds on another disk."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "collect",
+        pytest.param("train", marks=pytest.mark.slow),
+        pytest.param("sparsify", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_does_not_see_the_folder_is_refused(stage, ranks_forked, name):
+    one = stage(name)
+    codes, errors = run_ranks(ranks_forked, one, BLIND)
+    assert codes == [2, 2], errors
+    (told,) = lines(errors)
+    assert "rank 0 has made this folder, but rank 1 on " in told
+    assert "put --out on a disk that all machines share" in told
+    assert not one.out.exists()
+    if name != "sparsify":  # which keeps the tokenized text
+        assert one.left() == []
