@@ -38,11 +38,16 @@ def _forward(model: PreTrainedModel, batch: TokenBatch) -> None:
 
 def recording(model: PreTrainedModel, shape: Shape, units: list[Unit], writer: Writer) -> None:
     """Record every unit, as `collect` does; returns when all of them are written."""
+    submitting(model, shape, units, writer)
+    writer.drain()
+
+
+def submitting(model: PreTrainedModel, shape: Shape, units: list[Unit], writer: Writer) -> None:
+    """Record every unit; the last ones may still be on their way through the writer."""
     filler = Filler(shape, x1_gains(model, shape))
     with Recorder(model, filler):
         for unit in units:
             record_unit(filler, writer, unit, partial(_forward, model))
-    writer.drain()
 
 
 def recipe_share(shape: Shape, units: list[Unit]) -> tuple[list[Unit], int]:

@@ -23,7 +23,7 @@ import torch
 from sparsecast.cli.bench.results import check_json, new_table, publish
 from sparsecast.cli.bench.rounds import device_name
 from sparsecast.cli.bench.scaling_launch import Result, RunError, run_processes
-from sparsecast.cli.bench.scaling_work import SHAPES, TRAIN_STEPS, UNITS
+from sparsecast.cli.bench.scaling_work import COLLECT_STEPS, SHAPES, TRAIN_STEPS, UNITS
 from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.core.machine import usable_cores
@@ -50,8 +50,8 @@ class BenchScalingConfig:
     """Numbers of processes; a GPU for each."""
 
     steps: int = 2
-    """Per round: training steps of sparsify; ten times as many of train; as many batches of collect
-    times the least common multiple of --processes."""
+    """Per round: training steps of sparsify; ten times as many of train; batches of collect, four
+    times as many for each process of the least common multiple of --processes."""
 
     rounds: int = 3
     """Timed rounds, behind a warm-up."""
@@ -140,7 +140,11 @@ def _run(
     cfg: BenchScalingConfig, stage: str, count: int, device: str, threads: int
 ) -> dict[str, Any]:
     """Time one stage on one number of processes; a failure is told under `error`."""
-    of_stage = {"collect": math.lcm(*cfg.processes), "train": TRAIN_STEPS, "sparsify": 1}
+    of_stage = {
+        "collect": COLLECT_STEPS * math.lcm(*cfg.processes),
+        "train": TRAIN_STEPS,
+        "sparsify": 1,
+    }
     steps = cfg.steps * of_stage[stage]
     found, error = Result([], []), None
     try:

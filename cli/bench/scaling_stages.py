@@ -30,7 +30,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
-from sparsecast.cli.bench.collect_runs import recording
+from sparsecast.cli.bench.collect_runs import submitting
 from sparsecast.cli.bench.rounds import synchronize, timed
 from sparsecast.cli.bench.scaling_work import WARMUP, Job, Sizes, Timed
 from sparsecast.cli.bench.sparsify_sides import LR, TARGET
@@ -56,7 +56,10 @@ from sparsecast.sparsify.training.sharding import ShardedModule, local
 
 
 def collect(job: Job) -> Timed:
-    """Record this process's batches. Memory: a copy of the model, and 3 shards on the host."""
+    """Record this process's batches. Memory: a copy of the model, and 3 shards on the host.
+
+    A round takes over shards that the one before has left to the writer, and leaves as many.
+    """
     size, model_size = job.sizes, job.sizes.model
     on_gpu = job.device.type == "cuda"
     dtype = pick_dtype("auto", None, job.device)
@@ -75,7 +78,7 @@ def collect(job: Job) -> Timed:
     mine = units[job.context.rank :: job.context.size]
     capacity = shape.nbytes(units[0].tokens)
     with Writer(shape, capacity, to_memory, pinned=on_gpu) as writer, torch.inference_mode():
-        seconds = _rounds(job, partial(recording, model, shape, mine, writer))
+        seconds = _rounds(job, partial(submitting, model, shape, mine, writer))
     return Timed(seconds, ids_NBS.numel())
 
 
@@ -127,6 +130,8 @@ def sparsify(job: Job) -> Timed:
         # Its default action, as without Lightning: nothing here is worth a checkpoint.
         ends = StopBetweenSteps(StopFlag())
         trainer = phase_trainer(phase, [ends, clock], context, job.device)
+        # It would copy weights and moments to the host, 12 bytes a parameter.
+        trainer.strategy.teardown = lambda: None  # type: ignore[method-assign]
         trainer.fit(module, DataLoader(data, batch_size=None))
     between = zip(clock.times, clock.times[1:], strict=False)
     return Timed([end - begin for begin, end in between], job.steps * size.step_sequences * seq_len)

@@ -15,8 +15,8 @@ UNITS = {"collect": "tokens/s", "train": "token-layers/s", "sparsify": "tokens/s
 """Of the stages' rates."""
 WARMUP = 2
 """Training steps of sparsify before those that are timed."""
-TRAIN_STEPS = 10
-"""Steps of train per step of the others: they are short."""
+COLLECT_STEPS, TRAIN_STEPS = 4, 10
+"""Batches and steps per step of sparsify: they are short."""
 
 
 class Sizes(NamedTuple):

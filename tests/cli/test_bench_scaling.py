@@ -31,11 +31,11 @@ def note(*values):
     with open(Path(folder, "note-" + os.environ["RANK"]), "a") as file:
         print(json.dumps(values), file=file)
 
-recording = scaling_stages.recording
-def recorded(model, shape, units, writer):
+submitting = scaling_stages.submitting
+def submitted(model, shape, units, writer):
     note([unit.number for unit in units])
-    recording(model, shape, units, writer)
-scaling_stages.recording = recorded
+    submitting(model, shape, units, writer)
+scaling_stages.submitting = submitted
 
 training = scaling_stages.training
 def trained(start, batches, *args):
@@ -156,8 +156,8 @@ def test_what_failed_is_told_behind_the_others(cfg, started, capfd):
     with pytest.raises(RunError, match="1 of 4 runs failed, the first train with 3 .*: no memory"):
         bench_scaling(cfg)
     assert started == [
-        (1, "collect", "tiny", "3", "6", "cpu", 1),
-        (3, "collect", "tiny", "3", "6", "cpu", 1),
+        (1, "collect", "tiny", "3", "24", "cpu", 1),
+        (3, "collect", "tiny", "3", "24", "cpu", 1),
         (1, "train", "tiny", "3", "20", "cpu", 1),
         (3, "train", "tiny", "3", "20", "cpu", 1),
     ]
