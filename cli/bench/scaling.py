@@ -24,14 +24,12 @@ from sparsecast.cli.bench.results import check_json, new_table, publish
 from sparsecast.cli.bench.rounds import device_name
 from sparsecast.cli.bench.scaling_launch import Result, RunError, run_processes
 from sparsecast.cli.bench.scaling_work import COLLECT_STEPS, SHAPES, TRAIN_STEPS, UNITS
-from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.core.machine import usable_cores
 from sparsecast.core.messages import log, show
 from sparsecast.core.models.loading import pick_device
 from sparsecast.core.options import validate_fields
 from sparsecast.core.progress import progress_bar
-from sparsecast.predictors.training.layer_parallel import layers_of_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +114,15 @@ def bench_scaling(cfg: BenchScalingConfig) -> dict[str, Any]:
 def _check_shares(cfg: BenchScalingConfig, count: int) -> None:
     """Raise `InputError` if a stage cannot share its work among so many processes."""
     sizes = SHAPES[cfg.shape]
-    if "train" in cfg.stages:
-        layers_of_process(range(sizes.model.layers), DistributedContext(0, count), False)
+    if "train" in cfg.stages and count > (layers := sizes.model.layers):
+        raise InputError(
+            f"--processes: got {count}, but train shares {layers} layers of {cfg.shape}; expected "
+            "at most one process for each, or other --stages"
+        )
     if "sparsify" in cfg.stages and sizes.step_sequences % count:
         raise InputError(
             f"--processes: got {count}, but sparsify shares {sizes.step_sequences} sequences of a "
-            "step equally; expected a divisor of that"
+            "step equally; expected a divisor of that, or other --stages"
         )
 
 

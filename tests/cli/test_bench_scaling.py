@@ -177,7 +177,7 @@ def test_what_failed_is_told_behind_the_others(cfg, started, capfd):
         ({"processes": [0, 1]}, "--processes: must be at least 1, got 0"),
         ({"processes": [2, 2]}, "--processes: got [2, 2], expected each once"),
         ({"stages": []}, "--stages: is empty"),
-        ({"processes": [8]}, "train: 8 processes share 6 layers"),
+        ({"processes": [8]}, "--processes: got 8, but train shares 6 layers of tiny"),
         ({"stages": ["sparsify"], "processes": [3]}, "sparsify shares 8 sequences of a step"),
         ({"stages": ["export"]}, "--stages: "),
         ({"shape": "70b"}, "--shape: "),
