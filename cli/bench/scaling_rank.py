@@ -39,7 +39,9 @@ def main(stage: str, shape: str, rounds: str, steps: str, device_name: str, fold
                 steps=int(steps),
                 device=device,
                 context=context,
+                folder=Path(folder, rank),
             )
+            job.folder.mkdir()
             found = STAGES[stage](job)
             peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else most_held()
             values = {**found._asdict(), "peak_bytes": peak}

@@ -14,11 +14,9 @@ S sequence.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -97,7 +95,10 @@ def train(job: Job) -> Timed:
 
 
 def sparsify(job: Job) -> Timed:
-    """Take training steps with the others. Memory: as `sparsify`, but no process has it all."""
+    """Take training steps with the others.
+
+    Memory: as a phase of `sparsify`; of several processes none has the whole model.
+    """
     size, context = job.sizes, job.context
     last, seq_len = WARMUP + job.rounds * job.steps, 4 * size.seq_len
     raised = RaisedThreshold(TARGET, last).to(job.device)
@@ -118,15 +119,15 @@ def sparsify(job: Job) -> Timed:
         if context.size > 1
         else SparsifyModule(model, phase, **options)
     )
+    path = rows_file(job.folder, size.model.vocab)
+    ids = np.random.default_rng(0).integers(
+        size.model.vocab, size=2 * size.step_sequences * seq_len, dtype=path.suffix[1:]
+    )
+    ids.tofile(path)
+    data = Batches(path, seq_len, size.step_sequences, seed=0)
+    data.take_part(context.rank, context.size)
     clock = _Clock(job)
-    with tempfile.TemporaryDirectory(prefix="sparsecast-bench-") as folder, quiet_lightning():
-        path = rows_file(Path(folder), size.model.vocab)
-        ids = np.random.default_rng(0).integers(
-            size.model.vocab, size=2 * size.step_sequences * seq_len, dtype=path.suffix[1:]
-        )
-        ids.tofile(path)
-        data = Batches(path, seq_len, size.step_sequences, seed=0)
-        data.take_part(context.rank, context.size)
+    with quiet_lightning():
         # Its default action, as without Lightning: nothing here is worth a checkpoint.
         ends = StopBetweenSteps(StopFlag())
         trainer = phase_trainer(phase, [ends, clock], context, job.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,8 @@ class Job:
     """Of a round: batches of all processes (collect) or training steps."""
     device: torch.device
     context: DistributedContext
+    folder: Path
+    """For files of this process; whoever started the run removes it."""
 
 
 class Timed(NamedTuple):

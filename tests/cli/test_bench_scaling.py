@@ -280,7 +280,7 @@ def test_a_signal_ends_torchruns_processes_too(tmp_path):
         return found
 
     limit = time.monotonic() + 200
-    while not list(tmp_path.glob("*/tokens.*")):  # training is about to begin
+    while not list(tmp_path.rglob("tokens.*")):  # training is about to begin
         assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.2)
@@ -291,3 +291,4 @@ def test_a_signal_ends_torchruns_processes_too(tmp_path):
     assert process.returncode == 143
     assert "interrupted" in told
     assert of_run() == []
+    assert not list(tmp_path.glob("sparsecast-*"))
