@@ -62,7 +62,8 @@ def _zipped_pickles(path: Path) -> Iterator[Any]:
                 if member.filename.endswith("data.pkl"):
                     yield io.BytesIO(archive.read(member))
     except (BadZipFile, ValueError, RuntimeError, NotImplementedError) as error:
-        raise Claim(f"its table of parts is damaged ({reason_of(error)})") from error
+        told = reason_of(error).partition("'")[0].strip()  # names follow, as the file has them
+        raise Claim(f"its table of parts is damaged ({told})") from error
 
 
 def _plain_pickle(path: Path) -> Iterator[Any]:
