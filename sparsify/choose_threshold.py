@@ -59,26 +59,27 @@ def meet_target(
     Returns:
         The threshold, to three digits, and (threshold, score) of every candidate.
     """
-    tried: Tried = []
+    tried: dict[float, Score] = {}
 
     def at(threshold: float) -> Score:
-        set_activation(model, ActivationRule("fatrelu", threshold))
-        tried.append((threshold, score(model, batches)))
-        return tried[-1][1]
+        if threshold not in tried:
+            set_activation(model, ActivationRule("fatrelu", threshold))
+            tried[threshold] = score(model, batches)
+        return tried[threshold]
 
     if at(0.0).sparsity >= target - CLOSE:
-        return 0.0, tried
+        return 0.0, list(tried.items())
     low, high = 0.0, float(f"{max(start, 1e-3):.3g}")
     while (sparsity := at(high).sparsity) < target - CLOSE:
-        low, high = high, 2 * high
+        low, high = high, float(f"{2 * high:.3g}")
     chosen = high
     if sparsity > target + CLOSE:
         chosen = _halve(low, high, lambda t: at(t).sparsity - target)
     if bound is not None and at(chosen).perplexity > bound:
         chosen = _halve(0.0, chosen, lambda t: at(t).perplexity / bound - 1)
-        within = [t for t, found in tried if found.perplexity <= bound and t <= chosen]
+        within = [t for t, found in tried.items() if found.perplexity <= bound and t <= chosen]
         chosen = max(within, default=0.0)
-    return chosen, tried
+    return chosen, list(tried.items())
 
 
 def _halve(low: float, high: float, excess: Callable[[float], float]) -> float:

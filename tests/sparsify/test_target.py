@@ -160,6 +160,18 @@ def test_a_training_that_ends_close_to_the_target_keeps_its_threshold(
     assert (chosen, [t for t, _ in tried]) == (0.064, [0.0, 0.064])
 
 
+def test_a_threshold_that_was_doubled_has_three_digits(random_model, batches, monkeypatch):
+    """1.134 would be saved as 1.13, which was not scored."""
+
+    def scored(model, _batches):
+        threshold = model.model.layers[0].mlp.act_fn.threshold
+        return Score(10.0, 0.9 if threshold > 1 else 0.5, (0.0,), (0,))
+
+    monkeypatch.setattr(choose_threshold, "score", scored)
+    chosen, tried = meet_target(random_model, batches, 0.9, 0.567)
+    assert (chosen, [t for t, _ in tried]) == (1.13, [0.0, 0.567, 1.13])
+
+
 def test_relu_is_kept_where_it_is_sparse_enough(random_model, batches):
     chosen, tried = meet_target(random_model, batches, 0.3, 0.1)
     assert chosen == 0
@@ -178,6 +190,7 @@ def test_a_bound_gives_the_sparsest_threshold_within_it(random_model, batches, m
     assert chosen == pytest.approx(0.4, abs=0.01)
     assert chosen <= 0.4
     assert dict(tried)[chosen].perplexity <= 10.4
+    assert len(tried) == len(dict(tried))
     assert meet_target(random_model, batches, 0.9, 0.3, bound=10.95)[0] == pytest.approx(0.9, 0.01)
     assert meet_target(random_model, batches, 0.9, 0.3, bound=9.0)[0] == 0
 
