@@ -178,17 +178,16 @@ def check_unfinished(work: Path, options: dict[str, Any]) -> bool:
     if not any(work.glob(LAST)):
         return False
     earlier = read_json(work / RECIPE, "the options of an unfinished `sparsecast train`")
-    now = options.get("processes")
-    if (was := earlier.get("processes", now)) != now and not options.get("data_parallel"):
-        raise InputError(
-            f"{work}: holds an unfinished run of {was} processes of an earlier sparsecast; finish "
-            "it with that version, or remove that folder"
-        )
-    if was != now:
+    now, shared = options.get("processes"), options.get("data_parallel")
+    was = earlier.get("processes", now)
+    if was != now and earlier.get("data_parallel") == shared:
         raise InputError(
             f"{work}: holds an unfinished run of {was} processes that share its batches, and "
             f"{now} would make other batches; repeat it with torchrun --nproc-per-node {was}, or "
             "remove that folder"
+            if shared
+            else f"{work}: holds an unfinished run of {was} processes of an earlier sparsecast; "
+            "finish it with that version, or remove that folder"
         )
     changes = compare_options(earlier, json.loads(json.dumps(options)))
     check_unchanged(work, "an unfinished run", changes, finished=False)

@@ -23,7 +23,7 @@ from sparsecast.predictors.train import train
 from sparsecast.predictors.training.plan import TrainingPlan, work_folder
 from sparsecast.predictors.training.regroup import _stacked, regroup, remove_divided
 from sparsecast.predictors.training.source import Source
-from sparsecast.predictors.training.trainer import RECIPE, begin, fit
+from sparsecast.predictors.training.trainer import RECIPE, begin, check_unfinished, fit
 
 LAYERS, HIDDEN, FFN = 5, 64, 96
 TOKENS = {"train": 1_500, "calibration": 400, "held-out": 64}
@@ -241,6 +241,16 @@ def test_what_another_number_cannot_go_on_with_is_refused(configured, shared, to
     options.write_text(json.dumps({**json.loads(options.read_text()), "processes": 2}))
     with pytest.raises(InputError, match=told):
         train(cfg)
+
+
+@pytest.mark.parametrize("was_shared", [True, False])
+def test_another_way_to_share_is_told_as_that(configured, was_shared):
+    """Whatever the numbers of processes."""
+    plan = begun(configured(rank=32, data_parallel=was_shared))
+    options = {**plan.resume_options, "data_parallel": not was_shared, "processes": 2}
+    told = f"data_parallel was {was_shared}, now {not was_shared}"
+    with pytest.raises(InputError, match=f"holds an unfinished run made differently .*{told}"):
+        check_unfinished(plan.work, options)
 
 
 LAG = """
