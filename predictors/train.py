@@ -7,6 +7,7 @@ checkpoint.py describes the predictor folder that comes out.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -81,6 +82,8 @@ def train(cfg: TrainConfig) -> PredictorSet:
             with context.together():
                 plan = make_plan(request, source)
                 check_needs(plan)
+            # Ranks under a budget may be others where sums are rounded otherwise.
+            plan = replace(plan, ranks=context.share(plan.ranks))
             L.seed_everything(plan.schedule.seed, verbose=False)
             need = disk_bytes(plan)
             with explain_full_disk(plan.out, need, "training", lambda: _what_is_left(plan)):

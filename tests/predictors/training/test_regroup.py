@@ -227,6 +227,16 @@ def test_the_ranks_of_the_first_start_are_kept(configured, monkeypatch):
         plan_of(cfg)
 
 
+def test_every_process_takes_the_ranks_of_the_first(configured, monkeypatch):
+    """Another machine may round otherwise, and so choose others; only the first's are kept."""
+    plans: list[TrainingPlan] = []
+    monkeypatch.setattr(DistributedContext, "share", lambda *_: [64] * LAYERS)
+    monkeypatch.setitem(recipes.RECIPES, "default", lambda plan, _: plans.append(plan))
+    with pytest.raises(InputError):  # nothing was trained
+        train(configured(**QUANTIZED))
+    assert plans[0].ranks == [64] * LAYERS
+
+
 @pytest.mark.parametrize(
     ("shared", "told"),
     [
