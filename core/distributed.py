@@ -119,8 +119,7 @@ def check_shared(folder: Path, context: DistributedContext) -> None:
         return
     limit = time.monotonic() + SHOWN
     with context.together():
-        # A listing asks the server of a shared disk, where a look at the folder itself may not.
-        while folder.name not in _names(folder.parent):
+        while not _sees(folder):
             if time.monotonic() > limit:
                 raise InputError(
                     f"{folder}: rank 0 has made this folder, but rank {context.rank} on "
@@ -130,11 +129,17 @@ def check_shared(folder: Path, context: DistributedContext) -> None:
             time.sleep(0.2)
 
 
-def _names(folder: Path) -> list[str]:
+def _sees(folder: Path) -> bool:
+    """Return whether a folder is there.
+
+    A listing asks the server of a shared disk, where a look at the folder itself may not.
+    """
     try:
-        return os.listdir(folder)
+        return folder.name in os.listdir(folder.parent)
+    except PermissionError:  # a parent that may be entered, but not listed
+        return folder.is_dir()
     except OSError:
-        return []
+        return False
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 
 from sparsecast.core import distributed
-from sparsecast.core.distributed import DistributedContext, distributed_context
+from sparsecast.core.distributed import DistributedContext, check_shared, distributed_context
 from sparsecast.core.errors import InputError
 
 LAUNCHED = {
@@ -85,3 +87,16 @@ def test_a_rank_that_never_starts_is_not_waited_for_forever(rank, told, monkeypa
     monkeypatch.setattr(distributed, "JOIN", timedelta(seconds=1))
     with pytest.raises(ConnectionError, match=told), distributed_context():
         pass
+
+
+def test_a_shared_folder_may_be_where_nobody_may_list(monkeypatch, tmp_path):
+    def refused(_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "listdir", refused)
+    monkeypatch.setattr(distributed, "SHOWN", 0)
+    monkeypatch.setattr(DistributedContext, "together", lambda _: nullcontext())
+    ranks = DistributedContext(1, 2)
+    check_shared(tmp_path, ranks)
+    with pytest.raises(InputError, match="absent: rank 0 has made this folder, but rank 1 on "):
+        check_shared(tmp_path / "absent", ranks)

@@ -226,7 +226,7 @@ BLIND = """
 from sparsecast.core import distributed
 distributed.SHOWN = 0
 if os.environ["RANK"] == "1":
-    distributed._names = lambda folder: []
+    distributed._sees = lambda folder: False
 """
 """What a rank finds on another disk."""
 
