@@ -39,17 +39,17 @@ class BenchScalingConfig:
     stages: list[Literal["collect", "train", "sparsify"]] = field(
         default_factory=lambda: ["collect", "train", "sparsify"]
     )
-    """collect, train, sparsify."""
+    """Stages to time."""
 
     shape: Literal["tiny", "1b", "7b"] = "tiny"
     """tiny (7M parameters), 1b (MiniCPM-S-1B's) or 7b (Llama 2 7B's), with random weights."""
 
     processes: list[int] = field(default_factory=lambda: [1, 2])
-    """Numbers of processes; a GPU for each."""
+    """Numbers of processes, each on a GPU or core of its own."""
 
     steps: int = 2
-    """Per round: training steps of sparsify; ten times as many of train; batches of collect, four
-    times as many for each process of the least common multiple of --processes."""
+    """Training steps of sparsify in a round; train takes 10 times as many, and collect 4 times as
+    many batches, times the least common multiple of --processes."""
 
     rounds: int = 3
     """Timed rounds, behind a warm-up."""
