@@ -226,6 +226,15 @@ def test_a_process_that_fails_says_why(launcher, script, told):
     assert str(failed.value) == told
 
 
+@pytest.fixture
+def interruptible():
+    """A background job of a shell ignores SIGINT from its start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_processes(launcher, tmp_path):
     launcher(f"echo $$ > {tmp_path}/pid; exec sleep 100")
 
