@@ -30,7 +30,7 @@ GROUPS = {
     "baselines seed data_parallel",
     "GPU memory": "vram_budget vram_context",
     "what is measured": "shape shapes act x1_norm sparsities batches policies prompts rounds steps "
-    "sink perplexity reference_epochs check",
+    "sink processes perplexity reference_epochs check",
     "machine": "device device_map dtype compile threads",
 }
 """Options by what they are about; the others come last."""
