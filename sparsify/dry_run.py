@@ -138,7 +138,7 @@ def _measure(plan: SparsifyPlan, config: PreTrainedConfig, layers: int, micro: i
     phase = Phase(name="", start=0, stop=1, l1=plan.l1, lr=plan.lr, warmup=1, decay_from=1)
     ids_BS = torch.randint(cut.vocab_size, (micro, plan.seq_len), device=plan.device)
     module = SparsifyModule(model, phase, compile=plan.compile, raised=raised)
-    _backward(module, ids_BS)
+    _backward(module, ids_BS)  # compiles, if the run does
     saved = _saved_bytes(lambda: _loss(module, ids_BS), model)
     if plan.checkpoint_activations:
         module.remove_hooks()

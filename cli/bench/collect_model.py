@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from sparsecast.core.models.pretrained import random_model as build
+from sparsecast.core.models import pretrained
 from sparsecast.core.text.tokens import Sequence
 
 SHAPES = {
@@ -41,7 +41,7 @@ def random_model(
         max_position_embeddings=seq_len,
     )
     torch.manual_seed(0)
-    model = build(config, device, dtype)
+    model = pretrained.random_model(config, device, dtype)
     model.eval()
     return model
 

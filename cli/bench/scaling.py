@@ -23,7 +23,7 @@ import torch
 from sparsecast.cli.bench.results import check_json, new_table, publish
 from sparsecast.cli.bench.rounds import device_name
 from sparsecast.cli.bench.scaling_launch import Result, RunError, run_processes
-from sparsecast.cli.bench.scaling_work import COLLECT_STEPS, SHAPES, TRAIN_STEPS, UNITS
+from sparsecast.cli.bench.scaling_work import SHAPES, STEPS, UNITS
 from sparsecast.core.errors import InputError
 from sparsecast.core.machine import usable_cores
 from sparsecast.core.messages import log, show
@@ -141,12 +141,9 @@ def _run(
     cfg: BenchScalingConfig, stage: str, count: int, device: str, threads: int
 ) -> dict[str, Any]:
     """Time one stage on one number of processes; a failure is told under `error`."""
-    of_stage = {
-        "collect": COLLECT_STEPS * math.lcm(*cfg.processes),
-        "train": TRAIN_STEPS,
-        "sparsify": 1,
-    }
-    steps = cfg.steps * of_stage[stage]
+    steps = cfg.steps * STEPS[stage]
+    if stage == "collect":  # as many batches for each process, whatever their number
+        steps *= math.lcm(*cfg.processes)
     found, error = Result([], []), None
     try:
         arguments = [stage, cfg.shape, str(cfg.rounds), str(steps), device]

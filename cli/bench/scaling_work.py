@@ -16,8 +16,8 @@ UNITS = {"collect": "tokens/s", "train": "token-layers/s", "sparsify": "tokens/s
 """Of the stages' rates."""
 WARMUP = 2
 """Training steps of sparsify before those that are timed."""
-COLLECT_STEPS, TRAIN_STEPS = 4, 10
-"""Batches and steps per step of sparsify: they are short."""
+STEPS = {"collect": 4, "train": 10, "sparsify": 1}
+"""Batches (collect) and training steps of a round for each of --steps: the first two are short."""
 
 
 class Sizes(NamedTuple):

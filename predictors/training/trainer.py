@@ -181,13 +181,14 @@ def check_unfinished(work: Path, options: dict[str, Any]) -> bool:
     now, shared = options.get("processes"), options.get("data_parallel")
     was = earlier.get("processes", now)
     if was != now and earlier.get("data_parallel") == shared:
+        held = f"{work}: holds an unfinished run of {was} processes"
+        if shared:
+            raise InputError(
+                f"{held} that share its batches, and {now} would make other batches; repeat it "
+                f"with torchrun --nproc-per-node {was}, or remove that folder"
+            )
         raise InputError(
-            f"{work}: holds an unfinished run of {was} processes that share its batches, and "
-            f"{now} would make other batches; repeat it with torchrun --nproc-per-node {was}, or "
-            "remove that folder"
-            if shared
-            else f"{work}: holds an unfinished run of {was} processes of an earlier sparsecast; "
-            "finish it with that version, or remove that folder"
+            f"{held} of an earlier sparsecast; finish it with that version, or remove that folder"
         )
     changes = compare_options(earlier, json.loads(json.dumps(options)))
     check_unchanged(work, "an unfinished run", changes, finished=False)
