@@ -52,14 +52,15 @@ class Unrounded(Emulator):
 
 @pytest.fixture
 def theirs(monkeypatch, ids):
-    """Perplexities of a file: verify's, and without rounding."""
+    """Perplexities of a file: verify's, and without rounding; and the logits of the latter."""
 
-    def both(bundle) -> tuple[float, float]:
+    def both(bundle) -> tuple[float, float, torch.Tensor]:
         file = GGUFFile(bundle_file(bundle))
         rounded = perplexity(Emulator(file).logits, ids)
         with monkeypatch.context() as patch:
             patch.setattr(emulator, "_softmax", lambda scores: scores.softmax(-1))
-            return rounded, perplexity(Unrounded(file).logits, ids)
+            logits_NSV = Unrounded(file).logits(ids)
+        return rounded, perplexity(lambda _: logits_NSV, ids), logits_NSV
 
     return both
 
@@ -90,6 +91,11 @@ def bundle_of(random_predictors, tmp_path):
         return export(cfg).parent
 
     return make
+
+
+def typically_apart(a_NSV, b_NSV) -> float:
+    """Largest difference of a logit at the median position; few have a decision turned over."""
+    return (a_NSV - b_NSV).abs().amax(-1).median().item()
 
 
 def ours(model, ids) -> float:
@@ -123,7 +129,9 @@ def test_its_perplexity_is_verifys(name, dtype, stored, zoo, bundle_of, theirs, 
 
     if name == "opt":  # as its engine; too little to show in a perplexity
         assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {0.0}
-    rounded, unrounded = theirs(bundle)
+    rounded, unrounded, logits_NSV = theirs(bundle)
+    if stored == "f16":
+        assert typically_apart(model_logits(model, ids), logits_NSV) < 1e-4
     assert ours(model, ids) == pytest.approx(unrounded, rel=SUMS[stored])
     assert ours(model, ids) == pytest.approx(rounded, rel=ROUNDING)
     assert own != pytest.approx(unrounded, rel=3 * SUMS[stored])
@@ -139,7 +147,8 @@ def test_a_fatrelu_model_computes_relu(model_folder, bundle_of, theirs, ids):
 
     sparsify_model(model, bundle_file(bundle), "predicted")
 
-    _, unrounded = theirs(bundle)
+    _, unrounded, logits_NSV = theirs(bundle)
+    assert typically_apart(model_logits(model, ids), logits_NSV) < 1e-4
     assert ours(model, ids) == pytest.approx(unrounded, rel=SUMS["f16"])
     assert batch_perplexity(model, [batch]) == pytest.approx(values["bundle"], rel=SUMS["f16"])
     assert values["bundle"] != pytest.approx(values["predicted"], rel=2e-3)
