@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparsecast.core.errors import InputError
-from sparsecast.core.options import ModelDtype, validate_fields
+from sparsecast.core.options import DeviceMap, ModelDtype, check_device_map, validate_fields
 from sparsecast.core.text.corpus import LongDocuments
 
 
@@ -53,7 +52,7 @@ class CollectConfig:
     dtype: ModelDtype = "auto"
     """auto (float32 on the CPU, else the checkpoint's), float32, float16 or bfloat16."""
 
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    device_map: DeviceMap | None = None
     """auto, balanced, balanced_low_0 or sequential: spread a model larger than one device over all
     of them."""
 
@@ -81,8 +80,4 @@ class CollectConfig:
         )
         if self.layers is not None:
             object.__setattr__(self, "layers", sorted(set(self.layers)))
-        if self.device_map is not None and self.device != "auto":
-            raise InputError(
-                f"--device-map {self.device_map}: chooses the devices, so --device {self.device} "
-                "cannot be given with it"
-            )
+        check_device_map(self.device_map, self.device)

@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from sparsecast.core.errors import InputError
 
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 MOST = 2**31 - 1
 """The largest count that an option takes, unless `LIMITS` says otherwise."""
 MOST_TOKENS = 10**15
@@ -29,6 +30,15 @@ LIMITS = {"seed": MOST_SEED} | dict.fromkeys(("tokens", "sft_tokens", "count_tok
 
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
+
+
+def check_device_map(device_map: str | None, device: str) -> None:
+    """Raise `InputError` where both --device-map and --device are given."""
+    if device_map is not None and device != "auto":
+        raise InputError(
+            f"--device-map {device_map}: chooses the devices, so --device {device} cannot be given "
+            "with it"
+        )
 
 
 def option_of(name: str) -> str:

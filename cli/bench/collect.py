@@ -39,7 +39,7 @@ from sparsecast.core.models.loading import (
     pick_dtype,
 )
 from sparsecast.core.models.shape import model_shape
-from sparsecast.core.options import ModelDtype, validate_fields
+from sparsecast.core.options import DeviceMap, ModelDtype, check_device_map, validate_fields
 from sparsecast.core.text.corpus import read_documents
 from sparsecast.core.text.skipped import SkippedRows
 from sparsecast.core.text.splits import assign_splits
@@ -53,8 +53,8 @@ class BenchCollectConfig:
     model: str | None = None
     """Hugging Face id or folder; unset: random weights of --shape."""
 
-    shape: Literal["60m", "7b"] = "60m"
-    """60m or 7b: a relu llama with random weights and documents of random length."""
+    shape: Literal["60m", "7b", "70b"] = "60m"
+    """60m, 7b or 70b: a relu llama with random weights and documents of random length."""
 
     corpus: str | None = None
     """Text for --model; unset: builtin."""
@@ -70,6 +70,9 @@ class BenchCollectConfig:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    device_map: DeviceMap | None = None
+    """Spread the model over all GPUs, as --device-map of `collect` does; not with --device."""
 
     dtype: ModelDtype = "auto"
     """auto (float32 on the CPU, else the checkpoint's or bfloat16), float32, float16, bfloat16."""
@@ -95,6 +98,7 @@ class BenchCollectConfig:
             raise InputError(
                 "--corpus: is read for --model alone; a random model gets random tokens"
             )
+        check_device_map(self.device_map, self.device)
 
 
 def bench_collect(cfg: BenchCollectConfig) -> dict[str, Any]:
@@ -115,6 +119,8 @@ def bench_collect(cfg: BenchCollectConfig) -> dict[str, Any]:
     values |= {
         "sink": cfg.sink,
         "device": device_name(work.model.device),
+        "device_map": cfg.device_map,
+        "devices": len({w.device for w in work.model.parameters()}),
         "dtype": str(work.model.dtype).removeprefix("torch."),
         "model": cfg.model or f"random {cfg.shape}",
         "parameters": sum(p.numel() for p in work.model.base_model.parameters()),
@@ -152,7 +158,9 @@ def _given(
     cfg: BenchCollectConfig, source: str, skipped: SkippedRows
 ) -> tuple[PreTrainedModel, Iterator[Sequence]]:
     """The user's model, and documents of the corpus."""
-    model, tokenizer = load_model(source, device=cfg.device, dtype=cfg.dtype)
+    model, tokenizer = load_model(
+        source, device=cfg.device, dtype=cfg.dtype, device_map=cfg.device_map
+    )
     check_seq_len(cfg.seq_len, model, source)
     docs = read_documents(
         skipped.corpus, seq_len=cfg.seq_len, long_documents="split", skipped=skipped
@@ -173,7 +181,7 @@ def _random(cfg: BenchCollectConfig) -> tuple[PreTrainedModel, Iterator[Sequence
     """A model with random weights, and documents of random tokens."""
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, None, device)
-    model = random_model(SHAPES[cfg.shape], cfg.seq_len, dtype, device)
+    model = random_model(SHAPES[cfg.shape], cfg.seq_len, dtype, device, cfg.device_map)
     return model, random_rows(cfg.tokens, cfg.seq_len)
 
 

@@ -93,8 +93,10 @@ def _round(
     """Seconds of each run of one round."""
     model, shape, units = work.model, work.shape, work.units
 
+    devices = {weight.device for weight in model.parameters()}
+
     def seconds(run: Callable[[], object]) -> float:
-        return timed(run, model.device)
+        return timed(run, *devices)
 
     sink.clear()
     took = {"bare": seconds(lambda: bare(model, units)) / 2}

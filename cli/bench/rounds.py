@@ -20,12 +20,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `run` takes, including its work on the device."""
-    synchronize(device)
+def timed(run: Callable[[], object], *devices: torch.device) -> float:
+    """Seconds that `run` takes, including its work on the devices."""
+    for device in devices:
+        synchronize(device)
     start = time.perf_counter()
     run()
-    synchronize(device)
+    for device in devices:
+        synchronize(device)
     return time.perf_counter() - start
 
 
