@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 SHAPES = {
     "tiny": Sizes(ModelShape(256, 1024, 6, 8, 2, 2048), 32, 8, 256, 8, None),
-    "1b": Sizes(points.SHAPES["1b"], 512, 8, 4096, 16, 2),
+    "1b": Sizes(points.SHAPES["1b"], 512, 8, 4096, 16, 8),
     "7b": Sizes(points.SHAPES["7b"], 512, 8, 4096, 16, 2),
 }
 

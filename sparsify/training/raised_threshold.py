@@ -112,7 +112,8 @@ def _quantile(gates_K: Tensor, share: Tensor) -> Tensor:
         distributed.all_gather_into_tensor(everywhere, gates_K)
         gates_K = everywhere
     place = (share * (len(gates_K) - 1)).long()
-    return gates_K.sort().values[place].clamp(min=0)
+    # Not [place], for which a GPU would be waited for.
+    return gates_K.sort().values.gather(0, place.view(1)).squeeze(0).clamp(min=0)
 
 
 class RaisedFATReLU(nn.Module):
@@ -136,5 +137,6 @@ def _sample(gate: Tensor, length: int) -> Tensor:
     """Return some gates of every sequence, however sequences are spread over passes; float32."""
     gate_BSF = gate.reshape(-1, length, gate.shape[-1])
     stride = max(1, gate.shape[-1] // SAMPLED_NEURONS)
-    places = [length // 3, 2 * length // 3]
-    return gate_BSF[:, places, ::stride].float().flatten()
+    # Not [[a, b]], which would copy the list to a GPU and wait for it in every FFN.
+    at = [gate_BSF[:, place, ::stride] for place in (length // 3, 2 * length // 3)]
+    return torch.stack(at, dim=1).float().flatten()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecast.core.errors import InputError
@@ -48,6 +49,36 @@ def test_the_activation_and_its_term_are_the_formulas():
     (slope,) = torch.autograd.grad(below, gate)
     assert np.allclose(slope.numpy(), cut / g.size / 0.5, rtol=1e-6)
     assert gates_K.tolist() == pytest.approx(g[:, [2, 4]].ravel().tolist(), rel=1e-6)
+
+
+class _Waits(TorchDispatchMode):
+    """Note what makes a GPU wait: values that are read, and indices that come from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition(".")[0]
+        if name in ("aten::_local_scalar_dense", "aten::index", "aten::nonzero"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device():
+    shared = RaisedThreshold(0.9, 20)
+    activation, gate = RaisedFATReLU(shared), torch.randn(2, 16, 256, requires_grad=True)
+    gates, zeros = torch.randn(1000), torch.tensor(0.5)
+    shared.length = 16
+    shared.ramp.fill_(0.5)
+    with _Waits() as waits:
+        activation(gate).sum().backward()
+        shared.move(5, gates, zeros)
+    assert waits.found == []
+    with _Waits() as waits:
+        gates[[1, 2]]
+        gates[zeros.long()]
+    assert waits.found == ["aten::index", "aten::_local_scalar_dense"]
 
 
 def test_without_a_threshold_it_is_relu():
