@@ -70,12 +70,10 @@ def sums_of_layers(counts: Sequence[Counts], experts: int) -> list[Counts]:
 
 def count(predicted_TF: Tensor, active_TF: Tensor) -> Counts:
     """Count one batch of bool masks, both (T, F)."""
-    return Counts(
-        hit=int((predicted_TF & active_TF).sum()),
-        active=int(active_TF.sum()),
-        predicted=int(predicted_TF.sum()),
-        total=active_TF.numel(),
-    )
+    parts = (predicted_TF & active_TF, active_TF, predicted_TF)
+    # One tensor, because a GPU is waited for at every number that is asked for.
+    hit, active, predicted = torch.stack([part.count_nonzero() for part in parts]).tolist()
+    return Counts(hit=hit, active=active, predicted=predicted, total=active_TF.numel())
 
 
 class Traffic(NamedTuple):
@@ -166,19 +164,44 @@ class ScoreHistogram:
     A bin is the leading bits of the score as a float32, so bins keep the order of scores and have
     the same relative width at any scale; thresholds are exact up to one bin.
 
-    Memory: 2 * `BINS` integers (4 MB), for any number of tokens.
+    Memory: 2 * `BINS` integers (4 MB) where the scores are, and as many on the CPU once it is
+    asked, for any number of tokens.
     """
 
     def __init__(self) -> None:
-        self.active = np.zeros(BINS, dtype=np.int64)
-        self.inactive = np.zeros(BINS, dtype=np.int64)
+        self._both: Tensor | None = None
+        self._read: np.ndarray | None = None
 
     def add(self, score_TF: Tensor, active_TF: Tensor) -> None:
         # One pass for both classes: active entries count in the upper half.
         place = _bin(score_TF).add_(active_TF, alpha=BINS).flatten()
-        both = torch.bincount(place, minlength=2 * BINS).cpu().numpy()
-        self.inactive += both[:BINS]
-        self.active += both[BINS:]
+        self._add(torch.bincount(place, minlength=2 * BINS))
+
+    def plus(self, other: ScoreHistogram) -> None:
+        """Add the entries of another histogram."""
+        if other._both is not None:
+            self._add(other._both.clone())
+
+    def _add(self, both: Tensor) -> None:
+        self._both = both if self._both is None else self._both.add_(both.to(self._both.device))
+        self._read = None
+
+    @property
+    def active(self) -> np.ndarray:
+        """Active entries of each bin, int64."""
+        return self._counts()[BINS:]
+
+    @property
+    def inactive(self) -> np.ndarray:
+        """Inactive entries of each bin, int64."""
+        return self._counts()[:BINS]
+
+    def _counts(self) -> np.ndarray:
+        if self._both is None:
+            return np.zeros(2 * BINS, dtype=np.int64)
+        if self._read is None:
+            self._read = self._both.cpu().numpy()
+        return self._read
 
     def threshold_for_recall(self, recall: float) -> float:
         """The largest threshold that at least `recall` of the active entries reach; above all

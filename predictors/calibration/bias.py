@@ -51,6 +51,11 @@ class SpreadBias:
     constant_R: Tensor
     dtype: str = "f16"
 
+    def to(self, device: torch.device) -> SpreadBias:
+        return SpreadBias(
+            self.fc1_RD.to(device), self.fc2_FR.to(device), self.constant_R.to(device)
+        )
+
     def at_threshold(self, threshold: float, coarse: float | None = None) -> Predictor:
         """The predictor as its file holds it, active where p / b >= threshold."""
         return Predictor(self.fc1_RD, self.fc2_FR - threshold * self.constant_R).stored()
@@ -66,10 +71,20 @@ class BiasUnits:
     bias_D: Tensor
     dtype: str = "f16"
 
+    def to(self, device: torch.device) -> BiasUnits:
+        return BiasUnits(
+            self.fc1_RD.to(device),
+            self.fc2_FR.to(device),
+            self.offset_F.to(device),
+            self.bias_D.to(device),
+            self.dtype,
+        )
+
     @property
     def constant_R(self) -> Tensor:
         """b as a combination of the stored predictor's hidden units."""
-        constant_R = torch.zeros(len(self.fc1_RD) + bias_units(self.dtype))
+        units = len(self.fc1_RD) + bias_units(self.dtype)
+        constant_R = torch.zeros(units, device=self.fc1_RD.device)
         constant_R[:2] = 1
         return constant_R
 

@@ -63,6 +63,7 @@ def calibrate_layer(
     corrected until it stays put, and the closest one is kept. Near the objective only second digits
     move (bias.py).
     """
+    uncalibrated = uncalibrated.to(torch.device(device))
     threshold = coarse = 0.0
     best, distance, off = None, float("inf"), float("inf")
     for turn in range(ROUNDS):
@@ -74,8 +75,7 @@ def calibrate_layer(
                 f"{uncalibrated.dtype} cannot hold; train with a smaller --lr, or choose another "
                 "--rank"
             )
-        on_device = predictor.to(torch.device(device))
-        histogram, total = score_calibration(on_device, uncalibrated.constant_R, store, layer)
+        histogram, total = score_calibration(predictor, uncalibrated.constant_R, store, layer)
         step = threshold_for(histogram)
         wanted = histogram.at(step)[1]
         if (off := abs(total.predicted_sparsity - wanted)) < distance:
@@ -84,7 +84,7 @@ def calibrate_layer(
             break
         threshold += step
     assert best is not None
-    return best
+    return best._replace(predictor=best.predictor.to(torch.device("cpu")))
 
 
 def score_calibration(

@@ -173,8 +173,7 @@ class Sums:
     def plus(self, other: Sums) -> Sums:
         """Add other tokens, in place where that is large."""
         self.tokens.tokens += other.tokens.tokens
-        self.histogram.active += other.histogram.active
-        self.histogram.inactive += other.histogram.inactive
+        self.histogram.plus(other.histogram)
         return Sums(
             self.counts.plus(other.counts),
             self.first.plus(other.first),
