@@ -54,7 +54,8 @@ def train(cfg: TrainConfig) -> PredictorSet:
     Memory: the predictors of a process's layers with gradients, two AdamW moments and the best
     epoch (20 bytes a weight), four batches of these layers, and one (D, D) and one (F, D) matrix.
     Rounding to a quantized format takes another 8 bytes a weight. The store is read through memory
-    maps. At the end the leading process holds the trained predictors of all layers. For a running
+    maps; on a GPU a split stays there if its rows are at most 16 GiB and an eighth of the free
+    memory. At the end the leading process holds the trained predictors of all layers. For a running
     model see predictors/training/online.py.
 
     Raises:

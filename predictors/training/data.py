@@ -89,20 +89,21 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         return batches if self._share[1] == 1 else batches // self._share[1]
 
     def __iter__(self) -> Iterator[LayersBatch]:
+        workers = min(READERS, os.cpu_count() or 1) if self._pinned else 1
+        with ThreadPoolExecutor(workers, "read") as pool:
+            # Read the next batch while this one trains.
+            yield from prefetch(self._read(blocks, pool) for blocks in self._batches())
+
+    def _batches(self) -> Iterator[list[tuple[int, int, int]]]:
+        """The blocks of each batch: (shard, first row, last row + 1)."""
         order = list(range(len(self._blocks)))
         if self._seed is not None:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
             order = torch.randperm(len(order), generator=generator).tolist()
         place, of = self._share
         firsts = range(0, len(order), self._per_batch)
-        chosen = (
-            [self._blocks[i] for i in order[first : first + self._per_batch]]
-            for first in firsts[place::of][: len(self)]
-        )
-        workers = min(READERS, os.cpu_count() or 1) if self._pinned else 1
-        with ThreadPoolExecutor(workers, "read") as pool:
-            # Read the next batch while this one trains.
-            yield from prefetch(self._read(blocks, pool) for blocks in chosen)
+        for first in firsts[place::of][: len(self)]:
+            yield [self._blocks[i] for i in order[first : first + self._per_batch]]
 
     def _read(self, blocks: list[tuple[int, int, int]], pool: ThreadPoolExecutor) -> LayersBatch:
         tokens = sum(stop - start for _, start, stop in blocks)

@@ -98,6 +98,12 @@ class TrainingPlan:
         return (self.context.rank, self.context.size) if self.data_parallel else (0, 1)
 
     @property
+    def layers_of_a_process(self) -> int:
+        """The most layers of a dense model that a process trains side by side."""
+        sharing = 1 if self.data_parallel else self.context.size
+        return -(-len(self.ranks) // sharing)
+
+    @property
     def own_units(self) -> list[int]:
         """`free_units` of `own_layers`."""
         return [self.free_units[layer] for layer in self.own_layers]

@@ -15,6 +15,7 @@ from sparsecast.collect.store.store import ActivationStore
 from sparsecast.predictors.training.data import LayersBatch, TokenBlocks
 from sparsecast.predictors.training.expert_data import ExpertBatches
 from sparsecast.predictors.training.plan import TrainingPlan
+from sparsecast.predictors.training.resident import ResidentBlocks, fits_on
 from sparsecast.predictors.training.warm_start import Moments, moments
 
 
@@ -31,10 +32,23 @@ class Batches(Protocol):
 
 def calibration_batches(store: ActivationStore, plan: TrainingPlan) -> Any:
     """Every row of the calibration split in order, of `plan.own_layers`."""
-    size, on_gpu = plan.schedule.batch_tokens, plan.device.type == "cuda"
+    return _recorded_batches(store, "calibration", plan, None, (0, 1))
+
+
+def _recorded_batches(
+    store: ActivationStore,
+    split: str,
+    plan: TrainingPlan,
+    seed: int | None,
+    share: tuple[int, int],
+) -> Any:
+    size, device, own = plan.schedule.batch_tokens, plan.device, plan.own_layers
+    on_gpu = device.type == "cuda"
     if plan.shape.experts:
-        return ExpertBatches(store, "calibration", size, ffns=plan.own_layers, for_gpu=on_gpu)
-    return TokenBlocks(store, "calibration", size, layers=plan.own_layers, for_gpu=on_gpu)
+        return ExpertBatches(store, split, size, seed, ffns=own, for_gpu=on_gpu)
+    if fits_on(device, store, split, plan.layers_of_a_process):
+        return ResidentBlocks(store, split, size, seed, layers=own, share=share, device=device)
+    return TokenBlocks(store, split, size, seed, layers=own, share=share, for_gpu=on_gpu)
 
 
 class Source(Protocol):
@@ -61,24 +75,8 @@ class RecordedSource:
     store: ActivationStore
 
     def batches(self, plan: TrainingPlan) -> Any:
-        if plan.shape.experts:
-            return ExpertBatches(
-                self.store,
-                "train",
-                plan.schedule.batch_tokens,
-                plan.schedule.seed,
-                ffns=plan.own_layers,
-                for_gpu=plan.device.type == "cuda",
-            )
-        return TokenBlocks(
-            self.store,
-            "train",
-            plan.schedule.batch_tokens,
-            plan.schedule.seed,
-            layers=plan.own_layers,
-            for_gpu=plan.device.type == "cuda",
-            share=plan.batch_share,
-        )
+        seed = plan.schedule.seed
+        return _recorded_batches(self.store, "train", plan, seed, plan.batch_share)
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
         for layer in layers:

@@ -40,6 +40,7 @@ from sparsecast.core.messages import log
 from sparsecast.core.torch_files import load_state
 from sparsecast.predictors.training.plan import TrainingPlan, work_folder
 from sparsecast.predictors.training.regroup import PARTS, regroup, remove_divided
+from sparsecast.predictors.training.resident import ResidentBlocks
 from sparsecast.predictors.training.source import Batches, Source, calibration_batches
 
 RECIPE = "recipe.json"
@@ -105,6 +106,10 @@ def fit(
         if not isinstance(ended.__context__, KeyboardInterrupt):
             raise  # of a rank that has lost another
         raise interrupt_like(ended, f"{plan.out}: interrupted; {_left(plan)}") from ended
+    finally:
+        for data in (train_data, calibration_data):
+            if isinstance(data, ResidentBlocks):
+                data.close()  # the trainer, which the module refers to, holds the data
 
 
 def _left(plan: TrainingPlan) -> str:

@@ -1,4 +1,4 @@
-"""What differs on a GPU: the compiled gradient of the loss, bf16 training and pinned batches."""
+"""What differs on a GPU: the compiled gradient of the loss, bf16 training, where batches lie."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sparsecast.predictors.metrics import Counts, count
 from sparsecast.predictors.train import train
 from sparsecast.predictors.training.data import TokenBlocks
 from sparsecast.predictors.training.loss import weighted_loss
+from sparsecast.predictors.training.resident import ResidentBlocks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -45,6 +46,15 @@ def test_pinned_batches_equal_plain_ones(synthetic):
         assert one.x_LBD.is_pinned()
         assert torch.equal(one.x_LBD, two.x_LBD)
         assert torch.equal(one.mask_LBP, two.mask_LBP)
+
+
+def test_batches_of_a_split_on_the_gpu_equal_plain_ones(synthetic):
+    resident = ResidentBlocks(synthetic, "train", 128, seed=3, device=torch.device("cuda"))
+    plain = TokenBlocks(synthetic, "train", 128, seed=3)
+    for one, two in zip(resident, plain, strict=True):
+        assert one.x_LBD.is_cuda
+        assert torch.equal(one.x_LBD.cpu(), two.x_LBD)
+        assert torch.equal(one.mask_LBP.cpu(), two.mask_LBP)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])

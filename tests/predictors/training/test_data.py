@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from sparsecast.predictors.training.data import BLOCK, TokenBlocks
+from sparsecast.predictors.training.resident import ResidentBlocks, fits_on
 
 
 def test_an_epoch_holds_every_token_once_and_in_another_order(synthetic):
@@ -30,3 +32,36 @@ def test_a_batch_shows_all_layers_the_same_tokens(synthetic):
         rows = synthetic.rows("calibration", 0, layer, 0, 2 * BLOCK)
         assert torch.equal(batch.x_LBD[layer], rows.x_TD)
         assert torch.equal(batch.mask_LBP[layer], rows.mask_TP)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("share", [(0, 1), (1, 3)])
+def test_batches_of_a_resident_split_are_those_of_the_store(synthetic, seed, share):
+    size, layers = 11 * BLOCK, [1, 0]
+    read = TokenBlocks(synthetic, "train", size, seed, layers=layers, share=share)
+    resident = ResidentBlocks(
+        synthetic, "train", size, seed, layers=layers, share=share, device=torch.device("cpu")
+    )
+    for epoch in range(2):
+        read.epoch = resident.epoch = epoch
+        for one, two in zip(resident, read, strict=True):
+            assert torch.equal(one.x_LBD, two.x_LBD)
+            assert torch.equal(one.mask_LBP, two.mask_LBP)
+        resident.close()
+
+
+def test_what_stays_on_a_gpu_is_bounded(synthetic, monkeypatch):
+    manifest = synthetic.manifest
+    nbytes = 2 * manifest.tokens("train") * (2 * manifest.hidden_size + -(-manifest.ffn_width // 8))
+    gpu, free = torch.device("cuda"), {"free": 8 * nbytes - 100, "cached": 100, "used": 0}
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free["free"], 1 << 60))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: free["cached"])
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: free["used"])
+    assert fits_on(gpu, synthetic, "train", 2)
+    assert not fits_on(gpu, synthetic, "train", 3)
+    assert not fits_on(torch.device("cpu"), synthetic, "train", 2)
+    free["used"] = 8  # an eighth of what is free is then a byte less
+    assert not fits_on(gpu, synthetic, "train", 2)
+    free["free"] = 1 << 60
+    monkeypatch.setattr("sparsecast.predictors.training.resident.MOST_BYTES", nbytes - 1)
+    assert not fits_on(gpu, synthetic, "train", 2)

@@ -1,0 +1,104 @@
+"""Batches from a split that lies whole on the GPU that trains.
+
+Where layers are small, reading a batch takes longer than training on it: its blocks are slices of
+hundreds of tensors, and the threads that cut them hold the lock that launching kernels needs. So a
+small split is read once, and batches are gathered on the GPU.
+
+Shape letters: L layers, B batch, T tokens of the split, D hidden, P packed width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from sparsecast.collect.store.store import ActivationStore
+from sparsecast.predictors.training.data import READERS, LayersBatch, TokenBlocks
+
+MOST_BYTES = 16 << 30
+"""Largest split that is kept on a GPU, in all layers of a process."""
+MOST_SHARE = 1 / 8
+"""The same, relative to the GPU memory that is free."""
+
+
+class ResidentBlocks(TokenBlocks):
+    """The batches of `TokenBlocks`, on `device`.
+
+    Memory: on `device` the rows of the split in all `layers` from the first batch until `close`,
+    and three batches.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        split: str,
+        batch_size: int,
+        seed: int | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        share: tuple[int, int] = (0, 1),
+        device: torch.device,
+    ) -> None:
+        super().__init__(store, split, batch_size, seed, layers=layers, share=share)
+        self._device = device
+        self._whole: LayersBatch | None = None
+
+    def close(self) -> None:
+        """Release the memory of the split."""
+        self._whole = None
+
+    def __iter__(self) -> Iterator[LayersBatch]:
+        if self._whole is None:
+            self._whole = self._read_whole()
+        x_LTD, mask_LTP = self._whole.x_LBD, self._whole.mask_LBP
+        first_of: list[int] = []  # of each shard, in the split
+        tokens = 0
+        for count in self._store.shards(self._split):
+            first_of.append(tokens)
+            tokens += count
+        for blocks in self._batches():
+            token_B = torch.cat(
+                [
+                    torch.arange(first_of[shard] + start, first_of[shard] + stop)
+                    for shard, start, stop in blocks
+                ]
+            ).to(self._device, non_blocking=True)
+            yield LayersBatch(x_LTD.index_select(1, token_B), mask_LTP.index_select(1, token_B))
+
+    def _read_whole(self) -> LayersBatch:
+        shards = self._store.shards(self._split)
+        x_LTD, mask_LTP = (
+            torch.empty(
+                (len(self._layers), sum(shards), part.shape[1]),
+                dtype=part.dtype,
+                device=self._device,
+            )
+            for part in self._store.rows(self._split, 0, self._layers[0], 0, 1)
+        )
+
+        def read(place: int) -> None:
+            first = 0
+            for shard, tokens in enumerate(shards):
+                rows = self._store.rows(self._split, shard, self._layers[place])
+                x_LTD[place, first : first + tokens] = rows.x_TD
+                mask_LTP[place, first : first + tokens] = rows.mask_TP
+                first += tokens
+
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), "read") as pool:
+            for _ in pool.map(read, range(len(self._layers))):
+                pass
+        return LayersBatch(x_LTD, mask_LTP)
+
+
+def fits_on(device: torch.device, store: ActivationStore, split: str, layers: int) -> bool:
+    """Return whether the rows of a split in so many layers may stay on a GPU."""
+    if device.type != "cuda":
+        return False
+    one = store.rows(split, 0, store.manifest.layers[0], 0, 1)
+    nbytes = layers * store.manifest.tokens(split) * sum(part.nbytes for part in one)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return nbytes <= min(MOST_BYTES, MOST_SHARE * free)
