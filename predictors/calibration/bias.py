@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsecast.core.ggml_blocks import BLOCK
 from sparsecast.predictors.formats import rounded, straight_through
 from sparsecast.predictors.predictor import Predictor
 
@@ -136,7 +137,7 @@ def assembled(
     zeros_F1 = torch.zeros_like(offset_F1)
     first_F1 = offset_F1 if first_F is None else first_F.unsqueeze(-1)
     fc2 = torch.cat([first_F1, first_F1, zeros_F1, zeros_F1, fc2_FR], dim=-1)
-    coarse_F1 = rounded(fc2.detach(), dtype)[..., :1]
+    coarse_F1 = rounded(fc2.detach()[..., :BLOCK], dtype)[..., :1]
     fine_F1 = FINE * (offset_F1.detach() - coarse_F1)
     fc2 = torch.cat([fc2[..., :2], fine_F1, fine_F1, fc2_FR], dim=-1)
     if not gradient:
