@@ -107,7 +107,7 @@ STAGES = {
     ),
     "bench predictors": Stage(
         "our predictors against the public recipe's: misses, bytes, traffic at a perplexity",
-        "sparsecast.cli.bench.predictors:BenchPredictorsConfig",
+        "sparsecast.cli.bench.predictors_config:BenchPredictorsConfig",
         "sparsecast.cli.bench.predictors:bench_predictors",
     ),
     "bench export": Stage(

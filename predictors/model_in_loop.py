@@ -5,9 +5,9 @@ Shape letters: B batch, S sequence, T tokens, D hidden, F FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from sparsecast.core.models.bitnet import effective_input, effective_weight
 from sparsecast.core.models.families import Family, activation_rule, family_of
 from sparsecast.predictors.checkpoint import PredictorSet
 from sparsecast.predictors.experts_in_loop import exact_experts_in_loop, expert_predictors_in_loop
-from sparsecast.predictors.predictor import Predictor
+
+
+class Rule(Protocol):
+    """Says which neurons of one layer are computed: those whose logits reach a threshold."""
+
+    def to(self, device: torch.device) -> Rule: ...
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Logits (..., F) for raw inputs (..., D) of any float dtype."""
 
 
 @contextmanager
@@ -26,14 +34,23 @@ def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iter
 
     The mask is on x1, so a norm between x1 and down sees only what was predicted.
     """
-    family = family_of(model.config, "model")
-    if family.experts is not None:
+    if family_of(model.config, "model").experts is not None:
         with expert_predictors_in_loop(model, predictors):
             yield
         return
+    with rules_in_loop(model, predictors.layers, predictors.threshold):
+        yield
+
+
+@contextmanager
+def rules_in_loop(
+    model: PreTrainedModel, rules: Sequence[Rule], threshold: float
+) -> Iterator[None]:
+    """Do as `predictors_in_loop` for a dense model, with one rule for each layer."""
+    family = family_of(model.config, "model")
     handles = []
-    for layer, predictor in zip(family.decoder_layers(model), predictors.layers, strict=True):
-        on_device = predictor.to(model.device)
+    for layer, rule in zip(family.decoder_layers(model), rules, strict=True):
+        on_device = rule.to(model.device)
         seen: list[Tensor] = []
 
         def on_norm(_: nn.Module, args: tuple[Tensor, ...], seen: list[Tensor] = seen) -> None:
@@ -43,9 +60,9 @@ def predictors_in_loop(model: PreTrainedModel, predictors: PredictorSet) -> Iter
             _: nn.Module,
             args: tuple[Tensor, ...],
             seen: list[Tensor] = seen,
-            predictor: Predictor = on_device,
+            rule: Rule = on_device,
         ) -> tuple[Tensor]:
-            return (args[0] * (predictor.logits(seen[0]) >= predictors.threshold),)
+            return (args[0] * (rule.logits(seen[0]) >= threshold),)
 
         handles.append(family.norm(layer).register_forward_pre_hook(on_norm))
         handles.append(layer.get_submodule(family.x1_reader).register_forward_pre_hook(on_x1))

@@ -1,11 +1,12 @@
-"""`sparsecast bench predictors`: our predictors against the public recipe's, on the same tokens.
+"""`sparsecast bench predictors`: our predictors against others, on the same tokens.
 
-    same rank     both in f16; ours misses (1 - recall) on held-out tokens when each layer skips
-                  exactly as much as the public recipe's skips there
+    same rank     the public recipe's and ours, both in f16; ours misses (1 - recall) on held-out
+                  tokens when each layer skips exactly as much as the public recipe's skips there
     same bytes    the same for our q4_0 predictors of at most as many bytes
-    perplexity    the least traffic within a change of perplexity: ours by its objective, the public
-                  recipe's by its one threshold; both are chosen on calibration documents and scored
-                  on held-out ones
+    perplexity    the least traffic within a change of perplexity: ours and an SVD of the gates by
+                  `train`'s objective, the public recipe's by its one threshold, SparseInfer's signs
+                  by one threshold a layer; all are chosen on calibration documents and scored on
+                  held-out ones, here and where asked in another text
 
 Tables and JSON call the public recipe's predictors the reference. All predictors are trained into
 `--out` and kept there, so a second run only measures.
@@ -13,152 +14,163 @@ Tables and JSON call the public recipe's predictors the reference. All predictor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from sparsecast.cli.bench.predictors_config import BenchPredictorsConfig
+from sparsecast.cli.bench.predictors_points import (
+    NotMet,
+    Point,
+    Search,
+    common_thresholds,
+    point_of,
+    sign_thresholds,
+)
 from sparsecast.cli.bench.predictors_scores import (
     HELD_OUT,
-    at_perplexity,
+    OURS,
+    HeldOut,
+    compared,
     count_layers,
     mean_scores,
     misses,
 )
-from sparsecast.cli.bench.results import check_json, new_table, publish
+from sparsecast.cli.bench.predictors_seeds import over_seeds
+from sparsecast.cli.bench.predictors_table import show_predictors
+from sparsecast.cli.bench.predictors_training import Clock, Trained, train_seed, train_svd
+from sparsecast.cli.bench.results import check_json, publish
 from sparsecast.collect.store.store import ActivationStore
+from sparsecast.core.errors import InputError
 from sparsecast.core.ggml_blocks import BLOCK
-from sparsecast.core.messages import log, show
-from sparsecast.core.options import check_between, validate_fields
-from sparsecast.predictors.config import TrainConfig
-from sparsecast.predictors.formats import BITS, check_widths
-from sparsecast.predictors.train import train
+from sparsecast.core.models.loading import pick_device
+from sparsecast.predictors.checkpoint import PredictorSet
+from sparsecast.predictors.formats import check_widths
+from sparsecast.predictors.recorded_model import load_recorded
 
-
-@dataclass(frozen=True, kw_only=True)
-class BenchPredictorsConfig:
-    """Compare predictors of the public recipe with ours, trained on the same activations.
-
-    Trained predictors are kept in --out; the same command measures again without training.
-    """
-
-    activations: Path
-    """Folder written by `sparsecast collect`."""
-
-    model: str
-    """The model that was recorded."""
-
-    out: Path
-    """Folder for the predictors that are compared."""
-
-    perplexity: float = 0.005
-    """Relative change of perplexity allowed to both."""
-
-    epochs: int | None = None
-    """Passes over the training tokens for ours; unset: --reference-epochs at the reference's rank
-    and format, elsewhere the default of `sparsecast train`."""
-
-    reference_epochs: int = 20
-    """Most passes over the training tokens for the public recipe."""
-
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-    json: Path | None = None
-    """Write the numbers to this file."""
-
-    def __post_init__(self) -> None:
-        validate_fields(self, epochs=1, reference_epochs=1)
-        check_between(self, 0, 1, "perplexity")
+Points = dict[str, Point | NotMet]
+"""What one seed puts into the table of perplexity, by row."""
 
 
 def bench_predictors(cfg: BenchPredictorsConfig) -> dict[str, Any]:
     """Train what is missing in `cfg.out`, then measure.
 
-    Memory: as for `train`, then the model and one set of predictors.
+    Memory: as for `train`, then the model, one set of predictors, and the signs of all gates with 4
+    bytes each.
+
+    Raises:
+        InputError: What `train` refuses, but for a limit on perplexity that cannot be met; another
+            model's `cfg.other_activations`.
     """
     check_json(cfg.json)
     store = ActivationStore(cfg.activations)
     check_widths("q4_0", rank=BLOCK, hidden_size=store.manifest.hidden_size)
-    base = TrainConfig(
-        activations=cfg.activations, out=cfg.out / "reference", model=cfg.model, device=cfg.device
-    )
-    reference = train(replace(base, recipe="reference", epochs=cfg.reference_epochs))
-    rank = reference.layers[0].rank
-    ours = replace(base, epochs=cfg.epochs)
-    epochs = cfg.epochs or cfg.reference_epochs
-    alike = replace(ours, epochs=epochs, predictor_dtype="f16", rank=rank)
-    same_rank = train(replace(alike, out=cfg.out / "f16"))
-    fits = int(rank * BITS["f16"] / BITS["q4_0"]) // BLOCK * BLOCK
-    same_bytes = train(replace(ours, out=cfg.out / "q4_0", predictor_dtype="q4_0", rank=fits))
-    at_change = train(replace(ours, out=cfg.out / "perplexity", target_perplexity=cfg.perplexity))
-    counts = count_layers(reference, store)
+    other = None
+    if cfg.other_activations is not None:
+        other = open_other(cfg.other_activations, store)
+    clock = Clock()
+    trained = [train_seed(cfg, seed, clock) for seed in range(cfg.seeds)]
+    svd = train_svd(cfg, clock)
+    with clock.phase("misses"):
+        runs = [_misses(cfg, store, one) for one in trained]
+    for run, tables in zip(runs, _tables(cfg, store, other, trained, svd, clock), strict=True):
+        run |= tables
     values = {
         "model": store.manifest.model,
         "held_out_tokens": store.manifest.tokens(HELD_OUT),
-        "reference": {"rank": rank, "bytes": reference.nbytes, **mean_scores(counts)},
-        "same_rank": misses(same_rank, counts, store),
-        "same_bytes": misses(same_bytes, counts, store),
-        "perplexity": at_perplexity(
-            cfg.model, cfg.device, cfg.perplexity, store, reference, at_change
-        ),
+        "seeds": cfg.seeds,
+        **over_seeds(runs),
+        "seconds": {**clock.seconds, "total": sum(clock.seconds.values())},
     }
-    return publish(values, cfg.json, _show)
+    return publish(values, cfg.json, show_predictors)
 
 
-def _show(values: dict[str, Any]) -> None:
-    show(_misses_table(values))
-    found = values["perplexity"]
-    show(_perplexity_table(found))
-    log.info(
-        f"traffic {found['traffic_ratio']:.3f} times the reference's, cascade "
-        f"{found['cascade_ratio']:.3f} times; {found['over_oracle']:.2f} times the oracle"
-    )
+def open_other(folder: Path, store: ActivationStore) -> ActivationStore:
+    """Open activations of another text, and refuse those that the same rules cannot be scored on.
 
-
-def _misses_table(values: dict[str, Any]) -> Table:
-    reference = values["reference"]
-    table = new_table(
-        "", "rank", "format", "bytes", "recall", "misses against reference",
-        title=f"misses at the reference's predicted sparsity ({reference['predicted_sparsity']:.4f}"
-        f" on {values['held_out_tokens']:,} held-out tokens)",
-    )  # fmt: skip
-    table.add_row(
-        "reference",
-        str(reference["rank"]),
-        "f16",
-        f"{reference['bytes']:,}",
-        f"{reference['recall']:.4f}",
-        "1",
-    )
-    for name in ("same_rank", "same_bytes"):
-        row = values[name]
-        table.add_row(
-            name.replace("_", " "),
-            str(row["rank"]),
-            row["dtype"],
-            f"{row['bytes']:,}",
-            f"{row['recall']:.4f}",
-            "-" if row["miss_ratio"] is None else f"{row['miss_ratio']:.3f}",
+    Raises:
+        InputError: Those of another model, activation or layers; see `ActivationStore`.
+    """
+    other, option = ActivationStore(folder), f"--other-activations {folder}"
+    ours, theirs = store.manifest, other.manifest
+    if theirs.fingerprint != ours.fingerprint:
+        raise InputError(
+            f"{option}: recorded from {theirs.model}, which is not the model of {store.folder}; "
+            f"record the other text with {ours.model}"
         )
-    return table
+    for name, mine, found in (
+        ("activation", ours.activation, theirs.activation),
+        ("activation threshold", ours.activation_threshold, theirs.activation_threshold),
+        ("layers", ours.layers, theirs.layers),
+    ):
+        if mine != found:
+            raise InputError(
+                f"{option}: recorded with the {name} {found}, but {store.folder} with {mine}; "
+                "record the other text as that one was"
+            )
+    return other
 
 
-def _perplexity_table(found: dict[str, Any]) -> Table:
-    table = new_table(
-        "", "rank", "format", "held-out change", "recall", "predicted sparsity",
-        "traffic", "cascade", "exact", "oracle",
-        title=f"at most {found['limit']:+.2%} perplexity",
-    )  # fmt: skip
-    scores = ("recall", "predicted_sparsity", "traffic", "cascade", "exact", "oracle")
-    for name in ("reference", "ours"):
-        row = found[name]
-        table.add_row(
-            name,
-            f"{row['rank']:g}",
-            row["dtype"],
-            f"{row['held_out_change']:+.3%}",
-            *(f"{row[key]:.4f}" for key in scores),
-        )
-    return table
+def _misses(cfg: BenchPredictorsConfig, store: ActivationStore, trained: Trained) -> dict[str, Any]:
+    """What ours misses where they skip as much as the reference does."""
+    reference, device = trained.reference, pick_device(cfg.device)
+    counts = count_layers(reference.layers, reference.threshold, store, device)
+    own = {"rank": reference.layers[0].rank, "bytes": reference.nbytes}
+    return {
+        "reference": own | mean_scores(counts),
+        "same_rank": misses(trained.same_rank, counts, store, device),
+        "same_bytes": misses(trained.same_bytes, counts, store, device),
+    }
+
+
+def _tables(
+    cfg: BenchPredictorsConfig,
+    store: ActivationStore,
+    other: ActivationStore | None,
+    trained: Sequence[Trained],
+    svd: PredictorSet | NotMet,
+    clock: Clock,
+) -> list[dict[str, Any]]:
+    """The tables of perplexity of every seed, here and on the other text."""
+    device = pick_device(cfg.device)
+    with clock.phase("thresholds"):
+        model = load_recorded(cfg.model, store, device)
+        search = Search(model, store, cfg.perplexity)
+        shared: Points = {
+            "svd": _point(svd, store),
+            "sign": search.most_misses(sign_thresholds(model, store, device)),
+        }
+        own: list[Points] = [
+            {
+                "reference": search.most_misses(common_thresholds(one.reference, store, device)),
+                OURS: _point(one.ours, store),
+            }
+            for one in trained
+        ]
+    tables: list[dict[str, Any]] = [{} for _ in trained]
+    for name, where in (("perplexity", store), ("other", other)):
+        if where is None:
+            continue
+        with clock.phase("held_out" if where is store else "other"):
+            held_out = HeldOut(model, where)
+            alike = {row: held_out.score(point) for row, point in shared.items()}
+            for table, points in zip(tables, own, strict=True):
+                rows = {row: held_out.score(point) for row, point in points.items()}
+                ordered = {"reference": rows["reference"], **alike, OURS: rows[OURS]}
+                table[name] = compared(cfg.perplexity, ordered)
+                if where is other:
+                    table[name] |= _place(where)
+    return tables
+
+
+def _point(predictors: PredictorSet | NotMet, store: ActivationStore) -> Point | NotMet:
+    return point_of(predictors, store) if isinstance(predictors, PredictorSet) else predictors
+
+
+def _place(store: ActivationStore) -> dict[str, Any]:
+    """What the JSON says of the other text."""
+    return {
+        "activations": str(store.folder),
+        "corpus": store.manifest.corpus,
+        "held_out_tokens": store.manifest.tokens(HELD_OUT),
+    }

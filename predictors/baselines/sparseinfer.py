@@ -18,8 +18,10 @@ Shape letters: T tokens, D hidden, F FFN width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from sparsecast.collect.store.store import ActivationStore
@@ -31,6 +33,20 @@ from sparsecast.predictors.predictor import Predictor
 from sparsecast.predictors.recorded_model import load_recorded
 
 CALIBRATION = "calibration"
+
+
+@dataclass(frozen=True, eq=False)
+class SignRule:
+    """The rule of one layer in place of a predictor: logits are scores minus c."""
+
+    sign_FD: Tensor
+    threshold: float
+
+    def to(self, device: torch.device) -> SignRule:
+        return replace(self, sign_FD=self.sign_FD.to(device))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return agreement(self.sign_FD, x_TD) - self.threshold
 
 
 def sign_nbytes(store: ActivationStore) -> int:
@@ -65,7 +81,7 @@ def _apply(sign_FD: Tensor, threshold: float, x_TD: Tensor) -> tuple[Tensor, Ten
 
 
 def agreement(sign_FD: Tensor, x_TD: Tensor) -> Tensor:
-    """Count signs that agree minus signs that differ: (T, F), whole numbers, exact in float32."""
+    """Count signs that agree minus signs that differ: (..., F), whole numbers, exact in float32."""
     return x_TD.float().sign() @ sign_FD.T
 
 
@@ -73,10 +89,15 @@ def calibrated_threshold(
     sign_FD: Tensor, store: ActivationStore, layer: int, recall: float
 ) -> float:
     """The largest threshold that reaches a recall on the calibration split."""
+    return sign_scores(sign_FD, store, layer).threshold_for_recall(recall)
+
+
+def sign_scores(sign_FD: Tensor, store: ActivationStore, layer: int) -> ScoreHistogram:
+    """Scores of one layer on the calibration split, counted where the signs are."""
     histogram = ScoreHistogram()
-    for x_TD, active_TF in layer_batches(store, CALIBRATION, layer):
+    for x_TD, active_TF in layer_batches(store, CALIBRATION, layer, device=sign_FD.device):
         histogram.add(agreement(sign_FD, x_TD), active_TF)
-    return histogram.threshold_for_recall(recall)
+    return histogram
 
 
 def _recall(predictor: Predictor, threshold: float, store: ActivationStore, layer: int) -> float:

@@ -49,6 +49,15 @@ BATCH = 8
 """Documents per forward pass."""
 
 
+class PerplexityNotMet(InputError):
+    """No operating point keeps the change of perplexity within its target."""
+
+    def __init__(self, text: str, closest: float) -> None:
+        super().__init__(text)
+        self.closest = closest
+        """The change at the fewest misses."""
+
+
 def calibrate_layers(
     objective: Objective,
     predictors: list[UncalibratedPredictor | Predictor],
@@ -155,25 +164,29 @@ def _meet_perplexity(
         return value
 
     if (closest := most_misses(change, target)) is not None:
-        raise InputError(
+        raise PerplexityNotMet(
             f"--target-perplexity: at a recall of {1 - FEWEST_MISSES} the change is still "
             f"{closest:.4%}, above {target:.4%}; train with a larger --rank, more --epochs or more "
-            "tokens"
+            "tokens",
+            closest,
         )
     return kept[0]
 
 
-def most_misses(change: Callable[[float], float], target: float) -> float | None:
+def most_misses(
+    change: Callable[[float], float], target: float, fewest: float = FEWEST_MISSES
+) -> float | None:
     """Search the largest share of misses whose change is at most `target`, within `RATIO`.
 
     Args:
         change: Measures the change of perplexity at a share of misses, and keeps the last result
             that meets the target.
+        fewest: The smallest share that is tried.
 
     Returns:
         None if a share was found, else the change at the fewest misses.
     """
-    few, many = FEWEST_MISSES, MOST_MISSES
+    few, many = fewest, MOST_MISSES
     if change(many) <= target:
         return None
     if not (closest := change(few)) <= target:

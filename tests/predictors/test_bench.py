@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecast.cli.bench.predictors import BenchPredictorsConfig, bench_predictors
 from sparsecast.cli.bench.train import BenchTrainConfig, bench_train
 from sparsecast.cli.bench.train_runs import Rows
 from sparsecast.cli.bench.train_store import ACTIVE, random_store
@@ -59,35 +58,3 @@ def test_bench_train_says_what_it_measured(tmp_path, monkeypatch):
     for change in ({"shape": "8b"}, {"batch_size": 100}, {"steps": 0}, {"rank": 2}):
         with pytest.raises(InputError, match="--"):
             replace(cfg, **change)
-
-
-@pytest.mark.slow
-def test_the_comparison_counts_ours_at_the_references_sparsity(
-    model_folder, acts, tmp_path, monkeypatch
-):
-    cfg = BenchPredictorsConfig(
-        activations=acts.folder,
-        model=str(model_folder),
-        out=tmp_path / "compare",
-        perplexity=0.2,
-        epochs=1,
-        reference_epochs=1,
-        device="cpu",
-        json=tmp_path / "c.json",
-    )
-    result = bench_predictors(cfg)
-    assert json.loads((tmp_path / "c.json").read_text()) == result
-    assert result["reference"]["rank"] == 32
-    same = result["same_bytes"]
-    assert same["bytes"] <= result["reference"]["bytes"]
-    for name in ("same_rank", "same_bytes"):
-        row = result[name]
-        assert row["miss_ratio"] == pytest.approx(
-            (1 - row["recall"]) / (1 - result["reference"]["recall"])
-        )
-    at = result["perplexity"]
-    assert at["traffic_ratio"] == pytest.approx(at["ours"]["traffic"] / at["reference"]["traffic"])
-    assert at["reference"]["threshold"] != 0
-    # Everything is kept: a second run trains nothing.
-    monkeypatch.setattr("sparsecast.predictors.recipes.fit", lambda *_: pytest.fail("trained"))
-    assert bench_predictors(cfg)["same_bytes"] == same

@@ -1,0 +1,111 @@
+"""The tables of `sparsecast bench predictors`."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+from rich.table import Table
+
+from sparsecast.cli.bench.predictors_scores import OURS
+from sparsecast.cli.bench.results import new_table
+from sparsecast.core.messages import log, show
+
+ROWS = ("reference", "svd", "sign", OURS)
+CHANGE, SHARE = "+.3%", ".4f"
+"""Formats of changes of perplexity and of shares."""
+
+
+def show_predictors(values: dict[str, Any]) -> None:
+    """Show what `bench_predictors` returns."""
+    show(_misses_table(values))
+    tables = [(values["perplexity"], "perplexity", "")]
+    if "other" in values:
+        tables.append((values["other"], "other", f" on {values['other']['activations']}"))
+    for found, name, where in tables:
+        show(_perplexity_table(values, found, name, where))
+        if found["over_oracle"] is not None:
+            against = ""
+            if (ratio := found["traffic_ratio"]) is not None:
+                against = f"{ratio:.3f} times the reference's, "
+            log.info(f"ours{where}: traffic {against}{found['over_oracle']:.2f} times the oracle's")
+
+
+def _misses_table(values: dict[str, Any]) -> Table:
+    reference = values["reference"]
+    table = new_table(
+        "", "rank", "format", "bytes", "recall", "misses against reference",
+        title=f"misses at the reference's predicted sparsity ({reference['predicted_sparsity']:.4f}"
+        f" on {values['held_out_tokens']:,} held-out tokens{_seeds(values)})",
+    )  # fmt: skip
+    for name in ("reference", "same_rank", "same_bytes"):
+        row = values[name]
+        table.add_row(
+            name.replace("_", " "),
+            str(row["rank"]),
+            row.get("dtype", "f16"),
+            f"{row['bytes']:,}",
+            _cell(values, (name, "recall"), SHARE),
+            "1" if name == "reference" else _cell(values, (name, "miss_ratio"), ".3f"),
+        )
+    return table
+
+
+def _perplexity_table(
+    values: dict[str, Any], found: dict[str, Any], name: str, where: str
+) -> Table:
+    table = new_table(
+        "", "rank", "format", "held-out change", "recall", "predicted sparsity",
+        "traffic", "cascade", "ours / this",
+        title=f"at most {found['limit']:+.2%} perplexity{where}{_limits(found)}{_seeds(values)}",
+    )  # fmt: skip
+    scores = ("recall", "predicted_sparsity", "traffic", "cascade")
+    for row in ROWS:
+        table.add_row(
+            row,
+            "-" if (rank := found[row]["rank"]) is None else f"{rank:g}",
+            found[row]["dtype"] or "-",
+            _change(values, found[row], (name, row)),
+            *(_cell(values, (name, row, score), SHARE) for score in scores),
+            "1" if row == OURS else _cell(values, (name, "traffic_over", row), ".3f"),
+        )
+    return table
+
+
+def _change(values: dict[str, Any], row: dict[str, Any], path: tuple[str, ...]) -> str:
+    """The change of perplexity, or that the limit was not met in every seed."""
+    if row["met"]:
+        return _cell(values, (*path, "held_out_change"), CHANGE)
+    closest = row["closest_change"]
+    return "not met" if closest is None else f"not met: {closest:{CHANGE}} at best"
+
+
+def _limits(found: dict[str, Any]) -> str:
+    """What no predictor, and a perfect one, take on the same tokens."""
+    known = next((found[row] for row in ROWS if found[row]["met"]), None)
+    if known is None:
+        return ""
+    return (
+        f"; traffic {known['exact']:.4f} without predictor, {known['oracle']:.4f} of a perfect one"
+    )
+
+
+def _seeds(values: dict[str, Any]) -> str:
+    seeds = values["seeds"]
+    return "" if seeds == 1 else f"; means of {seeds} seeds, smallest to largest"
+
+
+def _cell(values: dict[str, Any], path: tuple[str, ...], form: str) -> str:
+    """A number; below it the smallest and the largest of all seeds, where they differ."""
+    mean = _at(values, path)
+    if mean is None:
+        return "-"
+    text = format(mean, form)
+    if "smallest" not in values:
+        return text
+    low, high = (_at(values[name], path) for name in ("smallest", "largest"))
+    return text if low == high else f"{text}\n{low:{form}} to {high:{form}}"
+
+
+def _at(values: dict[str, Any], path: tuple[str, ...]) -> Any:
+    return reduce(lambda inner, name: inner[name], path, values)
