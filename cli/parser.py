@@ -17,8 +17,8 @@ from sparsecast.core.errors import InputError
 from sparsecast.core.options import convert_value, option_of, short_repr, without_none
 
 GROUPS = {
-    "input": "model preset corpus sft_corpus activations predictors bundle path against evaluation "
-    "engine llama_bench prompt convert converter_python activation_threshold",
+    "input": "model preset corpus sft_corpus activations other_activations predictors bundle path "
+    "against evaluation engine llama_bench prompt convert converter_python activation_threshold",
     "tasks": "tasks include_path num_fewshot limit chat_template",
     "output": "out format json folder force allow_other_tokens",
     "text": "tokens sft_tokens count_tokens eval_tokens seq_len batch_size batch_tokens",
@@ -30,7 +30,7 @@ GROUPS = {
     "baselines seed data_parallel",
     "GPU memory": "vram_budget vram_context",
     "what is measured": "shape shapes act x1_norm sparsities batches policies prompts rounds steps "
-    "sink processes perplexity reference_epochs check",
+    "sink processes perplexity reference_epochs seeds check",
     "machine": "device device_map dtype compile threads",
 }
 """Options by what they are about; the others come last."""

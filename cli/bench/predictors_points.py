@@ -78,7 +78,7 @@ def sign_thresholds(model: PreTrainedModel, store: ActivationStore, device: torc
     Memory: the signs of all gates in float32 on the device, and a `ScoreHistogram` a layer.
     """
     recorded = store.manifest
-    signs = [gate_of(model, layer)[0].sign().to(device) for layer in recorded.layers]
+    signs = [gate_of(model, layer)[0].detach().sign().to(device) for layer in recorded.layers]
     scores = [sign_scores(sign_FD, store, layer) for layer, sign_FD in enumerate(signs)]
     ffn = recorded.ffn_matrices * recorded.hidden_size * recorded.ffn_width * 2
 
