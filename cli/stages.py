@@ -106,7 +106,7 @@ STAGES = {
         "sparsecast.cli.bench.train:bench_train",
     ),
     "bench predictors": Stage(
-        "our predictors against the public recipe's: misses, bytes, traffic at a perplexity",
+        "our predictors against the public recipe's, an SVD and signs: misses, bytes, traffic",
         "sparsecast.cli.bench.predictors_config:BenchPredictorsConfig",
         "sparsecast.cli.bench.predictors:bench_predictors",
     ),

@@ -21,7 +21,9 @@ def show_predictors(values: dict[str, Any]) -> None:
     show(_misses_table(values))
     tables = [(values["perplexity"], "perplexity", "")]
     if "other" in values:
-        tables.append((values["other"], "other", f" on {values['other']['activations']}"))
+        other = values["other"]
+        where = f", scored on {other['held_out_tokens']:,} tokens of {other['activations']}"
+        tables.append((other, "other", where))
     for found, name, where in tables:
         show(_perplexity_table(values, found, name, where))
         if found["over_oracle"] is not None:
@@ -57,7 +59,8 @@ def _perplexity_table(
     table = new_table(
         "", "rank", "format", "held-out change", "recall", "predicted sparsity",
         "traffic", "cascade", "ours / this",
-        title=f"at most {found['limit']:+.2%} perplexity{where}{_limits(found)}{_seeds(values)}",
+        title=f"at most {found['limit']:+.2%} perplexity on calibration documents{where}"
+        f"{_limits(found)}{_seeds(values)}",
     )  # fmt: skip
     scores = ("recall", "predicted_sparsity", "traffic", "cascade")
     for row in ROWS:
