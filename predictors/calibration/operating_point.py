@@ -174,19 +174,19 @@ def _meet_perplexity(
 
 
 def most_misses(
-    change: Callable[[float], float], target: float, fewest: float = FEWEST_MISSES
+    change: Callable[[float], float], target: float, fewest: float | None = None
 ) -> float | None:
     """Search the largest share of misses whose change is at most `target`, within `RATIO`.
 
     Args:
         change: Measures the change of perplexity at a share of misses, and keeps the last result
             that meets the target.
-        fewest: The smallest share that is tried.
+        fewest: The smallest share that is tried; unset: `FEWEST_MISSES`.
 
     Returns:
         None if a share was found, else the change at the fewest misses.
     """
-    few, many = fewest, MOST_MISSES
+    few, many = FEWEST_MISSES if fewest is None else fewest, MOST_MISSES
     if change(many) <= target:
         return None
     if not (closest := change(few)) <= target:
