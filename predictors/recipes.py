@@ -168,9 +168,10 @@ def uncalibrated(
 ) -> UncalibratedPredictor:
     """Attach a bias to one layer's trained weights: bias units, or in f16 a combination of hidden
     units that is fitted on the calibration split."""
-    if weights.offset_F is not None and weights.bias_D is not None:
-        return BiasUnits(weights.fc1_RD, weights.fc2_FR, weights.offset_F, weights.bias_D, dtype)
-    fc1_RD, fc2_FR = unit_rows(weights.fc1_RD, weights.fc2_FR)
+    fc1_RD, fc2_FR, offset_F, bias_D, mean_D = weights
+    if offset_F is not None and bias_D is not None and mean_D is not None:
+        return BiasUnits(fc1_RD, fc2_FR, offset_F, bias_D, mean_D, dtype)
+    fc1_RD, fc2_FR = unit_rows(fc1_RD, fc2_FR)
     predictor = Predictor(fc1_RD, fc2_FR).stored().to(device)
     return SpreadBias(fc1_RD, fc2_FR, constant_combination(predictor, store, layer).cpu())
 

@@ -113,6 +113,7 @@ def _module(plan: TrainingPlan) -> Any:
     quantized = plan.dtype != "f16"
     start = WarmStart(
         torch.randn(layers, d) if quantized else None,
+        torch.randn(layers, d) if quantized else None,
         torch.randn(layers, units, d) / d**0.5,
         torch.randn(layers, f, units) / units**0.5,
         torch.randn(layers, f) if quantized else None,

@@ -63,8 +63,11 @@ def random_model(
     )
     torch.manual_seed(0)
     if device_map is None:
-        return pretrained.random_model(config, device, dtype).eval()
-    return _spread(config, dtype, device_map).eval()
+        model = pretrained.random_model(config, device, dtype)
+    else:
+        model = _spread(config, dtype, device_map)
+    model.eval()
+    return model
 
 
 def _spread(config: LlamaConfig, dtype: torch.dtype, device_map: str) -> PreTrainedModel:

@@ -100,7 +100,9 @@ def random_start(d: int, f: int, layers: int, rank: int, device: torch.device) -
     """Random weights for predictors in f16."""
     fc1_LRD = torch.randn(layers, rank, d, device=device) / d**0.5
     fc2_LFR = torch.randn(layers, f, rank, device=device) / rank**0.5
-    return WarmStart(None, fc1_LRD, fc2_LFR, None, torch.full((layers,), ACTIVE, device=device))
+    return WarmStart(
+        None, None, fc1_LRD, fc2_LFR, None, torch.full((layers,), ACTIVE, device=device)
+    )
 
 
 def public_recipe(work: Workload) -> Callable[[int], None]:

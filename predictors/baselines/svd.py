@@ -122,5 +122,6 @@ def whitened(
         torch.nn.functional.pad(torch.cat([b_FR, -b_FR], dim=1), (0, spare)).cpu(),
         (offset_F / BIAS_SCALE[dtype]).cpu(),
         (BIAS_SCALE[dtype] * u_D).cpu(),
+        m.mean_D.cpu(),
         dtype,
     )

@@ -17,6 +17,11 @@ Offsets in a quantized column share their block's scale with 30 other units and 
 a few codes. So q8_0 and q4_0 have a second such pair, scaled by 1 / `FINE`, whose column holds
 `FINE` times the rounding error of the first: a second digit. This costs four units of rank.
 
+Hidden units are nowhere near 0 on average, so the rounding errors of all weights together move a
+neuron's logit by much the same for every token. The offset takes that back: it gets what rounding
+has changed at the mean input, over b. (Bias correction of Nagel et al., arXiv 1906.04721, section
+4.2, with one mean input for all neurons.)
+
 Shape letters: T tokens, D hidden, F FFN width, R free hidden units; leading dimensions such as
 layers are allowed.
 """
@@ -70,6 +75,8 @@ class BiasUnits:
     fc2_FR: Tensor
     offset_F: Tensor
     bias_D: Tensor
+    mean_D: Tensor
+    """The mean RMS-normalized input."""
     dtype: str = "f16"
 
     def to(self, device: torch.device) -> BiasUnits:
@@ -78,6 +85,7 @@ class BiasUnits:
             self.fc2_FR.to(device),
             self.offset_F.to(device),
             self.bias_D.to(device),
+            self.mean_D.to(device),
             self.dtype,
         )
 
@@ -102,6 +110,7 @@ class BiasUnits:
             self.fc2_FR,
             self.offset_F - threshold,
             self.bias_D,
+            self.mean_D,
             self.dtype,
             first_F=first_F,
             gradient=False,
@@ -114,6 +123,7 @@ def assembled(
     fc2_FR: Tensor,
     offset_F: Tensor,
     bias_D: Tensor,
+    mean_D: Tensor,
     dtype: str,
     *,
     first_F: Tensor | None = None,
@@ -124,6 +134,7 @@ def assembled(
     In f16, rows of fc1 get unit norm, and rounding is left to `Predictor.stored`.
 
     Args:
+        mean_D: The mean RMS-normalized input, at which rounding shall not change the logits.
         first_F: Value for the first digit of a quantized offset; the offset unless given.
         gradient: Round with straight-through gradients (predictors/formats.py), for training.
     """
@@ -133,16 +144,33 @@ def assembled(
         free1, free2 = unit_rows(fc1_RD, fc2_FR)
         fc1 = torch.cat([u_1D, -u_1D, free1], dim=-2)
         return fc1, torch.cat([offset_F1, offset_F1, free2], dim=-1)
-    fc1 = torch.cat([u_1D, -u_1D, u_1D / FINE, -u_1D / FINE, fc1_RD], dim=-2)
-    zeros_F1 = torch.zeros_like(offset_F1)
-    first_F1 = offset_F1 if first_F is None else first_F.unsqueeze(-1)
-    fc2 = torch.cat([first_F1, first_F1, zeros_F1, zeros_F1, fc2_FR], dim=-1)
-    coarse_F1 = rounded(fc2.detach()[..., :BLOCK], dtype)[..., :1]
-    fine_F1 = FINE * (offset_F1.detach() - coarse_F1)
-    fc2 = torch.cat([fc2[..., :2], fine_F1, fine_F1, fc2_FR], dim=-1)
-    if not gradient:
-        return rounded(fc1, dtype), rounded(fc2, dtype)
-    return straight_through(fc1, dtype), straight_through(fc2, dtype)
+    round_to = straight_through if gradient else rounded
+    fc1 = round_to(torch.cat([u_1D, -u_1D, u_1D / FINE, -u_1D / FINE, fc1_RD], dim=-2), dtype)
+    # The offsets share block 0 with the first free units; the other blocks do not depend on them.
+    beside = BLOCK - bias_units(dtype)
+    rest = round_to(fc2_FR[..., beside:], dtype)
+    # bfloat16 would round away the difference that is taken here.
+    with torch.no_grad(), torch.autocast(fc2_FR.device.type, enabled=False):
+        hidden_R1 = (fc1 @ mean_D.unsqueeze(-1)).relu()
+        b = hidden_R1[..., :2, :].sum(-2, keepdim=True).clamp_min(1e-6)
+        whole_F1 = fc2_FR @ (fc1_RD @ mean_D.unsqueeze(-1)).relu()
+        missing_F1 = whole_F1 - rest @ hidden_R1[..., BLOCK:, :]
+
+        def block_and_shift(first_F1: Tensor, fine_F1: Tensor) -> tuple[Tensor, Tensor]:
+            parts = [first_F1, first_F1, fine_F1, fine_F1, fc2_FR[..., :beside]]
+            block = rounded(torch.cat(parts, dim=-1), dtype)
+            return block, (missing_F1 - block[..., 4:] @ hidden_R1[..., 4:BLOCK, :]) / b
+
+        fine_F1 = torch.zeros_like(offset_F1)
+        first_F1 = offset_F1 if first_F is None else first_F.unsqueeze(-1)
+        first_F1 = first_F1 + block_and_shift(first_F1, fine_F1)[1]
+        for _ in range(2):  # the second digit may give the block another scale
+            block, shift_F1 = block_and_shift(first_F1, fine_F1)
+            fine_F1 = FINE * (offset_F1 + shift_F1 - block[..., :1])
+        moved_F1 = first_F1 - offset_F1
+    first_F1 = offset_F1 + moved_F1
+    block_0 = torch.cat([first_F1, first_F1, fine_F1, fine_F1, fc2_FR[..., :beside]], dim=-1)
+    return fc1, torch.cat([round_to(block_0, dtype), rest], dim=-1)
 
 
 def unit_rows(fc1_RD: Tensor, fc2_FR: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,24 +42,26 @@ from sparsecast.predictors.training.warm_start import WarmStart
 
 
 class TrainedWeights(NamedTuple):
-    """One layer's weights on the CPU; in f16 without bias and offset."""
+    """One layer's weights on the CPU; in f16 without bias, offset and mean input."""
 
     fc1_RD: Tensor
     fc2_FR: Tensor
     offset_F: Tensor | None
     bias_D: Tensor | None
+    mean_D: Tensor | None
 
 
 class PredictorModule(L.LightningModule):
     """Stacked predictors; each layer keeps the weights of its own best epoch.
 
     Args:
-        start: Initial weights and, for quantized formats, bias direction and offsets.
+        start: Initial weights and, for quantized formats, bias direction, mean input and offsets.
         dtype: The format that is trained for.
         objective: Decides which epoch of a layer is its best.
     """
 
     bias_LD: Tensor | None
+    mean_LD: Tensor | None
     offset_LF: nn.Parameter | None
     rate_L: Tensor
     best_score_L: Tensor
@@ -75,6 +77,7 @@ class PredictorModule(L.LightningModule):
         self.objective = objective
         self.peak_lr = schedule.peak_lr
         self.register_buffer("bias_LD", start.bias_LD)
+        self.register_buffer("mean_LD", start.mean_LD)
         self.register_buffer("rate_L", start.rate_L)
         counts = dtype == "f16" and objective.recall <= DEFAULT_RECALL
         num_epochs = schedule.num_epochs
@@ -91,11 +94,16 @@ class PredictorModule(L.LightningModule):
 
     def forward(self, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (L, B, F) and the bias b (L, B, 1) for RMS-normalized inputs; b is 1 in f16."""
-        if self.bias_LD is None or self.offset_LF is None:
+        if self.bias_LD is None or self.mean_LD is None or self.offset_LF is None:
             hidden_LBR = torch.bmm(x_LBD, self.fc1_LRD.transpose(1, 2)).relu()
             return torch.bmm(hidden_LBR, self.fc2_LFR.transpose(1, 2)), x_LBD.new_ones(1, 1, 1)
         fc1, fc2 = assembled(
-            self.fc1_LRD, self.fc2_LFR, self.offset_LF, self.bias_LD, self.stored_dtype
+            self.fc1_LRD,
+            self.fc2_LFR,
+            self.offset_LF,
+            self.bias_LD,
+            self.mean_LD,
+            self.stored_dtype,
         )
         hidden_LBR = torch.bmm(straight_through(x_LBD, "q8_0"), fc1.transpose(1, 2)).relu()
         hidden_LBR = straight_through(hidden_LBR, "q8_0")
@@ -158,6 +166,7 @@ class PredictorModule(L.LightningModule):
                 self.best_fc2_LFR[layer, :, :units].cpu(),
                 None if self.best_offset_LF is None else self.best_offset_LF[layer].cpu(),
                 None if self.bias_LD is None else self.bias_LD[layer].cpu(),
+                None if self.mean_LD is None else self.mean_LD[layer].cpu(),
             )
             for layer, units in enumerate(free_units)
         ]

@@ -132,7 +132,7 @@ def _sparsity(
 ) -> float:
     """Predicted sparsity of the warm start at `recall`, on the calibration split."""
     u_D, fc1_RD, fc2_FR, offset_F = reduced_rank(m, rank - bias_units(dtype))
-    uncalibrated = BiasUnits(fc1_RD, fc2_FR, offset_F, u_D, "f16")
+    uncalibrated = BiasUnits(fc1_RD, fc2_FR, offset_F, u_D, m.mean_D, "f16")
     predictor = uncalibrated.at_threshold(0.0).to(device)
     histogram = ScoreHistogram()
     for x_TD, active_TF in layer_batches(store, "calibration", layer, device=device):

@@ -46,9 +46,11 @@ of their blocks."""
 
 
 class WarmStart(NamedTuple):
-    """Initial weights of all layers' predictors; in f16 without bias and offset."""
+    """Initial weights of all layers' predictors; in f16 without bias, mean input and offset."""
 
     bias_LD: Tensor | None
+    mean_LD: Tensor | None
+    """Of the RMS-normalized inputs."""
     fc1_LRD: Tensor
     """Layers of smaller rank are padded with zero units, here and in fc2."""
     fc2_LFR: Tensor
@@ -87,6 +89,7 @@ def warm_start(of_layers: Iterable[Moments], free_units: Sequence[int], dtype: s
             starts.append(
                 (
                     BIAS_SCALE[dtype] * u_D,
+                    m.mean_D.cpu(),
                     nn.functional.pad(fc1_RD, (0, 0, 0, spare)),
                     nn.functional.pad(fc2_FR, (0, spare)),
                     offset_F / BIAS_SCALE[dtype],
@@ -95,7 +98,9 @@ def warm_start(of_layers: Iterable[Moments], free_units: Sequence[int], dtype: s
             )
             progress.advance()
     start = WarmStart(*(torch.stack(parts) for parts in zip(*starts, strict=True)))
-    return start._replace(bias_LD=None, offset_LF=None) if dtype == "f16" else start
+    if dtype == "f16":
+        return start._replace(bias_LD=None, mean_LD=None, offset_LF=None)
+    return start
 
 
 def no_start(shape: ModelShape, free_units: Sequence[int], dtype: str) -> WarmStart:
@@ -103,6 +108,7 @@ def no_start(shape: ModelShape, free_units: Sequence[int], dtype: str) -> WarmSt
     hidden_size, ffn_width = shape.hidden_size, shape.ffn_width
     layers, units, quantized = len(free_units), max(free_units), dtype != "f16"
     return WarmStart(
+        torch.zeros(layers, hidden_size) if quantized else None,
         torch.zeros(layers, hidden_size) if quantized else None,
         torch.zeros(layers, units, hidden_size),
         torch.zeros(layers, ffn_width, units),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -99,7 +101,8 @@ def with_units(dtype: str, offset_scale: float = 1.0) -> tuple[BiasUnits, torch.
     u = mean / mean.square().sum() * 8
     fc1 = torch.randn(free, 96) / 96**0.5
     fc2 = torch.randn(200, free) / 8
-    return BiasUnits(fc1, fc2, offset_scale * torch.randn(200), u, dtype), x
+    mean = rms_normalized(x).mean(0)
+    return BiasUnits(fc1, fc2, offset_scale * torch.randn(200), u, mean, dtype), x
 
 
 def uncalibrated(dtype: str) -> tuple[UncalibratedPredictor, torch.Tensor]:
@@ -118,7 +121,7 @@ def test_folding_subtracts_the_threshold_times_a_positive_number(threshold):
     """The identity is exact before rounding to f16."""
     units, x = with_units("f16")
     fc1, fc2 = assembled(
-        units.fc1_RD, units.fc2_FR, units.offset_F - threshold, units.bias_D, "f16"
+        units.fc1_RD, units.fc2_FR, units.offset_F - threshold, units.bias_D, units.mean_D, "f16"
     )
     moved = (x @ fc1.T).relu() @ fc2.T
     b = (x @ units.bias_D).abs()[:, None]
@@ -127,18 +130,59 @@ def test_folding_subtracts_the_threshold_times_a_positive_number(threshold):
     assert (b > 0).all()
 
 
+def at_mean(fc1: torch.Tensor, fc2: torch.Tensor, units: BiasUnits) -> torch.Tensor:
+    """Logits at the mean input, over b of the stored bias units."""
+    mean = units.mean_D.double()
+    b = (rounded(units.bias_D[None], units.dtype).double() @ mean).abs()
+    return (fc2.double() @ (fc1.double() @ mean).relu()) / b
+
+
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 def test_offsets_have_two_digits(dtype):
     """One column of codes is off by up to half a step; the second digit corrects it."""
     units, _ = with_units(dtype, offset_scale=0.1)
-    _, fc2 = assembled(
-        units.fc1_RD, units.fc2_FR, units.offset_F, units.bias_D, dtype, gradient=False
+    fc1, fc2 = assembled(
+        units.fc1_RD,
+        units.fc2_FR,
+        units.offset_F,
+        units.bias_D,
+        units.mean_D,
+        dtype,
+        gradient=False,
     )
-    kept = fc2[:, 0] + fc2[:, 2] / 8
-    one_digit = (fc2[:, 0] - units.offset_F).abs()
+    whole = at_mean(units.fc1_RD, units.fc2_FR, units) + units.offset_F
+    wanted = whole - at_mean(fc1[4:], fc2[:, 4:], units)
+    one_digit = (fc2[:, 0] - wanted).abs()
     assert torch.equal(fc2[:, 0], fc2[:, 1])
     assert torch.equal(fc2[:, 2], fc2[:, 3])
-    assert (kept - units.offset_F).abs().mean() < 0.15 * one_digit.mean()
+    assert (fc2[:, 0] + fc2[:, 2] / 8 - wanted).abs().mean() < 0.15 * one_digit.mean()
+
+
+@pytest.mark.parametrize("coarse", [None, 0.31])
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_rounding_moves_no_logit_at_the_mean_input(dtype, coarse):
+    """But by what the second digit leaves of it."""
+    units, _ = with_units(dtype, offset_scale=0.1)
+    units = replace(units, fc1_RD=units.fc1_RD + units.bias_D / 8)  # no unit is near 0 there
+    fc1, fc2 = units.at_threshold(0.3, coarse).weights
+    wanted = at_mean(units.fc1_RD, units.fc2_FR, units) + units.offset_F - 0.3
+    plain = at_mean(fc1[4:], fc2[:, 4:], units) + units.offset_F - 0.3
+    found = at_mean(fc1, fc2, units)
+    assert (found - wanted).abs().mean() < 0.2 * (plain - wanted).abs().mean()
+
+
+def test_training_is_corrected_as_the_file_is_and_has_its_gradient():
+    """Straight through: the gradient of every weight and offset as if nothing had been rounded."""
+    units, x = with_units("q4_0")
+    given = [t.clone().requires_grad_() for t in (units.fc1_RD, units.fc2_FR, units.offset_F)]
+    fc1, fc2 = assembled(*given, units.bias_D, units.mean_D, "q4_0")
+    for one, two in zip((fc1, fc2), units.at_threshold(0.0).weights, strict=True):
+        assert torch.equal(one, two)
+    fc1.sum().backward(retain_graph=True)
+    (fc2 * torch.arange(64.0)).sum().backward()
+    assert torch.equal(given[0].grad, torch.ones_like(given[0]))
+    assert torch.equal(given[1].grad, torch.arange(4.0, 64).expand(200, 60))
+    assert torch.equal(given[2].grad, torch.ones(200))  # of columns 0 and 1
 
 
 @pytest.mark.parametrize("dtype", BITS)
