@@ -9,7 +9,7 @@ from typing import Any
 from sparsecast.core.errors import InputError
 from sparsecast.core.options import option_of, short_repr
 
-ADDED = {"long_documents": "cut", "stages": "7b"}
+ADDED = {"long_documents": "cut", "stages": "7b", "loss": "count"}
 """Options that runs of earlier versions lack, and what those versions did."""
 
 MOST_SHOWN = 200

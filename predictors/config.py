@@ -75,6 +75,11 @@ class TrainConfig:
     """For --recipe reference: count only the largest activations of a token as active, at most this
     share of the neurons, such as 0.15. Needs --model and activations with energies."""
 
+    loss: Literal["count", "value"] | None = None
+    """What a miss weighs. count: all the same. value: what the neuron adds to the residual stream,
+    |x1| times the norm of its down column; needs --activations with energies, or --corpus. Unset:
+    value where it can be, for --recipe default."""
+
     predictor_dtype: Literal["f16", "q8_0", "q4_0"] | None = None
     """Format that predictors are trained for and stored in: f16, q8_0 or q4_0. Unset: q4_0; f16 if
     the hidden size is not a multiple of 32, and for --recipe reference."""
@@ -141,6 +146,10 @@ class TrainConfig:
                 f"got {self.batch_size}"
             )
         self._check_source()
+        if self.loss == "value" and self.recipe != "default":
+            raise InputError(
+                f"--loss value: belongs to --recipe default, not {self.recipe}; leave it out"
+            )
         if self.model is None and (self.recipe == "svd" or self.target_perplexity):
             raise InputError(
                 f"train: {'--target-perplexity' if self.target_perplexity else '--recipe'} "

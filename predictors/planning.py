@@ -48,7 +48,7 @@ from sparsecast.predictors.training.source import RecordedSource, Source
 from sparsecast.predictors.training.trainer import check_unfinished, ranks_of_unfinished
 
 SPLITS_READ = ("train", "calibration")
-_SETTLED = ("predictor_dtype", "epochs", "batch_size", "lr", "seq_len", "long_documents")
+_SETTLED = ("predictor_dtype", "loss", "epochs", "batch_size", "lr", "seq_len", "long_documents")
 """Options that may be unset, as `TrainingRequest.options` has them."""
 
 
@@ -76,6 +76,21 @@ class TrainingRequest:
         return self.cfg.predictor_dtype or default_dtype(self.cfg.recipe, self.hidden_size)
 
     @property
+    def loss(self) -> str:
+        """--loss, or its default.
+
+        Raises:
+            InputError: value without energies.
+        """
+        if self.store is not None and self.cfg.loss == "value" and not self.store.manifest.energy:
+            raise InputError(
+                f"--loss value: {self.store.folder} has no energies to weigh misses by; collect "
+                "with --energy true"
+            )
+        known = self.store is None or self.store.manifest.energy
+        return self.cfg.loss or ("value" if known and self.cfg.recipe == "default" else "count")
+
+    @property
     def processes_per_batch(self) -> int:
         """Processes that share the batches of one step."""
         return self.context.size if self.cfg.data_parallel else 1
@@ -95,6 +110,7 @@ class TrainingRequest:
         schedule, sharing = self.cfg.schedule, self.processes_per_batch
         options |= {
             "predictor_dtype": self.dtype,
+            "loss": self.loss,
             "epochs": schedule.num_epochs,
             "batch_size": schedule.batch_tokens,
             "lr": schedule.peak_lr,
@@ -264,6 +280,7 @@ def _plan(
         schedule=cfg.schedule,
         steps_per_epoch=None if request.store else cfg.steps_per_epoch(request.processes_per_batch),
         objective=cfg.objective,
+        loss=request.loss,
         model=cfg.model,
         clip_labels=cfg.clip_labels,
         own_layers=own_layers,

@@ -242,7 +242,9 @@ def _online(request: TrainingRequest) -> tuple[Forecast, InputError | None]:
             CALIBRATION: calibration * layers * calibration_seconds(plan),
         }
     host, on_device = _memory(plan, steps, own, {})
-    pool = 2 * POOL * tokens * layers * (2 * plan.shape.hidden_size + plan.shape.ffn_width // 8)
+    d, f = plan.shape.hidden_size, plan.shape.ffn_width
+    row_bytes = 2 * d + f // 8 + f * (plan.loss == "value")
+    pool = 2 * POOL * tokens * layers * row_bytes
     model_host, pages, model_device = model_memory(
         checkpoint,
         plan.device,

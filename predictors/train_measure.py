@@ -131,7 +131,10 @@ def random_batches(plan: TrainingPlan) -> Iterator[LayersBatch]:
     x_LBD = torch.randn(layers, tokens, d).half()
     mask_LBP = torch.randint(256, (layers, tokens, packed), dtype=torch.uint8)
     while True:
-        yield LayersBatch(x_LBD.clone(), mask_LBP.clone())
+        value_LBF = mask_LBP.new_zeros((layers, tokens, plan.shape.ffn_width))
+        yield LayersBatch(
+            x_LBD.clone(), mask_LBP.clone(), value_LBF=value_LBF if plan.loss == "value" else None
+        )
 
 
 def moment_seconds(plan: TrainingPlan) -> float:
@@ -182,7 +185,9 @@ def _random_rows(plan: TrainingPlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _to(batch: LayersBatch, device: torch.device) -> LayersBatch:
-    return batch._replace(x_LBD=batch.x_LBD.to(device), mask_LBP=batch.mask_LBP.to(device))
+    value_LBF = None if batch.value_LBF is None else batch.value_LBF.to(device)
+    moved = batch._replace(x_LBD=batch.x_LBD.to(device), mask_LBP=batch.mask_LBP.to(device))
+    return moved._replace(value_LBF=value_LBF)
 
 
 def _precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Energies of active entries in one byte each, for energy recall.
+"""Energies of active entries in one byte each, for energy recall and for training by value.
 
 The energy of an active entry is (x1_j * ||down column j||)^2, the squared norm of what the neuron
 adds to the residual stream. Where an RMS norm stands between x1 and down (BitNet), x1 is divided by
@@ -37,13 +37,31 @@ class Gains(NamedTuple):
 
 def encode(x1_TF: Tensor, gains: Gains, mask_TF: Tensor) -> Tensor:
     """(N,) uint8 codes of the entries where `mask_TF` is true."""
+    return _code(_added(x1_TF, gains)[mask_TF])
+
+
+def encode_all(x1_TF: Tensor, gains: Gains) -> Tensor:
+    """(T, F) uint8 codes of every entry; 0 where x1 is zero."""
+    return _code(_added(x1_TF, gains))
+
+
+def _added(x1_TF: Tensor, gains: Gains) -> Tensor:
+    """What each neuron adds to the residual stream, with x1's sign."""
     x1_TF = x1_TF.float()
     if gains.eps is not None:
         x1_TF = x1_TF * (x1_TF.square().mean(1, keepdim=True) + gains.eps).rsqrt()
-    amplitude_N = (x1_TF * gains.gain_F.to(x1_TF.device))[mask_TF].abs()
-    return (amplitude_N.log2() * STEPS + ZERO).round_().clamp_(0, 255).to(torch.uint8)
+    return x1_TF * gains.gain_F.to(x1_TF.device)
+
+
+def _code(added: Tensor) -> Tensor:
+    return (added.abs().log2() * STEPS + ZERO).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def decode(code_N: Tensor) -> Tensor:
     """(N,) float32 energies."""
     return torch.exp2((code_N.float() - ZERO) * (2 / STEPS))
+
+
+def amplitudes(code_N: Tensor) -> Tensor:
+    """float32 amplitudes of codes of any shape."""
+    return torch.exp2((code_N.float() - ZERO) * (1 / STEPS))

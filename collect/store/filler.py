@@ -11,7 +11,7 @@ layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -231,12 +231,19 @@ def x1_gains(model: PreTrainedModel, shape: Shape) -> dict[int, Gains]:
     Raises:
         InputError: --device-map has moved a down projection off.
     """
-    if not shape.energy:
-        return {}
+    return gains_of(model, shape.layers) if shape.energy else {}
+
+
+def gains_of(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, Gains]:
+    """Return the gains of some layers.
+
+    Raises:
+        InputError: --device-map has moved a down projection off.
+    """
     family = family_of(model.config, str(model.config.name_or_path))
     blocks = family.decoder_layers(model)
     gains = {}
-    for layer in shape.layers:
+    for layer in layers:
         down = blocks[layer].get_submodule(family.down)
         assert isinstance(down, nn.Linear)
         if down.weight.is_meta:

@@ -35,6 +35,8 @@ class LayersBatch(NamedTuple):
     """uint8, packed; see core/bitmask.py."""
     rows: tuple[int, ...] | None = None
     """How many of the B rows each expert has, if not all; zeros follow them."""
+    value_LBF: Tensor | None = None
+    """uint8 codes of what active entries are worth, see collect/store/energy.py; if asked for."""
 
 
 def allocate(
@@ -57,6 +59,7 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
             computing.
         share: (i, n) keeps the i-th of every n batches. The batches after the last n are dropped,
             so that all shares have the same length.
+        values: Read the energies too; the store must have them.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         layers: Sequence[int] | None = None,
         for_gpu: bool = False,
         share: tuple[int, int] = (0, 1),
+        values: bool = False,
     ) -> None:
         self._store = store
         self._split = split
@@ -76,6 +80,7 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         self._layers = list(store.manifest.layers if layers is None else layers)
         self._pinned = for_gpu
         self._share = share
+        self._values = values
         self._per_batch = batch_size // BLOCK
         self._blocks = [
             (shard, start, min(start + BLOCK, tokens))
@@ -109,13 +114,23 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
         tokens = sum(stop - start for _, start, stop in blocks)
         one = self._store.rows(self._split, 0, self._layers[0], 0, 1)
         x_LBD, mask_LBP = allocate(one, len(self._layers), tokens, pinned=self._pinned)
+        value_LBF = None
+        if self._values:
+            size = (len(self._layers), tokens, self._store.manifest.ffn_width)
+            value_LBF = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
 
         def read(place: int) -> None:
             layer = self._layers[place]
             rows = [self._store.rows(self._split, shard, layer, *run) for shard, *run in blocks]
             torch.cat([part.x_TD for part in rows], out=x_LBD[place])
             torch.cat([part.mask_TP for part in rows], out=mask_LBP[place])
+            if value_LBF is not None:
+                codes = [
+                    self._store.energy_codes(self._split, shard, layer, *run)
+                    for shard, *run in blocks
+                ]
+                torch.cat(codes, out=value_LBF[place])
 
         for _ in pool.map(read, range(len(self._layers))):
             pass
-        return LayersBatch(x_LBD, mask_LBP)
+        return LayersBatch(x_LBD, mask_LBP, value_LBF=value_LBF)

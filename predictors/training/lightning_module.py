@@ -112,7 +112,9 @@ class PredictorModule(L.LightningModule):
     def training_step(self, batch: LayersBatch, _: int) -> Tensor:
         logits_LBF, _bias = self(rms_normalized(batch.x_LBD))
         counting = self.current_epoch >= self._counting_from
-        loss = weighted_loss(logits_LBF, batch.mask_LBP, self.rate_L, counting=counting)
+        loss = weighted_loss(
+            logits_LBF, batch.mask_LBP, self.rate_L, batch.value_LBF, counting=counting
+        )
         self.log("loss", loss.detach(), prog_bar=True)
         # Layers are independent: their sum gives each layer the gradient it would have alone.
         return loss * len(logits_LBF)

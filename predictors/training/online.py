@@ -6,7 +6,8 @@ start computes its moments in a separate pass over the first `WARM_TOKENS`. Cali
 documents several times, so they are recorded to a store in the unfinished run's folder, which is
 removed at the end; `collect` loads the model for that before it is loaded again for training.
 
-Memory: the model; on the device, at 2 D + F / 8 bytes per token and layer, twice `POOL` batches and
+Memory: the model; on the device, at 2 D + F / 8 bytes per token and layer (F more if misses are
+weighted by value), twice `POOL` batches and
 one forward pass of `DOCUMENTS` documents; before training, (D, D) and (F, D) moments of every layer
 in float32.
 
@@ -26,6 +27,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
+from sparsecast.collect.store.energy import encode_all
+from sparsecast.collect.store.filler import gains_of
 from sparsecast.collect.store.shard import INPUT_DTYPES
 from sparsecast.collect.store.store import ActivationStore
 from sparsecast.core.bitmask import pack, unpack
@@ -92,6 +95,7 @@ class OnlineSource:
         self._told = False
         self._skipped = SkippedRows(training_text.corpus)
         self._x_dtype = INPUT_DTYPES[store.manifest.x_dtype]
+        self._gains = gains_of(model, store.manifest.layers)
 
     def batches(self, plan: TrainingPlan) -> ModelBatches:
         return ModelBatches(self, plan)
@@ -103,7 +107,7 @@ class OnlineSource:
         done = 0
         with progress_bar("moments", wanted) as progress:
             for text in self.text():
-                x_LTD, mask_LTP = self.forward(text, layers)
+                x_LTD, mask_LTP, _ = self.forward(text, layers)
                 for total, x_TD, mask_TP in zip(sums, x_LTD, mask_LTP, strict=True):
                     total.add(x_TD.to(device), unpack(mask_TP, shape.ffn_width).to(device))
                 progress.advance(text.tokens)
@@ -148,21 +152,27 @@ class OnlineSource:
     def tell_skipped(self) -> None:
         self._skipped.tell()
 
-    def forward(self, text: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text: TokenBatch, layers: Sequence[int], *, values: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run the model on a batch of documents.
 
         Returns:
-            Inputs (L, T, D) in the store's dtype and packed masks (L, T, P), on the device.
+            Inputs (L, T, D) in the store's dtype, packed masks (L, T, P) and, with `values`, codes
+            of amplitudes (L, T, F), on the device.
 
         Raises:
             InputError: An input is not finite in the store's dtype.
         """
-        inputs, masks = [], []
+        inputs, masks, codes = [], [], []
         kept_N = text.keep_BS.flatten().to(input_device(self._model))
 
-        def sink(_: int, x_ND: Tensor, x1_NF: Tensor) -> None:
+        def sink(layer: int, x_ND: Tensor, x1_NF: Tensor) -> None:
+            x1_TF = x1_NF[kept_N]
             inputs.append(x_ND[kept_N].to(self._x_dtype))
-            masks.append(pack(x1_NF[kept_N] != 0))
+            masks.append(pack(x1_TF != 0))
+            if values:
+                codes.append(encode_all(x1_TF, self._gains[layer]))
 
         with torch.no_grad(), Recorder(self._model, sink, list(layers)):
             self._model.base_model(text.ids_BS.to(kept_N.device), use_cache=False)
@@ -172,7 +182,7 @@ class OnlineSource:
                 f"a predictor input does not fit {self.store.manifest.x_dtype}; train with --dtype "
                 "bfloat16, or check the model's weights"
             )
-        return x_LTD, torch.stack(masks)
+        return x_LTD, torch.stack(masks), torch.stack(codes) if values else None
 
 
 class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
@@ -185,6 +195,7 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
         self._batch_tokens = plan.schedule.batch_tokens
         self._seed = plan.schedule.seed
         self._layers = plan.own_layers
+        self._values = plan.loss == "value"
         self._share = plan.batch_share
         self._text: Iterator[TokenBatch] = iter(())
         self._next: int | None = None
@@ -198,14 +209,17 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
             self._rewind()
         self._next = None
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        pooled: list[tuple[Tensor, Tensor]] = []
+        pooled: list[tuple[Tensor, Tensor, Tensor | None]] = []
         left = self._steps_per_epoch
         while left:
-            held = sum(mask_LTP.shape[1] for _, mask_LTP in pooled)
+            held = sum(mask_LTP.shape[1] for _, mask_LTP, _ in pooled)
             if held < min(POOL, left) * self._batch_tokens:
-                pooled.append(self._source.forward(next(self._text), self._layers))
+                text = next(self._text)
+                pooled.append(self._source.forward(text, self._layers, values=self._values))
                 continue
-            x_LTD, mask_LTP = (torch.cat(parts, dim=1) for parts in zip(*pooled, strict=True))
+            xs, masks, values = zip(*pooled, strict=True)
+            x_LTD, mask_LTP = torch.cat(xs, dim=1), torch.cat(masks, dim=1)
+            value_LTF = torch.cat(values, dim=1) if self._values else None
             pooled.clear()
             order = torch.randperm(held, generator=generator).to(mask_LTP.device)
             steps = min(left, held // self._batch_tokens)
@@ -214,9 +228,11 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
                 left -= 1
                 if not left:  # the consumer may stop here, before the loop ends
                     self._next = self.epoch + 1
-                yield LayersBatch(x_LTD[:, rows], mask_LTP[:, rows])
+                yield LayersBatch(
+                    x_LTD[:, rows], mask_LTP[:, rows], value_LBF=_rows(value_LTF, rows)
+                )
             rest = order[steps * self._batch_tokens :]
-            pooled.append((x_LTD[:, rest], mask_LTP[:, rest]))
+            pooled.append((x_LTD[:, rest], mask_LTP[:, rest], _rows(value_LTF, rest)))
 
     def _rewind(self) -> None:
         """Restart the text and skip what earlier epochs read."""
@@ -226,6 +242,10 @@ class ModelBatches(torch.utils.data.IterableDataset[LayersBatch]):
             held = 0
             while held < self._steps_per_epoch * self._batch_tokens:
                 held += next(self._text).tokens
+
+
+def _rows(value_LTF: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if value_LTF is None else value_LTF[:, rows]
 
 
 def calibration_recording(text: TrainingText) -> tuple[CollectConfig, dict[str, int]]:

@@ -39,6 +39,8 @@ class TrainingPlan:
     """Optimizer steps per epoch on a running model; None on recorded activations, which are read
     to their end."""
     objective: Objective
+    loss: str
+    """count or value, see `TrainConfig.loss`."""
     model: str | None
     """The recorded model, for recipes and objectives that need it."""
     clip_labels: float | None

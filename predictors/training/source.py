@@ -32,7 +32,7 @@ class Batches(Protocol):
 
 def calibration_batches(store: ActivationStore, plan: TrainingPlan) -> Any:
     """Every row of the calibration split in order, of `plan.own_layers`."""
-    return _recorded_batches(store, "calibration", plan, None, (0, 1))
+    return _recorded_batches(store, "calibration", plan, None, (0, 1), values=False)
 
 
 def _recorded_batches(
@@ -41,14 +41,17 @@ def _recorded_batches(
     plan: TrainingPlan,
     seed: int | None,
     share: tuple[int, int],
+    *,
+    values: bool,
 ) -> Any:
     size, device, own = plan.schedule.batch_tokens, plan.device, plan.own_layers
     on_gpu = device.type == "cuda"
     if plan.shape.experts:
         return ExpertBatches(store, split, size, seed, ffns=own, for_gpu=on_gpu)
-    if fits_on(device, store, split, plan.layers_of_a_process):
-        return ResidentBlocks(store, split, size, seed, layers=own, share=share, device=device)
-    return TokenBlocks(store, split, size, seed, layers=own, share=share, for_gpu=on_gpu)
+    more: dict[str, Any] = {"layers": own, "share": share, "values": values}
+    if fits_on(device, store, split, plan.layers_of_a_process, values=values):
+        return ResidentBlocks(store, split, size, seed, device=device, **more)
+    return TokenBlocks(store, split, size, seed, for_gpu=on_gpu, **more)
 
 
 class Source(Protocol):
@@ -76,7 +79,8 @@ class RecordedSource:
 
     def batches(self, plan: TrainingPlan) -> Any:
         seed = plan.schedule.seed
-        return _recorded_batches(self.store, "train", plan, seed, plan.batch_share)
+        share, values = plan.batch_share, plan.loss == "value"
+        return _recorded_batches(self.store, "train", plan, seed, share, values=values)
 
     def moments(self, layers: Sequence[int], device: torch.device) -> Iterator[Moments]:
         for layer in layers:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsecast.collect.config import CollectConfig
+from sparsecast.collect.run import collect
 from sparsecast.collect.store.store import ActivationStore, Manifest
 from sparsecast.core.text.splits import SPLITS
 from sparsecast.predictors.config import TrainConfig
@@ -101,3 +103,19 @@ def recipe(synthetic, tmp_path_factory) -> TrainConfig:
 def trained(recipe):
     """Predictors of the synthetic store, calibrated to a recall of 0.95."""
     return train(recipe)
+
+
+@pytest.fixture(scope="session")
+def with_energies(model_folder, corpus, tmp_path_factory):
+    """A store of a small model's activations and energies."""
+    return collect(
+        CollectConfig(
+            model=str(model_folder),
+            corpus=str(corpus),
+            out=tmp_path_factory.mktemp("energies") / "acts",
+            tokens=3_000,
+            seq_len=128,
+            energy=True,
+            device="cpu",
+        )
+    )

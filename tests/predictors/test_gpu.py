@@ -18,20 +18,24 @@ from sparsecast.predictors.training.resident import ResidentBlocks
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.mark.parametrize("by_value", [False, True])
 @pytest.mark.parametrize("counting", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 70, 201), (1, 1, 8), (2, 64, 1024)])
-def test_the_compiled_gradient_equals_the_cpus(shape, dtype, counting, monkeypatch):
+def test_the_compiled_gradient_equals_the_cpus(shape, dtype, counting, by_value, monkeypatch):
     monkeypatch.setattr("sparsecast.core.compiled.LARGE", 0)
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(shape, generator=generator)).to(dtype)
     fired = torch.rand(shape, generator=generator) < 0.2
     rate = torch.rand(shape[0], generator=generator)
     packed = torch.stack([pack(layer) for layer in fired])
+    value = torch.randint(100, 200, shape, generator=generator, dtype=torch.uint8)
+    values = [value, value.cuda()] if by_value else [None, None]
     z = logits.clone().requires_grad_()
-    (want,) = torch.autograd.grad(3 * weighted_loss(z, packed, rate, counting=counting), z)
+    loss = weighted_loss(z, packed, rate, values[0], counting=counting)
+    (want,) = torch.autograd.grad(3 * loss, z)
     z = logits.cuda().requires_grad_()
-    loss = weighted_loss(z, packed.cuda(), rate.cuda(), counting=counting)
+    loss = weighted_loss(z, packed.cuda(), rate.cuda(), values[1], counting=counting)
     (got,) = torch.autograd.grad(3 * loss, z)
     assert got.dtype == dtype
     torch.testing.assert_close(

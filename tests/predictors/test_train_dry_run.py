@@ -150,6 +150,7 @@ def test_large_shapes_by_hand(size, asked, tmp_path, monkeypatch):
         schedule=Schedule(num_epochs=6, batch_tokens=512, peak_lr=3e-3),
         steps_per_epoch=None,
         objective=Objective(),
+        loss="count",
         model=None,
         clip_labels=None,
         own_layers=list(range(layers)),

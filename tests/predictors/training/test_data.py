@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsecast.collect.store.energy import amplitudes
 from sparsecast.predictors.training.data import BLOCK, TokenBlocks
 from sparsecast.predictors.training.resident import ResidentBlocks, fits_on
 
@@ -57,11 +58,41 @@ def test_what_stays_on_a_gpu_is_bounded(synthetic, monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free["free"], 1 << 60))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: free["cached"])
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: free["used"])
-    assert fits_on(gpu, synthetic, "train", 2)
-    assert not fits_on(gpu, synthetic, "train", 3)
-    assert not fits_on(torch.device("cpu"), synthetic, "train", 2)
+    assert fits_on(gpu, synthetic, "train", 2, values=False)
+    assert not fits_on(gpu, synthetic, "train", 3, values=False)
+    assert not fits_on(gpu, synthetic, "train", 2, values=True)
+    assert not fits_on(torch.device("cpu"), synthetic, "train", 2, values=False)
     free["used"] = 8  # an eighth of what is free is then a byte less
-    assert not fits_on(gpu, synthetic, "train", 2)
+    assert not fits_on(gpu, synthetic, "train", 2, values=False)
     free["free"] = 1 << 60
     monkeypatch.setattr("sparsecast.predictors.training.resident.MOST_BYTES", nbytes - 1)
-    assert not fits_on(gpu, synthetic, "train", 2)
+    assert not fits_on(gpu, synthetic, "train", 2, values=False)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_values_are_the_energies_of_the_same_entries(with_energies, resident):
+    size, layers = 5 * BLOCK, [1, 0]
+    given = {"seed": 3, "layers": layers, "values": True}
+    if resident:
+        batches = ResidentBlocks(with_energies, "train", size, device=torch.device("cpu"), **given)
+    else:
+        batches = TokenBlocks(with_energies, "train", size, **given)
+    known: list[dict[bytes, torch.Tensor]] = []
+    for layer in layers:
+        known.append({})
+        for shard in range(len(with_energies.shards("train"))):
+            x_TD = with_energies.rows("train", shard, layer).x_TD
+            energy_TF = with_energies.energies("train", shard, layer)
+            assert energy_TF is not None
+            known[-1] |= {x.numpy().tobytes(): e for x, e in zip(x_TD, energy_TF, strict=True)}
+    seen = 0
+    for batch in batches:
+        assert batch.value_LBF is not None
+        for place, expected in enumerate(known):
+            for x_D, code_F in zip(batch.x_LBD[place], batch.value_LBF[place], strict=True):
+                energy_F = expected[x_D.numpy().tobytes()]
+                found_F = torch.where(energy_F > 0, amplitudes(code_F).square(), 0)
+                torch.testing.assert_close(found_F, energy_F)
+                assert (code_F[energy_F == 0] == 0).all()
+                seen += 1
+    assert seen == 2 * with_energies.manifest.tokens("train")

@@ -54,6 +54,7 @@ def whole(model_folder, corpus, tmp_path_factory):
             seq_len=256,
             device="cpu",
             long_documents="cut",
+            energy=True,
         ),
         shares={"train": 1 << 40, "calibration": 400, "held-out": 2},
     )
@@ -70,8 +71,9 @@ def rows_of(store, layer: int) -> set[bytes]:
     kept = set()
     for shard in range(len(store.shards("train"))):
         rows = store.rows("train", shard, layer)
-        for x_D, mask_P in zip(rows.x_TD.half().numpy(), rows.mask_TP.numpy(), strict=True):
-            kept.add(x_D.tobytes() + mask_P.tobytes())
+        codes = store.energy_codes("train", shard, layer)
+        parts = (rows.x_TD.half().numpy(), rows.mask_TP.numpy(), codes.numpy())
+        kept |= {b"".join(part.tobytes() for part in row) for row in zip(*parts, strict=True)}
     return kept
 
 
@@ -88,10 +90,9 @@ def test_batches_hold_tokens_that_collect_would_store(cfg, whole):
         assert len(taken) == len(batches)
         for batch in taken:
             for layer in layers:
-                for x_D, mask_P in zip(
-                    batch.x_LBD[layer].half().numpy(), batch.mask_LBP[layer].numpy(), strict=True
-                ):
-                    seen[layer].append(x_D.tobytes() + mask_P.tobytes())
+                parts = batch.x_LBD.half(), batch.mask_LBP, batch.value_LBF
+                rows = zip(*(part[layer].numpy() for part in parts), strict=True)
+                seen[layer] += [b"".join(part.tobytes() for part in row) for row in rows]
     for layer in layers:
         # In another batch, a forward pass may round the last bit differently.
         found = sum(row in known[layer] for row in seen[layer])
