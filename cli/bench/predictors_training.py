@@ -49,7 +49,10 @@ class Trained:
 
 
 def train_seed(cfg: BenchPredictorsConfig, seed: int, clock: Clock) -> Trained:
-    """Train what is missing in `cfg.out`; the folders of later seeds have their number."""
+    """Train what is missing in `cfg.out`; the folders of later seeds have their number.
+
+    Where misses are compared, all of them weigh the same.
+    """
 
     def out(name: str, **options: Any) -> TrainConfig:
         folder = cfg.out / (f"{name}-seed{seed}" if seed else name)
@@ -60,11 +63,11 @@ def train_seed(cfg: BenchPredictorsConfig, seed: int, clock: Clock) -> Trained:
         reference = _train(replace(theirs, epochs=cfg.reference_epochs))
     rank, epochs = reference.layers[0].rank, cfg.epochs or cfg.reference_epochs
     with clock.phase("same_rank", seed):
-        alike = out("f16", predictor_dtype="f16", rank=rank)
+        alike = out("f16", predictor_dtype="f16", rank=rank, loss="count")
         same_rank = _train(replace(alike, epochs=epochs))
     fits = int(rank * BITS["f16"] / BITS["q4_0"]) // BLOCK * BLOCK
     with clock.phase("same_bytes", seed):
-        same_bytes = _train(out("q4_0", predictor_dtype="q4_0", rank=fits))
+        same_bytes = _train(out("q4_0", predictor_dtype="q4_0", rank=fits, loss="count"))
     with clock.phase("ours", seed):
         ours = _train_to_limit(out("perplexity", target_perplexity=cfg.perplexity))
     return Trained(reference=reference, same_rank=same_rank, same_bytes=same_bytes, ours=ours)
