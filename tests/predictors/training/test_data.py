@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsecast.collect.store.energy import amplitudes
+from sparsecast.core.bitmask import unpack
 from sparsecast.predictors.training.data import BLOCK, TokenBlocks
 from sparsecast.predictors.training.resident import ResidentBlocks, fits_on
 
@@ -70,7 +71,17 @@ def test_what_stays_on_a_gpu_is_bounded(synthetic, monkeypatch):
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_values_are_the_energies_of_the_same_entries(with_energies, resident):
+def test_values_are_the_energies_of_the_same_entries(synthetic, edit_store, tmp_path, resident):
+    """Of two shards, with another code for every token and neuron."""
+
+    def with_codes(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in (0, 1):
+            mask_TF = unpack(tensors[f"layer.{layer}.mask"], 200)
+            code_TF = torch.randint(256, mask_TF.shape, dtype=torch.uint8)
+            tensors[f"layer.{layer}.energy"] = code_TF[mask_TF]
+
+    with_energies = edit_store(synthetic, tmp_path / "acts", with_codes, energy=True)
+    assert len(with_energies.shards("train")) == 2
     size, layers = 5 * BLOCK, [1, 0]
     given = {"seed": 3, "layers": layers, "values": True}
     if resident:
