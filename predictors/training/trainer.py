@@ -177,8 +177,8 @@ def check_unfinished(work: Path, options: dict[str, Any]) -> bool:
     """Whether there is a run to resume.
 
     Raises:
-        InputError: It was started with other options or by another number of processes that share
-            batches.
+        InputError: It was started with other options, by another number of processes that share
+            batches, or by an earlier sparsecast whose checkpoints lack what these have.
     """
     if not any(work.glob(LAST)):
         return False
@@ -192,12 +192,20 @@ def check_unfinished(work: Path, options: dict[str, Any]) -> bool:
                 f"{held} that share its batches, and {now} would make other batches; repeat it "
                 f"with torchrun --nproc-per-node {was}, or remove that folder"
             )
-        raise InputError(
-            f"{held} of an earlier sparsecast; finish it with that version, or remove that folder"
-        )
+        raise _of_an_earlier_version(held)
+    # Before there was --loss, the weights of quantized predictors were kept without the mean input.
+    quantized = earlier.get("recipe") == "default" and earlier.get("predictor_dtype") != "f16"
+    if quantized and "loss" not in earlier:
+        raise _of_an_earlier_version(f"{work}: holds an unfinished run")
     changes = compare_options(earlier, json.loads(json.dumps(options)))
     check_unchanged(work, "an unfinished run", changes, finished=False)
     return True
+
+
+def _of_an_earlier_version(held: str) -> InputError:
+    return InputError(
+        f"{held} of an earlier sparsecast; finish it with that version, or remove that folder"
+    )
 
 
 def ranks_of_unfinished(work: Path, layers: int) -> list[int] | None:

@@ -256,6 +256,21 @@ def test_what_another_number_cannot_go_on_with_is_refused(configured, shared, to
         train(cfg)
 
 
+@pytest.mark.parametrize("changes", RECIPES)
+def test_quantized_weights_without_their_mean_input_are_refused(configured, changes):
+    """As runs before --loss have kept them; what f16 and the public recipe keep is the same."""
+    plan = begun(configured(**changes))
+    options = plan.resume_options
+    before = {name: value for name, value in options.items() if name != "loss"}
+    (plan.work / RECIPE).write_text(json.dumps(before))
+    if changes is not QUANTIZED:
+        assert check_unfinished(plan.work, options)
+        return
+    told = "holds an unfinished run of an earlier sparsecast; finish it with that version, or"
+    with pytest.raises(InputError, match=told):
+        check_unfinished(plan.work, options)
+
+
 @pytest.mark.parametrize("was_shared", [True, False])
 def test_another_way_to_share_is_told_as_that(configured, was_shared):
     """Whatever the numbers of processes."""
