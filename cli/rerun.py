@@ -20,6 +20,7 @@ import torch
 from sparsecast.cli.stages import STAGES, load
 from sparsecast.cli.suggestions import did_you_mean
 from sparsecast.cli.terminal import process_rank
+from sparsecast.core.earlier_runs import ADDED
 from sparsecast.core.errors import InputError, one_line
 from sparsecast.core.machine import usable_cores
 from sparsecast.core.messages import log
@@ -167,7 +168,7 @@ def config_of(record: RunRecord, path: Path, out: Path | None) -> Any:
     nulls = [n for n, v in record.options.items() if v is None and known[n].default is not None]
     if nulls:
         raise InputError(f"{path}: {option_of(nulls[0])} is null, expected a value")
-    options = dict(record.options)
+    options = {name: was for name, was in ADDED.items() if name in known} | record.options
     on_cpu = options.get("device") == "auto" and record.resolved.get("device") == "cpu"
     if on_cpu and options.get("device_map") is None:
         options["device"] = "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 
 from sparsecast.cli import rerun as rerun_module
 from sparsecast.cli.main import main
+from sparsecast.cli.rerun import config_of
+from sparsecast.core.run_record import read_run
 from sparsecast.sparsify.train_tokenizer import train_tokenizer
 
 Run = Callable[..., tuple[int, str]]
@@ -173,6 +176,14 @@ def test_every_option_stands_in_the_record(work):
     assert record["inputs"] == {"activations": states["manifest.json"]}
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert record["versions"]["torch"] == torch.__version__
+
+
+def test_an_option_that_the_run_lacked_does_what_was_done_then(work):
+    path = work / "pred"
+    record = read_run(path)
+    assert config_of(record, path, None).loss is None
+    before = {name: value for name, value in record.options.items() if name != "loss"}
+    assert config_of(replace(record, options=before), path, None).loss == "count"
 
 
 def test_an_output_that_is_there_is_refused(work, rerun):
