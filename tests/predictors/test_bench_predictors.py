@@ -219,8 +219,28 @@ def test_what_cannot_meet_the_perplexity_has_a_row_that_says_so(
     counted = {"rank": 32, "bytes": 8, **SHARES, "dtype": "f16", "miss_ratio": 0.5}
     values = {"seeds": 1, "held_out_tokens": 7, "perplexity": found}
     show_predictors(values | dict.fromkeys(("reference", "same_rank", "same_bytes"), counted))
-    (line,) = [line for line in caplog.text.splitlines() if "│ svd" in line]
-    assert "not met" in line
+    lines = caplog.text.splitlines()
+    (heads,) = [line.split("┃") for line in lines if " sign ┃" in line]
+    (cells,) = [line.split("│") for line in lines if "held-out change" in line]
+    assert (heads[3].strip(), cells[3].strip()) == ("svd", "not met")
+    assert "svd: not met, +3.400% at best" in caplog.text
+
+
+def test_ranges_of_seeds_fit_80_columns(caplog, monkeypatch):
+    monkeypatch.setattr("sparsecast.core.messages.TABLE_WIDTH", 80)
+    runs = []
+    for n in range(3):
+        row = {"met": True, "closest_change": None, "dtype": "q4_0", "rank": 1024.0}
+        row |= {"held_out_change": 0.005 + n / 999, "exact": 0.4, "oracle": 0.1}
+        row |= {name: share + n / 99 for name, share in SHARES.items()}
+        row |= {"traffic": 0.5 + n / 99, "cascade": 0.4 + n / 99}
+        rows = {name: row | {"traffic": n / 9 + 0.1} for name in ("reference", "svd", "sign")}
+        counted = {"rank": 1024, "bytes": 10**9, "dtype": "f16", **SHARES, "miss_ratio": n / 9}
+        alike = dict.fromkeys(("reference", "same_rank", "same_bytes"), counted)
+        runs.append({"perplexity": compared(0.005, rows | {"ours": row}), **alike})
+    show_predictors({"seeds": 3, "held_out_tokens": 7, **over_seeds(runs)})
+    assert "predicted sparsity" in caplog.text
+    assert "…" not in caplog.text
 
 
 @pytest.mark.slow
