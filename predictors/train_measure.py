@@ -125,16 +125,17 @@ def _module(plan: TrainingPlan) -> Any:
 
 
 def random_batches(plan: TrainingPlan) -> Iterator[LayersBatch]:
-    """Batches of random inputs and masks, without end."""
+    """Batches of random inputs, masks and, where the loss needs them, values; without end."""
     d, packed = plan.shape.hidden_size, -(-plan.shape.ffn_width // 8)
     layers, tokens = len(plan.own_layers), plan.schedule.batch_tokens
     x_LBD = torch.randn(layers, tokens, d).half()
     mask_LBP = torch.randint(256, (layers, tokens, packed), dtype=torch.uint8)
+    value_LBF = None
+    if plan.loss == "value":
+        value_LBF = torch.randint(256, (layers, tokens, plan.shape.ffn_width), dtype=torch.uint8)
     while True:
-        value_LBF = mask_LBP.new_zeros((layers, tokens, plan.shape.ffn_width))
-        yield LayersBatch(
-            x_LBD.clone(), mask_LBP.clone(), value_LBF=value_LBF if plan.loss == "value" else None
-        )
+        batch = LayersBatch(x_LBD.clone(), mask_LBP.clone())
+        yield batch if value_LBF is None else batch._replace(value_LBF=value_LBF.clone())
 
 
 def moment_seconds(plan: TrainingPlan) -> float:

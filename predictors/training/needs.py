@@ -99,7 +99,8 @@ def _memory_bytes(plan: TrainingPlan) -> int:
     together = _together(plan)
     weights = per_weight * _trained_weights(plan, together)
     matrices = 4 * d * (d + f)
-    batches = 4 * plan.schedule.batch_tokens * len(together) * (2 * d + f // 8)
+    row_bytes = 2 * d + f // 8 + f * (plan.loss == "value")
+    batches = 4 * plan.schedule.batch_tokens * len(together) * row_bytes
     return weights + matrices + batches
 
 

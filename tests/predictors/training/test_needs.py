@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from sparsecast.core import disk, lightning
+from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.config import TrainConfig
+from sparsecast.predictors.planning import make_plan, open_source, resolve
 from sparsecast.predictors.train import train
 from sparsecast.predictors.training import trainer
+from sparsecast.predictors.training.needs import check_needs
 from sparsecast.predictors.training.plan import work_folder
 
 RANK = 32
@@ -52,6 +55,16 @@ def test_the_estimate_is_within_a_tenth(asked, fullest, capfd, options):
     assert said is not None
     told = float(said[1]) * {"kB": 1e3, "MB": 1e6}[said[2]]
     assert told == pytest.approx(max(fullest), rel=0.1)
+
+
+def test_values_take_a_byte_per_neuron_of_four_batches(asked, caplog):
+    caplog.set_level("INFO")
+    request = resolve(asked, DistributedContext())
+    plan = make_plan(request, open_source(request))
+    for loss in ("count", "value"):
+        check_needs(replace(plan, loss=loss))
+    less, more = map(float, re.findall(r"([\d.]+) MB of memory", caplog.text))
+    assert more - less == pytest.approx(4 * 1024 * 2 * 200 / 1e6, abs=0.02)
 
 
 def test_a_run_too_large_for_the_disk_is_refused_before_training(asked, monkeypatch):
