@@ -46,15 +46,17 @@ def encode_all(x1_TF: Tensor, gains: Gains) -> Tensor:
 
 
 def _added(x1_TF: Tensor, gains: Gains) -> Tensor:
-    """What each neuron adds to the residual stream, with x1's sign."""
-    x1_TF = x1_TF.float()
+    """What each neuron adds to the residual stream, with x1's sign: (T, F) float32."""
     if gains.eps is not None:
+        x1_TF = x1_TF.float()
         x1_TF = x1_TF * (x1_TF.square().mean(1, keepdim=True) + gains.eps).rsqrt()
     return x1_TF * gains.gain_F.to(x1_TF.device)
 
 
 def _code(added: Tensor) -> Tensor:
-    return (added.abs().log2() * STEPS + ZERO).round_().clamp_(0, 255).to(torch.uint8)
+    """Codes of amplitudes, computed in their place."""
+    steps = added.abs_().log2_().mul_(STEPS).add_(ZERO)
+    return steps.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def decode(code_N: Tensor) -> Tensor:
