@@ -83,9 +83,9 @@ class TrainingRequest:
             InputError: value without energies.
         """
         if self.store is not None and self.cfg.loss == "value" and not self.store.manifest.energy:
+            what = "leave it out" if self.store.manifest.experts else "collect with --energy true"
             raise InputError(
-                f"--loss value: {self.store.folder} has no energies to weigh misses by; collect "
-                "with --energy true"
+                f"--loss value: {self.store.folder} has no energies to weigh misses by; {what}"
             )
         known = self.store is None or self.store.manifest.energy
         return self.cfg.loss or ("value" if known and self.cfg.recipe == "default" else "count")

@@ -317,29 +317,20 @@ class ActivationStore:
         """(T, F) float32 energies of tokens [start, stop), 0 where inactive; None if not stored."""
         if not self.manifest.energy:
             return None
-        mask_TF, code_N = self._codes(split, shard, layer, start, stop)
-        return torch.zeros(mask_TF.shape).masked_scatter_(mask_TF, decode(code_N))
+        code_TF = self.energy_codes(split, shard, layer, start, stop)
+        mask_TP = self._shard(split, shard)[f"layer.{layer}.mask"][start:stop]
+        return decode(code_TF) * unpack(mask_TP, self.manifest.ffn_width)
 
     def energy_codes(
         self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        """(T, F) uint8 codes (energy.py) of tokens [start, stop), 0 where inactive.
-
-        The store must have energies.
-        """
-        mask_TF, code_N = self._codes(split, shard, layer, start, stop)
-        return torch.zeros(mask_TF.shape, dtype=torch.uint8).masked_scatter_(mask_TF, code_N)
-
-    def _codes(
-        self, split: str, shard: int, layer: int, start: int, stop: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """The mask (T, F) bool of some tokens, and the codes of its active entries."""
+        """(T, F) uint8 codes of energies, 0 where inactive; the store must have energies."""
         tensors = self._shard(split, shard)
         active_T = tensors[f"layer.{layer}.active"]
         mask_TF = unpack(tensors[f"layer.{layer}.mask"][start:stop], self.manifest.ffn_width)
         first = int(active_T[:start].sum())
-        last = first + int(active_T[start:stop].sum())
-        return mask_TF, tensors[f"layer.{layer}.energy"][first:last]
+        code_N = tensors[f"layer.{layer}.energy"][first : first + int(active_T[start:stop].sum())]
+        return torch.zeros(mask_TF.shape, dtype=torch.uint8).masked_scatter_(mask_TF, code_N)
 
     def stats(self) -> Stats:
         """Read the firing counts over every token, stored or only counted.

@@ -9,6 +9,7 @@ trained as they will be exported: weights and inputs of both products are rounde
 straight-through gradients.
 
 The loss is binary cross entropy with inactive entries weighted by the layer's share of active ones.
+Active entries weigh what the neuron adds to the residual stream, where that is known (loss.py).
 This focuses a small predictor on the decision boundary used at high recall: weighted probabilities
 of 0.5 are true probabilities of about that share. In f16, where the rank is scarce, the second half
 of the epochs counts wrong decisions instead (loss.py), unless the target recall is above

@@ -6,10 +6,9 @@ start computes its moments in a separate pass over the first `WARM_TOKENS`. Cali
 documents several times, so they are recorded to a store in the unfinished run's folder, which is
 removed at the end; `collect` loads the model for that before it is loaded again for training.
 
-Memory: the model; on the device, at 2 D + F / 8 bytes per token and layer (F more if misses are
-weighted by value), twice `POOL` batches and
-one forward pass of `DOCUMENTS` documents; before training, (D, D) and (F, D) moments of every layer
-in float32.
+Memory: the model; on the device, at 2 D + F / 8 bytes per token and layer, and F more where misses
+are weighted by value, twice `POOL` batches and one forward pass of `DOCUMENTS` documents; before
+training, (D, D) and (F, D) moments of every layer in float32.
 
 Shape letters: L layers, N places of a batch, T tokens, D hidden, F FFN width, P packed width.
 """
