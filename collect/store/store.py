@@ -317,19 +317,16 @@ class ActivationStore:
         """(T, F) float32 energies of tokens [start, stop), 0 where inactive; None if not stored."""
         if not self.manifest.energy:
             return None
-        code_TF = self.energy_codes(split, shard, layer, start, stop)
+        code_TF = self.codes(split, shard, layer, start, stop)
         mask_TP = self._shard(split, shard)[f"layer.{layer}.mask"][start:stop]
         return decode(code_TF) * unpack(mask_TP, self.manifest.ffn_width)
 
-    def energy_codes(
-        self, split: str, shard: int, layer: int, start: int = 0, stop: int | None = None
-    ) -> Tensor:
+    def codes(self, split: str, shard: int, layer: int, start: int, stop: int | None) -> Tensor:
         """(T, F) uint8 codes of energies, 0 where inactive; the store must have energies."""
         tensors = self._shard(split, shard)
-        active_T = tensors[f"layer.{layer}.active"]
+        before = int(tensors[f"layer.{layer}.active"][:start].sum())
         mask_TF = unpack(tensors[f"layer.{layer}.mask"][start:stop], self.manifest.ffn_width)
-        first = int(active_T[:start].sum())
-        code_N = tensors[f"layer.{layer}.energy"][first : first + int(active_T[start:stop].sum())]
+        code_N = tensors[f"layer.{layer}.energy"][before:]
         return torch.zeros(mask_TF.shape, dtype=torch.uint8).masked_scatter_(mask_TF, code_N)
 
     def stats(self) -> Stats:

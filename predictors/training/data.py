@@ -126,8 +126,7 @@ class TokenBlocks(torch.utils.data.IterableDataset[LayersBatch]):
             torch.cat([part.mask_TP for part in rows], out=mask_LBP[place])
             if value_LBF is not None:
                 codes = [
-                    self._store.energy_codes(self._split, shard, layer, *run)
-                    for shard, *run in blocks
+                    self._store.codes(self._split, shard, layer, *run) for shard, *run in blocks
                 ]
                 torch.cat(codes, out=value_LBF[place])
 

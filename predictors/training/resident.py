@@ -95,7 +95,7 @@ class ResidentBlocks(TokenBlocks):
                 x_LTD[place, first : first + tokens] = rows.x_TD
                 mask_LTP[place, first : first + tokens] = rows.mask_TP
                 if value_LTF is not None:
-                    codes_TF = self._store.energy_codes(self._split, shard, self._layers[place])
+                    codes_TF = self._store.codes(self._split, shard, self._layers[place], 0, None)
                     value_LTF[place, first : first + tokens] = codes_TF
                 first += tokens
 

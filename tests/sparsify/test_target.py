@@ -60,8 +60,7 @@ class _Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition(".")[0]
-        if name in ("aten::_local_scalar_dense", "aten::index", "aten::nonzero"):
-            self.found.append(name)
+        self.found += {name} & {"aten::_local_scalar_dense", "aten::index", "aten::nonzero"}
         return func(*args, **(kwargs or {}))
 
 

@@ -81,19 +81,21 @@ def test_values_are_the_energies_of_the_same_entries(synthetic, edit_store, tmp_
             tensors[f"layer.{layer}.energy"] = code_TF[mask_TF]
 
     with_energies = edit_store(synthetic, tmp_path / "acts", with_codes, energy=True)
-    assert len(with_energies.shards("train")) == 2
+    assert len(with_energies.shards("calibration")) == 2
     size, layers = 5 * BLOCK, [1, 0]
     given = {"seed": 3, "layers": layers, "values": True}
     if resident:
-        batches = ResidentBlocks(with_energies, "train", size, device=torch.device("cpu"), **given)
+        batches = ResidentBlocks(
+            with_energies, "calibration", size, device=torch.device("cpu"), **given
+        )
     else:
-        batches = TokenBlocks(with_energies, "train", size, **given)
+        batches = TokenBlocks(with_energies, "calibration", size, **given)
     known: list[dict[bytes, torch.Tensor]] = []
     for layer in layers:
         known.append({})
-        for shard in range(len(with_energies.shards("train"))):
-            x_TD = with_energies.rows("train", shard, layer).x_TD
-            energy_TF = with_energies.energies("train", shard, layer)
+        for shard in range(len(with_energies.shards("calibration"))):
+            x_TD = with_energies.rows("calibration", shard, layer).x_TD
+            energy_TF = with_energies.energies("calibration", shard, layer)
             assert energy_TF is not None
             known[-1] |= {x.numpy().tobytes(): e for x, e in zip(x_TD, energy_TF, strict=True)}
     seen = 0
@@ -106,4 +108,4 @@ def test_values_are_the_energies_of_the_same_entries(synthetic, edit_store, tmp_
                 torch.testing.assert_close(found_F, energy_F)
                 assert (code_F[energy_F == 0] == 0).all()
                 seen += 1
-    assert seen == 2 * with_energies.manifest.tokens("train")
+    assert seen == 2 * with_energies.manifest.tokens("calibration")

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from sparsecast.core.bitmask import unpack
+from sparsecast.core.distributed import DistributedContext
 from sparsecast.core.earlier_runs import compare_options
 from sparsecast.core.errors import InputError
 from sparsecast.predictors.config import ReportConfig, TrainConfig
+from sparsecast.predictors.planning import resolve
 from sparsecast.predictors.report.run import report
 from sparsecast.predictors.train import train
 
@@ -47,6 +49,7 @@ def test_by_value_more_of_the_energy_is_found_at_equal_sparsity(
             out=tmp_path / loss,
             loss=loss,
             rank=8,
+            epochs=2,
             target_recall=None,
             target_sparsity=0.9,
         )
@@ -61,12 +64,14 @@ def test_by_value_more_of_the_energy_is_found_at_equal_sparsity(
     assert found["value"]["recall"] < found["count"]["recall"]
 
 
-def test_value_is_the_default_where_there_are_energies(cfg, recipe, tmp_path):
-    assert train(cfg).manifest.recipe["loss"] == "value"
-    without = replace(recipe, epochs=1, out=tmp_path / "without")
-    assert train(without).manifest.recipe["loss"] == "count"
-    with pytest.raises(InputError, match="loss was 'value', now 'count'"):
-        train(replace(cfg, loss="count"))
+def test_value_is_the_default_where_there_are_energies(cfg, recipe):
+    def loss_of(asked: TrainConfig) -> str:
+        return resolve(asked, DistributedContext()).options["loss"]
+
+    assert loss_of(cfg) == "value"
+    assert loss_of(replace(cfg, loss="count")) == "count"
+    assert loss_of(replace(cfg, recipe="reference")) == "count"
+    assert loss_of(recipe) == "count"
 
 
 def test_runs_of_before_the_option_counted():

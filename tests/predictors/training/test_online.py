@@ -71,7 +71,7 @@ def rows_of(store, layer: int) -> set[bytes]:
     kept = set()
     for shard in range(len(store.shards("train"))):
         rows = store.rows("train", shard, layer)
-        codes = store.energy_codes("train", shard, layer)
+        codes = store.codes("train", shard, layer, 0, None)
         parts = (rows.x_TD.half().numpy(), rows.mask_TP.numpy(), codes.numpy())
         kept |= {b"".join(part.tobytes() for part in row) for row in zip(*parts, strict=True)}
     return kept

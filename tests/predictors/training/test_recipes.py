@@ -326,7 +326,7 @@ def test_the_svd_needs_the_recorded_model_and_keeps_an_unfinished_run(
     work = tmp_path / ".p.train"
     work.mkdir()
     (work / "last.ckpt").write_bytes(b"hours of work")
-    (work / "recipe.json").write_text('{"recipe": "default"}')
+    (work / "recipe.json").write_text('{"recipe": "default", "predictor_dtype": "f16"}')
     with pytest.raises(InputError, match="unfinished run .*recipe was 'default', now 'svd'"):
         train(replace(cfg, model=str(model_folder)))
     assert (work / "last.ckpt").read_bytes() == b"hours of work"
