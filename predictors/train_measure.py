@@ -187,8 +187,9 @@ def _random_rows(plan: TrainingPlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _to(batch: LayersBatch, device: torch.device) -> LayersBatch:
     value_LBF = None if batch.value_LBF is None else batch.value_LBF.to(device)
-    moved = batch._replace(x_LBD=batch.x_LBD.to(device), mask_LBP=batch.mask_LBP.to(device))
-    return moved._replace(value_LBF=value_LBF)
+    return LayersBatch(
+        batch.x_LBD.to(device), batch.mask_LBP.to(device), batch.rows, value_LBF=value_LBF
+    )
 
 
 def _precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -147,7 +147,8 @@ def assembled(
     round_to = straight_through if gradient else rounded
     fc1 = round_to(torch.cat([u_1D, -u_1D, u_1D / FINE, -u_1D / FINE, fc1_RD], dim=-2), dtype)
     # The offsets share block 0 with the first free units; the other blocks do not depend on them.
-    beside = BLOCK - bias_units(dtype)
+    units = bias_units(dtype)
+    beside = BLOCK - units
     rest = round_to(fc2_FR[..., beside:], dtype)
     # bfloat16 would round away the difference that is taken here.
     with torch.no_grad(), torch.autocast(fc2_FR.device.type, enabled=False):
@@ -159,7 +160,7 @@ def assembled(
         def block_and_shift(first_F1: Tensor, fine_F1: Tensor) -> tuple[Tensor, Tensor]:
             parts = [first_F1, first_F1, fine_F1, fine_F1, fc2_FR[..., :beside]]
             block = rounded(torch.cat(parts, dim=-1), dtype)
-            return block, (missing_F1 - block[..., 4:] @ hidden_R1[..., 4:BLOCK, :]) / b
+            return block, (missing_F1 - block[..., units:] @ hidden_R1[..., units:BLOCK, :]) / b
 
         fine_F1 = torch.zeros_like(offset_F1)
         first_F1 = offset_F1 if first_F is None else first_F.unsqueeze(-1)

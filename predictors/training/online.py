@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsecast.collect.config import CollectConfig
 from sparsecast.collect.run import collect
-from sparsecast.collect.store.energy import encode_all
+from sparsecast.collect.store.energy import Gains, encode_all
 from sparsecast.collect.store.filler import gains_of
 from sparsecast.collect.store.shard import INPUT_DTYPES
 from sparsecast.collect.store.store import ActivationStore
@@ -94,7 +95,10 @@ class OnlineSource:
         self._told = False
         self._skipped = SkippedRows(training_text.corpus)
         self._x_dtype = INPUT_DTYPES[store.manifest.x_dtype]
-        self._gains = gains_of(model, store.manifest.layers)
+
+    @cached_property
+    def _gains(self) -> dict[int, Gains]:
+        return gains_of(self._model, self.store.manifest.layers)
 
     def batches(self, plan: TrainingPlan) -> ModelBatches:
         return ModelBatches(self, plan)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import torch
 
@@ -55,11 +56,7 @@ class ResidentBlocks(TokenBlocks):
         if self._whole is None:
             self._whole = self._read_whole()
         x_LTD, mask_LTP, _, value_LTF = self._whole
-        first_of: list[int] = []  # of each shard, in the split
-        tokens = 0
-        for count in self._store.shards(self._split):
-            first_of.append(tokens)
-            tokens += count
+        first_of = list(accumulate(self._store.shards(self._split), initial=0))
         for blocks in self._batches():
             token_B = torch.cat(
                 [

@@ -113,7 +113,7 @@ def with_energies(model_folder, corpus, tmp_path_factory):
             model=str(model_folder),
             corpus=str(corpus),
             out=tmp_path_factory.mktemp("energies") / "acts",
-            tokens=600,
+            tokens=3_000,
             seq_len=128,
             energy=True,
             device="cpu",

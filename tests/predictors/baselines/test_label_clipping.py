@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from sparsecast.collect.config import CollectConfig
-from sparsecast.collect.run import collect
 from sparsecast.core.errors import InputError
 from sparsecast.core.models.loading import load_model
 from sparsecast.core.models.recorder import Recorder
@@ -19,19 +17,9 @@ from sparsecast.predictors.config import TrainConfig
 from sparsecast.predictors.train import train
 
 
-@pytest.fixture(scope="module")
-def store(model_folder, corpus, tmp_path_factory):
-    return collect(
-        CollectConfig(
-            model=str(model_folder),
-            corpus=str(corpus),
-            out=tmp_path_factory.mktemp("energies") / "acts",
-            tokens=3_000,
-            seq_len=128,
-            energy=True,
-            device="cpu",
-        )
-    )
+@pytest.fixture
+def store(with_energies):
+    return with_energies
 
 
 def test_the_largest_activations_are_kept(store, model_folder):
